@@ -1,0 +1,29 @@
+"""onnxpress: export PyTorch models to ONNX, press them, prove them, run them.
+
+`load` and the errors need only the runtime; `build` needs the build extra and is imported when first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from onnxpress.errors import OnnxpressError
+
+if TYPE_CHECKING:
+    from onnxpress.pipeline import build
+    from onnxpress.runtime import load
+
+__version__ = "0.1.0"
+__all__ = ["OnnxpressError", "__version__", "build", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        from onnxpress.runtime import load
+
+        return load
+    if name == "build":
+        from onnxpress.pipeline import build
+
+        return build
+    raise AttributeError(f"module 'onnxpress' has no attribute {name!r}")

@@ -1,0 +1,38 @@
+"""The graph that travels through a build: an onnx_ir model and its signature."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxpress.manifest import Signature
+
+
+@dataclass(kw_only=True)
+class Graph:
+    """An `onnx_ir.Model` with the signature it answers to. Weights are shared between clones."""
+
+    model: ir.Model
+    signature: Signature
+
+    def clone(self) -> Graph:
+        """A copy whose nodes can be changed freely; the weights are not copied."""
+        return Graph(model=self.model.clone(), signature=self.signature)
+
+    def operators(self) -> dict[str, int]:
+        """How often each operator occurs, subgraphs included; contrib operators carry their domain."""
+        counts = Counter(
+            node.op_type if node.domain == "" else f"{node.domain}::{node.op_type}"
+            for node in self.model.graph.all_nodes()
+        )
+        return dict(sorted(counts.items()))
+
+    def weight_bytes(self) -> int:
+        """Total size of the initializers in bytes."""
+        return sum(
+            value.const_value.nbytes
+            for value in self.model.graph.initializers.values()
+            if value.const_value is not None
+        )

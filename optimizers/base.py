@@ -1,0 +1,62 @@
+"""What a pass is: one named change of a graph, lossless or lossy, with a frozen config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxpress.graph import Graph
+from onnxpress.optimizers.targets import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelRange:
+    """Observed minimum and maximum of one tensor, for each position of its last axis (float32, shape (channels,))."""
+
+    low: npt.NDArray[np.float32]
+    high: npt.NDArray[np.float32]
+
+
+Observe = Callable[[Graph, Sequence[str]], Mapping[str, ChannelRange]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassContext:
+    """What a pass may ask for.
+
+    target: facts about the machine the graph is for. observe: runs the calibration inputs through a graph and
+    returns the ranges of the named values (None where no calibration data is at hand). keep: names of nodes that
+    stay in floating point; lossy passes leave them alone.
+    """
+
+    target: Target
+    observe: Observe | None = None
+    keep: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassResult:
+    """The graph after a pass, how many places changed, remarks for the ledger, and the changed nodes' names.
+
+    touched lists, for lossy passes, the names by which each changed place can be put in `PassContext.keep`.
+    """
+
+    graph: Graph
+    changes: int
+    notes: tuple[str, ...] = ()
+    touched: tuple[str, ...] = field(default=())
+
+
+class Pass(Protocol):
+    """A change of a graph. Its config is the fields of the (frozen, keyword-only) dataclass that implements it."""
+
+    name: ClassVar[str]
+    lossless: ClassVar[bool]
+
+    def apply(self, graph: Graph, context: PassContext) -> PassResult:
+        """Change a graph. May change `graph` in place: the caller keeps a clone when it wants the old one back."""
+        ...
