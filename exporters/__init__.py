@@ -1,0 +1,59 @@
+"""PyTorch → graph: exports a transformers text model or any module, beside the original to compare it with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from onnxpress.errors import SourceError
+from onnxpress.exporters.exported import Exported
+from onnxpress.exporters.module import export_module
+from onnxpress.exporters.reference import TorchReference
+from onnxpress.exporters.source import ModuleSource, resolve
+from onnxpress.exporters.transformers_encoder import export_encoder
+from onnxpress.exporters.verify import ParityCheck, ParityRow
+
+__all__ = ["Exported", "ParityCheck", "ParityRow", "TorchReference", "export"]
+
+
+def export(
+    source: object,
+    *,
+    task: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    max_length: int | None = None,
+    example_inputs: object = None,
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+) -> Exported:
+    """Export a model; the original is left exactly as it was.
+
+    source: a folder, a hub id, "package.module:factory", or a torch.nn.Module. task: e.g. text-classification; told
+    from the model where None. max_length: the longest text in tokens. For a module: example_inputs, a tuple of
+    tensors in the order of forward's parameters or a dict by their names, and dynamic_axes, {input: {axis: name}}
+    (without them axis 0 is taken for the batch, and tried).
+
+    Raises SourceError where the model cannot be had, ConversionError where it does not convert. Whether the graph
+    answers like the original is not checked here, but by `ParityCheck`.
+    """
+    found = resolve(source, revision=revision, example_inputs=example_inputs, dynamic_axes=dynamic_axes)
+    if isinstance(found, ModuleSource):
+        if task not in (None, "module"):
+            raise SourceError(f"The task {task!r} was given for a plain module, whose only task is 'module'.")
+        module = export_module(found)
+        return Exported(
+            name=found.name,
+            graph=module.graph,
+            reference=module.reference,
+            options={},
+            example=module.example,
+            notes=module.notes,
+        )
+    result = export_encoder(found.folder, task=task, trust_remote_code=trust_remote_code, max_length=max_length)
+    return Exported(
+        name=found.name,
+        graph=result.graph,
+        reference=result.reference,
+        options=result.options,
+        tokenizer_files=result.tokenizer.files,
+        notes=result.notes,
+    )

@@ -1,0 +1,75 @@
+# Targets that build, prove and measure. `make` alone lists them. Everything is installed into .venv on first use.
+
+SHELL := /bin/bash
+VENV ?= .venv
+MODEL ?= minilm
+OUT ?= artifacts
+ROUNDS ?= 5
+DATA ?=
+# The first of these that is there and is new enough.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := $(VENV)/bin
+DEMO_TEXT := A small model that answers like the large one is worth more than a large one that waits.
+
+.PHONY: help setup demo build test test-oldest check bench bench-peers clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+	@echo "  variables: MODEL=$(MODEL) OUT=$(OUT) VENV=$(VENV) DATA=folder with benchmark data"
+
+# One stamp for each set of packages; it is made again when pyproject.toml or the pins change.
+$(VENV)/.python:
+	@test -n "$(PYTHON)" || { echo "onnxpress needs Python 3.11 or newer: install it, or name it with PYTHON=…"; exit 2; }
+	@echo "== making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --upgrade pip && touch $@
+
+$(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
+	@echo "== installing onnxpress[build,cpu,demo] into $(VENV) (a few minutes the first time; torch is large)"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[build,cpu,demo]' && touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	@echo "== installing the tools for tests and checks into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[build,cpu,demo,dev]' && touch $@
+
+setup: $(VENV)/.dev ## make .venv with everything
+
+demo: $(VENV)/.demo ## all-MiniLM-L6-v2 from PyTorch to a proven int8 artifact that answers
+	@echo "== build: export, verify, press, prove"
+	@$(BIN)/onnxpress build models/minilm/recipe.toml --out $(OUT)/minilm
+	@echo "== verify: digests and golden outputs"
+	@$(BIN)/onnxpress verify $(OUT)/minilm
+	@echo "== answer"
+	@$(BIN)/onnxpress run $(OUT)/minilm --text "$(DEMO_TEXT)"
+	@echo "== done: $(OUT)/minilm, with its proof in $(OUT)/minilm/report.html"
+
+build: $(VENV)/.demo ## build models/MODEL/recipe.toml into OUT/MODEL
+	@test -f models/$(MODEL)/recipe.toml || { echo "models/$(MODEL)/recipe.toml does not exist; there are: $$(ls models)"; exit 2; }
+	@$(BIN)/onnxpress build models/$(MODEL)/recipe.toml --out $(OUT)/$(MODEL)
+
+test: $(VENV)/.dev ## all tests
+	@echo "== pytest"
+	@$(BIN)/python -m pytest
+
+test-oldest: ## all tests with the oldest supported versions, in an environment of their own
+	@test -n "$(PYTHON)" || { echo "onnxpress needs Python 3.11 or newer"; exit 2; }
+	@echo "== making .venv-oldest"
+	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	@.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[build,cpu,demo,dev]'
+	@.venv-oldest/bin/python -m pytest -m "not venv"
+
+check: $(VENV)/.dev ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench-peers: $(VENV)/.dev ## environments for the tools that benchmarks compare with
+	@bash benchmarks/peers/setup.sh
+
+bench: bench-peers ## MiniLM side by side with other tools (DATA=folder with stsb/ adds quality and mixed lengths)
+	@bash benchmarks/run.sh "$(BIN)/python" "$(OUT)" "$(ROUNDS)" "$(DATA)"
+
+clean: ## remove environments, artifacts and caches
+	rm -rf .venv .venv-oldest .venv-peers .bench-cache $(OUT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,28 @@
+"""What an export gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from onnxpress.graph import Graph
+from onnxpress.manifest import Arrays, Json, Runnable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """An exported model.
+
+    reference: the original, answering the same signature. options: the manifest's (labels, max_length…).
+    example: for plain modules, the inputs that it was exported with. tokenizer_files: to copy into the artifact,
+    tokenizer.json among them for text tasks. notes: for the ledger.
+    """
+
+    name: str
+    graph: Graph
+    reference: Runnable
+    options: Mapping[str, Json]
+    example: Arrays = field(default_factory=dict)
+    tokenizer_files: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()

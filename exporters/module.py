@@ -1,0 +1,189 @@
+"""Exports any torch.nn.Module with example inputs.
+
+Axis 0 of the inputs is taken for the batch, and tried: a module that answers a second batch size gets a dynamic one.
+Other axes are dynamic where the caller declares them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from onnxpress.errors import ConversionError, SourceError
+from onnxpress.exporters.reference import TorchReference, evaluation_mode
+from onnxpress.exporters.source import ModuleSource
+from onnxpress.exporters.trace import Shape, tensor_spec, trace
+from onnxpress.graph import Graph
+from onnxpress.manifest import Arrays, Signature
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleExport:
+    """What the export of a module gives; example holds the example inputs by name."""
+
+    graph: Graph
+    reference: TorchReference
+    example: Arrays
+    notes: tuple[str, ...]
+
+
+def export_module(source: ModuleSource) -> ModuleExport:
+    """Export a module. Raises SourceError and ConversionError."""
+    example = _named(source)
+    _check_device(source)
+    module = PlainModule(source.module, tuple(example))
+    with evaluation_mode(module), torch.inference_mode():
+        outputs = _output_names(source.module(**example))
+    notes: list[str] = []
+    if source.dynamic_axes is not None:
+        shapes = _declared_shapes(source, example)
+        model, axes = _trace(module, example, shapes, outputs)
+    else:
+        shapes, problem = _batch_shapes(module, example)
+        try:
+            model, axes = _trace(module, example, shapes, outputs)
+        except ConversionError as error:
+            if not _is_dynamic(shapes):
+                raise
+            problem = str(error)
+            shapes = {name: tuple(tensor.shape) for name, tensor in example.items()}
+            model, axes = _trace(module, example, shapes, outputs)
+        if problem is not None:
+            notes.append(f"batch: fixed as in the example inputs ({problem})")
+    signature = Signature(
+        task="module",
+        inputs=tuple(tensor_spec(value, bounds=_bounds(example[str(value.name)])) for value in model.graph.inputs),
+        outputs=tuple(tensor_spec(value) for value in model.graph.outputs),
+        axes=axes,
+    )
+    return ModuleExport(
+        graph=Graph(model=model, signature=signature),
+        reference=TorchReference(module, tuple(example), outputs),
+        example={name: tensor.detach().cpu().numpy() for name, tensor in example.items()},
+        notes=tuple(notes),
+    )
+
+
+class PlainModule(torch.nn.Module):
+    """A module that takes tensors in the order of `names` and answers a tuple of tensors."""
+
+    def __init__(self, module: torch.nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        # Not for this wrapper to switch: whether its parts train is theirs to say.
+        self.training = module.training
+        self.module = module
+        self.names = names
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """All tensors of the module's answer, however nested."""
+        answer = self.module(**dict(zip(self.names, inputs, strict=True)))
+        return tuple(tensor for _, tensor in _tensors(answer))
+
+
+def _trace(
+    module: PlainModule, example: Mapping[str, torch.Tensor], shapes: Mapping[str, Shape], outputs: tuple[str, ...]
+) -> Any:
+    # A trace takes an axis of size 1 for a constant, so a dynamic axis needs at least 2.
+    wide = {name: _widened(tensor, shapes[name]) for name, tensor in example.items()}
+    with evaluation_mode(module):
+        return trace(module, wide, shapes=shapes, axes=None, outputs=outputs, prefix="module.")
+
+
+def _widened(tensor: torch.Tensor, shape: Shape) -> torch.Tensor:
+    for index, axis in enumerate(shape):
+        if isinstance(axis, str) and tensor.shape[index] == 1:
+            tensor = torch.cat([tensor, tensor], dim=index)
+    return tensor
+
+
+def _named(source: ModuleSource) -> dict[str, torch.Tensor]:
+    """The example inputs by the names of forward's parameters."""
+    parameters = inspect.signature(source.module.forward).parameters
+    if isinstance(source.example, Mapping):
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        unknown = [name for name in source.example if name not in parameters]
+        if unknown and not takes_any:
+            raise SourceError(f"{source.name} has no input {unknown[0]}; its forward takes {', '.join(parameters)}.")
+        return dict(source.example)
+    names = [name for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    if len(source.example) > len(names):
+        raise SourceError(
+            f"{len(source.example)} example inputs were given for {source.name}, whose forward names {len(names)}: "
+            f"{', '.join(names) or 'none'}. Inputs need names of their own, not *args."
+        )
+    return dict(zip(names, source.example, strict=False))
+
+
+def _check_device(source: ModuleSource) -> None:
+    tensors = (*source.module.parameters(), *source.module.buffers())
+    devices = sorted({str(tensor.device) for tensor in tensors} - {"cpu"})
+    if devices:
+        raise SourceError(
+            f"{source.name} has weights on {devices[0]}; export runs on the CPU: call module.cpu() first."
+        )
+
+
+def _declared_shapes(source: ModuleSource, example: Mapping[str, torch.Tensor]) -> dict[str, Shape]:
+    assert source.dynamic_axes is not None
+    shapes: dict[str, Shape] = {}
+    for name, tensor in example.items():
+        declared = source.dynamic_axes.get(name, {})
+        wrong = [axis for axis in declared if not 0 <= axis < tensor.dim()]
+        if wrong:
+            raise SourceError(f"Axis {wrong[0]} of {name} was declared dynamic; {name} has {tensor.dim()} axes.")
+        shapes[name] = tuple(declared.get(axis, size) for axis, size in enumerate(tensor.shape))
+    unknown = [name for name in source.dynamic_axes if name not in example]
+    if unknown:
+        raise SourceError(f"Dynamic axes were declared for {unknown[0]}; the inputs are {', '.join(example)}.")
+    return shapes
+
+
+def _batch_shapes(module: PlainModule, example: Mapping[str, torch.Tensor]) -> tuple[dict[str, Shape], str | None]:
+    """Shapes with axis 0 as batch, where the module answers another batch size; else fixed ones and why."""
+    fixed: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in example.items()}
+    sizes = {tensor.shape[0] for tensor in example.values() if tensor.dim() > 0}
+    if len(sizes) != 1 or any(tensor.dim() == 0 for tensor in example.values()):
+        return fixed, "the example inputs do not all have the same first axis"
+    size = sizes.pop()
+    larger = [torch.cat([tensor, tensor, tensor[:1]]) for tensor in example.values()]  # (2 · batch + 1, …)
+    try:
+        with evaluation_mode(module), torch.inference_mode():
+            answers = module(*larger)
+    except Exception as error:  # whatever the module raises when a shape does not suit it
+        return fixed, f"a batch of {2 * size + 1} fails with {type(error).__name__}"
+    if not any(2 * size + 1 in answer.shape for answer in answers):
+        return fixed, f"no output follows a batch of {2 * size + 1}"
+    return {name: ("batch", *shape[1:]) for name, shape in fixed.items()}, None
+
+
+def _is_dynamic(shapes: Mapping[str, Shape]) -> bool:
+    return any(isinstance(axis, str) for shape in shapes.values() for axis in shape)
+
+
+def _output_names(answer: object) -> tuple[str, ...]:
+    return tuple(name or f"output_{index}" for index, (name, _) in enumerate(_tensors(answer)))
+
+
+def _tensors(answer: object, name: str | None = None) -> Iterator[tuple[str | None, torch.Tensor]]:
+    """The tensors in an answer, in order; those in dicts by their keys."""
+    if isinstance(answer, torch.Tensor):
+        yield name, answer
+    elif isinstance(answer, Mapping):
+        for key, part in answer.items():
+            yield from _tensors(part, str(key) if name is None else f"{name}.{key}")
+    elif isinstance(answer, tuple | list):
+        for index, part in enumerate(answer):
+            yield from _tensors(part, None if name is None else f"{name}.{index}")
+    elif answer is not None:
+        raise ConversionError(f"The module answers a {type(answer).__name__}; a graph can answer tensors only.")
+
+
+def _bounds(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """What integer inputs may be, as far as the example tells: 0 to the largest that was given."""
+    if tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.numel() == 0:
+        return None
+    return min(0, int(tensor.min())), int(tensor.max())

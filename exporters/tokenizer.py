@@ -1,0 +1,87 @@
+"""Finds the tokenizer files of a model folder, and what the task options need to know about the tokenizer."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.normalizers import Lowercase, Sequence
+from transformers import AutoTokenizer
+
+from onnxpress.errors import SourceError
+from onnxpress.exporters.pooling import read_json
+from onnxpress.exporters.quiet import quiet
+
+_COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_NO_LIMIT = 10**6  # transformers writes 1e30 for "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """Files to copy into an artifact (tokenizer.json always among them), and facts.
+
+    max_length is None where the tokenizer sets no limit.
+    """
+
+    files: tuple[Path, ...]
+    pad_token_id: int
+    mask_token: str | None
+    max_length: int | None
+    notes: tuple[str, ...] = ()
+
+
+def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
+    """Read the tokenizer of a folder; an older format is converted to tokenizer.json. Raises SourceError."""
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # missing files, garbled JSON, missing optional packages…
+        raise SourceError(
+            f"The tokenizer in {folder} cannot be read: {' '.join(str(error).split())[:300]} A text model needs "
+            f"tokenizer.json beside its weights (tokenizer.save_pretrained(folder) writes it)."
+        ) from error
+    if not tokenizer.is_fast:
+        raise SourceError(
+            f"The tokenizer in {folder} ({type(tokenizer).__name__}) has no fast form, so there is no tokenizer.json "
+            f"that could run without transformers. Use a model that has one."
+        )
+    notes: list[str] = []
+    files = [folder / name for name in _COPIED if (folder / name).is_file()]
+    lowercase = _wants_lowercase(folder)
+    if lowercase or not (folder / "tokenizer.json").is_file():
+        saved = Path(tempfile.mkdtemp(prefix="onnxpress-tokenizer-"))
+        with quiet():
+            tokenizer.save_pretrained(saved)
+        if lowercase:
+            _lowercase_first(saved / "tokenizer.json")
+        files = [saved / name for name in _COPIED if (saved / name).is_file()]
+        notes.append(
+            "tokenizer: lower-cases first, as sentence_bert_config.json says"
+            if lowercase
+            else "tokenizer: converted to tokenizer.json"
+        )
+    limit = int(tokenizer.model_max_length)
+    pad = tokenizer.pad_token_id
+    return Tokenizer(
+        files=tuple(files),
+        pad_token_id=int(pad if pad is not None else tokenizer.eos_token_id or 0),
+        mask_token=tokenizer.mask_token,
+        max_length=limit if limit < _NO_LIMIT else None,
+        notes=tuple(notes),
+    )
+
+
+def _wants_lowercase(folder: Path) -> bool:
+    declared = folder / "sentence_bert_config.json"
+    return declared.is_file() and bool(read_json(declared).get("do_lower_case"))
+
+
+def _lowercase_first(path: Path) -> None:
+    tokenizer = FastTokenizer.from_file(str(path))
+    before = tokenizer.normalizer
+    tokenizer.normalizer = Lowercase() if before is None else Sequence([Lowercase(), before])
+    tokenizer.save(str(path))

@@ -1,0 +1,103 @@
+"""Traces a PyTorch module with torch.export and translates it to an onnx_ir model of opset 23."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch.export import Dim, ExportedProgram
+
+from onnxpress.errors import ConversionError
+from onnxpress.exporters.cleanup import clean
+from onnxpress.exporters.quiet import quiet
+from onnxpress.manifest import TensorSpec
+
+OPSET = 23
+
+Shape = Sequence[int | str]  # symbolic axes by name
+Axes = Mapping[str, tuple[int, int]]  # symbolic axis: inclusive (minimum, maximum)
+
+
+def trace(
+    module: torch.nn.Module,
+    example: Mapping[str, torch.Tensor],
+    *,
+    shapes: Mapping[str, Shape],
+    axes: Axes | None,
+    largest: int = 1024,
+    outputs: Sequence[str],
+    prefix: str,
+) -> tuple[ir.Model, Axes]:
+    """The graph of `module`, which takes the example's tensors in their order and answers a tuple of tensors.
+
+    shapes: of each input. axes: the ranges of the symbolic axes; where None they are found in the trace, up to
+    `largest`. prefix: what to take off the weights' names. The weights are not copied: they share the module's
+    memory. Returns the graph and the ranges. Raises ConversionError.
+    """
+    dynamic = tuple(
+        {index: _dimension(axis, axes) for index, axis in enumerate(shapes[name]) if isinstance(axis, str)}
+        for name in example
+    )
+    try:
+        with quiet(), torch.no_grad():
+            # The modules take *inputs, which torch.export sees as one argument that is a tuple.
+            program = torch.export.export(module, tuple(example.values()), dynamic_shapes=(dynamic,), strict=False)
+            translated = torch.onnx.export(
+                program,
+                dynamo=True,
+                input_names=list(example),
+                output_names=list(outputs),
+                opset_version=OPSET,
+                optimize=False,
+                verbose=False,
+            )
+            assert translated is not None
+            clean(translated.model, inputs=shapes, prefix=prefix)
+            ranges = _ranges(program, shapes, largest) if axes is None else axes
+    except ConversionError:
+        raise
+    except Exception as error:  # torch.export raises errors of every kind, and so do models while they are traced
+        raise ConversionError(f"{type(module).__name__} does not convert to ONNX: {_first_lines(error)}") from error
+    return translated.model, ranges
+
+
+def tensor_spec(value: ir.Value, *, bounds: tuple[int, int] | None = None) -> TensorSpec:
+    """What the signature says about an input or output of a graph."""
+    assert value.shape is not None
+    assert value.dtype is not None
+    shape = tuple(axis if isinstance(axis, int) else str(axis.value) for axis in value.shape)
+    return TensorSpec(name=str(value.name), dtype=value.dtype.numpy().name, shape=shape, bounds=bounds)
+
+
+def _dimension(axis: str, axes: Axes | None) -> Any:
+    if axes is None:
+        return Dim.DYNAMIC
+    low, high = axes[axis]
+    return Dim(axis, min=low, max=high)
+
+
+def _ranges(program: ExportedProgram, shapes: Mapping[str, Shape], largest: int) -> Axes:
+    """The range of every symbolic axis that the trace's guards leave."""
+    placeholders = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    ranges: dict[str, tuple[int, int]] = {}
+    for node, shape in zip(placeholders, shapes.values(), strict=True):
+        for size, axis in zip(node.meta["val"].shape, shape, strict=True):
+            if not isinstance(axis, str):
+                continue
+            low, high = ranges.get(axis, (1, largest))
+            allowed = program.range_constraints[size.node.expr]
+            # torch assumes that a dynamic axis is not 0 or 1, unless something depends on it; a case checks it.
+            smallest = int(allowed.lower) if allowed.lower > 2 else 1
+            ranges[axis] = (max(low, smallest), min(high, int(min(allowed.upper, largest))))
+    return ranges
+
+
+def _first_lines(error: Exception) -> str:
+    """The deepest cause, in a few words: the exporter wraps errors and appends pages."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {' '.join(lines[:3])[:400]}"

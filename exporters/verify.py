@@ -1,0 +1,199 @@
+"""Compares a graph with the PyTorch original on inputs of several shapes, and says where they differ."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxpress.errors import ParityError
+from onnxpress.exporters.exported import Exported
+from onnxpress.manifest import Arrays, Runnable, Signature, TensorSpec
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Named inputs."""
+
+    name: str
+    feeds: Arrays
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityRow:
+    """How far one output is from the original's in one case. max_rel is max_abs over the original's largest value."""
+
+    case: str
+    output: str
+    shape: tuple[int, ...]
+    max_abs: float
+    max_rel: float
+    cosine: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """Allowed is max_abs ≤ relative · max(floor, largest absolute value of the original's output).
+
+    5e-5 is 30 to 100 times what sums in another order cost float32 encoders of 6 to 24 layers, and a thousandth of
+    what a wrong mask, scale or activation costs. The floor keeps outputs near zero from asking for too much.
+    """
+
+    relative: float = 5e-5
+    floor: float = 0.1
+
+
+FLOAT32 = Tolerance()
+
+# Models without a table of positions take thousands of tokens, where the original's attention alone needs gigabytes.
+LONGEST_CASE = 1024
+
+
+class ParityCheck:
+    """The original's answers to all cases, computed once, to hold any number of graphs against.
+
+    Text models: `text_cases`. Modules: `module_cases`, less those whose shapes the original itself refuses (notes say
+    which).
+    """
+
+    def __init__(self, exported: Exported, *, tolerance: Tolerance = FLOAT32) -> None:
+        reference, signature = exported.reference, exported.graph.signature
+        self.notes: tuple[str, ...] = ()
+        self._signature = signature
+        self._tolerance = tolerance
+        self._answered: list[tuple[Case, Arrays]] = []
+        if signature.task != "module":
+            cases = text_cases(signature, pad_token_id=exported.options["pad_token_id"])
+            self._answered = [(case, reference.run(case.feeds)) for case in cases]
+            return
+        first, *others = module_cases(signature, exported.example)
+        self._answered.append((first, reference.run(first.feeds)))
+        for case in others:
+            try:
+                self._answered.append((case, reference.run(case.feeds)))
+            except Exception as error:  # whatever a module raises when a shape does not suit it
+                self.notes += (f"the original refuses {case.name} ({type(error).__name__})",)
+
+    def check(self, candidate: Runnable) -> list[ParityRow]:
+        """One row a case and output; raises ParityError at the first that differs.
+
+        Of outputs with the axes (batch, length) only real tokens are compared: what stands at padding is nobody's
+        answer.
+        """
+        rows: list[ParityRow] = []
+        for case, expected in self._answered:
+            found = candidate.run(case.feeds)
+            for output in self._signature.outputs:
+                row = _compare(case, output, expected[output.name], found[output.name], self._tolerance)
+                rows.append(row)
+        return rows
+
+
+def text_cases(signature: Signature, *, pad_token_id: int, seeds: Sequence[int] = (0, 1)) -> list[Case]:
+    """Random tokens: one text and three, of one token, of a middle length and of the longest, padded and not.
+
+    The longest come as one text and as a padded pair: a fill-mask model answers gigabytes for more.
+    """
+    longest = min(signature.axes["length"][1], LONGEST_CASE)
+    middle = min(64, (longest + 1) // 2)
+    shapes = {(batch, length): seeds for batch in (1, 3) for length in (1, middle)}
+    shapes |= {(1, longest): seeds[:1], (2, longest): seeds[-1:]}
+    return [
+        _text_case(signature, batch, length, padded=padded, pad_token_id=pad_token_id, seed=seed)
+        for (batch, length), tried in shapes.items()
+        for seed, padded in itertools.product(tried, (False, True))
+        if not padded or (batch > 1 and length > 1)  # a text alone has no padding
+    ]
+
+
+def module_cases(signature: Signature, example: Arrays, *, seeds: Sequence[int] = (0, 1)) -> list[Case]:
+    """The example, and random arrays like it: of its shape, with symbolic axes one longer, and with a batch of 1."""
+    sizes = {
+        axis: size
+        for spec in signature.inputs
+        for axis, size in zip(spec.shape, example[spec.name].shape, strict=True)
+        if isinstance(axis, str)
+    }
+    longer = {axis: min(size + 1, signature.axes[axis][1]) for axis, size in sizes.items()}
+    tried = [sizes, longer, {**sizes, "batch": 1} if "batch" in sizes else sizes]
+    distinct = [size for index, size in enumerate(tried) if size not in tried[:index]]
+    drawn = [_module_case(signature, example, size, seed) for seed, size in itertools.product(seeds, distinct)]
+    return [Case(name="the example", feeds=example), *drawn]
+
+
+def _text_case(signature: Signature, batch: int, length: int, *, padded: bool, pad_token_id: int, seed: int) -> Case:
+    rng = np.random.default_rng((seed, batch, length))
+    lengths = np.full(batch, length)
+    if padded:
+        lengths[1:] = rng.integers(1, length, batch - 1)
+    mask = (np.arange(length)[None] < lengths[:, None]).astype(np.int64)  # (batch, length)
+    feeds: dict[str, Array] = {"attention_mask": mask}
+    for spec in signature.inputs:
+        if spec.name == "attention_mask":
+            continue
+        assert spec.bounds is not None
+        tokens = rng.integers(spec.bounds[0], spec.bounds[1] + 1, (batch, length))
+        if spec.name == "input_ids":
+            # A real token is never the padding token: some models count positions by comparing with it.
+            other = spec.bounds[0] if pad_token_id != spec.bounds[0] else spec.bounds[0] + 1
+            tokens[tokens == pad_token_id] = other
+            tokens[mask == 0] = pad_token_id
+        else:
+            tokens[mask == 0] = 0
+        feeds[spec.name] = tokens
+    name = f"batch {batch}, length {length}{', padded' if padded else ''}, seed {seed}"
+    return Case(name=name, feeds={spec.name: feeds[spec.name] for spec in signature.inputs})
+
+
+def _module_case(signature: Signature, example: Arrays, sizes: Mapping[str, int], seed: int) -> Case:
+    rng = np.random.default_rng((seed, *sizes.values()))
+    feeds: dict[str, Array] = {}
+    for spec in signature.inputs:
+        shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape)
+        given = example[spec.name]
+        if np.issubdtype(given.dtype, np.floating):
+            spread = float(given.std()) or 1.0
+            feeds[spec.name] = (rng.standard_normal(shape) * spread + float(given.mean())).astype(given.dtype)
+        else:
+            low, high = spec.bounds or (int(given.min()), int(given.max()))
+            feeds[spec.name] = rng.integers(low, high + 1, shape).astype(given.dtype)
+    where = ", ".join(f"{axis} {size}" for axis, size in sizes.items()) or "fixed shapes"
+    return Case(name=f"{where}, seed {seed}", feeds=feeds)
+
+
+def _compare(case: Case, output: TensorSpec, expected: Array, found: Array, tolerance: Tolerance) -> ParityRow:
+    if expected.shape != found.shape:
+        raise ParityError(
+            f"Output {output.name} has the shape {found.shape} where PyTorch's has {expected.shape} ({case.name}). The "
+            f"graph is wrong: do not use it."
+        )
+    if output.shape[1:2] == ("length",) and "attention_mask" in case.feeds:
+        real = case.feeds["attention_mask"].astype(bool)
+        expected, found = expected[real], found[real]
+    one, other = expected.astype(np.float64).ravel(), found.astype(np.float64).ravel()
+    largest = float(np.abs(one).max(initial=0.0))
+    max_abs = float(np.abs(one - other).max(initial=0.0))
+    norms = float(np.linalg.norm(one) * np.linalg.norm(other))
+    row = ParityRow(
+        case=case.name,
+        output=output.name,
+        shape=tuple(found.shape),
+        max_abs=max_abs,
+        max_rel=max_abs / largest if largest else 0.0,
+        cosine=float(one @ other) / norms if norms else 1.0,
+    )
+    exact = not np.issubdtype(expected.dtype, np.floating)
+    allowed = 0.0 if exact else tolerance.relative * max(tolerance.floor, largest)
+    if not max_abs <= allowed:  # also where either side is not a number
+        raise ParityError(
+            f"Output {output.name} does not answer like PyTorch for {case.name} (shape {found.shape}): it differs by "
+            f"up to {max_abs:.3g} (relative {row.max_rel:.3g}, cosine {row.cosine:.6f}), where {allowed:.3g} is "
+            f"allowed. Do not use the graph, and report the model as one that does not convert."
+        )
+    return row

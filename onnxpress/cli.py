@@ -1,0 +1,288 @@
+"""The command line: build, run, bench, verify, inspect, doctor. Each command is one function.
+
+run, verify, bench and doctor work where only the runtime is installed, so nothing heavy is imported at the top.
+Exit codes: 0 done, 1 the artifact is not good enough, 2 wrong use or input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnxpress.errors import InputError, MissingExtraError, OnnxpressError, UsageError
+
+if TYPE_CHECKING:
+    from onnxpress.manifest import Json
+
+_BUILD_PACKAGES = {"torch", "transformers", "optimum", "onnx", "onnx_ir", "onnxscript", "pydantic", "rich", "matplotlib"}
+_BUILD_PACKAGES |= {"safetensors", "scipy", "sklearn", "ml_dtypes"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code. Errors are one paragraph on stderr, a traceback only with --debug."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 2
+    warnings.showwarning = _print_warning
+    try:
+        return int(options.command(options))
+    except OnnxpressError as error:
+        code, message = error.exit_code, str(error)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in _BUILD_PACKAGES:
+            raise
+        missing = MissingExtraError(
+            f"This command needs the package {package}, which is not installed: pip install 'onnxpress[build,cpu]'."
+        )
+        code, message = missing.exit_code, str(missing)
+    except BrokenPipeError:  # the reader of our output went away, e.g. `onnxpress inspect … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    if options.debug:
+        traceback.print_exc()
+    print(f"onnxpress: {message}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="onnxpress",
+        description="Export PyTorch models to ONNX, press them, prove that they still answer alike, and run them.",
+    )
+    parser.set_defaults(command=None, debug=False)
+    commands = parser.add_subparsers(metavar="COMMAND")
+
+    build = _command(commands, "build", _build, "export a model, press it under a quality gate, write an artifact")
+    build.add_argument("source", help="recipe.toml, model folder, hub id, package.module:factory, or FILE.onnx")
+    build.add_argument("--task", help="e.g. feature-extraction, text-classification; found out where possible")
+    build.add_argument("--target", help="cpu (default), cpu-avx2, cuda, tensorrt")
+    build.add_argument("--precision", help="fp32, int8, int8-dynamic, int8-weights, int4-weights, fp16, bf16")
+    build.add_argument("--out", type=Path, help="folder of the artifact (default: artifacts/NAME)")
+    build.add_argument("--name", help="name of the artifact")
+    build.add_argument("--budget", help='what quality it may cost: "0.5%%" (relative) or "0.99" (absolute)')
+    build.add_argument("--eval", dest="file", help="your samples: csv, tsv or jsonl, with or without labels")
+    build.add_argument("--column", action="append", default=[], metavar="ROLE=NAME", help="a column of --eval")
+    build.add_argument("--only", action="append", metavar="PASS", help="run this pass and no other (repeatable)")
+    build.add_argument("--keep-all", action="store_true", default=None, help="keep passes in spite of budget and times")
+    build.add_argument("--max-length", type=int, help="longest input in tokens")
+    build.add_argument("--revision", help="revision on the hub")
+    build.add_argument("--trust-remote-code", action="store_true", default=None, help="run code that the model brings")
+    build.add_argument("--no-measure", dest="measure", action="store_false", default=None, help="do not time anything")
+    build.add_argument("--json", action="store_true", help="print the manifest and the measurements as JSON")
+
+    run = _command(commands, "run", _run, "answer with an artifact")
+    run.add_argument("artifact", type=Path)
+    run.add_argument("--text", action="append", default=[], help="a text (repeatable)")
+    run.add_argument("--pair", action="append", default=[], help="the second text of each --text; a question's context")
+    run.add_argument("--file", type=Path, help="a file with one text a line; - for standard input")
+    run.add_argument("--top-k", type=int, help="how many answers (question-answering, fill-mask)")
+    run.add_argument("--json", action="store_true", help="one JSON document")
+    _providers(run)
+
+    bench = _command(commands, "bench", _bench, "time an artifact")
+    bench.add_argument("artifact", type=Path)
+    bench.add_argument("--against", default="", help="also time: onnx (another .onnx file or artifact folder), e.g. a=DIR")
+    bench.add_argument("--batch", default="1,32", help="batch sizes (default 1,32)")
+    bench.add_argument("--length", default="32,128", help="lengths in tokens (default 32,128)")
+    bench.add_argument("--rounds", type=int, default=5)
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file")
+    _providers(bench)
+
+    verify = _command(commands, "verify", _verify, "check hashes and golden outputs, here and now")
+    verify.add_argument("artifact", type=Path)
+    verify.add_argument("--json", action="store_true")
+    _providers(verify)
+
+    inspect = _command(commands, "inspect", _inspect, "signature, operators, sizes, placement, ledger")
+    inspect.add_argument("artifact", type=Path, help="an artifact, or an .onnx file (needs the build extra)")
+    inspect.add_argument("--placement", action="store_true", help="which provider runs each node")
+    inspect.add_argument("--json", action="store_true")
+    _providers(inspect)
+
+    doctor = _command(commands, "doctor", _doctor, "versions, wheels in conflict, providers that really load, cores")
+    doctor.add_argument("--json", action="store_true")
+    return parser
+
+
+def _command(commands: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(command=function)
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    return parser
+
+
+def _providers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--provider", action="append", help="cpu (default), cuda, tensorrt; repeatable, in order")
+    parser.add_argument("--allow-fallback", action="store_true", help="take what loads, and say what it was")
+
+
+def _build(options: argparse.Namespace) -> int:
+    from onnxpress import terminal
+    from onnxpress.pipeline import build
+
+    keys = ("task", "target", "precision", "name", "budget", "file", "only", "keep_all", "max_length", "revision")
+    chosen = {key: getattr(options, key) for key in (*keys, "trust_remote_code", "measure")}
+    if options.column:
+        chosen["columns"] = _columns(options.column)
+    artifact = build(options.source, out=options.out, quiet=options.json, **chosen)
+    if options.json:
+        _print_json({"path": str(artifact.path), "manifest": json.loads(artifact.manifest.to_json()), "measured": artifact.measured})
+    else:
+        terminal.print_build(artifact)
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from onnxpress.runtime import load
+
+    runner = load(options.artifact, providers=options.provider, allow_fallback=options.allow_fallback)
+    if not hasattr(runner, "answer_texts"):
+        raise UsageError(
+            "This artifact takes named arrays, not text: use Python, onnxpress.load(path).run({name: array})."
+        )
+    texts = list(options.text)
+    if options.file is not None:
+        texts += _lines(options.file)
+    if not texts:
+        raise InputError('No text was given: use --text "…", or --file FILE with one text a line.')
+    samples: list[Any] = texts
+    if options.pair:
+        if len(options.pair) != len(texts):
+            raise InputError(f"{len(texts)} texts and {len(options.pair)} --pair were given; each text needs one pair.")
+        samples = list(zip(texts, options.pair, strict=True))
+    answers = runner.answer_texts(samples, top_k=options.top_k)
+    if options.json:
+        _print_json({"artifact": str(options.artifact), "task": runner.task, "answers": answers})
+    else:
+        for sample, answer in zip(samples, answers, strict=True):
+            print(f"{_shown(sample)}\n  {_answer_line(answer)}")
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from onnxpress.bench import bench
+
+    return bench(
+        options.artifact,
+        against=[item for item in options.against.split(",") if item],
+        batches=_numbers(options.batch, "--batch"),
+        lengths=_numbers(options.length, "--length"),
+        rounds=options.rounds,
+        json_file=options.json,
+        providers=options.provider,
+        allow_fallback=options.allow_fallback,
+    )
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from onnxpress.artifact import Artifact
+    from onnxpress.runtime.loading import load_artifact, verify_golden
+
+    artifact = Artifact.open(options.artifact)
+    runner = load_artifact(artifact, providers=options.provider, allow_fallback=options.allow_fallback)
+    rows = verify_golden(artifact, runner.session)
+    if options.json:
+        _print_json({"artifact": str(options.artifact), "files": len(artifact.manifest.files), "golden": [vars(row) for row in rows]})
+    else:
+        print(f"{len(artifact.manifest.files)} files have the digests of the manifest.")
+        for row in rows:
+            print(f"golden {row.case}, {row.output}: largest difference {row.max_abs:.3g} (allowed {row.tolerance:.3g})")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from onnxpress.inspection import inspect
+
+    return inspect(
+        options.artifact,
+        placement=options.placement,
+        as_json=options.json,
+        providers=options.provider,
+        allow_fallback=options.allow_fallback,
+    )
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from onnxpress.doctor import examine
+
+    findings = examine()
+    if options.json:
+        _print_json(findings)
+    else:
+        for line in findings["lines"]:
+            print(line)
+    return 2 if findings["problems"] else 0
+
+
+def _columns(items: Sequence[str]) -> dict[str, str | int]:
+    columns: dict[str, str | int] = {}
+    for item in items:
+        role, separator, name = item.partition("=")
+        if not separator or not role or not name:
+            raise UsageError(f"--column {item!r} is not of the form ROLE=NAME, e.g. text=sentence or label=2.")
+        columns[role] = int(name) if name.isdigit() else name
+    return columns
+
+
+def _numbers(text: str, flag: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise UsageError(f"{flag} takes positive whole numbers separated by commas, e.g. 1,32, not {text!r}.")
+    return numbers
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        content = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The file {path} cannot be read as UTF-8 text: {error}.") from None
+    return [line for line in content.splitlines() if line.strip()]
+
+
+def _shown(sample: str | tuple[str, str]) -> str:
+    text = sample if isinstance(sample, str) else " | ".join(sample)
+    return text if len(text) <= 100 else text[:99] + "…"
+
+
+def _answer_line(answer: Json) -> str:
+    if isinstance(answer, list) and answer and isinstance(answer[0], float):
+        head = ", ".join(f"{value:.4f}" for value in answer[:8])
+        return f"[{head}{', …' if len(answer) > 8 else ''}] ({len(answer)} numbers; --json prints all)"
+    if isinstance(answer, list):
+        return "\n  ".join(_answer_line(item) for item in answer) if answer else "(nothing found)"
+    if isinstance(answer, dict):
+        parts = (f"{key}: {_short(value)}" for key, value in answer.items() if key not in ("scores", "truncated"))
+        return ", ".join(parts) + (", input truncated" if answer.get("truncated") else "")
+    return str(answer)
+
+
+def _short(value: Json) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _print_json(content: Json) -> None:
+    print(json.dumps(content, ensure_ascii=False, indent=1))
+
+
+def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"onnxpress: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""What machine this is: processor, instruction sets that matter for speed, cores, memory. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+from onnxpress.manifest import Json
+
+_INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")
+
+
+def describe() -> dict[str, Json]:
+    """Processor, instruction sets, usable cores, memory in bytes, operating system."""
+    return {
+        "processor": _cpu_field("model name") or platform.processor() or platform.machine(),
+        "instruction_sets": [name for name in _INSTRUCTION_SETS if name in _flags()],
+        "cores": usable_cores(),
+        "memory_bytes": _memory_bytes(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _flags() -> frozenset[str]:
+    return frozenset((_cpu_field("flags") or _cpu_field("Features") or "").split())
+
+
+def _cpu_field(name: str) -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == name), None)
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

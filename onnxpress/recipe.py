@@ -1,0 +1,144 @@
+"""The recipe: what to build, from a TOML file or from options. Everything has a default but the model.
+
+    [model]
+    source = "folder, hub id, package:NAME/FOLDER, package.module:factory or FILE.onnx"
+    task = "feature-extraction"
+
+    [build]
+    target = "cpu"
+    precision = "int8"
+
+    [quality]
+    budget = "0.99"
+    file = "sentences.csv"
+
+    [passes.int8]
+    minimum_elements = 4096
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from onnxpress.errors import RecipeError
+from onnxpress.optimizers import make_pass
+from onnxpress.optimizers.targets import target
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(_Section):
+    """What to export."""
+
+    source: str
+    task: str | None = None
+    revision: str | None = None
+    max_length: int | None = Field(default=None, ge=1)
+    trust_remote_code: bool = False
+
+
+class BuildSection(_Section):
+    """What to make of it. precision None is the target's default; only names the passes to run, and no others."""
+
+    name: str | None = None
+    target: str = "cpu"
+    precision: str | None = None
+    only: list[str] = []
+    keep_all: bool = False
+    measure: bool = True
+
+
+class QualitySection(_Section):
+    """What it may cost. file holds the user's samples (csv, tsv, jsonl); budget "0.5%" is relative, "0.99" absolute."""
+
+    budget: str | None = None
+    file: str | None = None
+    columns: dict[str, str | int] = {}
+    samples: int = Field(default=200, ge=8)
+    calibration_samples: int = Field(default=128, ge=1)
+
+
+class Recipe(_Section):
+    """A whole recipe; see the module's docstring for the file's form."""
+
+    model: ModelSection
+    build: BuildSection = BuildSection()
+    quality: QualitySection = QualitySection()
+    passes: dict[str, dict[str, Any]] = {}
+
+    @property
+    def precision(self) -> str:
+        """The precision asked for, or the target's default."""
+        return self.build.precision or next(iter(target(self.build.target).precisions))
+
+    def pass_names(self) -> tuple[str, ...]:
+        """The passes that this recipe runs, in order."""
+        if self.build.only:
+            return tuple(self.build.only)
+        facts = target(self.build.target)
+        return (*facts.lossless, *facts.precisions[self.precision])
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe file. Paths in it are relative to its folder. Raises RecipeError."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {error}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"The recipe {path} is not valid TOML: {error}.") from None
+    recipe = make_recipe(content, where=str(path))
+    quality, model = recipe.quality, recipe.model
+    if quality.file is not None:
+        quality = quality.model_copy(update={"file": str(path.parent / quality.file)})
+    if (path.parent / model.source).exists():
+        model = model.model_copy(update={"source": str(path.parent / model.source)})
+    build = recipe.build
+    if build.name is None and path.name == "recipe.toml":
+        build = build.model_copy(update={"name": path.resolve().parent.name})
+    return recipe.model_copy(update={"quality": quality, "model": model, "build": build})
+
+
+def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Recipe:
+    """Check a recipe's content; `where` names it in errors. Raises RecipeError naming the key and what is allowed."""
+    try:
+        recipe = Recipe.model_validate(dict(content))
+    except ValidationError as error:
+        raise RecipeError(f"{where}: " + "; ".join(_explain(item) for item in error.errors()) + ".") from None
+    facts = target(recipe.build.target)
+    if recipe.precision not in facts.precisions:
+        raise RecipeError(
+            f"{where}: precision {recipe.precision!r} does not go with target {facts.name!r}; "
+            f"it takes: {', '.join(facts.precisions)}."
+        )
+    if recipe.build.only and recipe.build.precision is not None:
+        raise RecipeError(f"{where}: `only` names the passes itself; leave `precision` out, or `only`.")
+    for name in recipe.build.only:
+        make_pass(name)
+    for name, options in recipe.passes.items():
+        make_pass(name, options)
+        if name not in recipe.pass_names():
+            raise RecipeError(
+                f"{where}: [passes.{name}] sets options of a pass that this recipe does not run; "
+                f"it runs: {', '.join(recipe.pass_names())}."
+            )
+    return recipe
+
+
+def _explain(item: Mapping[str, Any]) -> str:
+    location = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in item["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        return f"unknown key {location!r} (allowed here: {', '.join(section.model_fields)})"
+    if item["type"] == "missing":
+        return f"key {location!r} is missing"
+    return f"key {location!r}: {item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}"

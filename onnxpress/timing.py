@@ -1,0 +1,28 @@
+"""Times things against each other on a noisy machine: alternating, a median of each round, then of the rounds."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+
+def alternate(
+    tasks: Mapping[str, Callable[[], object]], *, rounds: int = 5, seconds: float = 0.05
+) -> dict[str, float]:
+    """Median milliseconds of each task.
+
+    The tasks take turns; in each of `rounds` rounds a task runs for about `seconds` and at least three times, after
+    one call that is not counted. A round's figure is its median; the result is the median of the rounds.
+    """
+    medians: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(rounds):
+        for name, task in tasks.items():
+            task()
+            durations: list[float] = []
+            while len(durations) < 3 or (sum(durations) < seconds and len(durations) < 200):
+                start = time.perf_counter()
+                task()
+                durations.append(time.perf_counter() - start)
+            medians[name].append(statistics.median(durations))
+    return {name: 1000 * statistics.median(values) for name, values in medians.items()}

@@ -1,0 +1,249 @@
+"""What a model is tried on: calibration inputs, evaluation inputs, shapes to time, and cases to keep as golden.
+
+Calibration and evaluation inputs never overlap. One class for models that read text, one for plain modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from onnxpress import evaluation
+from onnxpress.errors import RecipeError
+from onnxpress.evaluation import Sample
+from onnxpress.manifest import Arrays, Json, Runnable, Signature
+from onnxpress.runtime.loading import RUNNERS
+from onnxpress.runtime.tokenization import Tokenizer
+
+Answers = list[dict[str, np.ndarray]]  # type: ignore[type-arg]
+
+_SHAPES = ((1, 32), (1, 128), (8, 128))  # (batch, length) at which passes are timed
+_BATCH_TRIAL = 32  # samples for the comparison alone against batched
+
+
+class Workload(Protocol):
+    """What the pipeline asks for."""
+
+    task: str
+    notes: tuple[str, ...]
+
+    def calibration(self) -> Iterator[Arrays]:
+        """Calibration inputs, one sample at a time."""
+        ...
+
+    def answers(self, runnable: Runnable) -> Answers:
+        """The raw outputs for the evaluation samples, one dict a sample, no padding."""
+        ...
+
+    def metrics(self, reference: Answers, answers: Answers) -> dict[str, float]:
+        """How far answers agree with the original's."""
+        ...
+
+    def score(self, runnable: Runnable) -> dict[str, float]:
+        """The task's own metrics on the user's labelled samples; empty where there are none."""
+        ...
+
+    def batch_dependence(self, runnable: Runnable) -> float:
+        """Mean cosine between answers alone and in batches."""
+        ...
+
+    def timing(self) -> dict[tuple[int, ...], Arrays]:
+        """Inputs to time, by (batch, length) or another shape that tells them apart."""
+        ...
+
+    def golden(self) -> dict[str, Arrays]:
+        """Inputs that the artifact keeps with their outputs."""
+        ...
+
+
+class TextWorkload:
+    """Samples of text, the project's own or the user's."""
+
+    def __init__(
+        self,
+        *,
+        task: str,
+        signature: Signature,
+        options: Mapping[str, Json],
+        tokenizer_folder: Path,
+        file: Path | None = None,
+        columns: Mapping[str, str | int] | None = None,
+        samples: int = 200,
+        calibration_samples: int = 128,
+    ) -> None:
+        self.task = task
+        self._signature = signature
+        self._options = options
+        self._tokenizer = Tokenizer.from_folder(tokenizer_folder, max_length=options["max_length"])
+        self._calibration, self._evaluation, self.notes = evaluation.builtin_samples(task, self._tokenizer)
+        self._evaluation = self._evaluation[:samples]
+        self._calibration = self._calibration[:calibration_samples]
+        self._labelled: list[Sample] = []
+        if file is not None:
+            self._labelled = evaluation.read_samples(file, task, columns)
+            seen = {(sample.text, sample.text_pair) for sample in self._labelled}
+            self._calibration = [item for item in self._calibration if (item.text, item.text_pair) not in seen]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the user gave samples with labels."""
+        return any(sample.label is not None for sample in self._labelled)
+
+    def calibration(self) -> Iterator[Arrays]:
+        """Token ids of one calibration sample at a time."""
+        for sample in self._calibration:
+            yield self._feeds([sample])
+
+    def answers(self, runnable: Runnable) -> Answers:
+        """Raw outputs for the evaluation samples; unlabelled samples of the user take the built-in ones' place."""
+        return self._runner(runnable).outputs(_inputs(self._unlabelled()))
+
+    def metrics(self, reference: Answers, answers: Answers) -> dict[str, float]:
+        """Agreement with the original."""
+        return evaluation.agreement(self.task, reference, answers)
+
+    def score(self, runnable: Runnable) -> dict[str, float]:
+        """The task's metric on the labelled samples."""
+        return evaluation.score(self.task, self._runner(runnable), self._labelled) if self.labelled else {}
+
+    def batch_dependence(self, runnable: Runnable) -> float:
+        """Mean cosine between answers alone and answers in batches of mixed lengths."""
+        inputs = _inputs(self._unlabelled()[:_BATCH_TRIAL])
+        alone = self._runner(runnable, tokens_per_chunk=1).outputs(inputs)
+        batched = self._runner(runnable, tokens_per_chunk=4096).outputs(inputs)
+        return evaluation.batch_dependence(alone, batched, self.task)
+
+    def timing(self) -> dict[tuple[int, ...], Arrays]:
+        """Token ids of a few batches and lengths, no padding, as far as the model's maximum allows."""
+        longest = min(int(self._options["max_length"]), self._signature.axes["length"][1])
+        shapes = dict.fromkeys((batch, min(length, longest)) for batch, length in _SHAPES)
+        return {shape: self.random_tokens(*shape) for shape in shapes}
+
+    def golden(self) -> dict[str, Arrays]:
+        """One sample alone, and four of unequal lengths in a padded batch."""
+        samples = self._unlabelled()
+        return {"single": self._feeds(samples[:1]), "batch": self._feeds(samples[1:5])}
+
+    def random_tokens(self, batch: int, length: int) -> Arrays:
+        """Random ids in the inputs' bounds, int64 (batch, length); masks are all ones, token types zeros."""
+        random = np.random.default_rng(0)
+        feeds = {}
+        for spec in self._signature.inputs:
+            if spec.name == "input_ids":
+                low, high = spec.bounds or (0, 1000)
+                feeds[spec.name] = random.integers(low, high + 1, (batch, length))
+            else:
+                value = 1 if spec.name == "attention_mask" else 0
+                feeds[spec.name] = np.full((batch, length), value, np.int64)
+        return feeds
+
+    def throughput(self, runnable: Runnable, tokens_per_chunk: int) -> Callable[[], object]:
+        """A call that answers 64 samples through the runner in chunks of a given size."""
+        runner, inputs = self._runner(runnable, tokens_per_chunk), _inputs(self._unlabelled()[:64])
+        return lambda: runner.outputs(inputs)
+
+    def _unlabelled(self) -> list[Sample]:
+        return self._evaluation
+
+    def _runner(self, runnable: Runnable, tokens_per_chunk: int = 256):  # type: ignore[no-untyped-def]
+        return RUNNERS[self.task](runnable, self._tokenizer, self._options, tokens_per_chunk=tokens_per_chunk)
+
+    def _feeds(self, samples: list[Sample]) -> Arrays:
+        encodings = self._tokenizer.encode(_inputs(samples))
+        return {
+            name: array
+            for name, array in self._tokenizer.batch(encodings).items()
+            if name in {spec.name for spec in self._signature.inputs}
+        }
+
+
+class ModuleWorkload:
+    """Inputs for a plain module, drawn from its signature: normal floats, integers within their bounds.
+
+    Random inputs say whether numbers survive, not whether the task does: the report says so.
+    """
+
+    def __init__(self, *, signature: Signature, example: Arrays, samples: int = 64, calibration_samples: int = 64) -> None:
+        self.task = "module"
+        self.notes: tuple[str, ...] = (
+            "evaluated on random inputs of the examples' shapes and spread: no quality on real data is claimed",
+        )
+        self._signature = signature
+        self._example = example
+        self._samples = samples
+        self._calibration_samples = calibration_samples
+
+    def calibration(self) -> Iterator[Arrays]:
+        """Random inputs of seeds that evaluation does not use."""
+        for seed in range(self._calibration_samples):
+            yield self._draw(1_000_000 + seed)
+
+    def answers(self, runnable: Runnable) -> Answers:
+        """Outputs for the evaluation inputs."""
+        return [runnable.run(self._draw(seed)) for seed in range(self._samples)]
+
+    def metrics(self, reference: Answers, answers: Answers) -> dict[str, float]:
+        """Agreement with the original."""
+        return evaluation.agreement("module", reference, answers)
+
+    def score(self, runnable: Runnable) -> dict[str, float]:
+        """No labels: nothing."""
+        return {}
+
+    def batch_dependence(self, runnable: Runnable) -> float:
+        """Mean cosine between the rows of a batch alone and together, where all inputs and outputs have a batch axis."""
+        specs = (*self._signature.inputs, *self._signature.outputs)
+        if not all(spec.shape and spec.shape[0] == "batch" for spec in specs):
+            return 1.0
+        alone: Answers = []
+        batched: Answers = []
+        for seed in range(4):
+            feeds = [self._draw(10 * seed + row, batch=1) for row in range(4)]
+            together = runnable.run({name: np.concatenate([item[name] for item in feeds]) for name in feeds[0]})
+            for row, item in enumerate(feeds):
+                alone.append({name: array[0] for name, array in runnable.run(item).items()})
+                batched.append({name: array[row] for name, array in together.items()})
+        return evaluation.batch_dependence(alone, batched, "module")
+
+    def timing(self) -> dict[tuple[int, ...], Arrays]:
+        """The example's own shape."""
+        first = next(iter(self._example.values()))
+        return {tuple(first.shape): self._draw(0)}
+
+    def golden(self) -> dict[str, Arrays]:
+        """Two random inputs."""
+        return {"first": self._draw(0), "second": self._draw(1)}
+
+    def _draw(self, seed: int, batch: int | None = None) -> Arrays:
+        random = np.random.default_rng(seed)
+        feeds = {}
+        for spec in self._signature.inputs:
+            example = self._example[spec.name]
+            shape = list(example.shape)
+            if batch is not None and shape:
+                shape[0] = batch
+            if np.issubdtype(example.dtype, np.floating):
+                drawn = random.standard_normal(shape) * (example.std() or 1.0) + example.mean()
+                feeds[spec.name] = drawn.astype(example.dtype)
+            elif example.dtype == np.bool_:
+                feeds[spec.name] = random.random(shape) < 0.5
+            else:
+                low, high = spec.bounds or (int(example.min()), int(example.max()))
+                feeds[spec.name] = random.integers(low, high + 1, shape).astype(example.dtype)
+        return feeds
+
+
+def _inputs(samples: Sequence[Sample]) -> list[str | tuple[str, str]]:
+    return [sample.text if sample.text_pair is None else (sample.text, sample.text_pair) for sample in samples]
+
+
+def workload_file(path: str | None) -> Path | None:
+    """The evaluation file, which has to exist. Raises RecipeError."""
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise RecipeError(f"The evaluation file {path!r} does not exist; give a csv, tsv or jsonl file.")
+    return Path(path)

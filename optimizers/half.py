@@ -1,0 +1,144 @@
+"""Half precision (fp16 or bf16) for GPU targets, with operators that stay in float32.
+
+    x (float32) → MatMul → y   →   Cast(x, half) → MatMul(half weights) → Cast(y, float32)
+
+Graph inputs and outputs keep their dtype. Operators in KEEP are given float32 and cast back; each has its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from onnxpress.errors import ConversionError
+from onnxpress.graph import Graph
+from onnxpress.optimizers.base import PassContext, PassResult
+from onnxpress.optimizers.linear import add_constant, drop_unused_constants
+
+KEEP: Mapping[str, str] = {
+    "ReduceL2": "a sum of squares passes 65504 in fp16 from a root mean square of 13 on at 384 channels",
+    "ReduceSum": "sums over a long axis lose more bits than half precision has",
+    "ReduceMean": "as ReduceSum",
+    "ReduceSumSquare": "as ReduceL2",
+    "LpNormalization": "as ReduceL2",
+    "CumSum": "positions past 2048 are not exact in fp16",
+    "Range": "as CumSum",
+    "Pow": "squares overflow fp16 early",
+    "Exp": "overflows fp16 past 11",
+    "Log": "loses its tail near zero",
+    "Resize": "coordinates past 2048 are not exact in fp16",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Half:
+    lossless: ClassVar[bool] = False
+    dtype: ClassVar[ir.DataType]
+
+    def apply(self, graph: Graph, context: PassContext) -> PassResult:
+        """Turn every float32 weight and operator but KEEP's and `context.keep`'s into half precision."""
+        body = graph.model.graph
+        if any(node.graph is not body for node in body.all_nodes()):
+            raise ConversionError(
+                "Half precision is not implemented for graphs with subgraphs (If, Loop, Scan); build with --precision fp32."
+            )
+        casts: dict[tuple[int, ir.DataType], ir.Value] = {}
+        nodes = list(body)
+        was_float = {id(value) for node in nodes for value in node.outputs if value.dtype == ir.DataType.FLOAT}
+        touched = [self._convert(graph, node, context.keep, casts, was_float) for node in nodes]
+        for index, output in enumerate(list(body.outputs)):
+            if id(output) in was_float and output.dtype == self.dtype:
+                name = output.name
+                output.name = f"{name}_half"
+                cast = ir.node("Cast", [output], {"to": ir.DataType.FLOAT.value}, name=f"{name}_cast")
+                cast.outputs[0].name = name
+                cast.outputs[0].shape, cast.outputs[0].type = output.shape, ir.TensorType(ir.DataType.FLOAT)
+                body.append(cast)
+                body.outputs[index] = cast.outputs[0]
+        drop_unused_constants(graph)
+        names = tuple(name for name in touched if name is not None)
+        kept = sorted({node.op_type for node in nodes if node.op_type in KEEP})
+        notes = (f"{len(names)} operators" + (f"; in float32: {', '.join(kept)}" if kept else ""),)
+        return PassResult(graph=graph, changes=len(names), notes=notes, touched=names)
+
+    def _convert(
+        self,
+        graph: Graph,
+        node: ir.Node,
+        keep: frozenset[str],
+        casts: dict[tuple[int, ir.DataType], ir.Value],
+        was_float: set[int],
+    ) -> str | None:
+        stays = node.op_type in KEEP or node.name in keep
+        wanted = ir.DataType.FLOAT if stays else self.dtype
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.dtype in (ir.DataType.FLOAT, self.dtype) and value.dtype != wanted:
+                node.replace_input_with(index, self._cast(graph, node, value, wanted, casts))
+        if stays:
+            return None
+        touched = False
+        for name in ("to", "dtype"):
+            attribute = node.attributes.get(name)
+            if attribute is not None and attribute.value == ir.DataType.FLOAT.value:
+                node.attributes[name] = ir.AttrInt64(name, self.dtype.value)
+        constant = node.attributes.get("value")
+        if node.op_type in ("Constant", "ConstantOfShape") and constant is not None:
+            tensor = constant.as_tensor()
+            if tensor.dtype == ir.DataType.FLOAT:
+                node.attributes["value"] = ir.AttrTensor("value", ir.tensor(self._array(tensor.numpy())))
+        for output in node.outputs:
+            if id(output) in was_float:
+                output.type = ir.TensorType(self.dtype)
+                touched = True
+        return node.name or str(node.outputs[0].name) if touched else None
+
+    def _cast(
+        self,
+        graph: Graph,
+        node: ir.Node,
+        value: ir.Value,
+        wanted: ir.DataType,
+        casts: dict[tuple[int, ir.DataType], ir.Value],
+    ) -> ir.Value:
+        key = (id(value), wanted)
+        if key not in casts:
+            if value.const_value is not None and value.is_initializer() and wanted == self.dtype:
+                casts[key] = add_constant(graph, f"{value.name}_half", self._array(value.const_value.numpy()))
+            else:
+                suffix = "float" if wanted == ir.DataType.FLOAT else "half"
+                cast = ir.node("Cast", [value], {"to": wanted.value}, name=f"{value.name}_to_{suffix}")
+                cast.outputs[0].name = f"{value.name}_{suffix}"
+                cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(wanted)
+                producer = value.producer()
+                if producer is not None:
+                    graph.model.graph.insert_after(producer, cast)
+                else:
+                    graph.model.graph.insert_before(graph.model.graph[0], cast)
+                casts[key] = cast.outputs[0]
+        return casts[key]
+
+    def _array(self, array: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+        """Half precision; values past the range end at its ends (a mask's large negative number stays finite)."""
+        limits = ml_dtypes.finfo(self.dtype.numpy())
+        return np.clip(array, float(limits.min), float(limits.max)).astype(self.dtype.numpy())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Float16(_Half):
+    """IEEE half precision: 11 significant bits, largest value 65504."""
+
+    name: ClassVar[str] = "fp16"
+    dtype: ClassVar[ir.DataType] = ir.DataType.FLOAT16
+
+
+@dataclass(frozen=True, kw_only=True)
+class BFloat16(_Half):
+    """bfloat16: 8 significant bits, float32's range."""
+
+    name: ClassVar[str] = "bf16"
+    dtype: ClassVar[ir.DataType] = ir.DataType.BFLOAT16

@@ -1,0 +1,101 @@
+"""int8 linear layers with calibrated activation scales, and int8 embedding tables.
+
+    y = MatMul(x, w) + b   →   y = MatMulIntegerToFloat(QuantizeLinear(x), w8, scales, b)
+
+Weights are symmetric int8 with one scale an output channel; activations are uint8 with one scale and zero point for
+the tensor, measured on calibration inputs, so an answer does not depend on what else is in its batch. Layers that
+read one tensor share its QuantizeLinear. Embedding tables become GatherBlockQuantized, and an output layer that
+shares its weight with such a table reads the same bytes through MatMulNBits.
+
+Not for convolutions, and not for weights without calibration data: `int8-dynamic` needs none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxpress.errors import RecipeError
+from onnxpress.graph import Graph
+from onnxpress.optimizers.base import PassContext, PassResult
+from onnxpress.optimizers.linear import Linear, add_constant, drop_unused_constants, linears, replace
+from onnxpress.optimizers.rounding import activation_uint8, per_channel_int8
+from onnxpress.optimizers.weights import quantize_embeddings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8:
+    """Static int8. minimum_elements: weights smaller than this stay in float."""
+
+    name: ClassVar[str] = "int8"
+    lossless: ClassVar[bool] = False
+
+    minimum_elements: int = 1024
+
+    def apply(self, graph: Graph, context: PassContext) -> PassResult:
+        """Quantize every linear layer and embedding table but those in `context.keep`.
+
+        Raises RecipeError when the context has no calibration data.
+        """
+        if context.observe is None:
+            raise RecipeError(
+                "The pass int8 needs calibration inputs to measure activation ranges and none are at hand: give "
+                "--eval FILE or [evaluation] inputs, or choose the pass int8-dynamic, which needs none."
+            )
+        tied, touched = quantize_embeddings(graph, bits=8, preferred_block=128, keep=context.keep)
+        layers = [
+            layer
+            for layer in linears(graph)
+            if layer.name not in context.keep
+            and layer.weight.const_value is not None
+            and layer.weight.const_value.size >= self.minimum_elements
+        ]
+        names = sorted({str(layer.x.name) for layer in layers})
+        ranges = context.observe(graph, names)
+        quantized: dict[str, tuple[ir.Value, ir.Value, ir.Value]] = {}
+        for layer in layers:
+            name = str(layer.x.name)
+            if name not in quantized:
+                quantized[name] = _quantize_activation(
+                    graph, layer.x, float(ranges[name].low.min()), float(ranges[name].high.max())
+                )
+            _quantize_layer(graph, layer, quantized[name], reduce_range=context.target.reduce_range)
+        drop_unused_constants(graph)
+        graph.model.graph.opset_imports.setdefault("com.microsoft", 1)
+        touched += tuple(layer.name for layer in layers)
+        notes = (f"{len(layers)} linear layers, {len(quantized)} activation scales, {tied.tables} embedding tables",)
+        return PassResult(graph=graph, changes=len(touched), notes=notes + tied.notes, touched=touched)
+
+
+def _quantize_activation(graph: Graph, x: ir.Value, low: float, high: float) -> tuple[ir.Value, ir.Value, ir.Value]:
+    scale_array, zero_array = activation_uint8(low, high)
+    scale = add_constant(graph, f"{x.name}_scale", scale_array)
+    zero_point = add_constant(graph, f"{x.name}_zero_point", zero_array)
+    node = ir.node("QuantizeLinear", [x, scale, zero_point], name=f"{x.name}_quantize")
+    node.outputs[0].name = f"{x.name}_uint8"
+    node.outputs[0].shape, node.outputs[0].type = x.shape, ir.TensorType(ir.DataType.UINT8)
+    producer = x.producer()
+    body = graph.model.graph
+    if producer is not None:
+        body.insert_after(producer, node)
+    else:
+        body.insert_before(body[0], node)
+    return node.outputs[0], scale, zero_point
+
+
+def _quantize_layer(
+    graph: Graph, layer: Linear, activation: tuple[ir.Value, ir.Value, ir.Value], *, reduce_range: bool
+) -> None:
+    integers, scales = per_channel_int8(layer.weight_array(), reduce_range=reduce_range)
+    x, x_scale, x_zero_point = activation
+    weight = add_constant(graph, f"{layer.name}_weight_int8", integers)
+    weight_scale = add_constant(graph, f"{layer.name}_weight_scale", scales)
+    zero_point = add_constant(graph, f"{layer.name}_weight_zero_point", np.zeros_like(scales, dtype=np.int8))
+    inputs = [x, weight, x_scale, weight_scale, x_zero_point, zero_point]
+    if layer.bias is not None:
+        inputs.append(layer.bias)
+    node = ir.node("MatMulIntegerToFloat", inputs, domain="com.microsoft", name=layer.name)
+    replace(graph, layer, [node])
