@@ -23,10 +23,6 @@ def clean(model: ir.Model, *, inputs: Mapping[str, Sequence[int | str]], prefix:
     inputs: the shape of each input, symbolic axes by name; the exporter's own names for them go. prefix: what to
     take off the names of the weights.
     """
-    # The exporter writes stack traces with this machine's paths into every node.
-    ClearMetadataAndDocStringPass()(model)
-    model.metadata_props.clear()
-    model.graph.doc_string = None
     _name_axes(model.graph, inputs)
     _name_weights(model.graph, prefix)
     _store_weights_transposed(model.graph)
@@ -36,6 +32,15 @@ def clean(model: ir.Model, *, inputs: Mapping[str, Sequence[int | str]], prefix:
     RemoveUnusedNodesPass()(model)
     TopologicalSortPass()(model)
     _name_linear_layers(model.graph)
+    _drop_notes(model)
+
+
+def _drop_notes(model: ir.Model) -> None:
+    """The exporter writes stack traces, with this machine's paths, into every node, and notes into every value."""
+    ClearMetadataAndDocStringPass()(model)
+    outputs = [value for node in model.graph.all_nodes() for value in node.outputs]
+    for value in (*model.graph.inputs, *model.graph.initializers.values(), *outputs):
+        value.metadata_props.clear()
 
 
 def _name_axes(graph: ir.Graph, inputs: Mapping[str, Sequence[int | str]]) -> None:

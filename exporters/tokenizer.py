@@ -14,6 +14,8 @@ from onnxpress.errors import SourceError
 from onnxpress.exporters.pooling import read_json
 from onnxpress.exporters.quiet import quiet
 
+# Older forms, which transformers can convert.
+_VOCABULARIES = ("vocab.txt", "vocab.json", "*.model")
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _NO_LIMIT = 10**6  # transformers writes 1e30 for "none"
 
@@ -34,6 +36,12 @@ class Tokenizer:
 
 def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
     """Read the tokenizer of a folder; an older format is converted to tokenizer.json. Raises SourceError."""
+    if not any(any(folder.glob(name)) for name in ("tokenizer.json", *_VOCABULARIES)):
+        # transformers would make an empty tokenizer up.
+        raise SourceError(
+            f"{folder} has no tokenizer: no tokenizer.json, and none of {', '.join(_VOCABULARIES)}. Save the model's "
+            f"tokenizer there with tokenizer.save_pretrained(folder)."
+        )
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(

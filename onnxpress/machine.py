@@ -7,6 +7,7 @@ import platform
 from pathlib import Path
 
 from onnxpress.manifest import Json
+from onnxpress.runtime.session import usable_cores
 
 _INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")
 
@@ -22,11 +23,6 @@ def describe() -> dict[str, Json]:
     }
 
 
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _flags() -> frozenset[str]:

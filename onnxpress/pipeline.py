@@ -167,8 +167,7 @@ def _build(
 
         report.step("reopen without torch and check the golden outputs")
         manifest = writer.seal(manifest)
-        (writer.folder / "report.html").write_text(render_report(manifest, measured), encoding="utf-8")
-        writer.write_measured(measured)
+        writer.write_measured(measured, render_report(manifest, measured))
         _check_in_fresh_process(writer.folder, facts.providers if bench.on_target else ("cpu",))
         artifact = writer.publish()
     report.done(artifact)

@@ -1,0 +1,27 @@
+"""The runtime: artifact → answers, with onnxruntime, numpy and tokenizers alone."""
+
+from onnxpress.runtime.embedder import Embedder
+from onnxpress.runtime.fill_mask import FillMask
+from onnxpress.runtime.loading import load
+from onnxpress.runtime.module_runner import ModuleRunner
+from onnxpress.runtime.providers import CPU, CUDA, TensorRT
+from onnxpress.runtime.question_answerer import QuestionAnswerer
+from onnxpress.runtime.session import Session
+from onnxpress.runtime.text_classifier import TextClassifier
+from onnxpress.runtime.token_classifier import TokenClassifier
+from onnxpress.runtime.tokenization import TruncationWarning
+
+__all__ = [
+    "CPU",
+    "CUDA",
+    "Embedder",
+    "FillMask",
+    "ModuleRunner",
+    "QuestionAnswerer",
+    "Session",
+    "TensorRT",
+    "TextClassifier",
+    "TokenClassifier",
+    "TruncationWarning",
+    "load",
+]

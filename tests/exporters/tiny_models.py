@@ -7,10 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+import onnxruntime
 import torch
 import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from onnxpress.manifest import Arrays
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "dog", "ran", "to", "house", "red", "blue")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -85,6 +89,27 @@ def save_model(folder: Path, name: str, auto_class: Any = tf.AutoModel, **more: 
     model.save_pretrained(folder)
     save_tokenizer(folder, pad_token_id=config.pad_token_id or 0)
     return folder
+
+
+def load_text_model(folder: Path, auto_class: Any = tf.AutoModel) -> Any:
+    """The saved model, in transformers' own eager form."""
+    return auto_class.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+class OnnxRunner:
+    """An onnx_ir model on ONNX Runtime's CPU provider."""
+
+    def __init__(self, model: ir.Model, folder: Path) -> None:
+        path = folder / "model.onnx"
+        ir.save(model, path)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.input_names = tuple(value.name for value in self._session.get_inputs())
+        self._outputs = [value.name for value in self._session.get_outputs()]
+
+    def run(self, feeds: Arrays) -> dict[str, Any]:
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
 
 
 def spread_weights(model: torch.nn.Module) -> None:

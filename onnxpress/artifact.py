@@ -1,0 +1,198 @@
+"""The artifact: a folder that is whole or absent. Reading checks it; writing goes through a part folder and a rename.
+
+    manifest.json      what the artifact is: signature, options, ledger, digests of all files but the next two
+    measured.json      how fast it was, where and when; holds the digest of report.html
+    report.html        the same for people
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Self
+
+from onnxpress.errors import ArtifactError, OutputError
+from onnxpress.manifest import FileEntry, Json, Manifest
+
+MANIFEST, MEASURED, REPORT = "manifest.json", "measured.json", "report.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """An artifact on disk."""
+
+    path: Path
+    manifest: Manifest
+    measured: Mapping[str, Json]
+
+    @classmethod
+    def open(cls, path: Path | str, *, verify: bool = True) -> Artifact:
+        """Read an artifact. verify: every file has the digest and size of the manifest. Raises ArtifactError."""
+        folder = Path(path)
+        if not folder.is_dir():
+            what = "is a file" if folder.exists() else "does not exist"
+            raise ArtifactError(f"{folder} {what}; give the folder of an artifact, made with `onnxpress build`.")
+        manifest_path = folder / MANIFEST
+        if not manifest_path.is_file():
+            raise ArtifactError(f"{folder} has no {MANIFEST}, so it is no artifact; `onnxpress build` makes one.")
+        manifest = Manifest.from_json(_read(manifest_path), where=str(manifest_path))
+        for name, entry in manifest.files.items():
+            file = _inside(folder, name)
+            if not file.is_file():
+                raise ArtifactError(f"{folder} is incomplete: {name} is missing. Build or copy it again.")
+            if file.stat().st_size != entry.size or (verify and _sha256(file) != entry.sha256):
+                raise ArtifactError(
+                    f"{file} was changed after the build: its content does not fit the digest in {MANIFEST}. "
+                    "Build or copy the artifact again."
+                )
+        return cls(path=folder, manifest=manifest, measured=_read_measured(folder, verify=verify))
+
+    def file(self, name: str) -> Path:
+        """Path of one of the artifact's files. Raises ArtifactError if the manifest does not have it."""
+        if name not in self.manifest.files:
+            raise ArtifactError(f"{self.path} has no file {name}; it has: {', '.join(self.manifest.files)}.")
+        return self.path / name
+
+
+class ArtifactWriter:
+    """Writes an artifact: `with ArtifactWriter(out) as writer`, files into writer.folder, `seal`, then `publish`.
+
+    Until `publish` renames it, everything is in a hidden part folder beside the destination, which is removed on any
+    exception. Part folders of processes that were killed are removed by the next writer for the same destination.
+    Raises OutputError where the destination cannot be written.
+    """
+
+    def __init__(self, destination: Path | str) -> None:
+        self.destination = Path(os.path.abspath(destination))  # noqa: PTH100  resolve() would follow a link at the end
+        self.folder = self.destination.parent / f".{self.destination.name}.part-{os.getpid()}"
+        self._manifest: Manifest | None = None
+
+    def __enter__(self) -> Self:
+        if (self.destination.exists() or self.destination.is_symlink()) and not (self.destination / MANIFEST).is_file():
+            raise OutputError(
+                f"{self.destination} exists and is no artifact, so it is not replaced; choose another --out or remove it."
+            )
+        try:
+            self.destination.parent.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+            self.folder.mkdir()
+        except OSError as error:
+            raise OutputError(
+                f"The output folder {self.destination} cannot be written: {error.strerror or error}. Choose another --out."
+            ) from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OutputError(
+                f"Writing the artifact {self.destination} failed: {error.strerror or error}. Nothing was left behind; free "
+                "space or choose another --out."
+            ) from error
+
+    def seal(self, manifest: Manifest) -> Manifest:
+        """Hash all files, write the manifest with their digests, and return it."""
+        files = {
+            path.relative_to(self.folder).as_posix(): FileEntry(sha256=_sha256(path), size=path.stat().st_size)
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file() and path.name not in (MANIFEST, MEASURED, REPORT)
+        }
+        self._manifest = dataclasses.replace(manifest, files=files)
+        (self.folder / MANIFEST).write_text(self._manifest.to_json(), encoding="utf-8")
+        return self._manifest
+
+    def write_measured(self, measured: Mapping[str, Json], report: str) -> None:
+        """Write report.html, and measured.json with the report's digest."""
+        (self.folder / REPORT).write_text(report, encoding="utf-8")
+        content = {**measured, "sha256": {REPORT: _sha256(self.folder / REPORT)}}
+        (self.folder / MEASURED).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def publish(self) -> Artifact:
+        """Put the sealed artifact in its place; an artifact that was there is replaced."""
+        assert self._manifest is not None, "seal first"
+        for path in (*self.folder.rglob("*"), self.folder):
+            _sync(path)
+        if self.destination.exists():
+            old = self.folder.with_name(self.folder.name + "-old")
+            self.destination.rename(old)
+            self.folder.rename(self.destination)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            self.folder.rename(self.destination)
+        _sync(self.destination.parent)
+        return Artifact.open(self.destination, verify=False)
+
+    def _remove_leftovers(self) -> None:
+        """Part folders of writers that are dead. One that was killed between its two renames left the old artifact."""
+        prefix = f".{self.destination.name}.part-"
+        for leftover in self.destination.parent.glob(f"{prefix}*"):
+            owner, _, kind = leftover.name.removeprefix(prefix).partition("-")
+            if not owner.isdigit() or (int(owner) != os.getpid() and _alive(int(owner))):
+                continue
+            if kind == "old" and not self.destination.exists():
+                leftover.rename(self.destination)
+            else:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}. Build or copy the artifact again.") from None
+
+
+def _read_measured(folder: Path, *, verify: bool) -> Mapping[str, Json]:
+    path = folder / MEASURED
+    if not path.is_file():
+        return {}
+    try:
+        measured = json.loads(_read(path))
+        digest = measured.get("sha256", {}).get(REPORT)
+    except (ValueError, AttributeError) as error:
+        raise ArtifactError(f"{path} is not what `onnxpress build` wrote ({error}); build the artifact again.") from None
+    report = folder / REPORT
+    if verify and digest is not None and report.is_file() and _sha256(report) != digest:
+        raise ArtifactError(f"{report} was changed after the build; remove it or build the artifact again.")
+    return dict(measured)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A manifest is data: its paths must not lead out of the folder, by name or by link."""
+    parts = PurePosixPath(name)
+    path = folder / name
+    if parts.is_absolute() or ".." in parts.parts or "\\" in name or not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(f"The manifest of {folder} names a file outside of the artifact: {name!r}. Do not use it.")
+    return path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,107 @@
+"""Opens an artifact with the right runner for its task, and checks golden outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from onnxpress.artifact import Artifact
+from onnxpress.errors import ArtifactError, GoldenError
+from onnxpress.manifest import Runnable
+from onnxpress.runtime.embedder import Embedder
+from onnxpress.runtime.fill_mask import FillMask
+from onnxpress.runtime.module_runner import ModuleRunner
+from onnxpress.runtime.providers import Provider
+from onnxpress.runtime.question_answerer import QuestionAnswerer
+from onnxpress.runtime.session import Session
+from onnxpress.runtime.tensor_file import read_tensors
+from onnxpress.runtime.text_classifier import TextClassifier
+from onnxpress.runtime.text_runner import TOKENS_PER_CHUNK, TextRunner
+from onnxpress.runtime.token_classifier import TokenClassifier
+from onnxpress.runtime.tokenization import Tokenizer
+
+RUNNERS: Mapping[str, type[TextRunner]] = {
+    runner.task: runner for runner in (Embedder, TextClassifier, TokenClassifier, QuestionAnswerer, FillMask)
+}
+
+Runner = TextRunner | ModuleRunner
+
+
+def load(
+    path: Path | str,
+    *,
+    providers: Sequence[str | Provider] | None = None,
+    allow_fallback: bool = False,
+    verify: bool = True,
+) -> Runner:
+    """Open an artifact: an Embedder, TextClassifier, TokenClassifier, QuestionAnswerer, FillMask or ModuleRunner.
+
+    providers: e.g. ("cuda", "cpu"), or options such as CPU(threads=2); None is the CPU. verify: check all digests.
+    Raises ArtifactError, ProviderError.
+    """
+    return load_artifact(Artifact.open(path, verify=verify), providers=providers, allow_fallback=allow_fallback)
+
+
+def load_artifact(
+    artifact: Artifact, *, providers: Sequence[str | Provider] | None = None, allow_fallback: bool = False
+) -> Runner:
+    """As `load`, for an artifact that is open."""
+    manifest = artifact.manifest
+    session = Session(
+        artifact.file("model.onnx"),
+        signature=manifest.signature,
+        providers=providers or ("cpu",),
+        allow_fallback=allow_fallback,
+        disabled_optimizers=manifest.session.get("disabled_optimizers", ()),
+        cache_key=manifest.files["model.onnx"].sha256,
+    )
+    if manifest.task == "module":
+        return ModuleRunner(session)
+    if manifest.task not in RUNNERS:
+        raise ArtifactError(
+            f"{artifact.path} is for the task {manifest.task!r}; this onnxpress runs: {', '.join(RUNNERS)}, module."
+        )
+    options = manifest.options
+    tokenizer = Tokenizer.from_folder(
+        artifact.path, max_length=options["max_length"], pad_token_id=options["pad_token_id"]
+    )
+    # What the build found necessary goes before what it found fastest.
+    chunk = manifest.session.get("tokens_per_chunk") or artifact.measured.get("tokens_per_chunk") or TOKENS_PER_CHUNK
+    return RUNNERS[manifest.task](session, tokenizer, options, tokens_per_chunk=int(chunk))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldenRow:
+    """How far one golden output is from what the build saw."""
+
+    case: str
+    output: str
+    max_abs: float
+    tolerance: float
+
+
+def verify_golden(artifact: Artifact, session: Runnable) -> list[GoldenRow]:
+    """Run the golden inputs and compare. Raises GoldenError naming the output, ArtifactError for a garbled file."""
+    tensors = read_tensors(artifact.file("golden.safetensors"))
+    tolerances = artifact.manifest.options["golden_tolerance"]
+    cases: dict[str, dict[str, dict[str, np.ndarray]]] = {}  # type: ignore[type-arg]
+    for key, array in tensors.items():
+        kind, case, name = key.split(".", 2)
+        cases.setdefault(case, {"input": {}, "output": {}})[kind][name] = array
+    rows = []
+    for case, arrays in sorted(cases.items()):
+        found = session.run(arrays["input"])
+        for name, expected in arrays["output"].items():
+            difference = np.abs(found[name].astype(np.float64) - expected.astype(np.float64)).max(initial=0.0)
+            row = GoldenRow(case=case, output=name, max_abs=float(difference), tolerance=float(tolerances[name]))
+            if not row.max_abs <= row.tolerance:
+                raise GoldenError(
+                    f"{artifact.path} does not answer here as it did when it was built: output {name} of golden case {case} "
+                    f"differs by {row.max_abs:.3g}, {row.tolerance:.3g} is allowed. Build it for this machine (targets: "
+                    "onnxpress build --help), or check the versions with `onnxpress doctor`."
+                )
+            rows.append(row)
+    return rows

@@ -1,0 +1,52 @@
+"""Reads a safetensors file with numpy alone, so that a device needs no further package.
+
+Format: 8 bytes little-endian length of the header, the header as JSON ({name: {dtype, shape, data_offsets}}), raw data.
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxpress.errors import ArtifactError
+
+_DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U64": "<u8",
+    "U32": "<u4",
+    "U16": "<u2",
+    "U8": "u1",
+    "BOOL": "?",
+}
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """All tensors of a file by name. Raises ArtifactError where the file is garbled."""
+    try:
+        content = path.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        data = memoryview(content)[8 + length :]
+        tensors = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            start, end = entry["data_offsets"]
+            dtype = np.dtype(_DTYPES[entry["dtype"]])
+            if not 0 <= start <= end <= len(data) or end - start != math.prod(entry["shape"]) * dtype.itemsize:
+                raise ValueError(f"tensor {name} does not fit the file")
+            tensors[name] = np.frombuffer(data[start:end], dtype).reshape(entry["shape"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path} is not a readable safetensors file ({error}); build the artifact again.") from None
+    return tensors

@@ -1,0 +1,108 @@
+"""What all runners of text models share: tokenize, chunk, run, cut the padding off, warn of truncation."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+
+from onnxpress.errors import InputError
+from onnxpress.manifest import Arrays, Json, Runnable
+from onnxpress.runtime.batching import plan, run_chunks
+from onnxpress.runtime.tokenization import Encoding, Sample, Tokenizer, TruncationWarning
+
+Answer = dict[str, np.ndarray[Any, Any]]
+Item = TypeVar("Item")
+
+TOKENS_PER_CHUNK = 256
+
+
+class TextRunner(ABC):
+    """Answers texts. session: a Session, or anything that runs named arrays. options: the manifest's.
+
+    tokens_per_chunk: rows of a chunk times their length; batches run in such chunks. Safe to call from threads.
+    """
+
+    task: ClassVar[str]
+    one_answer_a_token: bool = False  # whether the outputs' first axis behind the batch is the tokens'
+
+    def __init__(
+        self,
+        session: Runnable,
+        tokenizer: Tokenizer,
+        options: Mapping[str, Json],
+        *,
+        tokens_per_chunk: int = TOKENS_PER_CHUNK,
+    ) -> None:
+        self.session = session
+        self.tokenizer = tokenizer
+        self.options = options
+        self.tokens_per_chunk = tokens_per_chunk
+
+    def outputs(self, samples: Sequence[Sample]) -> list[Answer]:
+        """The raw outputs for each text or pair: no batch axis, no padding. Raises InputError."""
+        return self.run_encodings(self.encode(samples))
+
+    @abstractmethod
+    def answer_texts(self, samples: Sequence[Sample], *, top_k: int | None = None) -> list[Json]:
+        """One JSON value a text or pair: what `onnxpress run` prints."""
+
+    def encode(self, samples: Sequence[Sample]) -> list[Encoding]:
+        """Tokenize; warns with TruncationWarning when something was cut. Raises InputError."""
+        encodings = self.tokenizer.encode(samples)
+        cut = [encoding.truncated for encoding in encodings if encoding.truncated]
+        if cut:
+            warnings.warn(
+                f"{len(cut)} of {len(encodings)} texts were longer than {self.tokenizer.max_length} tokens and were cut; "
+                f"the longest lost {max(cut)}.",
+                TruncationWarning,
+                stacklevel=4,
+            )
+        return encodings
+
+    def run_encodings(self, encodings: Sequence[Encoding]) -> list[Answer]:
+        """The raw outputs for each encoding: no batch axis, no padding."""
+        names = self.session.input_names
+
+        def chunk(rows: np.ndarray[Any, Any]) -> Arrays:
+            arrays = self.tokenizer.batch([encodings[row] for row in rows])
+            return {name: arrays[name] for name in names}
+
+        chunks = plan([len(encoding) for encoding in encodings], self.tokens_per_chunk)
+        answers: list[Answer] = [{}] * len(encodings)
+        for rows, outputs in zip(
+            chunks, run_chunks(self.session, [lambda rows=rows: chunk(rows) for rows in chunks]), strict=True
+        ):
+            for place, row in enumerate(rows):
+                end = len(encodings[row]) if self.one_answer_a_token else None
+                answers[row] = {name: array[place][:end] for name, array in outputs.items()}
+        return answers
+
+    def run_rows(self, feeds: Arrays) -> Answer:
+        """Rows that are tokenized already, int64 (batch, length): the whole batch, run in chunks, lanes and all."""
+        batch, length = next(iter(feeds.values())).shape
+        rows = max(1, self.tokens_per_chunk // length)
+        starts = range(0, batch, rows)
+        answers = run_chunks(
+            self.session,
+            [lambda start=start: {name: array[start : start + rows] for name, array in feeds.items()} for start in starts],
+        )
+        return answers[0] if len(answers) == 1 else {
+            name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]
+        }
+
+
+def softmax(logits: np.ndarray[Any, Any], axis: int = -1) -> np.ndarray[Any, Any]:
+    """Softmax that does not overflow."""
+    shifted = np.exp(logits - logits.max(axis=axis, keepdims=True))
+    probabilities: np.ndarray[Any, Any] = shifted / shifted.sum(axis=axis, keepdims=True)
+    return probabilities
+
+
+def check_count(top_k: int) -> None:
+    """Raise InputError unless at least one answer is asked for."""
+    if top_k < 1:
+        raise InputError(f"top_k={top_k} was asked for; at least 1 is needed.")

@@ -1,0 +1,151 @@
+"""Turns texts into padded token arrays with the `tokenizers` library. Truncation is counted, never silent."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxpress.errors import ArtifactError, InputError
+
+Sample = str | tuple[str, str]
+
+
+class TruncationWarning(UserWarning):
+    """Texts were longer than the model takes, and were cut."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """One text or pair as tokens; all lists have one entry a token.
+
+    offsets: (start, end) characters in the text that the token comes from. words: index of the word, None for special
+    tokens. sequences: 0 and 1 for the first and second text, None for special tokens. truncated: tokens cut off.
+    """
+
+    ids: list[int]
+    type_ids: list[int]
+    offsets: list[tuple[int, int]]
+    words: list[int | None]
+    sequences: list[int | None]
+    truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Tokenizer:
+    """A tokenizer.json with our own truncation and padding: on the right, to the longest of a batch."""
+
+    def __init__(self, inner: Any, *, max_length: int, pad_token_id: int) -> None:
+        self.inner = inner
+        self.max_length = max_length
+        self.pad_token_id = pad_token_id
+        inner.no_truncation()
+        inner.no_padding()
+        self._lock = threading.Lock()
+        self._cutters: dict[int | None, Any] = {}
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, max_length: int, pad_token_id: int = 0) -> Tokenizer:
+        """Read tokenizer.json. Raises ArtifactError."""
+        import tokenizers
+
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ArtifactError(f"{folder} has no tokenizer.json, so it cannot take text.")
+        try:
+            inner = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises Exception itself
+            raise ArtifactError(f"{path} is not a tokenizer that this version of tokenizers reads: {error}") from None
+        return cls(inner, max_length=max_length, pad_token_id=pad_token_id)
+
+    def encode(self, samples: Sequence[Sample]) -> list[Encoding]:
+        """Encode texts or pairs, each cut to max_length tokens. Raises InputError for what is no text, or empty."""
+        check_samples(samples)
+        return [self._shortened(encoding, sample) for encoding, sample in zip(self._encode(samples), samples, strict=True)]
+
+    def windows(self, sample: tuple[str, str], *, stride: int) -> list[Encoding]:
+        """A pair whose second text is too long, as windows that overlap by `stride` tokens. Raises InputError."""
+        check_samples([sample])
+        first = self.inner.encode(sample[0], add_special_tokens=False)
+        allowed = self.max_length - self.inner.num_special_tokens_to_add(True) - stride - 1
+        if len(first.ids) > allowed:
+            raise InputError(
+                f"The first text has {len(first.ids)} tokens, which leaves too little of the model's {self.max_length} for "
+                f"the second; {max(allowed, 0)} tokens are allowed."
+            )
+        whole = self._cutter(stride).encode(*sample)
+        return [_encoding(window) for window in (whole, *whole.overflowing)]
+
+    def batch(self, encodings: Sequence[Encoding]) -> dict[str, np.ndarray[Any, Any]]:
+        """input_ids, attention_mask and token_type_ids, int64 (batch, longest), padded on the right."""
+        shape = (len(encodings), max(map(len, encodings)))
+        ids = np.full(shape, self.pad_token_id, np.int64)
+        mask = np.zeros(shape, np.int64)
+        types = np.zeros(shape, np.int64)
+        for row, encoding in enumerate(encodings):
+            ids[row, : len(encoding)] = encoding.ids
+            mask[row, : len(encoding)] = 1
+            types[row, : len(encoding)] = encoding.type_ids
+        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+
+    def _encode(self, samples: Sequence[Sample]) -> list[Any]:
+        if len(samples) == 1:  # spares a short-lived process the library's thread pool
+            return [_encode_one(self.inner, samples[0])]
+        return list(self.inner.encode_batch(list(samples)))
+
+    def _shortened(self, encoding: Any, sample: Sample) -> Encoding:
+        excess = len(encoding.ids) - self.max_length
+        if excess <= 0:
+            return _encoding(encoding)
+        return _encoding(_encode_one(self._cutter(None), sample), truncated=excess)
+
+    def _cutter(self, stride: int | None) -> Any:
+        """A copy of the tokenizer that truncates; settings of a shared one would reach other threads."""
+        import tokenizers
+
+        with self._lock:
+            if stride not in self._cutters:
+                copy = tokenizers.Tokenizer.from_str(self.inner.to_str())
+                if stride is None:
+                    copy.enable_truncation(self.max_length)
+                else:
+                    copy.enable_truncation(self.max_length, stride=stride, strategy="only_second")
+                self._cutters[stride] = copy
+            return self._cutters[stride]
+
+
+def check_samples(samples: Sequence[Any]) -> None:
+    """Raise InputError for what is neither a text nor a pair of texts, or empty."""
+    if isinstance(samples, str):
+        raise InputError("One text was given where a list of texts is expected: put it in brackets, [text].")
+    for index, sample in enumerate(samples):
+        for text in sample if isinstance(sample, tuple) and len(sample) == 2 else (sample,):
+            if not isinstance(text, str):
+                raise InputError(f"Item {index} is a {type(text).__name__}; a text or a pair of texts is expected.")
+            if not text.strip():
+                raise InputError(f"Text {index} is empty; there is nothing to answer.")
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise InputError(f"Text {index} holds half a character (a lone surrogate); decode it again.") from None
+
+
+def _encoding(encoding: Any, truncated: int = 0) -> Encoding:
+    return Encoding(
+        ids=encoding.ids,
+        type_ids=encoding.type_ids,
+        offsets=encoding.offsets,
+        words=encoding.word_ids,
+        sequences=encoding.sequence_ids,
+        truncated=truncated,
+    )
+
+
+def _encode_one(inner: Any, sample: Sample) -> Any:
+    return inner.encode(*sample) if isinstance(sample, tuple) else inner.encode(sample)

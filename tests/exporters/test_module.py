@@ -1,0 +1,140 @@
+"""Plain modules: a convolutional network, a recurrent one, nested answers, and declared axes."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import OnnxRunner
+from torch import nn
+
+from onnxpress.errors import ConversionError, SourceError
+from onnxpress.exporters import ParityCheck, export
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1)
+        )
+        self.head = nn.Linear(8, 4)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.head(self.dropout(self.body(pixels).flatten(1)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 8)
+        self.lstm = nn.LSTM(8, 6, num_layers=2, batch_first=True, bidirectional=True)
+
+    def forward(self, tokens: torch.Tensor, scale: torch.Tensor) -> dict[str, object]:
+        states, (last, cell) = self.lstm(self.table(tokens))
+        return {"states": states * scale[:, None], "last": (last, cell)}
+
+
+class FixedBatch(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(2, 12).sum(1)
+
+
+def _trained_convolutions() -> Convolutions:
+    torch.manual_seed(0)
+    module = Convolutions()
+    for _ in range(3):  # running statistics that are not those of a fresh BatchNorm
+        module(torch.randn(4, 3, 8, 8) * 2 + 1)
+    return module
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_convolutional_network(batch, tmp_path):
+    module = _trained_convolutions()
+    exported = export(module, example_inputs=torch.randn(batch, 3, 8, 8))
+    signature = exported.graph.signature
+    assert signature.task == "module"
+    assert [(spec.name, spec.shape) for spec in signature.inputs] == [("pixels", ("batch", 3, 8, 8))]
+    assert [(spec.name, spec.shape) for spec in signature.outputs] == [("output_0", ("batch", 4))]
+    assert signature.axes == {"batch": (1, 1024)}
+    assert module.training
+    assert module.dropout.training
+    _check(exported, tmp_path)
+
+
+def test_height_and_width_can_be_declared(tmp_path):
+    exported = export(
+        _trained_convolutions(),
+        example_inputs=(torch.randn(2, 3, 8, 12),),
+        dynamic_axes={"pixels": {0: "batch", 2: "height", 3: "width"}},
+    )
+    signature = exported.graph.signature
+    assert signature.inputs[0].shape == ("batch", 3, "height", "width")
+    assert signature.axes["height"][1] == 1024
+    _check(exported, tmp_path)
+
+
+def test_recurrent_network_with_nested_answer(tmp_path):
+    torch.manual_seed(0)
+    example = {"tokens": torch.randint(0, 20, (3, 7)), "scale": torch.randn(3, 1)}
+    exported = export(Recurrent(), example_inputs=example)
+    signature = exported.graph.signature
+    assert [(spec.name, spec.shape) for spec in signature.outputs] == [
+        ("states", ("batch", 7, 12)),
+        ("last.0", (4, "batch", 6)),
+        ("last.1", (4, "batch", 6)),
+    ]
+    assert signature.inputs[0].bounds == (0, int(example["tokens"].max()))
+    assert "LSTM" in exported.graph.operators()
+    _check(exported, tmp_path)
+
+
+def test_a_batch_that_is_fixed_stays_fixed_and_is_named(tmp_path):
+    exported = export(FixedBatch(), example_inputs=torch.randn(2, 3, 4))
+    assert exported.graph.signature.inputs[0].shape == (2, 3, 4)
+    assert exported.notes == ("batch: fixed as in the example inputs (a batch of 5 fails with RuntimeError)",)
+    _check(exported, tmp_path)
+
+
+def test_module_that_branches_on_data_is_refused():
+    class Branching(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ConversionError, match="does not convert to ONNX"):
+        export(Branching(), example_inputs=torch.randn(2, 3))
+
+
+def test_module_that_answers_no_tensors_is_refused():
+    class Naming(nn.Module):
+        def forward(self, x: torch.Tensor) -> str:
+            return "cat"
+
+    with pytest.raises(ConversionError, match="answers a str"):
+        export(Naming(), example_inputs=torch.randn(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "without example inputs"),
+        ({"example_inputs": ("cat",)}, "not all tensors"),
+        ({"example_inputs": {"image": torch.randn(1, 3, 8, 8)}}, "no input image; its forward takes pixels"),
+        ({"example_inputs": (torch.randn(1, 3, 8, 8),) * 2}, "2 example inputs were given"),
+        ({"example_inputs": torch.randn(1, 3, 8, 8), "dynamic_axes": {"image": {0: "n"}}}, "declared for image"),
+        ({"example_inputs": torch.randn(1, 3, 8, 8), "dynamic_axes": {"pixels": {4: "n"}}}, "pixels has 4 axes"),
+        ({"example_inputs": torch.randn(1, 3, 8, 8), "task": "fill-mask"}, "whose only task is 'module'"),
+    ],
+)
+def test_wrong_use_is_refused(options, message):
+    with pytest.raises(SourceError, match=message):
+        export(Convolutions(), **options)
+
+
+def _check(exported, folder) -> None:
+    check = ParityCheck(exported)
+    assert check.notes == ()
+    rows = check.check(OnnxRunner(exported.graph.model, folder))
+    assert rows[0].case == "the example"
+    assert len(rows) >= 3 * len(exported.graph.signature.outputs)
+    assert max(row.max_rel for row in rows) < 5e-6
+    assert all(np.isfinite(row.cosine) for row in rows)

@@ -1,0 +1,133 @@
+"""Poolings against formulas in numpy on PyTorch's hidden states, through the exported graph."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_models import OnnxRunner, add_pooling, load_text_model, save_model
+
+from onnxpress.errors import ConversionError, SourceError
+from onnxpress.exporters import ParityCheck, export
+
+IDS = np.arange(4, 34).reshape(3, 10)
+LENGTHS = np.array([10, 4, 1])
+MASK = (np.arange(10)[None] < LENGTHS[:, None]).astype(np.int64)
+
+FORMULAS = {
+    "cls": lambda rows: rows[0],
+    "max": lambda rows: rows.max(0),
+    "mean": lambda rows: rows.mean(0),
+    "mean_sqrt_len_tokens": lambda rows: rows.sum(0) / np.sqrt(len(rows)),
+    "weightedmean": lambda rows: np.average(rows, axis=0, weights=np.arange(1, len(rows) + 1)),
+    "lasttoken": lambda rows: rows[-1],
+}
+OLDER = {
+    "cls": "pooling_mode_cls_token",
+    "mean": "pooling_mode_mean_tokens",
+    "max": "pooling_mode_max_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+
+
+@pytest.mark.parametrize("mode", FORMULAS)
+def test_each_mode(mode, tmp_path):
+    folder = save_model(tmp_path / "model", "distilbert")
+    add_pooling(folder, ("Pooling", {"embedding_dimension": 32, "pooling_mode": mode}))
+    found, hidden = _embed(folder, tmp_path)
+    expected = np.stack([FORMULAS[mode](rows[:length]) for rows, length in zip(hidden, LENGTHS, strict=True)])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(hidden).max())
+
+
+def test_two_modes_in_the_older_spelling_are_concatenated_in_their_order(tmp_path):
+    folder = save_model(tmp_path / "model", "distilbert")
+    older = dict.fromkeys(OLDER.values(), False) | {OLDER["mean"]: True, OLDER["cls"]: True}
+    add_pooling(folder, ("Pooling", {"word_embedding_dimension": 32, **older}))
+    found, hidden = _embed(folder, tmp_path)
+    expected = [np.r_[rows[0], rows[:length].mean(0)] for rows, length in zip(hidden, LENGTHS, strict=True)]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(hidden).max())
+
+
+def test_dense_and_normalize(tmp_path):
+    folder = save_model(tmp_path / "model", "distilbert")
+    dense = {
+        "in_features": 32,
+        "out_features": 8,
+        "bias": True,
+        "activation_function": "torch.nn.modules.activation.Tanh",
+    }
+    add_pooling(folder, ("Pooling", {"pooling_mode": "mean"}), ("Dense", dense), ("Normalize", {}))
+    torch.manual_seed(1)
+    weights = {"linear.weight": torch.randn(8, 32) * 0.2, "linear.bias": torch.randn(8)}
+    save_file(weights, folder / "2_Dense" / "model.safetensors")
+    exported = export(folder)
+    assert exported.options["dim"] == 8
+    assert exported.options["pooled"] is True
+    assert exported.options["normalized"] is True
+    assert exported.graph.signature.outputs[0].shape == ("batch", 8)
+    found, hidden = _embed(folder, tmp_path)
+    means = np.stack([rows[:length].mean(0) for rows, length in zip(hidden, LENGTHS, strict=True)])
+    expected = np.tanh(means @ weights["linear.weight"].numpy().T + weights["linear.bias"].numpy())
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+    ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
+
+
+def test_decoder_with_last_token_pooling(tmp_path):
+    folder = save_model(tmp_path / "model", "qwen3")
+    add_pooling(folder, ("Pooling", {"pooling_mode": "lasttoken"}), ("Normalize", {}))
+    exported = export(folder)
+    assert exported.graph.operators()["Attention"] == 2
+    rows = ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
+    assert max(row.max_rel for row in rows) < 2e-5
+
+
+def test_declared_length_is_the_maximum(tmp_path):
+    folder = save_model(tmp_path / "model", "bert")
+    add_pooling(folder, ("Pooling", {"pooling_mode": "mean"}))
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 24, "do_lower_case": false}')
+    exported = export(folder)
+    assert exported.options["max_length"] == 24
+    assert exported.graph.signature.axes["length"] == (1, 40)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([("Pooling", {}), ("WordWeights", {})], "a step of type sentence_transformers.models.WordWeights"),
+        ([("Pooling", {"pooling_mode": "median"})], "asks for the pooling median; known are cls, max"),
+        ([("Pooling", {"include_prompt": False})], "include_prompt is false"),
+        ([("Normalize", {})], "begin with something else than one Pooling"),
+        ([("Pooling", {}), ("Dense", {"use_residual": True})], "Dense step with a residual"),
+    ],
+)
+def test_unknown_steps_are_refused(steps, message, tmp_path):
+    folder = save_model(tmp_path / "model", "distilbert")
+    add_pooling(folder, *steps)
+    with pytest.raises(ConversionError, match=message):
+        export(folder)
+
+
+def test_pickled_dense_weights_and_foreign_activations_are_refused(tmp_path):
+    folder = save_model(tmp_path / "model", "distilbert")
+    dense = {"in_features": 32, "out_features": 8, "activation_function": "os.system"}
+    add_pooling(folder, ("Pooling", {}), ("Dense", dense))
+    with pytest.raises(SourceError, match=r"The weights of .*2_Dense cannot be read"):
+        export(folder)
+    save_file({"linear.weight": torch.ones(8, 32), "linear.bias": torch.ones(8)}, folder / "2_Dense/model.safetensors")
+    with pytest.raises(ConversionError, match=r"has the activation os\.system"):
+        export(folder)
+
+
+def test_garbled_pooling_files_are_refused(tmp_path):
+    folder = save_model(tmp_path / "model", "distilbert")
+    add_pooling(folder, ("Pooling", None))
+    with pytest.raises(SourceError, match=r"1_Pooling/config\.json cannot be read as JSON"):
+        export(folder)
+
+
+def _embed(folder, scratch):
+    exported = export(folder)
+    found = OnnxRunner(exported.graph.model, scratch).run({"input_ids": IDS, "attention_mask": MASK})["embeddings"]
+    with torch.no_grad():
+        answer = load_text_model(folder)(input_ids=torch.from_numpy(IDS), attention_mask=torch.from_numpy(MASK))
+    return found, answer.last_hidden_state.numpy()

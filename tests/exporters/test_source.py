@@ -1,0 +1,167 @@
+"""What can be named as a model, and what is said about what cannot."""
+
+import json
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+from tiny_models import save_model, save_tokenizer
+
+from onnxpress.errors import SourceError
+from onnxpress.exporters import export
+from onnxpress.exporters.source import FolderSource, resolve
+from onnxpress.exporters.tasks import find_task, infer_task
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_model(tmp_path / "model", "distilbert")
+
+
+def test_folder_by_text_and_by_path(folder):
+    assert resolve(str(folder)) == resolve(folder) == FolderSource(name="model", folder=folder)
+
+
+def test_unknown_folder(tmp_path):
+    with pytest.raises(SourceError, match="does not exist"):
+        export(tmp_path / "nothing")
+    with pytest.raises(SourceError, match=r"There is no folder \./nothing"):
+        export("./nothing")
+
+
+def test_hub_id_without_the_hub():
+    with pytest.raises(SourceError, match="some-org/some-model is no folder here, and could not be had from the hub"):
+        export("some-org/some-model")
+
+
+def test_folder_without_config(folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(SourceError, match=r"has no config\.json"):
+        export(folder)
+
+
+def test_garbled_config(folder):
+    (folder / "config.json").write_text('{"model_type": "no-such-model"}')
+    with pytest.raises(SourceError, match="is not one that transformers understands"):
+        export(folder)
+
+
+def test_folder_without_weights(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SourceError, match="has no weights"):
+        export(folder)
+
+
+def test_pickled_weights(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SourceError, match=r"pickled \(pytorch_model\.bin\).*convert it to safetensors"):
+        export(folder)
+
+
+def test_corrupt_weights(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(SourceError, match="do not load as a model for feature-extraction"):
+        export(folder)
+
+
+def test_weights_of_other_shapes(folder):
+    weights = load_file(folder / "model.safetensors")
+    name = "transformer.layer.0.ffn.lin1.weight"
+    save_file({**weights, name: torch.ones(7, 7)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceError, match="do not load as a model for feature-extraction"):
+        export(folder)
+
+
+def test_code_of_the_folder_is_not_run_unasked(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "custom", "auto_map": {"AutoConfig": "custom.Config", "AutoModel": "custom.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "custom.py").write_text("raise SystemExit('this code ran')")
+    with pytest.raises(SourceError, match="pass trust_remote_code"):
+        export(folder)
+
+
+def test_folder_without_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(SourceError, match=r"has no tokenizer: no tokenizer\.json"):
+        export(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(SourceError, match="cannot be read"):
+        export(folder)
+
+
+def test_older_tokenizer_is_converted(tmp_path):
+    folder = save_model(tmp_path / "model", "bert")
+    (folder / "tokenizer.json").unlink()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+    exported = export(folder)
+    written = next(path for path in exported.tokenizer_files if path.name == "tokenizer.json")
+    assert written.parent != folder
+    assert json.loads(written.read_text())["model"]["vocab"] == {word: index for index, word in enumerate(words)}
+    assert exported.notes[1] == "tokenizer: converted to tokenizer.json"
+
+
+def test_declared_lower_casing_goes_into_the_tokenizer(folder):
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 16, "do_lower_case": true}')
+    exported = export(folder)
+    written = next(path for path in exported.tokenizer_files if path.name == "tokenizer.json")
+    assert json.loads(written.read_text())["normalizer"] == {"type": "Lowercase"}
+
+
+def test_task_names(tmp_path):
+    assert find_task("ner").name == "token-classification"
+    assert find_task("sentence-similarity").name == "feature-extraction"
+    with pytest.raises(SourceError, match=r"There is no task 'cooking'. onnxpress exports feature-extraction, text-"):
+        find_task("cooking")
+    assert infer_task(tmp_path, ("ElectraForPreTraining",)).name == "feature-extraction"
+    assert infer_task(tmp_path, ("BertForTokenClassification",)).name == "token-classification"
+    with pytest.raises(SourceError, match="was saved as LlamaForCausalLM, from which onnxpress cannot tell the task"):
+        infer_task(tmp_path, ("LlamaForCausalLM",))
+    with pytest.raises(SourceError, match="does not say what it was saved as"):
+        infer_task(tmp_path, ())
+
+
+def test_model_without_such_a_class(tmp_path):
+    folder = save_model(tmp_path / "model", "qwen3")
+    with pytest.raises(SourceError, match="do not load as a model for fill-mask"):
+        export(folder, task="fill-mask")
+
+
+def test_factory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_factory.py").write_text(
+        "import torch\n"
+        "def make():\n    return torch.nn.Linear(3, 2), (torch.ones(2, 3),)\n"
+        "def wrong():\n    return torch.nn.Linear(3, 2)\n"
+        "def broken():\n    raise ValueError('no weights here')\n"
+    )
+    exported = export("my_factory:make")
+    assert exported.name == "make"
+    assert [(spec.name, spec.shape) for spec in exported.graph.signature.inputs] == [("input", ("batch", 3))]
+    with pytest.raises(SourceError, match=r"wrong gives Linear; onnxpress takes \(module, example_inputs\)"):
+        export("my_factory:wrong")
+    with pytest.raises(SourceError, match="ValueError: no weights here"):
+        export("my_factory:broken")
+    with pytest.raises(SourceError, match="no_such_package"):
+        export("no_such_package:make")
+
+
+@pytest.mark.parametrize("source", [3, None, tf])
+def test_other_things_are_no_models(source):
+    with pytest.raises(SourceError, match="was given as model"):
+        export(source)
+
+
+def test_example_inputs_with_a_folder(folder):
+    with pytest.raises(SourceError, match=r"go with a torch\.nn\.Module"):
+        export(folder, example_inputs=torch.ones(1))
+
+
+def test_tokenizer_with_pad_token_elsewhere(folder):
+    save_tokenizer(folder, pad_token_id=1)
+    assert export(folder).options["pad_token_id"] == 1

@@ -1,0 +1,89 @@
+"""The comparison with PyTorch: what it looks at, and that it sees mistakes."""
+
+import numpy as np
+import pytest
+from tiny_models import OnnxRunner, save_model
+
+from onnxpress.errors import ParityError
+from onnxpress.exporters import ParityCheck, export
+from onnxpress.exporters.verify import text_cases
+from onnxpress.manifest import Signature, TensorSpec
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    return export(save_model(tmp_path_factory.mktemp("model"), "bert"))
+
+
+class Altered:
+    """A runner whose answers are changed."""
+
+    def __init__(self, runner, change) -> None:
+        self._runner, self._change, self.input_names = runner, change, runner.input_names
+
+    def run(self, feeds):
+        return self._change(self._runner.run(feeds), feeds)
+
+
+def test_text_cases_cover_lengths_batches_and_padding():
+    ids = TensorSpec(name="input_ids", dtype="int64", shape=("batch", "length"), bounds=(0, 9))
+    mask = TensorSpec(name="attention_mask", dtype="int64", shape=("batch", "length"), bounds=(0, 1))
+    signature = Signature(
+        task="feature-extraction", inputs=(ids, mask), outputs=(), axes={"batch": (1, 8), "length": (1, 40)}
+    )
+    cases = text_cases(signature, pad_token_id=1)
+    assert {case.feeds["input_ids"].shape for case in cases} == {(1, 1), (3, 1), (1, 20), (3, 20), (1, 40), (2, 40)}
+    assert len({case.name for case in cases}) == len(cases) == 13
+    assert any((case.feeds["attention_mask"] == 0).any() for case in cases)
+    for case in cases:
+        tokens, real = case.feeds["input_ids"], case.feeds["attention_mask"].astype(bool)
+        assert (tokens[real] != 1).all()
+        assert (tokens[~real] == 1).all()
+        assert real[:, 0].all()
+        assert (np.diff(real.astype(int), axis=1) <= 0).all()  # padding on the right
+
+
+def test_a_small_error_is_named_with_output_case_and_numbers(exported, tmp_path):
+    def change(answers, feeds):
+        answers["last_hidden_state"][0, 0, 0] += 1e-3
+        return answers
+
+    runner = Altered(OnnxRunner(exported.graph.model, tmp_path), change)
+    with pytest.raises(ParityError, match=r"last_hidden_state .* batch 1, length 1, seed 0 .*differs by up to 0\.001"):
+        ParityCheck(exported).check(runner)
+
+
+def test_not_a_number_is_an_error(exported, tmp_path):
+    def change(answers, feeds):
+        answers["last_hidden_state"][0, 0, 0] = np.nan
+        return answers
+
+    with pytest.raises(ParityError, match="differs by up to nan"):
+        ParityCheck(exported).check(Altered(OnnxRunner(exported.graph.model, tmp_path), change))
+
+
+def test_another_shape_is_an_error(exported, tmp_path):
+    def change(answers, feeds):
+        return {name: array[:, :, 1:] for name, array in answers.items()}
+
+    with pytest.raises(ParityError, match=r"has the shape \(1, 1, 31\) where PyTorch's has \(1, 1, 32\)"):
+        ParityCheck(exported).check(Altered(OnnxRunner(exported.graph.model, tmp_path), change))
+
+
+def test_padding_is_not_compared_and_attention_to_padding_is_noticed(exported, tmp_path):
+    runner = OnnxRunner(exported.graph.model, tmp_path)
+
+    def spoil_padding(answers, feeds):
+        answers["last_hidden_state"][feeds["attention_mask"] == 0] = np.nan
+        return answers
+
+    assert ParityCheck(exported).check(Altered(runner, spoil_padding))
+
+    class Unmasked:
+        input_names = runner.input_names
+
+        def run(self, feeds):
+            return runner.run({**feeds, "attention_mask": np.ones_like(feeds["attention_mask"])})
+
+    with pytest.raises(ParityError, match="padded"):
+        ParityCheck(exported).check(Unmasked())

@@ -1,0 +1,43 @@
+"""Repair: the places that cost most stay in float, and no more of them than needed."""
+
+from __future__ import annotations
+
+from onnxpress.gate import Judgement, repair
+
+PLACES = [f"layer{index}" for index in range(10)]
+COSTS = {name: 0.001 for name in PLACES} | {"layer3": 0.05, "layer7": 0.03}
+
+
+def judge(kept: frozenset[str], *, limit: float) -> Judgement:
+    value = 1 - sum(cost for name, cost in COSTS.items() if name not in kept)
+    return Judgement(metrics={}, metric="cosine", value=value, batch_cosine=1, holds=value >= limit, margin=value - limit)
+
+
+def test_the_costliest_places_are_kept_and_no_more() -> None:
+    found = repair(PLACES, lambda kept: judge(kept, limit=0.95), lambda _: None)
+    assert found is not None
+    assert found[0] == {"layer3"}
+    found = repair(PLACES, lambda kept: judge(kept, limit=0.98), lambda _: None)
+    assert found is not None
+    assert found[0] == {"layer3", "layer7"}
+    assert found[1].holds
+
+
+def test_gives_up_when_half_is_not_enough() -> None:
+    assert repair(PLACES, lambda kept: judge(kept, limit=0.9999), lambda _: None) is None
+
+
+def test_many_places_are_tried_in_groups() -> None:
+    many = [f"layer{index}" for index in range(100)]
+    tried: list[frozenset[str]] = []
+
+    def count(kept: frozenset[str]) -> Judgement:
+        tried.append(kept)
+        good = "layer42" in kept
+        return Judgement(metrics={}, metric="m", value=0, batch_cosine=1, holds=good, margin=0 if good else -1)
+
+    found = repair(many, count, lambda _: None)
+    assert found is not None
+    assert "layer42" in found[0]
+    assert len(found[0]) == 4
+    assert len(tried) < 35

@@ -1,0 +1,68 @@
+"""Recipes: defaults, files, and one clear error for each kind of mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onnxpress.errors import RecipeError
+from onnxpress.recipe import make_recipe, read_recipe
+
+MODEL = {"model": {"source": "folder"}}
+
+
+def test_everything_has_a_default_but_the_model() -> None:
+    recipe = make_recipe(MODEL)
+    assert recipe.precision == "int8"
+    assert recipe.pass_names()[-1] == "int8"
+    with pytest.raises(RecipeError, match=r"'model' is missing"):
+        make_recipe({})
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({**MODEL, "speed": 3}, r"unknown key 'speed' \(allowed here: model, build, quality, passes\)"),
+        ({"model": {"source": "x", "tsk": "y"}}, r"unknown key 'model.tsk' \(allowed here: source, task"),
+        ({"model": {"source": 3}}, r"'model.source': input should be a valid string, not 3"),
+        ({**MODEL, "build": {"keep_all": "yes"}}, r"'build.keep_all': input should be a valid boolean, not 'yes'"),
+        ({**MODEL, "quality": {"samples": 2}}, r"'quality.samples': input should be greater than or equal to 8, not 2"),
+        ({**MODEL, "build": {"target": "tpu"}}, r"Unknown target 'tpu'; the targets are: cpu"),
+        ({**MODEL, "build": {"precision": "int3"}}, r"precision 'int3' does not go with target 'cpu'; it takes: int8"),
+        ({**MODEL, "build": {"target": "tensorrt", "precision": "int4-weights"}}, r"does not go with target 'tensorrt'"),
+        ({**MODEL, "build": {"only": ["int9"]}}, r"Unknown pass 'int9'; the passes are: fold"),
+        ({**MODEL, "build": {"only": ["fold"], "precision": "int8"}}, r"`only` names the passes itself"),
+        ({**MODEL, "passes": {"int8": {"bits": 3}}}, r"Pass 'int8' does not take \['bits'\]; its options are"),
+        ({**MODEL, "passes": {"weights-int4": {}}}, r"a pass that this recipe does not run"),
+    ],
+)
+def test_mistakes_are_named(content: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        make_recipe(content)
+
+
+def test_files(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    (folder / "weights").mkdir(parents=True)
+    path = folder / "recipe.toml"
+    path.write_text('[model]\nsource = "weights"\n[quality]\nfile = "pairs.csv"\n')
+    recipe = read_recipe(path)
+    assert recipe.model.source == str(folder / "weights")
+    assert recipe.quality.file == str(folder / "pairs.csv")
+    assert recipe.build.name == "tiny"
+
+
+@pytest.mark.parametrize(("content", "said"), [("[model", "not valid TOML"), (None, "cannot be read")])
+def test_unreadable_files(content: str | None, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(RecipeError, match=said):
+        read_recipe(path)
+
+
+def test_the_repository_s_recipes_are_valid() -> None:
+    for path in (Path(__file__).parents[2] / "models").glob("*/recipe.toml"):
+        assert read_recipe(path).model.task is not None
