@@ -90,7 +90,8 @@ def _trace(
     # A trace takes an axis of size 1 for a constant, so a dynamic axis needs at least 2.
     wide = {name: _widened(tensor, shapes[name]) for name, tensor in example.items()}
     with evaluation_mode(module):
-        return trace(module, wide, shapes=shapes, axes=None, outputs=outputs, prefix="module.")
+        name = type(module.module).__name__
+        return trace(module, wide, shapes=shapes, axes=None, outputs=outputs, prefix="module.", name=name)
 
 
 def _widened(tensor: torch.Tensor, shape: Shape) -> torch.Tensor:

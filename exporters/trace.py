@@ -29,12 +29,13 @@ def trace(
     largest: int = 1024,
     outputs: Sequence[str],
     prefix: str,
+    name: str,
 ) -> tuple[ir.Model, Axes]:
     """The graph of `module`, which takes the example's tensors in their order and answers a tuple of tensors.
 
     shapes: of each input. axes: the ranges of the symbolic axes; where None they are found in the trace, up to
-    `largest`. prefix: what to take off the weights' names. The weights are not copied: they share the module's
-    memory. Returns the graph and the ranges. Raises ConversionError.
+    `largest`. prefix: what to take off the weights' names. name: the model's, for errors. The weights are not copied:
+    they share the module's memory. Returns the graph and the ranges. Raises ConversionError.
     """
     dynamic = tuple(
         {index: _dimension(axis, axes) for index, axis in enumerate(shapes[name]) if isinstance(axis, str)}
@@ -59,7 +60,7 @@ def trace(
     except ConversionError:
         raise
     except Exception as error:  # torch.export raises errors of every kind, and so do models while they are traced
-        raise ConversionError(f"{type(module).__name__} does not convert to ONNX: {_first_lines(error)}") from error
+        raise ConversionError(f"{name} does not convert to ONNX: {_first_lines(error)}") from error
     return translated.model, ranges
 
 

@@ -167,7 +167,8 @@ def _trace(
         example = {name: torch.full((2, length), name != "token_type_ids", dtype=torch.int64) for name in names}
         with quiet(), attention:
             shapes = dict.fromkeys(names, ("batch", "length"))
-            return trace(wrapped, example, shapes=shapes, axes=axes, outputs=outputs, prefix="model.")[0]
+            name = type(model).__name__
+            return trace(wrapped, example, shapes=shapes, axes=axes, outputs=outputs, prefix="model.", name=name)[0]
 
     try:
         result = traced(fused_attention(model))

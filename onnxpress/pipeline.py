@@ -170,7 +170,6 @@ def _build(
         writer.write_measured(measured, render_report(manifest, measured))
         _check_in_fresh_process(writer.folder, facts.providers if bench.on_target else ("cpu",))
         artifact = writer.publish()
-    report.done(artifact)
     return artifact
 
 

@@ -77,8 +77,12 @@ class TextWorkload:
         self.task = task
         self._signature = signature
         self._options = options
-        self._tokenizer = Tokenizer.from_folder(tokenizer_folder, max_length=options["max_length"])
-        self._calibration, self._evaluation, self.notes = evaluation.builtin_samples(task, self._tokenizer)
+        self._tokenizer = Tokenizer.from_folder(
+            tokenizer_folder, max_length=options["max_length"], pad_token_id=options["pad_token_id"]
+        )
+        self._calibration, self._evaluation, self.notes = evaluation.builtin_samples(
+            task, self._tokenizer, mask_token=options.get("mask_token")
+        )
         self._evaluation = self._evaluation[:samples]
         self._calibration = self._calibration[:calibration_samples]
         self._labelled: list[Sample] = []
@@ -114,7 +118,7 @@ class TextWorkload:
         inputs = _inputs(self._unlabelled()[:_BATCH_TRIAL])
         alone = self._runner(runnable, tokens_per_chunk=1).outputs(inputs)
         batched = self._runner(runnable, tokens_per_chunk=4096).outputs(inputs)
-        return evaluation.batch_dependence(alone, batched, self.task)
+        return evaluation.batch_dependence(alone, batched)
 
     def timing(self) -> dict[tuple[int, ...], Arrays]:
         """Token ids of a few batches and lengths, no padding, as far as the model's maximum allows."""
@@ -206,7 +210,7 @@ class ModuleWorkload:
             for row, item in enumerate(feeds):
                 alone.append({name: array[0] for name, array in runnable.run(item).items()})
                 batched.append({name: array[row] for name, array in together.items()})
-        return evaluation.batch_dependence(alone, batched, "module")
+        return evaluation.batch_dependence(alone, batched)
 
     def timing(self) -> dict[tuple[int, ...], Arrays]:
         """The example's own shape."""

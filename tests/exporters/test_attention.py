@@ -6,7 +6,7 @@ import transformers as tf
 from tiny_models import CONFIGS, OnnxRunner, load_text_model, save_model
 
 from onnxpress.errors import ConversionError
-from onnxpress.exporters import ParityCheck, attention, export
+from onnxpress.exporters import ParityCheck, export
 from onnxpress.exporters.attention import fused_attention
 from onnxpress.exporters.trace import trace
 
@@ -35,7 +35,7 @@ def test_model_is_the_same_after_an_error(tmp_path):
     assert torch.equal(_answer(model), before)
 
 
-def test_model_is_the_same_after_an_export_that_fails(tmp_path, monkeypatch):
+def test_model_is_the_same_after_an_export_that_fails(tmp_path):
     model = load_text_model(save_model(tmp_path / "model", "bert"))
     before = _answer(model)
 
@@ -56,6 +56,7 @@ def test_model_is_the_same_after_an_export_that_fails(tmp_path, monkeypatch):
             axes={"batch": (1, 8), "length": (1, 40)},
             outputs=("hidden",),
             prefix="",
+            name="Branching",
         )
     assert torch.equal(_answer(model), before)
 
@@ -71,18 +72,9 @@ def test_parts_with_attention_of_their_own_get_it_back():
     assert model.config.vision_config._attn_implementation == "sdpa"
 
 
-def test_attention_that_asks_for_more_falls_back_and_says_why(tmp_path, monkeypatch):
-    folder = save_model(tmp_path / "model", "bert")
-    monkeypatch.setattr(attention, "_HARMLESS", frozenset())
-    bert = tf.models.bert.modeling_bert.BertSelfAttention
-    forward = bert.forward
-
-    def with_bias(self, *given, **options):
-        return forward(self, *given, position_bias=torch.zeros(1), **options)
-
-    monkeypatch.setattr(bert, "forward", with_bias)
-    exported = export(folder)
-    assert exported.notes[0].startswith("attention: unfused (BertSelfAttention asks its attention for position_bias")
+def test_attention_that_asks_for_more_falls_back_and_says_why(tmp_path):
+    exported = export(save_model(tmp_path / "model", "granite-swa"))  # has learned attention sinks
+    assert exported.notes[0].startswith("attention: unfused (GraniteSWAAttention asks its attention for s_aux")
     assert "Attention" not in exported.graph.operators()
     ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
 

@@ -100,7 +100,7 @@ def test_module_that_branches_on_data_is_refused():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(ConversionError, match="does not convert to ONNX"):
+    with pytest.raises(ConversionError, match="Branching does not convert to ONNX"):
         export(Branching(), example_inputs=torch.randn(2, 3))
 
 

@@ -1,0 +1,335 @@
+"""Samples to judge a model by, what is compared for each task, and the default budgets.
+
+The built-in texts are the project's own (data/README.md). Calibration and evaluation samples never overlap: a text
+goes to one side by its digest.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxpress import metrics
+from onnxpress.errors import RecipeError
+from onnxpress.manifest import Json
+from onnxpress.metrics import Answers
+from onnxpress.runtime.tokenization import Tokenizer
+
+_MOST_UNKNOWN = 0.1  # languages with a larger share of unknown tokens are left out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A text or pair of texts. label: a class, a number, several gold answers, or (tokens, tags)."""
+
+    text: str
+    text_pair: str | None = None
+    label: Json = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The least that a metric may be.
+
+    kind "at least": the value itself. "drop": at most so many points below the original. "share": at most this share of
+    the original's value lost.
+    """
+
+    metric: str
+    limit: float
+    kind: str = "at least"
+
+    def limit_value(self, reference: float) -> float:
+        """The smallest value that holds, given the original's."""
+        return {"at least": self.limit, "drop": reference - self.limit, "share": reference * (1 - self.limit)}[self.kind]
+
+    def holds(self, reference: float, value: float) -> bool:
+        """Whether a value is good enough."""
+        return value >= self.limit_value(reference)
+
+    def margin(self, reference: float, value: float) -> float:
+        """How much of what may be lost is left: 1 is all, 0 the limit, negative is over it."""
+        limit = self.limit_value(reference)
+        return (value - limit) / (abs(reference - limit) or 1e-9)
+
+
+# Agreement with the original. Embeddings: 0.99 is where STS-B's Spearman moves by less than 0.3 points (MiniLM). Choices:
+# of 100 answers two may differ, mostly those that were near a tie; long spans and vocabularies have more near ties.
+BUDGETS: Mapping[str, Budget] = {
+    "feature-extraction": Budget(metric="cosine_mean", limit=0.99),
+    "text-classification": Budget(metric="top1_agreement", limit=0.98),
+    "token-classification": Budget(metric="top1_agreement", limit=0.98),
+    "question-answering": Budget(metric="span_agreement", limit=0.95),
+    "fill-mask": Budget(metric="top1_agreement", limit=0.95),
+    "module": Budget(metric="cosine_mean", limit=0.995),
+}
+
+# With labels, in points of the task's metric (x 100): what the field calls lossless.
+LABELLED_BUDGETS: Mapping[str, Budget] = {
+    "feature-extraction": Budget(metric="spearman", limit=0.3, kind="drop"),
+    "text-classification": Budget(metric="accuracy", limit=1.0, kind="drop"),
+    "token-classification": Budget(metric="entity_f1", limit=1.0, kind="drop"),
+    "question-answering": Budget(metric="f1", limit=1.0, kind="drop"),
+}
+
+
+def budget_for(task: str, given: str | None, *, labelled: bool) -> Budget:
+    """The budget of a task, or the user's: "0.5%" is a share that may be lost, "0.99" a value. Raises RecipeError."""
+    default = (LABELLED_BUDGETS if labelled else BUDGETS)[task]
+    if given is None:
+        return default
+    try:
+        number = float(given.removesuffix("%"))
+    except ValueError:
+        number = -1.0
+    if given.endswith("%") and 0 <= number <= 100:
+        if labelled:
+            return Budget(metric=default.metric, limit=number / 100, kind="share")
+        return Budget(metric=default.metric, limit=1 - number / 100)
+    if not given.endswith("%") and 0 <= number <= (100 if labelled else 1):
+        return Budget(metric=default.metric, limit=number)
+    scale = "0 to 100" if labelled else "0 to 1"
+    raise RecipeError(
+        f'The budget {given!r} is not understood: "0.5%" is the share of {default.metric} that may be lost, a number from '
+        f"{scale} the least that {default.metric} may be."
+    )
+
+
+def builtin_samples(
+    task: str, tokenizer: Tokenizer, *, mask_token: str | None = None
+) -> tuple[list[Sample], list[Sample], tuple[str, ...]]:
+    """Calibration samples, evaluation samples, and remarks (which languages the tokenizer does not know)."""
+    rows = _rows("questions.jsonl" if task == "question-answering" else "sentences.jsonl")
+    unknown = _unknown_shares(rows, tokenizer)
+    known = [language for language, share in unknown.items() if share <= _MOST_UNKNOWN]
+    notes = tuple(
+        f"built-in texts in {language} left out: {share:.0%} of their tokens are unknown to this tokenizer"
+        for language, share in unknown.items()
+        if language not in known
+    )
+    samples = [_builtin_sample(row, mask_token) for row in rows if row["language"] in known or not known]
+    samples.sort(key=_digest)
+    calibration = [sample for sample in samples if int(_digest(sample), 16) % 3 == 0]
+    evaluation = [sample for sample in samples if int(_digest(sample), 16) % 3 != 0]
+    return calibration, evaluation, notes
+
+
+def agreement(task: str, reference: Answers, candidate: Answers) -> dict[str, float]:
+    """How far raw outputs agree with the original's, by the task's measures."""
+    if task in ("feature-extraction", "module"):
+        return metrics.cosine_metrics(_pooled(reference), _pooled(candidate))
+    if task == "question-answering":
+        return metrics.span_metrics(reference, candidate)
+    if task == "text-classification" and reference[0]["logits"].shape[-1] == 1:  # regression: a tie is no choice
+        return {"top1_agreement": metrics.cosine_metrics(_column(reference), _column(candidate))["cosine_mean"]}
+    return metrics.choice_metrics(reference, candidate, "logits")
+
+
+def batch_dependence(alone: Answers, batched: Answers) -> float:
+    """Mean cosine between answers alone and the same answers in a batch."""
+    return float(np.mean(metrics.cosines(_pooled(alone), _pooled(batched))))
+
+
+def score(task: str, runner: Any, samples: Sequence[Sample]) -> dict[str, float]:
+    """The task's own metrics on labelled samples, from the runner's answers. Raises RecipeError."""
+    if task == "feature-extraction":
+        texts = list(dict.fromkeys(text for sample in samples for text in (sample.text, sample.text_pair)))
+        vectors = dict(zip(texts, runner.embed(texts), strict=True))
+        first = np.stack([vectors[sample.text] for sample in samples])
+        second = np.stack([vectors[sample.text_pair] for sample in samples])
+        return metrics.similarity_scores(first, second, [float(sample.label) for sample in samples])
+    inputs = [sample.text if sample.text_pair is None else (sample.text, sample.text_pair) for sample in samples]
+    if task == "text-classification":
+        answers = runner.predict(inputs)
+        if runner.options["problem_type"] == "regression":
+            return metrics.regression_scores([answer["score"] for answer in answers], [float(s.label) for s in samples])
+        return metrics.label_scores([answer["label"] for answer in answers], [_label(runner, s.label) for s in samples])
+    if task == "token-classification":
+        found = [{(item["start"], item["end"], item["entity"]) for item in answer} for answer in runner.predict(inputs)]
+        return metrics.entity_scores(found, [metrics.gold_entities(*sample.label) for sample in samples])
+    if task == "question-answering":
+        best = [answers[0]["answer"] if answers else "" for answers in runner.predict(inputs)]
+        return metrics.answer_scores(best, [sample.label for sample in samples])
+    raise RecipeError(f"Labels do not go with the task {task}; give texts alone.")
+
+
+_COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "text": ("text", "sentence", "sentence1", "question", "premise", "text1", "query"),
+    "text_pair": ("text_pair", "sentence2", "context", "hypothesis", "text2"),
+    "label": ("label", "score", "answers", "answer", "target"),
+}
+
+
+def read_samples(path: Path, task: str, columns: Mapping[str, str | int] | None = None) -> list[Sample]:
+    """Samples of a csv, tsv or jsonl file. columns: names (or, without a header, numbers from 0) by role.
+
+    Roles: text, text_pair, label; for token-classification a jsonl file with tokens and tags. Raises RecipeError naming
+    file, line and column.
+    """
+    rows = _read_rows(path, numbered=any(isinstance(column, int) for column in (columns or {}).values()))
+    if not rows:
+        raise RecipeError(f"{path} holds no samples.")
+    unknown = sorted(set(columns or {}) - set(_COLUMNS))
+    if unknown:
+        raise RecipeError(f"Columns were given for {unknown[0]!r}; the roles are: {', '.join(_COLUMNS)}.")
+    samples = [_token_sample(path, row) if task == "token-classification" and "tokens" in row.values else
+               _sample(path, row, task, columns or {}) for row in rows]  # fmt: skip
+    labelled = [sample.label is not None for sample in samples]
+    if any(labelled) and not all(labelled):
+        raise RecipeError(f"{path}: sample {labelled.index(False) + 1} has no label and others do.")
+    if task == "feature-extraction" and all(labelled) and any(sample.text_pair is None for sample in samples):
+        raise RecipeError(f"{path}: scores of similarity need two texts a row (columns text and text_pair).")
+    return samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    line: int
+    values: Mapping[str | int, Any]
+
+
+def _read_rows(path: Path, *, numbered: bool) -> list[_Row]:
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read as UTF-8 text: {error}.") from None
+    if path.suffix == ".jsonl":
+        return [_json_row(path, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+    if path.suffix not in (".csv", ".tsv"):
+        raise RecipeError(f"{path}: files of samples end in .csv, .tsv or .jsonl.")
+    delimiter = "\t" if path.suffix == ".tsv" else ","
+    reader = csv.reader(content.splitlines(keepends=True), delimiter=delimiter, quoting=csv.QUOTE_MINIMAL)
+    rows: list[tuple[int, list[str]]] = []
+    try:
+        rows = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise RecipeError(f"{path}, line {reader.line_num}: {error}.") from None
+    if numbered:
+        return [_Row(line=line, values=dict(enumerate(row))) for line, row in rows]
+    if not rows:
+        return []
+    header = rows[0][1]
+    for line, row in rows[1:]:
+        if len(row) != len(header):
+            raise RecipeError(f"{path}, line {line} has {len(row)} columns; the header has {len(header)}.")
+    return [_Row(line=line, values=dict(zip(header, row, strict=True))) for line, row in rows[1:]]
+
+
+def _json_row(path: Path, number: int, line: str) -> _Row:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise RecipeError(f"{path}, line {number} is not valid JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}, line {number} is a {type(values).__name__}; an object with named fields is expected.")
+    return _Row(line=number, values=values)
+
+
+def _sample(path: Path, row: _Row, task: str, columns: Mapping[str, str | int]) -> Sample:
+    found: dict[str, Any] = {}
+    for role, names in _COLUMNS.items():
+        if role in columns:
+            if columns[role] not in row.values:
+                raise RecipeError(
+                    f"{path}, line {row.line} has no column {columns[role]!r}; it has: {', '.join(map(str, row.values))}."
+                )
+            found[role] = row.values[columns[role]]
+        else:
+            found[role] = next((row.values[name] for name in names if name in row.values), None)
+    if found["text"] is None:
+        raise RecipeError(
+            f"{path} has no column of texts; it has: {', '.join(map(str, row.values))}. Name it with --column text=NAME."
+        )
+    for role in ("text", "text_pair"):
+        if found[role] is not None and (not isinstance(found[role], str) or not found[role].strip()):
+            raise RecipeError(f"{path}, line {row.line}: the {role} is empty or no text.")
+    return Sample(text=found["text"], text_pair=found["text_pair"], label=_checked_label(path, row, task, found))
+
+
+def _checked_label(path: Path, row: _Row, task: str, found: Mapping[str, Any]) -> Json:
+    label = found["label"]
+    if label is None:
+        return None
+    if task == "feature-extraction":
+        try:
+            return float(label)
+        except (TypeError, ValueError):
+            raise RecipeError(f"{path}, line {row.line}: the score {label!r} is no number.") from None
+    if task == "question-answering":
+        if isinstance(label, dict) and "text" in label:  # SQuAD's own form
+            label = label["text"]
+        answers = [label] if isinstance(label, str) else label
+        if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+            raise RecipeError(f"{path}, line {row.line}: answers are a text or a list of texts, not {label!r}.")
+        return answers
+    return label
+
+
+def _token_sample(path: Path, row: _Row) -> Sample:
+    tokens, tags = row.values.get("tokens"), row.values.get("tags")
+    if not isinstance(tokens, list) or not isinstance(tags, list) or len(tokens) != len(tags) or not tokens:
+        raise RecipeError(f"{path}, line {row.line}: tokens and tags are lists of the same length.")
+    return Sample(text=" ".join(tokens), label=(tokens, tags))
+
+
+def _label(runner: Any, label: Json) -> str:
+    """A gold label as the model names it: its name, or its number."""
+    labels = runner.options["labels"]
+    text = str(label)
+    if text in labels:
+        return text
+    if text.lstrip("-").isdigit() and 0 <= int(text) < len(labels):
+        return str(labels[int(text)])
+    raise RecipeError(f"The label {label!r} is not one of the model's: {', '.join(map(str, labels))}.")
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    content = resources.files("onnxpress").joinpath("data", name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in content.splitlines()]
+
+
+def _builtin_sample(row: Mapping[str, Any], mask_token: str | None) -> Sample:
+    if "question" in row:
+        return Sample(text=row["question"], text_pair=row["context"])
+    if mask_token is None:
+        return Sample(text=row["text"])
+    words = row["text"].split()
+    place = int(hashlib.sha256(row["text"].encode()).hexdigest(), 16) % len(words)
+    return Sample(text=" ".join([*words[:place], mask_token, *words[place + 1 :]]))
+
+
+def _unknown_shares(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> dict[str, float]:
+    """Share of unknown tokens for each language; 0 for tokenizers without such a token."""
+    unknown = getattr(tokenizer.inner.model, "unk_token", None)
+    identifier = None if unknown is None else tokenizer.inner.token_to_id(unknown)
+    counts: dict[str, tuple[int, int]] = {}
+    for row in rows:
+        ids = tokenizer.inner.encode(row.get("text") or row["context"], add_special_tokens=False).ids
+        seen, missing = counts.get(row["language"], (0, 0))
+        counts[row["language"]] = (seen + len(ids), missing + ids.count(identifier))
+    return {language: missing / max(1, seen) for language, (seen, missing) in counts.items()}
+
+
+def _digest(sample: Sample) -> str:
+    return hashlib.sha256(f"{sample.text}\n{sample.text_pair}".encode()).hexdigest()
+
+
+def _pooled(answers: Answers) -> Answers:
+    """Outputs for each token are averaged: cosines are between texts."""
+    return [
+        {name: array.mean(axis=0) if name == "last_hidden_state" else array for name, array in answer.items()}
+        for answer in answers
+    ]
+
+
+def _column(answers: Answers) -> Answers:
+    """The answers of all samples as one vector."""
+    return [{"logits": np.concatenate([answer["logits"] for answer in answers])}]

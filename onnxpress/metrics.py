@@ -1,0 +1,163 @@
+"""Figures of quality: how far answers agree with the original's, and how good they are by labels."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score
+
+Array = npt.NDArray[Any]
+Answers = Sequence[Mapping[str, Array]]
+Entity = tuple[int, int, str]
+
+
+def cosines(reference: Answers, candidate: Answers) -> list[float]:
+    """Cosine of each sample's answers, all outputs as one vector; -1 where a candidate is not finite."""
+    return [_cosine(_vector(one), _vector(other)) for one, other in zip(reference, candidate, strict=True)]
+
+
+def cosine_metrics(reference: Answers, candidate: Answers) -> dict[str, float]:
+    """Mean and smallest cosine over the samples, and the relative distance of all answers together."""
+    values = cosines(reference, candidate)
+    one = np.concatenate([_vector(answer) for answer in reference])
+    other = np.concatenate([_vector(answer) for answer in candidate])
+    distance = float(np.linalg.norm(one - other) / (np.linalg.norm(one) or 1.0))
+    return {
+        "cosine_mean": float(np.mean(values)),
+        "cosine_min": float(np.min(values)),
+        "relative_l2": distance if np.isfinite(distance) else float("inf"),
+    }
+
+
+def choice_metrics(reference: Answers, candidate: Answers, output: str) -> dict[str, float]:
+    """Share of equal best choices, and mean Kullback-Leibler divergence in nats, over the last axis of an output.
+
+    Every row of every sample counts once. A row that is not finite disagrees, and its divergence is infinite.
+    """
+    agreed, divergences = [], []
+    for one, other in zip(reference, candidate, strict=True):
+        first, second = np.atleast_2d(one[output]).astype(np.float64), np.atleast_2d(other[output]).astype(np.float64)
+        finite = np.isfinite(second).all(axis=-1)
+        agreed.append((first.argmax(-1) == second.argmax(-1)) & finite)
+        with np.errstate(all="ignore"):
+            logs = _log_softmax(first)
+            divergence = (np.exp(logs) * (logs - _log_softmax(second))).sum(-1)
+        divergences.append(np.where(finite, divergence, np.inf))
+    return {
+        "top1_agreement": float(np.concatenate(agreed).mean()),
+        "kl_mean": float(np.concatenate(divergences).mean()),
+    }
+
+
+def sign_metrics(reference: Answers, candidate: Answers, output: str) -> dict[str, float]:
+    """For several labels a text: share of equal decisions at probability 0.5."""
+    pairs = [(one[output] > 0, (other[output] > 0) & np.isfinite(other[output])) for one, other in zip(reference, candidate, strict=True)]
+    return {"top1_agreement": float(np.concatenate([one == other for one, other in pairs]).mean())}
+
+
+def span_metrics(reference: Answers, candidate: Answers) -> dict[str, float]:
+    """Share of samples with the same best start and end, and the divergence of both."""
+    starts = choice_metrics(reference, candidate, "start_logits")
+    ends = choice_metrics(reference, candidate, "end_logits")
+    same = [
+        all(
+            one[name].argmax() == other[name].argmax() and np.isfinite(other[name]).all()
+            for name in ("start_logits", "end_logits")
+        )
+        for one, other in zip(reference, candidate, strict=True)
+    ]
+    return {"span_agreement": float(np.mean(same)), "kl_mean": (starts["kl_mean"] + ends["kl_mean"]) / 2}
+
+
+def similarity_scores(first: Array, second: Array, gold: Sequence[float]) -> dict[str, float]:
+    """Spearman and Pearson correlation x 100 of the cosines of embeddings (pairs, dim) with gold scores."""
+    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    return regression_scores((first * second).sum(axis=1) / np.where(norms > 0, norms, 1), gold)
+
+
+def regression_scores(predicted: Sequence[float] | Array, gold: Sequence[float]) -> dict[str, float]:
+    """Spearman (ties share their rank) and Pearson correlation x 100."""
+    return {
+        "spearman": 100 * float(spearmanr(predicted, gold).statistic),
+        "pearson": 100 * float(pearsonr(predicted, gold).statistic),
+    }
+
+
+def label_scores(predicted: Sequence[str], gold: Sequence[str]) -> dict[str, float]:
+    """Accuracy and macro F1 x 100."""
+    return {
+        "accuracy": 100 * float(accuracy_score(gold, predicted)),
+        "f1_macro": 100 * float(f1_score(gold, predicted, average="macro", zero_division=0)),
+    }
+
+
+def entity_scores(predicted: Iterable[set[Entity]], gold: Iterable[set[Entity]]) -> dict[str, float]:
+    """Micro precision, recall and F1 x 100 over exact spans with their types (as the CoNLL-2003 evaluation)."""
+    right = found = expected = 0
+    for one, other in zip(predicted, gold, strict=True):
+        right, found, expected = right + len(one & other), found + len(one), expected + len(other)
+    precision, recall = right / found if found else 0.0, right / expected if expected else 0.0
+    f1 = 2 * precision * recall / (precision + recall) if right else 0.0
+    return {"entity_f1": 100 * f1, "precision": 100 * precision, "recall": 100 * recall}
+
+
+def gold_entities(tokens: Sequence[str], tags: Sequence[str]) -> set[Entity]:
+    """Spans (start, end, type) in the tokens joined by spaces, from BIO tags; an I- without a start begins a span."""
+    entities: set[Entity] = set()
+    start, kind, position = 0, "", 0
+    for token, tag in zip([*tokens, ""], [*tags, "O"], strict=True):
+        prefix, _, name = tag.partition("-")
+        if kind and (prefix != "I" or name != kind):
+            entities.add((start, position - 1, kind))
+            kind = ""
+        if name and not kind:
+            start, kind = position, name
+        position += len(token) + 1
+    return entities
+
+
+def answer_scores(predicted: Sequence[str], gold: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Exact match and token F1 x 100, the best over the gold answers (as the SQuAD 1.1 evaluation)."""
+    exact = [max(float(_normal(answer) == _normal(item)) for item in items) for answer, items in zip(predicted, gold, strict=True)]
+    f1 = [max(_token_f1(answer, item) for item in items) for answer, items in zip(predicted, gold, strict=True)]
+    return {"exact_match": 100 * float(np.mean(exact)), "f1": 100 * float(np.mean(f1))}
+
+
+def _vector(answer: Mapping[str, Array]) -> Array:
+    return np.concatenate([np.asarray(array, np.float64).ravel() for _, array in sorted(answer.items())])
+
+
+def _cosine(one: Array, other: Array) -> float:
+    if not np.isfinite(other).all():
+        return -1.0
+    norms = float(np.linalg.norm(one) * np.linalg.norm(other))
+    if norms == 0:
+        return 1.0 if np.array_equal(one, other) else 0.0
+    return float(one @ other) / norms
+
+
+def _log_softmax(logits: Array) -> Array:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    result: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
+
+
+def _normal(text: str) -> str:
+    """Lower case, no punctuation, no articles, single spaces."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def _token_f1(answer: str, gold: str) -> float:
+    one, other = _normal(answer).split(), _normal(gold).split()
+    common = sum((Counter(one) & Counter(other)).values())
+    if not one or not other:
+        return float(one == other)
+    return 2 * common / (len(one) + len(other))

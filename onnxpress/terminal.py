@@ -1,0 +1,102 @@
+"""What a build shows on a terminal: the step it is at, and a table of the ledger."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+
+from onnxpress.artifact import REPORT, Artifact
+
+
+class Progress:
+    """Steps on stderr: a spinner on a terminal, a line a step elsewhere, nothing where it is not enabled."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._console = Console(stderr=True, quiet=not enabled, highlight=False)
+        self._status: Status | None = None
+        self._name = ""
+        self._started = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._finish(failed=error is not None)
+
+    def step(self, name: str) -> None:
+        """Begin a step."""
+        self._finish()
+        self._name, self._started = name, time.perf_counter()
+        if self._console.is_terminal:
+            self._status = self._console.status(name)
+            self._status.start()
+
+    def detail(self, text: str) -> None:
+        """Say what the step is at."""
+        if self._status is not None:
+            self._status.update(f"{self._name}: {text}")
+
+    def _finish(self, *, failed: bool = False) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+        if self._name:
+            mark = "[red]failed[/red]" if failed else f"[dim]{time.perf_counter() - self._started:.1f} s[/dim]"
+            self._console.print(f"  {self._name} {mark}")
+            self._name = ""
+
+
+def print_build(artifact: Artifact) -> None:
+    """The ledger as a table, and where the artifact is."""
+    console = Console(highlight=False)
+    console.print(ledger_table(artifact))
+    for row in artifact.manifest.ledger:
+        for note in row["notes"]:
+            console.print(f"[dim]{row['pass']}: {note}[/dim]", soft_wrap=True)
+    if artifact.measured.get("note"):
+        console.print(artifact.measured["note"], style="yellow", soft_wrap=True)
+    size = sum(entry.size for entry in artifact.manifest.files.values())
+    seconds, memory = artifact.measured["build_seconds"], artifact.measured["peak_memory_bytes"]
+    console.print(
+        f"[bold]{artifact.path}[/bold]: {size / 1e6:.1f} MB, {artifact.manifest.precision}; built in {seconds:.0f} s with "
+        f"{memory / 1e9:.2f} GB of memory; report: {artifact.path / REPORT}",
+        soft_wrap=True,
+    )
+
+
+def ledger_table(artifact: Artifact) -> Table:
+    """One row a pass: what became of it, quality, size, time."""
+    table = Table(title=f"{artifact.manifest.name} for {artifact.manifest.target}", title_justify="left")
+    metric = artifact.manifest.ledger[0]["metric"]
+    for name, justify in (("pass", "left"), ("", "left"), ("changes", "right"), (metric, "right")):
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("MB", justify="right", no_wrap=True)
+    table.add_column("ms", justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold", ratio=1)
+    times = {row["pass"]: row for row in artifact.measured.get("rows", ())}
+    for row in artifact.manifest.ledger:
+        table.add_row(
+            row["pass"],
+            {"kept": "[green]kept[/green]", "repaired": "[yellow]repaired[/yellow]"}.get(row["status"], f"[red]{row['status']}[/red]"),
+            str(row["changes"]),
+            _quality(row),
+            f"{row['bytes'] / 1e6:.1f}",
+            _times(times.get(row["pass"])),
+            row["reason"],
+        )
+    return table
+
+
+def _quality(row: Any) -> str:
+    return "" if row["quality"] is None else f"{row['quality']:.5g}"
+
+
+def _times(row: Any) -> str:
+    return "" if row is None else f"{row['latency_before_ms']:.3g} → {row['latency_ms']:.3g}"
