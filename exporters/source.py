@@ -1,8 +1,9 @@
-"""Resolves what the user named as a model: a folder, a hub id, "package.module:factory", or a module itself."""
+"""Resolves what the user named as a model: a folder, one inside an installed package, a hub id, a factory, a module."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -65,6 +66,9 @@ def resolve(
             f"A {type(source).__name__} was given as model; give a folder, a hub id, 'package.module:factory', or "
             f"a torch.nn.Module."
         )
+    if source.startswith("package:"):
+        folder = _package_folder(source.removeprefix("package:"))
+        return _folder(folder, name=folder.name)
     path = Path(source).expanduser()
     if path.exists():
         return _folder(path, name=path.resolve().name)
@@ -94,6 +98,17 @@ def _folder(folder: Path, *, name: str) -> FolderSource:
             )
         raise SourceError(f"{folder} has no weights: no file there ends in .safetensors. Download the model again.")
     return FolderSource(name=name, folder=folder)
+
+
+def _package_folder(name: str) -> Path:
+    """NAME/FOLDER: a folder inside an installed Python package, which is found but not imported."""
+    package, _, inside = name.partition("/")
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise SourceError(
+            f"package:{name} names a folder of the Python package {package!r}, which is not installed: pip install it."
+        )
+    return Path(found.submodule_search_locations[0]) / inside
 
 
 def _download(hub_id: str, revision: str | None) -> Path:

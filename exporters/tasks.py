@@ -1,7 +1,7 @@
-"""The tasks: which head a task needs, what its graph puts out, and how to tell the task of a model.
+"""The tasks: what a task's graph puts out, which class loads its head, and how to tell the task of a model.
 
-optimum's TasksManager has a table like this, but importing it fails in a clean installation of this package's
-requirements (optimum 2.3 imports `requests` without asking for it), and it takes heads that we do not export.
+Names that the field uses for one task, and the class that loads it, come from optimum's TasksManager. Its guess of a
+model's task refuses local folders, so that is done here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import transformers
+from optimum.exporters.tasks import TasksManager
 
 from onnxpress.errors import SourceError
 
@@ -18,15 +18,20 @@ from onnxpress.errors import SourceError
 class Task:
     """A task of text models.
 
-    auto_class: loads the head. architecture: how the class of such a model ends, as its config.json says. outputs:
-    for each output, which field of the model's answer it is, and its shape ("labels" stands for the head's width).
+    architecture: how the class of such a model ends, as its config.json says. outputs: fields of the model's answer.
+    synonyms: names that optimum does not know.
     """
 
     name: str
-    auto_class: type
     architecture: str
     outputs: tuple[str, ...]
     synonyms: tuple[str, ...] = ()
+
+    @property
+    def auto_class(self) -> type:
+        """The transformers class that loads a model with this task's head."""
+        found: type = TasksManager.get_model_class_for_task(self.name, framework="pt")
+        return found
 
 
 TASKS: dict[str, Task] = {
@@ -34,37 +39,31 @@ TASKS: dict[str, Task] = {
     for task in (
         Task(
             name="feature-extraction",
-            auto_class=transformers.AutoModel,
             architecture="Model",
             outputs=("last_hidden_state",),
-            synonyms=("sentence-similarity", "embeddings", "default"),
+            synonyms=("embeddings",),
         ),
         Task(
             name="text-classification",
-            auto_class=transformers.AutoModelForSequenceClassification,
             architecture="ForSequenceClassification",
             outputs=("logits",),
-            synonyms=("sentiment-analysis", "sequence-classification", "zero-shot-classification", "text-ranking"),
+            synonyms=("sentiment-analysis", "text-ranking"),
         ),
         Task(
             name="token-classification",
-            auto_class=transformers.AutoModelForTokenClassification,
             architecture="ForTokenClassification",
             outputs=("logits",),
             synonyms=("ner",),
         ),
         Task(
             name="question-answering",
-            auto_class=transformers.AutoModelForQuestionAnswering,
             architecture="ForQuestionAnswering",
             outputs=("start_logits", "end_logits"),
         ),
         Task(
             name="fill-mask",
-            auto_class=transformers.AutoModelForMaskedLM,
             architecture="ForMaskedLM",
             outputs=("logits",),
-            synonyms=("masked-lm",),
         ),
     )
 }
@@ -73,7 +72,7 @@ TASKS: dict[str, Task] = {
 def find_task(name: str) -> Task:
     """The task of that name or synonym. Raises SourceError."""
     for task in TASKS.values():
-        if name == task.name or name in task.synonyms:
+        if task.name == name or name in task.synonyms or TasksManager.map_from_synonym(name) == task.name:
             return task
     raise SourceError(f"There is no task {name!r}. onnxpress exports {', '.join(TASKS)}, and plain modules.")
 

@@ -1,0 +1,92 @@
+"""Finds where attention heads are split from the last axis, and where they are put together again.
+
+    (batch, length, heads * head_dim) → Reshape → (batch, length, heads, head_dim) → Transpose → (batch, heads, ·, ·)
+
+Elements are conserved, so when the last axis is split exactly and one of the others is kept, the other is too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxpress.optimizers.linear import attribute
+from onnxpress.optimizers.matching import dimension, only_user, produced_by, rank
+from onnxpress.optimizers.shapes import reshaped, size
+
+HEADS_FIRST = (0, 2, 1, 3)  # (batch, length, heads, head_dim) → (batch, heads, length, head_dim), and back
+KEYS_TRANSPOSED = (0, 2, 3, 1)  # (batch, length, heads, head_dim) → (batch, heads, head_dim, length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """source: (batch, length, number * size)."""
+
+    source: ir.Value
+    number: int
+    size: int
+
+
+def split_heads(value: ir.Value | None, permutation: Sequence[int] = HEADS_FIRST) -> Heads | str:
+    """The heads that a value is made of; or, as the end of a sentence, what is wrong with it."""
+    transpose = produced_by(value, "Transpose")
+    reshape = None if transpose is None else produced_by(transpose.inputs[0], "Reshape")
+    if transpose is None or reshape is None or tuple(attribute(transpose, "perm", ())) != tuple(permutation):
+        return "are not a Transpose of a Reshape to (batch, length, heads, head_dim)"
+    source, target = reshape.inputs[0], reshaped(reshape)
+    width = dimension(source, -1)
+    if source is None or rank(source) != 3 or not isinstance(width, int) or target is None or len(target) != 4:
+        return "are not split from (batch, length, width) with a known width"
+    number, head_dim = target[2], target[3]
+    if number is None and isinstance(head_dim, int):
+        number = width // head_dim
+    if head_dim is None and isinstance(number, int):
+        head_dim = width // number
+    if not isinstance(number, int) or not isinstance(head_dim, int) or number * head_dim != width:
+        return "have an unknown number or size of heads"
+    if not any(target[axis] == size(source, axis) for axis in (0, 1)):
+        return f"may mix batch and length in {reshape.name}"
+    return Heads(source=source, number=number, size=head_dim)
+
+
+def split_keys(value: ir.Value | None) -> Heads | str:
+    """As `split_heads`, for keys that stand transposed: (batch, heads, head_dim, length)."""
+    keys = swapped_last_axes(value)
+    return split_heads(value, KEYS_TRANSPOSED) if keys is None else split_heads(keys)
+
+
+def merged_heads(value: ir.Value, like: ir.Value, width: int) -> ir.Node | None:
+    """The Reshape that puts (batch, heads, length, head_dim) together to (batch, length, width).
+
+    like: has the batch and the length as its first axes.
+    """
+    transpose = only_user(value, "Transpose")
+    if transpose is None or tuple(attribute(transpose, "perm", ())) != HEADS_FIRST:
+        return None
+    reshape = only_user(transpose.outputs[0], "Reshape")
+    target = None if reshape is None else reshaped(reshape)
+    if target is None or len(target) != 3 or target[2] not in (width, None):
+        return None
+    kept = [target[axis] == size(like, axis) for axis in (0, 1)]
+    return reshape if all(kept) or (target[2] == width and any(kept)) else None
+
+
+def swapped_last_axes(value: ir.Value | None) -> ir.Value | None:
+    """v where the value is v with its last two of four axes swapped, by a Transpose or by way of three axes."""
+    node = produced_by(value, "Transpose", "Reshape")
+    if node is None:
+        return None
+    if node.op_type == "Transpose":
+        return node.inputs[0] if tuple(attribute(node, "perm", ())) == (0, 1, 3, 2) else None
+    transpose = produced_by(node.inputs[0], "Transpose")
+    flatten = None if transpose is None else produced_by(transpose.inputs[0], "Reshape")
+    if transpose is None or flatten is None or tuple(attribute(transpose, "perm", ())) != (0, 2, 1):
+        return None
+    source, flat, target = flatten.inputs[0], reshaped(flatten), reshaped(node)
+    if source is None or rank(source) != 4 or flat is None or target is None:
+        return None
+    batch, heads, length, head_dim = (size(source, axis) for axis in range(4))
+    same = flat[1:] == [length, head_dim] and target == [batch, heads, head_dim, length]
+    return source if same and len(flat) == 3 else None

@@ -1,0 +1,112 @@
+"""Small questions that the fusions ask of a graph, and the one way they put nodes in. Changes nothing by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxpress.graph import Graph
+from onnxpress.optimizers.linear import attribute
+
+
+def produced_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The node that makes a value, if it is a standard operator of one of these types."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.domain == "" and node.op_type in op_types else None
+
+
+def only_user(value: ir.Value, *op_types: str) -> ir.Node | None:
+    """The one node that reads a value, if nothing else does and it is a standard operator of one of these types."""
+    uses = value.uses()
+    if len(uses) != 1 or value.is_graph_output():
+        return None
+    node = next(iter(uses)).node
+    same_graph = node.graph is (value.producer().graph if value.producer() is not None else node.graph)  # type: ignore[union-attr]
+    return node if same_graph and node.domain == "" and node.op_type in op_types else None
+
+
+def constant(value: ir.Value | None) -> npt.NDArray[Any] | None:
+    """A value's array where it is fixed: an initializer that no input overrides, or the output of a Constant."""
+    if value is None or value.is_graph_input():
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """The number that a constant of one element (and at most one axis) holds."""
+    array = constant(value)
+    return float(array.reshape(())) if array is not None and array.size == 1 and array.ndim <= 1 else None
+
+
+def operands(node: ir.Node) -> tuple[ir.Value, float] | None:
+    """The variable and the number of an Add or Mul with one constant operand, in either order."""
+    first, second = node.inputs[0], node.inputs[1]
+    for variable, number in ((first, scalar(second)), (second, scalar(first))):
+        if variable is not None and number is not None:
+            return variable, number
+    return None
+
+
+def close(number: float, wanted: float) -> bool:
+    """Equal to one part in a thousand: constants pass through fp16 and through hand-written digits."""
+    return abs(number - wanted) <= 1e-3 * abs(wanted)
+
+
+def rank(value: ir.Value | None) -> int | None:
+    """Number of axes, where known."""
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+def dimension(value: ir.Value | None, axis: int) -> int | str | None:
+    """Size (int) or symbolic name (str) of one axis, where known."""
+    if value is None or value.shape is None or not -len(value.shape) <= axis < len(value.shape):
+        return None
+    size = value.shape[axis]
+    return size if isinstance(size, int) else size.value
+
+
+def is_last_axis(axis: int | None, value: ir.Value | None) -> bool:
+    """Whether an axis number means the last axis of a value."""
+    count = rank(value)
+    return axis == -1 or (axis is not None and count is not None and axis == count - 1)
+
+
+def reduces_last_axis(node: ir.Node) -> bool:
+    """Whether a ReduceMean takes the mean over the last axis alone and keeps it as an axis of size 1."""
+    if not attribute(node, "keepdims", 1):
+        return False
+    axes = attribute(node, "axes", None)  # an attribute before opset 18, an input since
+    if axes is None and len(node.inputs) > 1:
+        array = constant(node.inputs[1])
+        axes = None if array is None else array.reshape(-1).tolist()
+    return axes is not None and len(axes) == 1 and is_last_axis(int(axes[0]), node.inputs[0])
+
+
+def insert(
+    before: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: Mapping[str, Any] | None = None,
+    *,
+    name: str,
+    dtype: ir.DataType | None,
+    shape: ir.Shape | Sequence[int | str | None] | None = None,
+) -> ir.Value:
+    """Put a standard operator with one output in front of a node; the node and its output are called `name`."""
+    node = ir.node(op_type, inputs, attributes or {}, name=name)
+    output = node.outputs[0]
+    output.name = name
+    output.type = None if dtype is None else ir.TensorType(dtype)
+    output.shape = shape if shape is None or isinstance(shape, ir.Shape) else ir.Shape(shape)
+    assert before.graph is not None
+    before.graph.insert_before(before, node)
+    return output
+
+
+def body_nodes(graph: Graph, *op_types: str) -> list[ir.Node]:
+    """The standard operators of these types in the main graph, in order. Subgraphs are left alone."""
+    return [node for node in graph.model.graph if node.domain == "" and node.op_type in op_types]
