@@ -1,6 +1,6 @@
 """Process start to answer: `onnxpress run` on one sentence, against a bare script with onnxruntime and tokenizers.
 
-    python benchmarks/cold_start.py ARTIFACT [--runs 10]
+python benchmarks/cold_start.py ARTIFACT [--runs 10]
 """
 
 from __future__ import annotations

@@ -89,7 +89,11 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="part of a system's name (repeatable)")
     arguments = parser.parse_args()
     arguments.cache.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"machine": machine.describe(), "date": time.strftime("%Y-%m-%d"), "rounds": arguments.rounds}
+    result: dict[str, Any] = {
+        "machine": machine.describe(),
+        "date": time.strftime("%Y-%m-%d"),
+        "rounds": arguments.rounds,
+    }
 
     chosen = {name: spec for name, spec in SYSTEMS.items() if _chosen(name, arguments.only)}
     systems = {name: System(*spec, arguments) for name, spec in chosen.items()}
@@ -131,7 +135,10 @@ def _table(title: str, rows: dict[str, dict[str, list[float]]], columns: list[st
     print(f"\n| {title} | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for name, row in rows.items():
-        cells = [f"{statistics.median(row[column]):.4g} ({min(row[column]):.4g}–{max(row[column]):.4g})" for column in columns]
+        cells = [
+            f"{statistics.median(row[column]):.4g} ({min(row[column]):.4g}–{max(row[column]):.4g})"
+            for column in columns
+        ]
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 

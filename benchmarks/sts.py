@@ -38,7 +38,10 @@ def main() -> None:
     runners = {str(path): onnxpress.load(path) for path in arguments.artifacts}
     print("| system | Spearman x 100 | mean cosine | smallest |")
     print("|---|---|---|---|")
-    for name, vectors in {"PyTorch fp32": original, **{name: runner.embed(texts) for name, runner in runners.items()}}.items():
+    for name, vectors in {
+        "PyTorch fp32": original,
+        **{name: runner.embed(texts) for name, runner in runners.items()},
+    }.items():
         half = len(samples)
         spearman = similarity_scores(vectors[:half], vectors[half:], gold)["spearman"]
         cosine = (vectors * original).sum(1) / (np.linalg.norm(vectors, axis=1) * np.linalg.norm(original, axis=1))

@@ -1,8 +1,8 @@
 """The artifact: a folder that is whole or absent. Reading checks it; writing goes through a part folder and a rename.
 
-    manifest.json      what the artifact is: signature, options, ledger, digests of all files but the next two
-    measured.json      how fast it was, where and when; holds the digest of report.html
-    report.html        the same for people
+manifest.json      what the artifact is: signature, options, ledger, digests of all files but the next two
+measured.json      how fast it was, where and when; holds the digest of report.html
+report.html        the same for people
 """
 
 from __future__ import annotations
@@ -159,7 +159,9 @@ def _read_measured(folder: Path, *, verify: bool) -> Mapping[str, Json]:
         measured = json.loads(_read(path))
         digest = measured.get("sha256", {}).get(REPORT)
     except (ValueError, AttributeError) as error:
-        raise ArtifactError(f"{path} is not what `onnxpress build` wrote ({error}); build the artifact again.") from None
+        raise ArtifactError(
+            f"{path} is not what `onnxpress build` wrote ({error}); build the artifact again."
+        ) from None
     report = folder / REPORT
     if verify and digest is not None and report.is_file() and _sha256(report) != digest:
         raise ArtifactError(f"{report} was changed after the build; remove it or build the artifact again.")
@@ -170,7 +172,12 @@ def _inside(folder: Path, name: str) -> Path:
     """A manifest is data: its paths must not lead out of the folder, by name or by link."""
     parts = PurePosixPath(name)
     path = folder / name
-    if parts.is_absolute() or ".." in parts.parts or "\\" in name or not path.resolve().is_relative_to(folder.resolve()):
+    if (
+        parts.is_absolute()
+        or ".." in parts.parts
+        or "\\" in name
+        or not path.resolve().is_relative_to(folder.resolve())
+    ):
         raise ArtifactError(f"The manifest of {folder} names a file outside of the artifact: {name!r}. Do not use it.")
     return path
 

@@ -1,23 +1,27 @@
 """Times artifacts side by side on random token ids: taking turns, medians of several rounds.
 
-Needs only the runtime. For comparisons with other tools see the benchmarks folder of the repository.
+Needs only the runtime, but for --against torch and onnx, which take the original from the artifact's recipe.
+For comparisons with other tools see the benchmarks folder of the repository.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from onnxpress import machine
 from onnxpress.artifact import Artifact
 from onnxpress.errors import OutputError, UsageError
-from onnxpress.manifest import Arrays, Json, Signature
+from onnxpress.manifest import Arrays, Json, Manifest, Signature
 from onnxpress.runtime.loading import load_artifact
+from onnxpress.runtime.text_runner import TextRunner
 from onnxpress.timing import alternate
+
+System = Callable[[Arrays], object]
 
 
 def bench(
@@ -31,27 +35,20 @@ def bench(
     providers: Sequence[str] | None,
     allow_fallback: bool,
 ) -> int:
-    """Print a table of median milliseconds; returns the exit code. against: folders of other artifacts."""
-    runners = {}
-    for folder in (path, *(Path(item) for item in against)):
-        artifact = Artifact.open(folder)
-        if artifact.manifest.task == "module":
-            raise UsageError(f"{folder} takes named arrays of any shape; bench times models that read token ids.")
-        label = artifact.manifest.name + " " + artifact.manifest.precision
-        runners[label if label not in runners else str(folder)] = load_artifact(
-            artifact, providers=providers, allow_fallback=allow_fallback
-        )
-    rows: list[dict[str, Json]] = []
-    for batch in batches:
-        for length in lengths:
-            tasks: dict[str, Callable[[], object]] = {
-                label: _task(runner, random_tokens(runner.session.signature, batch, length))
-                for label, runner in runners.items()
-            }
-            times = alternate(tasks, rounds=rounds, seconds=0.2)
-            for label, milliseconds in times.items():
-                rows.append({"system": label, "batch": batch, "length": length, "median_ms": round(milliseconds, 3)})
-                print(f"{label:40} batch {batch:4} length {length:5} {milliseconds:10.2f} ms", flush=True)
+    """Print a table of median milliseconds; returns the exit code.
+
+    against: folders of other artifacts, "torch" (the original in float32), "onnx" (its plain export on ONNX Runtime).
+    """
+    signature = Artifact.open(path).manifest.signature
+    with tempfile.TemporaryDirectory(prefix="onnxpress-bench-") as scratch:
+        systems: dict[str, System] = {}
+        for item in (str(path), *against):
+            if item in ("torch", "onnx"):
+                systems[item] = _original(item, Artifact.open(path).manifest, Path(scratch))
+            else:
+                label, system = _artifact(Path(item), providers, allow_fallback)
+                systems[label if label not in systems else item] = system
+        rows = _time(systems, signature, batches, lengths, rounds)
     if json_file is not None:
         try:
             json_file.write_text(json.dumps({"machine": machine.describe(), "rows": rows}, indent=1), encoding="utf-8")
@@ -73,5 +70,40 @@ def random_tokens(signature: Signature, batch: int, length: int) -> Arrays:
     return feeds
 
 
-def _task(runner: Any, feeds: Arrays) -> Callable[[], object]:
-    return lambda: runner.run_rows(feeds)
+def _time(
+    systems: dict[str, System], signature: Signature, batches: Sequence[int], lengths: Sequence[int], rounds: int
+) -> list[dict[str, Json]]:
+    rows: list[dict[str, Json]] = []
+    for batch in batches:
+        for length in lengths:
+            feeds = random_tokens(signature, batch, length)
+            times = alternate({label: _call(system, feeds) for label, system in systems.items()}, rounds=rounds)
+            for label, milliseconds in times.items():
+                rows.append({"system": label, "batch": batch, "length": length, "median_ms": round(milliseconds, 3)})
+                print(f"{label:40} batch {batch:4} length {length:5} {milliseconds:10.2f} ms", flush=True)
+    return rows
+
+
+def _call(system: System, feeds: Arrays) -> Callable[[], object]:
+    return lambda: system(feeds)
+
+
+def _artifact(folder: Path, providers: Sequence[str] | None, allow_fallback: bool) -> tuple[str, System]:
+    artifact = Artifact.open(folder)
+    runner = load_artifact(artifact, providers=providers, allow_fallback=allow_fallback)
+    if not isinstance(runner, TextRunner):
+        raise UsageError(f"{folder} takes named arrays of any shape; bench times models that read token ids.")
+    return f"{artifact.manifest.name} {artifact.manifest.precision}", runner.run_rows
+
+
+def _original(kind: str, manifest: Manifest, scratch: Path) -> System:
+    from onnxpress.exporters import export
+    from onnxpress.runtime.session import Session
+    from onnxpress.workbench import save
+
+    model = manifest.recipe["model"]
+    exported = export(model["source"], task=manifest.task, revision=model["revision"], max_length=model["max_length"])
+    if kind == "torch":
+        return exported.reference.run
+    save(exported.graph, scratch / "model.onnx")
+    return Session(scratch / "model.onnx", signature=exported.graph.signature).run

@@ -43,8 +43,8 @@ class Calibration:
         outputs = {str(value.name) for value in body.outputs}
         body.outputs.extend(values[name] for name in names if name not in outputs | inputs)
         session = self._open(observed)
-        low: dict[str, np.ndarray] = {}  # type: ignore[type-arg]
-        high: dict[str, np.ndarray] = {}  # type: ignore[type-arg]
+        low: dict[str, np.ndarray] = {}
+        high: dict[str, np.ndarray] = {}
         for feeds in self._inputs():
             answers = {**feeds, **session.run(feeds)}
             for name in names:

@@ -21,7 +21,17 @@ from onnxpress.errors import InputError, MissingExtraError, OnnxpressError, Usag
 if TYPE_CHECKING:
     from onnxpress.manifest import Json
 
-_BUILD_PACKAGES = {"torch", "transformers", "optimum", "onnx", "onnx_ir", "onnxscript", "pydantic", "rich", "matplotlib"}
+_BUILD_PACKAGES = {
+    "torch",
+    "transformers",
+    "optimum",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "pydantic",
+    "rich",
+    "matplotlib",
+}
 _BUILD_PACKAGES |= {"safetensors", "scipy", "sklearn", "ml_dtypes"}
 
 
@@ -37,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.command(options))
     except OnnxpressError as error:
         code, message = error.exit_code, str(error)
+        if options.debug:
+            traceback.print_exc()
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package not in _BUILD_PACKAGES:
@@ -51,8 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
-    if options.debug:
-        traceback.print_exc()
     print(f"onnxpress: {message}", file=sys.stderr)
     return code
 
@@ -94,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = _command(commands, "bench", _bench, "time an artifact")
     bench.add_argument("artifact", type=Path)
-    bench.add_argument("--against", default="", help="also time: onnx (another .onnx file or artifact folder), e.g. a=DIR")
+    bench.add_argument("--against", default="", help="also time, by commas: torch, onnx, folders of other artifacts")
     bench.add_argument("--batch", default="1,32", help="batch sizes (default 1,32)")
     bench.add_argument("--length", default="32,128", help="lengths in tokens (default 32,128)")
     bench.add_argument("--rounds", type=int, default=5)
@@ -139,7 +149,13 @@ def _build(options: argparse.Namespace) -> int:
         chosen["columns"] = _columns(options.column)
     artifact = build(options.source, out=options.out, quiet=options.json, **chosen)
     if options.json:
-        _print_json({"path": str(artifact.path), "manifest": json.loads(artifact.manifest.to_json()), "measured": artifact.measured})
+        _print_json(
+            {
+                "path": str(artifact.path),
+                "manifest": json.loads(artifact.manifest.to_json()),
+                "measured": artifact.measured,
+            }
+        )
     else:
         terminal.print_build(artifact)
     return 0
@@ -189,17 +205,25 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from onnxpress.artifact import Artifact
-    from onnxpress.runtime.loading import load_artifact, verify_golden
+    from onnxpress.runtime.loading import open_session, verify_golden
 
     artifact = Artifact.open(options.artifact)
-    runner = load_artifact(artifact, providers=options.provider, allow_fallback=options.allow_fallback)
-    rows = verify_golden(artifact, runner.session)
+    session = open_session(artifact, providers=options.provider, allow_fallback=options.allow_fallback)
+    rows = verify_golden(artifact, session)
     if options.json:
-        _print_json({"artifact": str(options.artifact), "files": len(artifact.manifest.files), "golden": [vars(row) for row in rows]})
+        _print_json(
+            {
+                "artifact": str(options.artifact),
+                "files": len(artifact.manifest.files),
+                "golden": [vars(row) for row in rows],
+            }
+        )
     else:
         print(f"{len(artifact.manifest.files)} files have the digests of the manifest.")
         for row in rows:
-            print(f"golden {row.case}, {row.output}: largest difference {row.max_abs:.3g} (allowed {row.tolerance:.3g})")
+            print(
+                f"golden {row.case}, {row.output}: largest difference {row.max_abs:.3g} (allowed {row.tolerance:.3g})"
+            )
     return 0
 
 

@@ -13,7 +13,17 @@ from onnxpress import machine
 from onnxpress.errors import OnnxpressError
 from onnxpress.runtime.providers import PROVIDERS, check_provider
 
-_PACKAGES = ("onnxpress", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers", "torch", "transformers", "onnx", "onnx-ir")
+_PACKAGES = (
+    "onnxpress",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "numpy",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+)
 
 
 def examine() -> dict[str, Any]:

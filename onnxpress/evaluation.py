@@ -1,7 +1,6 @@
 """Samples to judge a model by, what is compared for each task, and the default budgets.
 
-The built-in texts are the project's own (data/README.md). Calibration and evaluation samples never overlap: a text
-goes to one side by its digest.
+The built-in texts are the project's own (data/README.md) and say themselves whether they calibrate or judge.
 """
 
 from __future__ import annotations
@@ -49,7 +48,9 @@ class Budget:
 
     def limit_value(self, reference: float) -> float:
         """The smallest value that holds, given the original's."""
-        return {"at least": self.limit, "drop": reference - self.limit, "share": reference * (1 - self.limit)}[self.kind]
+        return {"at least": self.limit, "drop": reference - self.limit, "share": reference * (1 - self.limit)}[
+            self.kind
+        ]
 
     def holds(self, reference: float, value: float) -> bool:
         """Whether a value is good enough."""
@@ -115,11 +116,11 @@ def builtin_samples(
         for language, share in unknown.items()
         if language not in known
     )
-    samples = [_builtin_sample(row, mask_token) for row in rows if row["language"] in known or not known]
-    samples.sort(key=_digest)
-    calibration = [sample for sample in samples if int(_digest(sample), 16) % 3 == 0]
-    evaluation = [sample for sample in samples if int(_digest(sample), 16) % 3 != 0]
-    return calibration, evaluation, notes
+    samples = {"calibration": list[Sample](), "evaluation": list[Sample]()}
+    for row in sorted(rows, key=_digest):  # mixes kinds and lengths, so that the first few are like all
+        if row["language"] in known or not known:
+            samples[row["split"]].append(_builtin_sample(row, mask_token))
+    return samples["calibration"], samples["evaluation"], notes
 
 
 def agreement(task: str, reference: Answers, candidate: Answers) -> dict[str, float]:
@@ -229,7 +230,9 @@ def _json_row(path: Path, number: int, line: str) -> _Row:
     except ValueError as error:
         raise RecipeError(f"{path}, line {number} is not valid JSON: {error}.") from None
     if not isinstance(values, dict):
-        raise RecipeError(f"{path}, line {number} is a {type(values).__name__}; an object with named fields is expected.")
+        raise RecipeError(
+            f"{path}, line {number} is a {type(values).__name__}; an object with named fields is expected."
+        )
     return _Row(line=number, values=values)
 
 
@@ -318,8 +321,8 @@ def _unknown_shares(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> 
     return {language: missing / max(1, seen) for language, (seen, missing) in counts.items()}
 
 
-def _digest(sample: Sample) -> str:
-    return hashlib.sha256(f"{sample.text}\n{sample.text_pair}".encode()).hexdigest()
+def _digest(row: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
 
 
 def _pooled(answers: Answers) -> Answers:

@@ -61,7 +61,7 @@ def _signature(model: ir.Model) -> Signature:
     inputs = tuple(_spec(value) for value in model.graph.inputs if value.name not in initializers)
     outputs = tuple(_spec(value) for value in model.graph.outputs)
     names = {axis for spec in inputs for axis in spec.shape if isinstance(axis, str)}
-    return Signature(task="module", inputs=inputs, outputs=outputs, axes={name: (1, _LARGEST) for name in sorted(names)})
+    return Signature(task="module", inputs=inputs, outputs=outputs, axes=dict.fromkeys(sorted(names), (1, _LARGEST)))
 
 
 def _spec(value: ir.Value) -> TensorSpec:
@@ -74,9 +74,10 @@ def _spec(value: ir.Value) -> TensorSpec:
     return TensorSpec(name=str(value.name), dtype=value.dtype.numpy().name, shape=shape)
 
 
-def _example(spec: TensorSpec) -> np.ndarray:  # type: ignore[type-arg]
+def _example(spec: TensorSpec) -> np.ndarray:
     shape = [
-        axis if isinstance(axis, int) else _EXAMPLE_SIZE.get(index, _DEFAULT_SIZE) for index, axis in enumerate(spec.shape)
+        axis if isinstance(axis, int) else _EXAMPLE_SIZE.get(index, _DEFAULT_SIZE)
+        for index, axis in enumerate(spec.shape)
     ]
     random = np.random.default_rng(0)
     if np.issubdtype(np.dtype(spec.dtype), np.floating):

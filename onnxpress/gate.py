@@ -59,7 +59,9 @@ class Gate:
             metrics |= self.workload.score(runnable)
         value = metrics[self.budget.metric]
         batch_cosine = 1.0 if rows_alone else self.workload.batch_dependence(runnable)
-        margin = min(self.budget.margin(self.reference_value, value), (batch_cosine - BATCH_COSINE) / (1 - BATCH_COSINE))
+        margin = min(
+            self.budget.margin(self.reference_value, value), (batch_cosine - BATCH_COSINE) / (1 - BATCH_COSINE)
+        )
         return Judgement(
             metrics=metrics,
             metric=self.budget.metric,

@@ -20,7 +20,7 @@ _EXACT, _QUANTIZED = 1e-3, 5e-2
 
 def write_golden(path: Path, session: Runnable, cases: Mapping[str, Arrays], *, exact: bool) -> dict[str, float]:
     """Run the cases, write them with their outputs, and return the allowed absolute difference for each output."""
-    tensors: dict[str, np.ndarray] = {}  # type: ignore[type-arg]
+    tensors: dict[str, np.ndarray] = {}
     largest: dict[str, float] = {}
     for case, feeds in cases.items():
         for name, array in feeds.items():

@@ -10,9 +10,7 @@ from onnxpress.artifact import Artifact
 from onnxpress.manifest import Json, Manifest, Signature, TensorSpec
 
 
-def inspect(
-    path: Path, *, placement: bool, as_json: bool, providers: list[str] | None, allow_fallback: bool
-) -> int:
+def inspect(path: Path, *, placement: bool, as_json: bool, providers: list[str] | None, allow_fallback: bool) -> int:
     """Print the findings; returns the exit code. Raises ArtifactError, and ProviderError with `placement`."""
     if path.suffix == ".onnx":
         findings = _of_file(path)
@@ -20,10 +18,10 @@ def inspect(
         artifact = Artifact.open(path)
         findings = _of_manifest(artifact.manifest)
         if placement:
-            from onnxpress.runtime.loading import load_artifact
+            from onnxpress.runtime.loading import open_session
 
-            runner = load_artifact(artifact, providers=providers, allow_fallback=allow_fallback)
-            findings["placement"] = runner.session.placement()
+            session = open_session(artifact, providers=providers, allow_fallback=allow_fallback)
+            findings["placement"] = session.placement()
     if as_json:
         print(json.dumps(findings, indent=1, ensure_ascii=False))
     else:
@@ -42,7 +40,11 @@ def _of_file(path: Path) -> dict[str, Json]:
 
     graph = open_onnx(path, task=None, max_length=None).graph
     sizes = sorted(
-        ((value.const_value.nbytes, name) for name, value in graph.model.graph.initializers.items() if value.const_value),
+        (
+            (value.const_value.nbytes, name)
+            for name, value in graph.model.graph.initializers.items()
+            if value.const_value
+        ),
         reverse=True,
     )
     return {

@@ -23,8 +23,6 @@ def describe() -> dict[str, Json]:
     }
 
 
-
-
 def _flags() -> frozenset[str]:
     return frozenset((_cpu_field("flags") or _cpu_field("Features") or "").split())
 

@@ -107,7 +107,9 @@ class Manifest:
         try:
             content = json.loads(text)
         except ValueError as error:
-            raise ArtifactError(f"{where} is not valid JSON ({error}); the artifact is corrupt: build it again.") from None
+            raise ArtifactError(
+                f"{where} is not valid JSON ({error}); the artifact is corrupt: build it again."
+            ) from None
         if not isinstance(content, dict) or not isinstance(content.get("schema_version"), int):
             raise ArtifactError(f"{where} is not an onnxpress manifest: it has no schema_version.")
         if content["schema_version"] > SCHEMA_VERSION:

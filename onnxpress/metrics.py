@@ -58,7 +58,10 @@ def choice_metrics(reference: Answers, candidate: Answers, output: str) -> dict[
 
 def sign_metrics(reference: Answers, candidate: Answers, output: str) -> dict[str, float]:
     """For several labels a text: share of equal decisions at probability 0.5."""
-    pairs = [(one[output] > 0, (other[output] > 0) & np.isfinite(other[output])) for one, other in zip(reference, candidate, strict=True)]
+    pairs = [
+        (one[output] > 0, (other[output] > 0) & np.isfinite(other[output]))
+        for one, other in zip(reference, candidate, strict=True)
+    ]
     return {"top1_agreement": float(np.concatenate([one == other for one, other in pairs]).mean())}
 
 
@@ -125,7 +128,10 @@ def gold_entities(tokens: Sequence[str], tags: Sequence[str]) -> set[Entity]:
 
 def answer_scores(predicted: Sequence[str], gold: Sequence[Sequence[str]]) -> dict[str, float]:
     """Exact match and token F1 x 100, the best over the gold answers (as the SQuAD 1.1 evaluation)."""
-    exact = [max(float(_normal(answer) == _normal(item)) for item in items) for answer, items in zip(predicted, gold, strict=True)]
+    exact = [
+        max(float(_normal(answer) == _normal(item)) for item in items)
+        for answer, items in zip(predicted, gold, strict=True)
+    ]
     f1 = [max(_token_f1(answer, item) for item in items) for answer, items in zip(predicted, gold, strict=True)]
     return {"exact_match": 100 * float(np.mean(exact)), "f1": 100 * float(np.mean(f1))}
 

@@ -25,7 +25,7 @@ from onnxpress.calibration import Calibration
 from onnxpress.errors import BudgetError, GoldenError, ParityError, RecipeError
 from onnxpress.exporters import Exported, ParityCheck, export
 from onnxpress.foreign import open_onnx
-from onnxpress.gate import Gate, Judgement, repair
+from onnxpress.gate import Gate, repair
 from onnxpress.golden import write_golden
 from onnxpress.graph import Graph
 from onnxpress.machine import describe
@@ -33,7 +33,7 @@ from onnxpress.manifest import Json, Manifest, Runnable
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import Pass, PassContext
 from onnxpress.optimizers.targets import target as find_target
-from onnxpress.recipe import Recipe, make_recipe, read_recipe
+from onnxpress.recipe import BuildSection, ModelSection, QualitySection, Recipe, make_recipe, read_recipe
 from onnxpress.report import render_report
 from onnxpress.runtime.session import Session
 from onnxpress.timing import alternate
@@ -112,7 +112,9 @@ def _build(
 
         report.step("golden outputs")
         save(press.graph, writer.folder / "model.onnx")
-        tolerance = write_golden(writer.folder / "golden.safetensors", press.session, workload.golden(), exact=press.exact)
+        tolerance = write_golden(
+            writer.folder / "golden.safetensors", press.session, workload.golden(), exact=press.exact
+        )
         options: dict[str, Json] = {**exported.options, "golden_tolerance": tolerance}
         session_options: dict[str, Json] = {"disabled_optimizers": list(facts.disabled_optimizers)}
         if press.rows_alone:
@@ -158,7 +160,9 @@ def _build(
         }
         if recipe.build.measure and bench.on_target:
             report.step("measure")
-            measured["latency"] = _latency(workload, {"PyTorch": exported.reference, "export": plain, "artifact": press.session})
+            measured["latency"] = _latency(
+                workload, {"PyTorch": exported.reference, "export": plain, "artifact": press.session}
+            )
             if isinstance(workload, TextWorkload) and not press.rows_alone:
                 measured["tokens_per_chunk"] = _fastest_chunk(workload, press.session)
         shutil.rmtree(work)
@@ -169,8 +173,7 @@ def _build(
         manifest = writer.seal(manifest)
         writer.write_measured(measured, render_report(manifest, measured))
         _check_in_fresh_process(writer.folder, facts.providers if bench.on_target else ("cpu",))
-        artifact = writer.publish()
-    return artifact
+        return writer.publish()
 
 
 class _Press:
@@ -291,7 +294,9 @@ class _Press:
                 "pass": step.name,
                 "latency_before_ms": round(before, 4),
                 "latency_ms": round(after, 4),
-                "shapes": {"x".join(map(str, shape)): [round(time, 4) for time in pair] for shape, pair in rows.items()},
+                "shapes": {
+                    "x".join(map(str, shape)): [round(time, 4) for time in pair] for shape, pair in rows.items()
+                },
             }
         )
         worse = all(new > old * _SLOWER and new - old > _NOISE_MS for old, new in rows.values())
@@ -321,7 +326,11 @@ class _Press:
 
 def _with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     content = recipe.model_dump(exclude_unset=True)
-    sections = {name: set(field.annotation.model_fields) for name, field in Recipe.model_fields.items() if name != "passes"}  # type: ignore[union-attr]
+    sections = {
+        "model": set(ModelSection.model_fields),
+        "build": set(BuildSection.model_fields),
+        "quality": set(QualitySection.model_fields),
+    }
     for key, value in options.items():
         if value is None:
             continue
@@ -422,11 +431,24 @@ def _check_in_fresh_process(folder: Path, providers: tuple[str, ...]) -> None:
 
 def _parity_sentence(rows: list[Any]) -> str:
     worst = max(rows, key=lambda row: row.max_abs)
-    return f"answers like the original in {len(rows)} comparisons: largest difference {worst.max_abs:.1e} ({worst.output})"
+    return (
+        f"answers like the original in {len(rows)} comparisons: largest difference {worst.max_abs:.1e} ({worst.output})"
+    )
 
 
 def _versions() -> dict[str, str]:
-    names = ("onnxpress", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers")
+    names = (
+        "onnxpress",
+        "torch",
+        "transformers",
+        "onnx",
+        "onnx-ir",
+        "onnxscript",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "numpy",
+        "tokenizers",
+    )
     found = {"python": platform.python_version()}
     for name in names:
         try:

@@ -1,19 +1,19 @@
 """The recipe: what to build, from a TOML file or from options. Everything has a default but the model.
 
-    [model]
-    source = "folder, hub id, package:NAME/FOLDER, package.module:factory or FILE.onnx"
-    task = "feature-extraction"
+[model]
+source = "folder, hub id, package:NAME/FOLDER, package.module:factory or FILE.onnx"
+task = "feature-extraction"
 
-    [build]
-    target = "cpu"
-    precision = "int8"
+[build]
+target = "cpu"
+precision = "int8"
 
-    [quality]
-    budget = "0.99"
-    file = "sentences.csv"
+[quality]
+budget = "0.99"
+file = "sentences.csv"
 
-    [passes.int8]
-    minimum_elements = 4096
+[passes.int8]
+minimum_elements = 4096
 """
 
 from __future__ import annotations

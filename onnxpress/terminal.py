@@ -58,8 +58,10 @@ def print_build(artifact: Artifact) -> None:
     console = Console(highlight=False)
     console.print(ledger_table(artifact))
     for row in artifact.manifest.ledger:
-        for note in row["notes"]:
-            console.print(f"[dim]{row['pass']}: {note}[/dim]", soft_wrap=True)
+        if row["changes"] or row["pass"] == "export" or row["status"] != "kept":
+            console.print(
+                f"{row['pass']}: {'; '.join([row['reason'], *row['notes']])}", style="dim", soft_wrap=True, markup=False
+            )
     if artifact.measured.get("note"):
         console.print(artifact.measured["note"], style="yellow", soft_wrap=True)
     size = sum(entry.size for entry in artifact.manifest.files.values())
@@ -79,17 +81,17 @@ def ledger_table(artifact: Artifact) -> Table:
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("MB", justify="right", no_wrap=True)
     table.add_column("ms", justify="right", no_wrap=True)
-    table.add_column("why", overflow="fold", ratio=1)
     times = {row["pass"]: row for row in artifact.measured.get("rows", ())}
     for row in artifact.manifest.ledger:
         table.add_row(
             row["pass"],
-            {"kept": "[green]kept[/green]", "repaired": "[yellow]repaired[/yellow]"}.get(row["status"], f"[red]{row['status']}[/red]"),
-            str(row["changes"]),
+            {"kept": "[green]kept[/green]", "repaired": "[yellow]repaired[/yellow]"}.get(
+                row["status"], f"[red]{row['status']}[/red]"
+            ),
+            str(row["changes"] or "–"),
             _quality(row),
             f"{row['bytes'] / 1e6:.1f}",
             _times(times.get(row["pass"])),
-            row["reason"],
         )
     return table
 

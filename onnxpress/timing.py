@@ -7,9 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 
 
-def alternate(
-    tasks: Mapping[str, Callable[[], object]], *, rounds: int = 5, seconds: float = 0.05
-) -> dict[str, float]:
+def alternate(tasks: Mapping[str, Callable[[], object]], *, rounds: int = 5, seconds: float = 0.05) -> dict[str, float]:
     """Median milliseconds of each task.
 
     The tasks take turns; in each of `rounds` rounds a task runs for about `seconds` and at least three times, after

@@ -76,7 +76,9 @@ def save(graph: Graph, path: Path) -> None:
     try:
         ir.save(graph.model, path, external_data=external)
     except OSError as error:
-        raise OutputError(f"Writing {path} failed: {error.strerror or error}. Free space or choose another --out.") from None
+        raise OutputError(
+            f"Writing {path} failed: {error.strerror or error}. Free space or choose another --out."
+        ) from None
 
 
 def _timed(session: Session, feeds: Arrays):  # type: ignore[no-untyped-def]

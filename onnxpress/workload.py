@@ -16,9 +16,10 @@ from onnxpress.errors import RecipeError
 from onnxpress.evaluation import Sample
 from onnxpress.manifest import Arrays, Json, Runnable, Signature
 from onnxpress.runtime.loading import RUNNERS
+from onnxpress.runtime.text_runner import TextRunner
 from onnxpress.runtime.tokenization import Tokenizer
 
-Answers = list[dict[str, np.ndarray]]  # type: ignore[type-arg]
+Answers = list[dict[str, np.ndarray]]
 
 _SHAPES = ((1, 32), (1, 128), (8, 128))  # (batch, length) at which passes are timed
 _BATCH_TRIAL = 32  # samples for the comparison alone against batched
@@ -152,7 +153,7 @@ class TextWorkload:
     def _unlabelled(self) -> list[Sample]:
         return self._evaluation
 
-    def _runner(self, runnable: Runnable, tokens_per_chunk: int = 256):  # type: ignore[no-untyped-def]
+    def _runner(self, runnable: Runnable, tokens_per_chunk: int = 256) -> TextRunner:
         return RUNNERS[self.task](runnable, self._tokenizer, self._options, tokens_per_chunk=tokens_per_chunk)
 
     def _feeds(self, samples: list[Sample]) -> Arrays:
@@ -170,7 +171,9 @@ class ModuleWorkload:
     Random inputs say whether numbers survive, not whether the task does: the report says so.
     """
 
-    def __init__(self, *, signature: Signature, example: Arrays, samples: int = 64, calibration_samples: int = 64) -> None:
+    def __init__(
+        self, *, signature: Signature, example: Arrays, samples: int = 64, calibration_samples: int = 64
+    ) -> None:
         self.task = "module"
         self.notes: tuple[str, ...] = (
             "evaluated on random inputs of the examples' shapes and spread: no quality on real data is claimed",

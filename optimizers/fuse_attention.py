@@ -64,7 +64,9 @@ class FuseAttention:
         masks = MaskBuilder(graph)
         for match in matches:
             _rewrite(graph, match, masks)
-        RemoveUnusedNodesPass()(graph.model)
+        if matches:
+            graph.model.graph.sort()  # a mask that layers share stands at the first one rewritten
+            RemoveUnusedNodesPass()(graph.model)
         kinds = sorted({match.anchor.op_type for match in matches} | {miss.node.op_type for miss in misses})
         what = " and ".join("4-D Attention" if kind == "Attention" else kind for kind in kinds)
         into = "3-D Attention" if kinds == ["Attention"] else "Attention"
@@ -135,7 +137,7 @@ def _match_softmax(graph: Graph, softmax: ir.Node, weighted: ir.Node) -> _Match 
     if not is_last_axis(attribute(softmax, "axis", default_axis), softmax.inputs[0]):
         return Miss(node=softmax, reason="it is not over the last axis", steps=0)
     assert weighted.inputs[0] is not None
-    if only_user(weighted.inputs[0], "MatMul", "IsNaN", "Where") is None:
+    if only_user(weighted.inputs[0], "MatMul") is None:
         return Miss(node=softmax, reason="its weights are used elsewhere too", steps=1)
     scores = _scores(softmax)
     if isinstance(scores, Miss):
@@ -188,7 +190,9 @@ def _assemble(
     for heads, what in ((query, "queries"), (key, "keys"), (value, "values")):
         if isinstance(heads, str):
             return Miss(node=anchor, reason=f"the {what} {heads}", steps=4)
-    assert isinstance(query, Heads) and isinstance(key, Heads) and isinstance(value, Heads)
+    assert not isinstance(query, str)
+    assert not isinstance(key, str)
+    assert not isinstance(value, str)
     grouped = anchor.op_type == "Attention" and query.number % key.number == 0
     if query.size != key.size or key.number != value.number or not (query.number == key.number or grouped):
         return Miss(node=anchor, reason="its queries, keys and values differ in heads", steps=5)
@@ -231,9 +235,9 @@ def _scores(softmax: ir.Node) -> _Scores | Miss:
                 return Miss(
                     node=softmax, reason=f"its scores are scaled by something not constant in {node.name}", steps=2
                 )
-            if masks:
-                pass
             current, scale = unscaled, scale * factor
+        elif scale != 1.0:
+            return Miss(node=softmax, reason=f"its mask is scaled together with its scores in {node.name}", steps=2)
         elif node.op_type == "Add":
             first, second = node.inputs[0], node.inputs[1]
             if first is None or second is None:
@@ -253,11 +257,6 @@ def _scores(softmax: ir.Node) -> _Scores | Miss:
                 )
             masks.insert(0, Mask(value=condition, fill=fill, inverted=inverted))
             current = other if inverted else kept
-
-
-def _has_mask_below(value: ir.Value) -> str | None:
-    node = produced_by(value, "Add", "Where")
-    return None if node is None else str(node.name)
 
 
 def _leads_to_product(value: ir.Value | None, depth: int = 0) -> bool:

@@ -63,7 +63,8 @@ class FuseGelu:
                 shape=match.output.shape,
             )
             replace_value(graph, match.output, gelu)
-        RemoveUnusedNodesPass()(graph.model)
+        if matches:
+            RemoveUnusedNodesPass()(graph.model)
         notes = coverage(len(matches), misses, what="Erf or Tanh + 1", into="Gelu")
         return PassResult(graph=graph, changes=len(matches), notes=notes)
 

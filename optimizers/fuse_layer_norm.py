@@ -65,7 +65,8 @@ class FuseLayerNorm:
                 shape=output.shape,
             )
             replace_value(graph, output, fused)
-        RemoveUnusedNodesPass()(graph.model)
+        if matches:
+            RemoveUnusedNodesPass()(graph.model)
         kinds = " and ".join(sorted({match.op_type for match in matches})) or "LayerNormalization"
         notes = coverage(len(matches), misses, what="normalizations", into=kinds)
         return PassResult(graph=graph, changes=len(matches), notes=notes)

@@ -122,10 +122,11 @@ class _Half:
                 casts[key] = cast.outputs[0]
         return casts[key]
 
-    def _array(self, array: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    def _array(self, array: np.ndarray) -> np.ndarray:
         """Half precision; values past the range end at its ends (a mask's large negative number stays finite)."""
-        limits = ml_dtypes.finfo(self.dtype.numpy())
-        return np.clip(array, float(limits.min), float(limits.max)).astype(self.dtype.numpy())
+        limits = ml_dtypes.finfo(self.dtype.numpy())  # type: ignore[no-untyped-call]
+        clipped: np.ndarray = np.clip(array, float(limits.min), float(limits.max))
+        return clipped.astype(self.dtype.numpy())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,9 +135,7 @@ def _from_matmul(node: ir.Node) -> Linear | None:
                 nodes.append(consumer)
                 output, bias = consumer.outputs[0], other
     name = node.name or str(node.outputs[0].name)
-    return Linear(
-        name=name, x=x, weight=weight, transposed=transposed, bias=bias, output=output, nodes=tuple(nodes)
-    )
+    return Linear(name=name, x=x, weight=weight, transposed=transposed, bias=bias, output=output, nodes=tuple(nodes))
 
 
 def _from_gemm(node: ir.Node) -> Linear | None:
@@ -167,7 +165,7 @@ def _is_float_matrix(value: ir.Value | None) -> bool:
 def _dimensions(value: ir.Value) -> tuple[int, ...]:
     tensor = value.const_value
     assert tensor is not None
-    return tuple(int(size) for size in tensor.shape)
+    return tuple(tensor.shape.numpy())
 
 
 def _elements(value: ir.Value) -> int:

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxpress.graph import Graph
 from onnxpress.optimizers.linear import add_constant
-from onnxpress.optimizers.matching import constant, insert, produced_by, rank, scalar
+from onnxpress.optimizers.matching import constant, insert, produced_by, rank, scalar, unused_name
 from onnxpress.optimizers.shapes import Size, size
 
 _LOWEST = float(np.finfo(np.float32).min)
@@ -44,6 +46,7 @@ class MaskBuilder:
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
+        self._constants: dict[tuple[str, bytes], ir.Value] = {}
         self._terms: dict[Mask, ir.Value] = {}
         self._built: dict[tuple[tuple[Mask, ...], Size, Size], ir.Value] = {}
 
@@ -77,13 +80,12 @@ class MaskBuilder:
         if array is not None:
             if not np.any(array == _LOWEST):
                 return value
-            return add_constant(
-                self._graph, f"{value.name}_hidden", np.where(array == _LOWEST, _HIDDEN, array).astype("f4")
-            )
+            numbers = np.where(array == _LOWEST, _HIDDEN, array).astype(np.float32)
+            return self._constant(f"{value.name}_hidden", numbers)
         where = produced_by(value, "Where")
         if where is not None:
-            condition, numbers = where.inputs[0], [scalar(where.inputs[1]), scalar(where.inputs[2])]
-            for inverted, (kept, fill) in ((False, numbers), (True, reversed(numbers))):
+            condition, choices = where.inputs[0], [scalar(where.inputs[1]), scalar(where.inputs[2])]
+            for inverted, (kept, fill) in ((False, choices), (True, reversed(choices))):
                 if condition is not None and kept == 0.0 and fill is not None:
                     return (
                         value
@@ -113,10 +115,16 @@ class MaskBuilder:
         choices = [hidden, kept] if inverted else [kept, hidden]
         return insert(before, "Where", [condition, *choices], name=name, dtype=ir.DataType.FLOAT, shape=condition.shape)
 
+    def _constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
+        """A new initializer; one for equal calls."""
+        wanted = (name, array.tobytes())
+        if wanted not in self._constants:
+            unused = unused_name(self._graph.model.graph, name)
+            self._constants[wanted] = add_constant(self._graph, unused, array)
+        return self._constants[wanted]
+
     def _scalar(self, name: str, number: float) -> ir.Value:
-        return self._graph.model.graph.initializers.get(name) or add_constant(
-            self._graph, name, np.array(number, dtype=np.float32)
-        )
+        return self._constant(name, np.array(number, dtype=np.float32))
 
     def _expanded(
         self, mask: ir.Value, query: ir.Value, key: ir.Value, lengths: tuple[Size, Size], before: ir.Node
@@ -126,9 +134,9 @@ class MaskBuilder:
             return mask
         name = f"{mask.name}_expanded"
         if isinstance(lengths[0], int) and isinstance(lengths[1], int):
-            target = add_constant(self._graph, f"{name}_shape", np.array([1, 1, *lengths], dtype=np.int64))
+            target = self._constant(f"{name}_shape", np.array([1, 1, *lengths], dtype=np.int64))
         else:
-            ones = add_constant(self._graph, f"{name}_ones", np.array([1, 1], dtype=np.int64))
+            ones = self._constant(f"{name}_ones", np.array([1, 1], dtype=np.int64))
             parts = [
                 insert(
                     before,

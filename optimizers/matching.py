@@ -24,8 +24,10 @@ def only_user(value: ir.Value, *op_types: str) -> ir.Node | None:
     if len(uses) != 1 or value.is_graph_output():
         return None
     node = next(iter(uses)).node
-    same_graph = node.graph is (value.producer().graph if value.producer() is not None else node.graph)  # type: ignore[union-attr]
-    return node if same_graph and node.domain == "" and node.op_type in op_types else None
+    producer = value.producer()
+    if producer is not None and node.graph is not producer.graph:
+        return None
+    return node if node.domain == "" and node.op_type in op_types else None
 
 
 def constant(value: ir.Value | None) -> npt.NDArray[Any] | None:
@@ -96,13 +98,14 @@ def insert(
     dtype: ir.DataType | None,
     shape: ir.Shape | Sequence[int | str | None] | None = None,
 ) -> ir.Value:
-    """Put a standard operator with one output in front of a node; the node and its output are called `name`."""
+    """Put a standard operator with one output in front of a node. `name` is for both; a taken one gets a number."""
+    assert isinstance(before.graph, ir.Graph)
+    name = unused_name(before.graph, name)
     node = ir.node(op_type, inputs, attributes or {}, name=name)
     output = node.outputs[0]
     output.name = name
     output.type = None if dtype is None else ir.TensorType(dtype)
     output.shape = shape if shape is None or isinstance(shape, ir.Shape) else ir.Shape(shape)
-    assert before.graph is not None
     before.graph.insert_before(before, node)
     return output
 
@@ -110,3 +113,15 @@ def insert(
 def body_nodes(graph: Graph, *op_types: str) -> list[ir.Node]:
     """The standard operators of these types in the main graph, in order. Subgraphs are left alone."""
     return [node for node in graph.model.graph if node.domain == "" and node.op_type in op_types]
+
+
+def unused_name(body: ir.Graph, wanted: str) -> str:
+    """A name that no value of a graph has: the wanted one, or that with a number."""
+    taken = {value.name for node in body.all_nodes() for value in node.outputs}
+    taken.update(value.name for value in body.inputs)
+    taken.update(body.initializers)
+    name, count = wanted, 0
+    while name in taken:
+        count += 1
+        name = f"{wanted}_{count}"
+    return name

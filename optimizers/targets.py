@@ -44,32 +44,32 @@ _FUSE = ("fuse-gelu", "fuse-layer-norm", "fuse-attention")
 _WEIGHT_ONLY = {"int8-weights": ("weights-int8",), "int4-weights": ("weights-int4",)}
 
 _CPU = Target(
-        name="cpu",
-        providers=("cpu",),
-        lossless=(*_CLEAN, *_FUSE),
-        precisions={
-            "int8": ("int8",),
-            "fp32": (),
-            "int8-dynamic": ("int8-dynamic",),
-            **_WEIGHT_ONLY,
-        },
-        disabled_optimizers=("SkipLayerNormFusion",),
-        facts=(
-            Fact(
-                claim="SkipLayerNormalization loses against Add + LayerNormalization, so its fusion is switched off",
-                evidence="4.09 against 0.76 ms at 4096x384, 2 threads, onnxruntime 1.32, AVX512-VNNI",
-            ),
-            Fact(
-                claim="Attention (opset 23) with an additive mask costs what MultiHeadAttention costs without one",
-                evidence="1 thread, 12 heads of 32: 0.050/0.364/1.83 ms at (1,32)/(1,128)/(4,128), against "
-                "0.083/0.449/2.18 for MultiHeadAttention with a padding mask and 0.068/0.378/1.70 without",
-            ),
-            Fact(
-                claim="int8 with calibrated activation scales beats dynamic scales, and answers do not move with "
-                "batch-mates",
-                evidence="MiniLM-L6, 2 threads: 1.64/6.45 ms against 1.95/6.78 at (1,32)/(1,128)",
-            ),
+    name="cpu",
+    providers=("cpu",),
+    lossless=(*_CLEAN, *_FUSE),
+    precisions={
+        "int8": ("int8",),
+        "fp32": (),
+        "int8-dynamic": ("int8-dynamic",),
+        **_WEIGHT_ONLY,
+    },
+    disabled_optimizers=("SkipLayerNormFusion",),
+    facts=(
+        Fact(
+            claim="SkipLayerNormalization loses against Add + LayerNormalization, so its fusion is switched off",
+            evidence="4.09 against 0.76 ms at 4096x384, 2 threads, onnxruntime 1.32, AVX512-VNNI",
         ),
+        Fact(
+            claim="Attention (opset 23) with an additive mask costs what MultiHeadAttention costs without one",
+            evidence="1 thread, 12 heads of 32: 0.050/0.364/1.83 ms at (1,32)/(1,128)/(4,128), against "
+            "0.083/0.449/2.18 for MultiHeadAttention with a padding mask and 0.068/0.378/1.70 without",
+        ),
+        Fact(
+            claim="int8 with calibrated activation scales beats dynamic scales, and answers do not move with "
+            "batch-mates",
+            evidence="MiniLM-L6, 2 threads: 1.64/6.45 ms against 1.95/6.78 at (1,32)/(1,128)",
+        ),
+    ),
 )
 
 TARGETS: Mapping[str, Target] = {

@@ -49,9 +49,7 @@ class _WeightOnly:
 
     def apply(self, graph: Graph, context: PassContext) -> PassResult:
         """Quantize the weights of every linear layer and embedding table but those in `context.keep`."""
-        tied, touched = quantize_embeddings(
-            graph, bits=self.bits, preferred_block=self.block_size, keep=context.keep
-        )
+        tied, touched = quantize_embeddings(graph, bits=self.bits, preferred_block=self.block_size, keep=context.keep)
         notes = list(tied.notes)
         count = 0
         for layer in linears(graph):
@@ -113,7 +111,7 @@ def quantize_embeddings(
         table = node.inputs[0]
         if name in keep or table is None or table.const_value is None:
             continue
-        width = int(table.const_value.shape[1])
+        width = table.const_value.shape.numpy()[1]
         size = block_size_for(width, preferred=preferred_block)
         if size is None:
             notes.append(f"{name}: no block size divides its width {width}; kept in float")
@@ -143,7 +141,8 @@ def quantize_embeddings(
         if found is None or not layer.transposed or layer.name in keep:
             continue
         _, rows, scale_value, size = found
-        out_features, width = (int(length) for length in layer.weight.const_value.shape)  # type: ignore[union-attr]
+        assert layer.weight.const_value is not None
+        out_features, width = layer.weight.const_value.shape.numpy()
         shape = add_constant(
             graph, f"{layer.name}_blocks_shape", np.array([out_features, width // size, size * bits // 8], np.int64)
         )
@@ -156,12 +155,10 @@ def quantize_embeddings(
     return TiedTables(tables=len(stored), notes=tuple(notes)), tuple(touched)
 
 
-def _use_blocks(
-    graph: Graph, layer: Linear, packed: ir.Value, scales: ir.Value, *, bits: int, block_size: int
-) -> None:
+def _use_blocks(graph: Graph, layer: Linear, packed: ir.Value, scales: ir.Value, *, bits: int, block_size: int) -> None:
     tensor = layer.weight.const_value
     assert tensor is not None
-    in_features, out_features = (int(length) for length in tensor.shape)
+    in_features, out_features = tensor.shape.numpy()
     if layer.transposed:
         in_features, out_features = out_features, in_features
     inputs: list[ir.Value | None] = [layer.x, packed, scales]

@@ -21,6 +21,7 @@ from onnxpress.manifest import Arrays, Runnable
 from onnxpress.runtime.session import Session, usable_cores
 
 T = TypeVar("T")
+Chunk = TypeVar("Chunk")
 _BAR_AFTER = 1.0  # seconds
 
 _pool: ThreadPoolExecutor | None = None
@@ -42,15 +43,17 @@ def plan(lengths: Sequence[int], tokens_per_chunk: int) -> list[npt.NDArray[np.i
     return chunks
 
 
-def run_chunks(runnable: Runnable, chunks: Sequence[Callable[[], Arrays]]) -> list[dict[str, np.ndarray[Any, Any]]]:
-    """Answers of all chunks in their order; each is a function that makes the chunk's inputs.
+def run_chunks(
+    runnable: Runnable, chunks: Sequence[Chunk], inputs: Callable[[Chunk], Arrays]
+) -> list[dict[str, np.ndarray[Any, Any]]]:
+    """Answers of all chunks in their order; `inputs` makes the arrays of a chunk.
 
     Shows a progress bar on a terminal when it takes longer than a second.
     """
     if len(chunks) > 1 and isinstance(runnable, Session) and runnable.on_cpu and usable_cores() > 1:
-        answers = _lanes().map(lambda make: runnable.run_on_one_thread(make()), chunks)
+        answers = _lanes().map(lambda chunk: runnable.run_on_one_thread(inputs(chunk)), chunks)
         return list(_with_bar(answers, len(chunks)))
-    return list(_with_bar((runnable.run(make()) for make in chunks), len(chunks)))
+    return list(_with_bar((runnable.run(inputs(chunk)) for chunk in chunks), len(chunks)))
 
 
 def _lanes() -> ThreadPoolExecutor:

@@ -38,22 +38,24 @@ class FillMask(TextRunner):
             places = [place for place, token in enumerate(encoding.ids) if token == mask_id]
             if not places:
                 raise InputError(f"The mask is behind token {self.tokenizer.max_length}, where the text was cut.")
-            found.append([self._candidates(text, encoding.offsets[place], answer["logits"][place], top_k) for place in places])
+            found.append(
+                [self._candidates(text, encoding.offsets[place], answer["logits"][place], top_k) for place in places]
+            )
         return found
 
     def answer_texts(self, samples: Sequence[Sample], *, top_k: int | None = None) -> list[Json]:
         """The candidates for each mask of each text."""
         return list(self.predict(list(samples), top_k=top_k or 5))  # type: ignore[arg-type]
 
-    def _candidates(
-        self, text: str, place: tuple[int, int], logits: np.ndarray, top_k: int  # type: ignore[type-arg]
-    ) -> list[dict[str, Json]]:
+    def _candidates(self, text: str, place: tuple[int, int], logits: np.ndarray, top_k: int) -> list[dict[str, Json]]:
         probabilities = softmax(logits.astype(np.float64))  # (vocabulary,)
         best = np.argsort(probabilities)[::-1][:top_k]
         start, end = place
         rows = []
         for token_id in best:
-            token = self.tokenizer.inner.decode([int(token_id)]).strip() or self.tokenizer.inner.id_to_token(int(token_id))
+            token = self.tokenizer.inner.decode([int(token_id)]).strip() or self.tokenizer.inner.id_to_token(
+                int(token_id)
+            )
             rows.append(
                 {
                     "token": token,

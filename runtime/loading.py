@@ -50,14 +50,7 @@ def load_artifact(
 ) -> Runner:
     """As `load`, for an artifact that is open."""
     manifest = artifact.manifest
-    session = Session(
-        artifact.file("model.onnx"),
-        signature=manifest.signature,
-        providers=providers or ("cpu",),
-        allow_fallback=allow_fallback,
-        disabled_optimizers=manifest.session.get("disabled_optimizers", ()),
-        cache_key=manifest.files["model.onnx"].sha256,
-    )
+    session = open_session(artifact, providers=providers, allow_fallback=allow_fallback)
     if manifest.task == "module":
         return ModuleRunner(session)
     if manifest.task not in RUNNERS:
@@ -71,6 +64,21 @@ def load_artifact(
     # What the build found necessary goes before what it found fastest.
     chunk = manifest.session.get("tokens_per_chunk") or artifact.measured.get("tokens_per_chunk") or TOKENS_PER_CHUNK
     return RUNNERS[manifest.task](session, tokenizer, options, tokens_per_chunk=int(chunk))
+
+
+def open_session(
+    artifact: Artifact, *, providers: Sequence[str | Provider] | None = None, allow_fallback: bool = False
+) -> Session:
+    """The artifact's graph, without a runner. Raises ArtifactError, ProviderError."""
+    manifest = artifact.manifest
+    return Session(
+        artifact.file("model.onnx"),
+        signature=manifest.signature,
+        providers=providers or ("cpu",),
+        allow_fallback=allow_fallback,
+        disabled_optimizers=manifest.session.get("disabled_optimizers", ()),
+        cache_key=manifest.files["model.onnx"].sha256,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +95,7 @@ def verify_golden(artifact: Artifact, session: Runnable) -> list[GoldenRow]:
     """Run the golden inputs and compare. Raises GoldenError naming the output, ArtifactError for a garbled file."""
     tensors = read_tensors(artifact.file("golden.safetensors"))
     tolerances = artifact.manifest.options["golden_tolerance"]
-    cases: dict[str, dict[str, dict[str, np.ndarray]]] = {}  # type: ignore[type-arg]
+    cases: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     for key, array in tensors.items():
         kind, case, name = key.split(".", 2)
         cases.setdefault(case, {"input": {}, "output": {}})[kind][name] = array

@@ -98,7 +98,7 @@ class TensorRT:
 
 
 Provider = CPU | CUDA | TensorRT
-PROVIDERS: Mapping[str, type[CPU] | type[CUDA] | type[TensorRT]] = {"cpu": CPU, "cuda": CUDA, "tensorrt": TensorRT}
+PROVIDERS: Mapping[str, type[CPU | CUDA | TensorRT]] = {"cpu": CPU, "cuda": CUDA, "tensorrt": TensorRT}
 
 
 def make_providers(given: Sequence[str | Provider]) -> tuple[Provider, ...]:

@@ -64,7 +64,9 @@ def _best_spans(window: Encoding, answer: Answer, count: int) -> list[tuple[int,
     inside = np.array([sequence == 1 for sequence in window.sequences])
     if not inside.any():
         return []
-    masked = {name: np.where(inside, answer[name].astype(np.float64), -np.inf) for name in ("start_logits", "end_logits")}
+    masked = {
+        name: np.where(inside, answer[name].astype(np.float64), -np.inf) for name in ("start_logits", "end_logits")
+    }
     # As the field does: the probabilities are over all tokens that may answer.
     starts, ends = softmax(masked["start_logits"]), softmax(masked["end_logits"])
     scores = np.triu(np.outer(starts, ends))

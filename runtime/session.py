@@ -220,11 +220,11 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _check_array(
-    spec: TensorSpec, array: Any, signature: Signature, sizes: dict[str, tuple[int, str]]
-) -> None:
+def _check_array(spec: TensorSpec, array: Any, signature: Signature, sizes: dict[str, tuple[int, str]]) -> None:
     if not isinstance(array, np.ndarray):
-        raise InputError(f"Input {spec.name} is a {type(array).__name__}; the model takes a numpy array: {_shown(spec)}.")
+        raise InputError(
+            f"Input {spec.name} is a {type(array).__name__}; the model takes a numpy array: {_shown(spec)}."
+        )
     if spec.dtype != "str" and array.dtype.name != spec.dtype:
         raise InputError(
             f"Input {spec.name} has dtype {array.dtype.name}; the model takes {_shown(spec)}: use .astype(numpy.{spec.dtype})."

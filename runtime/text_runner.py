@@ -73,9 +73,7 @@ class TextRunner(ABC):
 
         chunks = plan([len(encoding) for encoding in encodings], self.tokens_per_chunk)
         answers: list[Answer] = [{}] * len(encodings)
-        for rows, outputs in zip(
-            chunks, run_chunks(self.session, [lambda rows=rows: chunk(rows) for rows in chunks]), strict=True
-        ):
+        for rows, outputs in zip(chunks, run_chunks(self.session, chunks, chunk), strict=True):
             for place, row in enumerate(rows):
                 end = len(encodings[row]) if self.one_answer_a_token else None
                 answers[row] = {name: array[place][:end] for name, array in outputs.items()}
@@ -85,14 +83,12 @@ class TextRunner(ABC):
         """Rows that are tokenized already, int64 (batch, length): the whole batch, run in chunks, lanes and all."""
         batch, length = next(iter(feeds.values())).shape
         rows = max(1, self.tokens_per_chunk // length)
-        starts = range(0, batch, rows)
-        answers = run_chunks(
-            self.session,
-            [lambda start=start: {name: array[start : start + rows] for name, array in feeds.items()} for start in starts],
-        )
-        return answers[0] if len(answers) == 1 else {
-            name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]
-        }
+
+        def chunk(start: int) -> Arrays:
+            return {name: array[start : start + rows] for name, array in feeds.items()}
+
+        answers = run_chunks(self.session, range(0, batch, rows), chunk)
+        return {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
 
 
 def softmax(logits: np.ndarray[Any, Any], axis: int = -1) -> np.ndarray[Any, Any]:

@@ -67,7 +67,9 @@ class Tokenizer:
     def encode(self, samples: Sequence[Sample]) -> list[Encoding]:
         """Encode texts or pairs, each cut to max_length tokens. Raises InputError for what is no text, or empty."""
         check_samples(samples)
-        return [self._shortened(encoding, sample) for encoding, sample in zip(self._encode(samples), samples, strict=True)]
+        return [
+            self._shortened(encoding, sample) for encoding, sample in zip(self._encode(samples), samples, strict=True)
+        ]
 
     def windows(self, sample: tuple[str, str], *, stride: int) -> list[Encoding]:
         """A pair whose second text is too long, as windows that overlap by `stride` tokens. Raises InputError."""

@@ -19,7 +19,9 @@ from worker import THREADS, median_ms, tokens
 def open_peer(variant: str, model: Path, cache: Path, artifact: str | None) -> Peer:
     path = cache / "onnxruntime-fp32.onnx"
     if not path.exists():
-        candidates = [export(model, attention, cache / f"onnxruntime-{attention}.onnx") for attention in ("eager", "sdpa")]
+        candidates = [
+            export(model, attention, cache / f"onnxruntime-{attention}.onnx") for attention in ("eager", "sdpa")
+        ]
         times = {candidate: median_ms(Peer(candidate).shape(1, 128), 1.0) for candidate in candidates}
         path.write_bytes(min(times, key=lambda candidate: times[candidate]).read_bytes())
     if variant == "int8":

@@ -24,7 +24,9 @@ class Peer:
         return f"onnxpress {onnxpress.__version__}, {THREADS} threads, chunks of {self.runner.tokens_per_chunk} tokens"
 
     def shape(self, batch: int, length: int) -> Callable[[], Any]:
-        feeds = {name: array for name, array in tokens(batch, length).items() if name in self.runner.session.input_names}
+        feeds = {
+            name: array for name, array in tokens(batch, length).items() if name in self.runner.session.input_names
+        }
         return lambda: self.runner.run_rows(feeds)
 
     def texts(self, texts: list[str]) -> Callable[[], Any]:

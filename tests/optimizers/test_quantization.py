@@ -143,9 +143,7 @@ def test_operators(name: str, operator: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [case[0] for case in CASES])
 def test_kept_places_stay_in_float(name: str, tmp_path: Path) -> None:
-    context = PassContext(
-        target=CPU, observe=observe_with(IDS, tmp_path), keep=frozenset({"first", "embed"})
-    )
+    context = PassContext(target=CPU, observe=observe_with(IDS, tmp_path), keep=frozenset({"first", "embed"}))
     result = make_pass(name).apply(feed_forward(), context)
     assert result.touched == ("second",)
     operators = result.graph.operators()
@@ -184,7 +182,9 @@ def test_dynamic_int8_depends_on_the_batch(tmp_path: Path) -> None:
 def test_layers_share_one_quantized_input(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     names = ("q", "k", "v")
-    weights = [numpy_helper.from_array(random.standard_normal((WIDTH, WIDTH)).astype("f4"), f"w_{name}") for name in names]
+    weights = [
+        numpy_helper.from_array(random.standard_normal((WIDTH, WIDTH)).astype("f4"), f"w_{name}") for name in names
+    ]
     nodes = [helper.make_node("Relu", ["ids"], ["x"])]
     nodes += [helper.make_node("MatMul", ["x", f"w_{name}"], [name], name=name) for name in names]
     graph_proto = helper.make_graph(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from onnxpress.gate import Judgement, repair
 
 PLACES = [f"layer{index}" for index in range(10)]
-COSTS = {name: 0.001 for name in PLACES} | {"layer3": 0.05, "layer7": 0.03}
+COSTS = dict.fromkeys(PLACES, 0.001) | {"layer3": 0.05, "layer7": 0.03}
 
 
 def judge(kept: frozenset[str], *, limit: float) -> Judgement:
     value = 1 - sum(cost for name, cost in COSTS.items() if name not in kept)
-    return Judgement(metrics={}, metric="cosine", value=value, batch_cosine=1, holds=value >= limit, margin=value - limit)
+    return Judgement(
+        metrics={}, metric="cosine", value=value, batch_cosine=1, holds=value >= limit, margin=value - limit
+    )
 
 
 def test_the_costliest_places_are_kept_and_no_more() -> None:

@@ -31,7 +31,10 @@ def test_everything_has_a_default_but_the_model() -> None:
         ({**MODEL, "quality": {"samples": 2}}, r"'quality.samples': input should be greater than or equal to 8, not 2"),
         ({**MODEL, "build": {"target": "tpu"}}, r"Unknown target 'tpu'; the targets are: cpu"),
         ({**MODEL, "build": {"precision": "int3"}}, r"precision 'int3' does not go with target 'cpu'; it takes: int8"),
-        ({**MODEL, "build": {"target": "tensorrt", "precision": "int4-weights"}}, r"does not go with target 'tensorrt'"),
+        (
+            {**MODEL, "build": {"target": "tensorrt", "precision": "int4-weights"}},
+            r"does not go with target 'tensorrt'",
+        ),
         ({**MODEL, "build": {"only": ["int9"]}}, r"Unknown pass 'int9'; the passes are: fold"),
         ({**MODEL, "build": {"only": ["fold"], "precision": "int8"}}, r"`only` names the passes itself"),
         ({**MODEL, "passes": {"int8": {"bits": 3}}}, r"Pass 'int8' does not take \['bits'\]; its options are"),
