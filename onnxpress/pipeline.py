@@ -212,7 +212,7 @@ class _Press:
         result = step.apply(self.graph.clone(), PassContext(target=self._target))
         row = self._row(step, result.changes, result.notes)
         if result.changes == 0:
-            self._record(row, status="kept", reason="nothing to change")
+            self._record(row, status="unchanged", reason="nothing to change")
             return
         session = self._bench.open(result.graph)
         try:

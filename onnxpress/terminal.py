@@ -58,7 +58,7 @@ def print_build(artifact: Artifact) -> None:
     console = Console(highlight=False)
     console.print(ledger_table(artifact))
     for row in artifact.manifest.ledger:
-        if row["changes"] or row["pass"] == "export" or row["status"] != "kept":
+        if row["status"] != "unchanged" or row["notes"]:
             console.print(
                 f"{row['pass']}: {'; '.join([row['reason'], *row['notes']])}", style="dim", soft_wrap=True, markup=False
             )
@@ -85,7 +85,7 @@ def ledger_table(artifact: Artifact) -> Table:
     for row in artifact.manifest.ledger:
         table.add_row(
             row["pass"],
-            {"kept": "[green]kept[/green]", "repaired": "[yellow]repaired[/yellow]"}.get(
+            {"kept": "[green]kept[/green]", "repaired": "[yellow]repaired[/yellow]", "unchanged": "[dim]unchanged[/dim]"}.get(
                 row["status"], f"[red]{row['status']}[/red]"
             ),
             str(row["changes"] or "–"),

@@ -25,7 +25,7 @@ from onnxpress.errors import ConversionError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.coverage import Miss, coverage
-from onnxpress.optimizers.heads import Heads, merged_heads, split_heads, split_keys, swapped_last_axes
+from onnxpress.optimizers.heads import Heads, merged_heads, merges, split_heads, split_keys, swapped_last_axes
 from onnxpress.optimizers.linear import attribute, replace_value
 from onnxpress.optimizers.masks import Mask, MaskBuilder
 from onnxpress.optimizers.matching import (
@@ -75,7 +75,10 @@ class FuseAttention:
 
 @dataclass(frozen=True, kw_only=True)
 class _Match:
-    """masks: what is added to the scores. attributes: of the Attention operator, beside the numbers of heads."""
+    """masks: what is added to the scores. attributes: of the Attention operator, beside the numbers of heads.
+
+    merged: the answer as (batch, length, heads, head_dim).
+    """
 
     anchor: ir.Node
     query: Heads
@@ -83,7 +86,7 @@ class _Match:
     value: Heads
     masks: tuple[Mask, ...]
     attributes: dict[str, int | float]
-    last: ir.Node
+    merged: ir.Value
 
 
 @dataclass(kw_only=True)
@@ -204,10 +207,10 @@ def _assemble(
         or _differ(key.source, value.source, 1)
     ):
         return Miss(node=anchor, reason="its queries, keys and values may differ in batch or length", steps=5)
-    merged = merged_heads(last.outputs[0], query.source, query.number * value.size)
+    merged = merged_heads(last.outputs[0], query, value.size)
     if merged is None:
-        return Miss(node=anchor, reason="its heads are not put together by Transpose and Reshape", steps=6)
-    return _Match(anchor=anchor, query=query, key=key, value=value, masks=masks, attributes=attributes, last=merged)
+        return Miss(node=anchor, reason="what it gives is not transposed back to (batch, length, heads, ·)", steps=6)
+    return _Match(anchor=anchor, query=query, key=key, value=value, masks=masks, attributes=attributes, merged=merged)
 
 
 def _differ(first: ir.Value, second: ir.Value, axis: int) -> bool:
@@ -285,17 +288,35 @@ def _without_one_scale(node: ir.Node) -> tuple[ir.Value | None, float]:
 
 
 def _rewrite(graph: Graph, match: _Match, masks: MaskBuilder) -> None:
-    output = match.last.outputs[0]
-    inputs = [match.query.source, match.key.source, match.value.source]
+    """Put an Attention in, and let it stand for the Reshapes that merge the heads; others read it in their shape."""
+    before = match.merged.producer()
+    query, key, value = match.query, match.key, match.value
+    assert before is not None
+    inputs = [query.source, key.source, value.source]
     if match.masks:
-        inputs.append(masks.build(match.masks, match.query.source, match.key.source, before=match.last))
+        inputs.append(masks.build(match.masks, query.source, key.source, before=before))
+    name = f"{match.anchor.outputs[0].name}_attention"
+    shape = None if query.source.shape is None else [*query.source.shape[:2], query.number * value.size]
     attention = insert(
-        match.last,
+        before,
         "Attention",
         inputs,
-        {"q_num_heads": match.query.number, "kv_num_heads": match.key.number, **match.attributes},
-        name=f"{match.anchor.outputs[0].name}_attention",
-        dtype=output.dtype,
-        shape=output.shape,
+        {"q_num_heads": query.number, "kv_num_heads": key.number, **match.attributes},
+        name=name,
+        dtype=ir.DataType.FLOAT,
+        shape=shape,
     )
-    replace_value(graph, output, attention)
+    for use in list(match.merged.uses()):
+        if use.node.op_type == "Reshape" and use.node.domain == "" and merges(use.node, query, value.size):
+            replace_value(graph, use.node.outputs[0], attention)
+    if match.merged.uses() or match.merged.is_graph_output():
+        split = masks.constant(f"{name}_heads", np.array([0, 0, query.number, value.size], dtype=np.int64))
+        apart = insert(
+            before,
+            "Reshape",
+            [attention, split],
+            name=f"{name}_apart",
+            dtype=ir.DataType.FLOAT,
+            shape=match.merged.shape,
+        )
+        replace_value(graph, match.merged, apart)

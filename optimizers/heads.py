@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from onnxpress.optimizers.linear import attribute
 from onnxpress.optimizers.matching import dimension, only_user, produced_by, rank
-from onnxpress.optimizers.shapes import reshaped, size
+from onnxpress.optimizers.shapes import Size, reshaped, size
 
 HEADS_FIRST = (0, 2, 1, 3)  # (batch, length, heads, head_dim) → (batch, heads, length, head_dim), and back
 KEYS_TRANSPOSED = (0, 2, 3, 1)  # (batch, length, heads, head_dim) → (batch, heads, head_dim, length)
@@ -46,7 +46,7 @@ def split_heads(value: ir.Value | None, permutation: Sequence[int] = HEADS_FIRST
         head_dim = width // number
     if not isinstance(number, int) or not isinstance(head_dim, int) or number * head_dim != width:
         return "have an unknown number or size of heads"
-    if not any(target[axis] == size(source, axis) for axis in (0, 1)):
+    if not _is(target, [size(source, 0), size(source, 1), number, head_dim]):
         return f"may mix batch and length in {reshape.name}"
     return Heads(source=source, number=number, size=head_dim)
 
@@ -57,20 +57,41 @@ def split_keys(value: ir.Value | None) -> Heads | str:
     return split_heads(value, KEYS_TRANSPOSED) if keys is None else split_heads(keys)
 
 
-def merged_heads(value: ir.Value, like: ir.Value, width: int) -> ir.Node | None:
-    """The Reshape that puts (batch, heads, length, head_dim) together to (batch, length, width).
+def merged_heads(value: ir.Value, query: Heads, head_dim: int) -> ir.Value | None:
+    """(batch, length, heads, head_dim) where (batch, heads, length, head_dim) is turned into that, to be merged.
 
-    like: has the batch and the length as its first axes.
+    value: has the batch, heads and length of the query; it may pass a Reshape that changes nothing.
     """
+    batch, length = size(query.source, 0), size(query.source, 1)
+    reshape = only_user(value, "Reshape")
+    if reshape is not None:
+        target = reshaped(reshape)
+        own = [size(value, axis) for axis in range(4)]
+        if target is None or not _is(target, [batch, query.number, length, head_dim], own):
+            return None
+        value = reshape.outputs[0]
     transpose = only_user(value, "Transpose")
     if transpose is None or tuple(attribute(transpose, "perm", ())) != HEADS_FIRST:
         return None
-    reshape = only_user(transpose.outputs[0], "Reshape")
-    target = None if reshape is None else reshaped(reshape)
-    if target is None or len(target) != 3 or target[2] not in (width, None):
-        return None
-    kept = [target[axis] == size(like, axis) for axis in (0, 1)]
-    return reshape if all(kept) or (target[2] == width and any(kept)) else None
+    return transpose.outputs[0]
+
+
+def merges(reshape: ir.Node, query: Heads, head_dim: int) -> bool:
+    """Whether a Reshape of (batch, length, heads, head_dim) gives (batch, length, heads * head_dim)."""
+    target = reshaped(reshape)
+    wanted = [size(query.source, 0), size(query.source, 1), query.number * head_dim]
+    return target is not None and _is(target, wanted)
+
+
+def _is(sizes: Sequence[Size | None], *wanted: Sequence[Size]) -> bool:
+    """Whether a Reshape's sizes are those wanted, each by one of its names.
+
+    A Reshape conserves the number of elements, so one size may be unknown when all others are as wanted.
+    """
+    if any(len(sizes) != len(names) for names in wanted):
+        return False
+    matches = [entry in names for entry, *names in zip(sizes, *wanted, strict=True)]
+    return matches.count(False) <= 1
 
 
 def swapped_last_axes(value: ir.Value | None) -> ir.Value | None:
@@ -88,5 +109,5 @@ def swapped_last_axes(value: ir.Value | None) -> ir.Value | None:
     if source is None or rank(source) != 4 or flat is None or target is None:
         return None
     batch, heads, length, head_dim = (size(source, axis) for axis in range(4))
-    same = flat[1:] == [length, head_dim] and target == [batch, heads, head_dim, length]
-    return source if same and len(flat) == 3 else None
+    whole = len(flat) == 3 and flat[1:] == [length, head_dim]
+    return source if whole and _is(target, [batch, heads, head_dim, length]) else None

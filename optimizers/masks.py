@@ -64,6 +64,14 @@ class MaskBuilder:
             self._built[wanted] = self._expanded(total, query, key, lengths, before)
         return self._built[wanted]
 
+    def constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
+        """A new initializer; one for equal calls."""
+        wanted = (name, array.tobytes())
+        if wanted not in self._constants:
+            unused = unused_name(self._graph.model.graph, name)
+            self._constants[wanted] = add_constant(self._graph, unused, array)
+        return self._constants[wanted]
+
     def _term(self, mask: Mask, before: ir.Node) -> ir.Value:
         """One mask as float32 to be added."""
         if mask not in self._terms:
@@ -81,7 +89,7 @@ class MaskBuilder:
             if not np.any(array == _LOWEST):
                 return value
             numbers = np.where(array == _LOWEST, _HIDDEN, array).astype(np.float32)
-            return self._constant(f"{value.name}_hidden", numbers)
+            return self.constant(f"{value.name}_hidden", numbers)
         where = produced_by(value, "Where")
         if where is not None:
             condition, choices = where.inputs[0], [scalar(where.inputs[1]), scalar(where.inputs[2])]
@@ -115,16 +123,8 @@ class MaskBuilder:
         choices = [hidden, kept] if inverted else [kept, hidden]
         return insert(before, "Where", [condition, *choices], name=name, dtype=ir.DataType.FLOAT, shape=condition.shape)
 
-    def _constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
-        """A new initializer; one for equal calls."""
-        wanted = (name, array.tobytes())
-        if wanted not in self._constants:
-            unused = unused_name(self._graph.model.graph, name)
-            self._constants[wanted] = add_constant(self._graph, unused, array)
-        return self._constants[wanted]
-
     def _scalar(self, name: str, number: float) -> ir.Value:
-        return self._constant(name, np.array(number, dtype=np.float32))
+        return self.constant(name, np.array(number, dtype=np.float32))
 
     def _expanded(
         self, mask: ir.Value, query: ir.Value, key: ir.Value, lengths: tuple[Size, Size], before: ir.Node
@@ -134,9 +134,9 @@ class MaskBuilder:
             return mask
         name = f"{mask.name}_expanded"
         if isinstance(lengths[0], int) and isinstance(lengths[1], int):
-            target = self._constant(f"{name}_shape", np.array([1, 1, *lengths], dtype=np.int64))
+            target = self.constant(f"{name}_shape", np.array([1, 1, *lengths], dtype=np.int64))
         else:
-            ones = self._constant(f"{name}_ones", np.array([1, 1], dtype=np.int64))
+            ones = self.constant(f"{name}_ones", np.array([1, 1], dtype=np.int64))
             parts = [
                 insert(
                     before,

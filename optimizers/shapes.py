@@ -72,9 +72,9 @@ def elements(shape: ir.Value | None) -> list[Size | None] | None:
         return found[start:end]
     if node.op_type == "Gather":
         index = constant(node.inputs[1])
-        if index is None or index.size != 1 or not -len(found) <= int(index.reshape(())) < len(found):
+        if index is None or any(not -len(found) <= position < len(found) for position in index.reshape(-1)):
             return None
-        return [found[int(index.reshape(()))]]
+        return [found[int(position)] for position in index.reshape(-1)]
     return found  # Unsqueeze, Squeeze, Cast, Identity, Reshape keep the entries
 
 
@@ -87,10 +87,10 @@ def reshaped(reshape: ir.Node) -> list[Size | None] | None:
     result: list[Size | None] = []
     for axis, entry in enumerate(target):
         known = dimension(output, axis) if rank(output) == len(target) else None
-        if known is not None:
+        if isinstance(known, int):
             result.append(known)
         elif entry == 0 and not attribute(reshape, "allowzero", 0):
             result.append(size(source, axis))
         else:
-            result.append(None if entry == -1 else entry)
+            result.append(known if entry is None else None if entry == -1 else entry)
     return result
