@@ -1,70 +1,79 @@
 """One system under test, as a process of its own in its own environment.
 
-Speaks JSON lines: {"do": "shape", "batch": 1, "length": 32} and {"do": "texts", "file": …} on standard input, the
-median milliseconds or the sentences per second on standard output. Blocked on its input while others are timed.
+Speaks JSON lines, requests on standard input and answers on standard output; blocked on its input while others are
+timed. The first answer, {"ready": …, "versions": …}, comes without a request.
 
-    python worker.py SYSTEM MODEL_FOLDER CACHE_FOLDER [ARTIFACT]
+    {"cmd": "shape", "batch": 1, "length": 32, "repeats": 30}  ->  {"median_ms": …, "min_ms": …, "setting": …}
+    {"cmd": "texts", "path": "texts.json", "batch_size": 32}   ->  {"sentences_per_second": …}
+    {"cmd": "quit"}                                            ->  the process ends
+
+    python worker.py MODULE:VARIANT --model FOLDER --cache FOLDER --artifact FOLDER --calibration FILE
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from measure import Setting, milliseconds
 
-THREADS = len(os.sched_getaffinity(0))
+PACKAGES = ("onnxpress", "torch", "transformers", "sentence-transformers", "onnxruntime", "openvino", "nncf")
 
 
 def main() -> None:
-    system, model, cache, *rest = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("system")
+    for name in ("model", "cache", "artifact", "calibration"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    arguments = vars(parser.parse_args())
+    module, _, variant = arguments.pop("system").partition(":")
+
     # What libraries print must not get between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    module, _, variant = system.partition(":")
-    peer = import_module(f"peers.{module}").open_peer(variant, Path(model), Path(cache), rest[0] if rest else None)
-    print(json.dumps({"ready": peer.describe()}), file=answers, flush=True)
+    peer = import_module(f"peers.{module}").open_peer(variant, Setting(**arguments))
+    print(json.dumps({"ready": peer.description, "versions": versions()}), file=answers, flush=True)
+    warm: set[str] = set()
     for line in sys.stdin:
         request = json.loads(line)
-        if request["do"] == "shape":
-            answer = {"ms": median_ms(peer.shape(request["batch"], request["length"]), request["seconds"])}
-        else:
-            texts = Path(request["file"]).read_text(encoding="utf-8").splitlines()
-            call = peer.texts(texts)
-            call()
-            start = time.perf_counter()
-            call()
-            answer = {"per_second": len(texts) / (time.perf_counter() - start)}
+        if request["cmd"] == "quit":
+            return
+        answer = time_shape(peer, **request) if request["cmd"] == "shape" else time_texts(peer, warm, **request)
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def median_ms(call: Callable[[], Any], seconds: float) -> float:
-    """Median of the calls that fit into a time, at least five, after two that do not count."""
-    call()
-    call()
-    durations: list[float] = []
-    while len(durations) < 5 or sum(durations) < seconds:
-        start = time.perf_counter()
-        call()
-        durations.append(time.perf_counter() - start)
-    return 1000 * statistics.median(durations)
+def time_shape(peer: Any, *, cmd: str, batch: int, length: int, repeats: int) -> dict[str, Any]:
+    call, setting = peer.shape(batch, length)
+    durations = milliseconds(call, repeats)
+    return {"median_ms": statistics.median(durations), "min_ms": min(durations), "setting": setting}
 
 
-def tokens(batch: int, length: int) -> dict[str, np.ndarray]:
-    """The same random tokens for everybody; no padding."""
-    ids = np.random.default_rng(0).integers(1000, 20000, (batch, length))
-    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+def time_texts(peer: Any, warm: set[str], *, cmd: str, path: str, batch_size: int) -> dict[str, Any]:
+    texts = json.loads(Path(path).read_text(encoding="utf-8"))
+    if path not in warm:  # memory for every length is reserved on the first pass
+        peer.embed(texts, batch_size)
+        warm.add(path)
+    start = time.perf_counter()
+    peer.embed(texts, batch_size)
+    return {"sentences_per_second": len(texts) / (time.perf_counter() - start)}
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    # `import worker` in a peer must find this module and not load it a second time.
-    sys.modules["worker"] = sys.modules["__main__"]
     main()

@@ -101,10 +101,11 @@ class ArtifactWriter:
 
     def seal(self, manifest: Manifest) -> Manifest:
         """Hash all files, write the manifest with their digests, and return it."""
+        unhashed = [self.folder / name for name in (MANIFEST, MEASURED, REPORT)]
         files = {
             path.relative_to(self.folder).as_posix(): FileEntry(sha256=_sha256(path), size=path.stat().st_size)
             for path in sorted(self.folder.rglob("*"))
-            if path.is_file() and path.name not in (MANIFEST, MEASURED, REPORT)
+            if path.is_file() and path not in unhashed
         }
         self._manifest = dataclasses.replace(manifest, files=files)
         (self.folder / MANIFEST).write_text(self._manifest.to_json(), encoding="utf-8")
@@ -124,7 +125,11 @@ class ArtifactWriter:
         if self.destination.exists():
             old = self.folder.with_name(self.folder.name + "-old")
             self.destination.rename(old)
-            self.folder.rename(self.destination)
+            try:
+                self.folder.rename(self.destination)
+            except BaseException:
+                old.rename(self.destination)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         else:
             self.folder.rename(self.destination)

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -48,9 +51,8 @@ class Budget:
 
     def limit_value(self, reference: float) -> float:
         """The smallest value that holds, given the original's."""
-        return {"at least": self.limit, "drop": reference - self.limit, "share": reference * (1 - self.limit)}[
-            self.kind
-        ]
+        share = reference - abs(reference) * self.limit
+        return {"at least": self.limit, "drop": reference - self.limit, "share": share}[self.kind]
 
     def holds(self, reference: float, value: float) -> bool:
         """Whether a value is good enough."""
@@ -80,11 +82,19 @@ LABELLED_BUDGETS: Mapping[str, Budget] = {
     "token-classification": Budget(metric="entity_f1", limit=1.0, kind="drop"),
     "question-answering": Budget(metric="f1", limit=1.0, kind="drop"),
 }
+_LABELLED_REGRESSION = Budget(metric="spearman", limit=0.3, kind="drop")  # numbers, as similarities of embeddings are
 
 
-def budget_for(task: str, given: str | None, *, labelled: bool) -> Budget:
-    """The budget of a task, or the user's: "0.5%" is a share that may be lost, "0.99" a value. Raises RecipeError."""
+def budget_for(task: str, given: str | None, *, labelled: bool, problem_type: str | None = None) -> Budget:
+    """The budget of a task, or the user's: "0.5%" is a share that may be lost, "0.99" a value. Raises RecipeError.
+
+    problem_type: the classifier's (options of the manifest); regression with labels is judged by Spearman.
+    """
+    if labelled and task not in LABELLED_BUDGETS:
+        raise RecipeError(_no_labels(task))
     default = (LABELLED_BUDGETS if labelled else BUDGETS)[task]
+    if labelled and problem_type == "regression":
+        default = _LABELLED_REGRESSION
     if given is None:
         return default
     try:
@@ -123,14 +133,22 @@ def builtin_samples(
     return samples["calibration"], samples["evaluation"], notes
 
 
-def agreement(task: str, reference: Answers, candidate: Answers) -> dict[str, float]:
-    """How far raw outputs agree with the original's, by the task's measures."""
+def agreement(
+    task: str, reference: Answers, candidate: Answers, *, problem_type: str | None = None
+) -> dict[str, float]:
+    """How far raw outputs agree with the original's, by the task's measures.
+
+    problem_type: the classifier's; several labels a text are compared label by label. A regression (one output) has no
+    best choice: its top1_agreement is the share of the original's variance over the samples that is kept.
+    """
     if task in ("feature-extraction", "module"):
         return metrics.cosine_metrics(_pooled(reference), _pooled(candidate))
     if task == "question-answering":
         return metrics.span_metrics(reference, candidate)
-    if task == "text-classification" and reference[0]["logits"].shape[-1] == 1:  # regression: a tie is no choice
-        return {"top1_agreement": metrics.cosine_metrics(_column(reference), _column(candidate))["cosine_mean"]}
+    if problem_type == "multi_label_classification":
+        return metrics.sign_metrics(reference, candidate, "logits")
+    if task == "text-classification" and reference[0]["logits"].shape[-1] == 1:
+        return metrics.number_metrics(reference, candidate, "logits")
     return metrics.choice_metrics(reference, candidate, "logits")
 
 
@@ -146,20 +164,26 @@ def score(task: str, runner: Any, samples: Sequence[Sample]) -> dict[str, float]
         vectors = dict(zip(texts, runner.embed(texts), strict=True))
         first = np.stack([vectors[sample.text] for sample in samples])
         second = np.stack([vectors[sample.text_pair] for sample in samples])
-        return metrics.similarity_scores(first, second, [float(sample.label) for sample in samples])
+        return metrics.similarity_scores(first, second, [_number(sample.label) for sample in samples])
     inputs = [sample.text if sample.text_pair is None else (sample.text, sample.text_pair) for sample in samples]
     if task == "text-classification":
         answers = runner.predict(inputs)
         if runner.options["problem_type"] == "regression":
-            return metrics.regression_scores([answer["score"] for answer in answers], [float(s.label) for s in samples])
-        return metrics.label_scores([answer["label"] for answer in answers], [_label(runner, s.label) for s in samples])
+            return metrics.regression_scores(
+                [answer["score"] for answer in answers], [_number(sample.label) for sample in samples]
+            )
+        chosen = [answer["label"] if math.isfinite(answer["score"]) else "" for answer in answers]
+        return metrics.label_scores(chosen, [_label(runner, sample.label) for sample in samples])
     if task == "token-classification":
         found = [{(item["start"], item["end"], item["entity"]) for item in answer} for answer in runner.predict(inputs)]
         return metrics.entity_scores(found, [metrics.gold_entities(*sample.label) for sample in samples])
     if task == "question-answering":
-        best = [answers[0]["answer"] if answers else "" for answers in runner.predict(inputs)]
+        best = [
+            answers[0]["answer"] if answers and math.isfinite(answers[0]["score"]) else ""
+            for answers in runner.predict(inputs)
+        ]
         return metrics.answer_scores(best, [sample.label for sample in samples])
-    raise RecipeError(f"Labels do not go with the task {task}; give texts alone.")
+    raise RecipeError(_no_labels(task))
 
 
 _COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -172,8 +196,8 @@ _COLUMNS: Mapping[str, tuple[str, ...]] = {
 def read_samples(path: Path, task: str, columns: Mapping[str, str | int] | None = None) -> list[Sample]:
     """Samples of a csv, tsv or jsonl file. columns: names (or, without a header, numbers from 0) by role.
 
-    Roles: text, text_pair, label; for token-classification a jsonl file with tokens and tags. Raises RecipeError naming
-    file, line and column.
+    Roles: text, text_pair, label; for token-classification a jsonl file with tokens and BIO tags. Quotes are quotes in
+    csv and plain characters in tsv, as in the field's data sets. Raises RecipeError naming file, line and column.
     """
     rows = _read_rows(path, numbered=any(isinstance(column, int) for column in (columns or {}).values()))
     if not rows:
@@ -185,9 +209,16 @@ def read_samples(path: Path, task: str, columns: Mapping[str, str | int] | None 
                _sample(path, row, task, columns or {}) for row in rows]  # fmt: skip
     labelled = [sample.label is not None for sample in samples]
     if any(labelled) and not all(labelled):
-        raise RecipeError(f"{path}: sample {labelled.index(False) + 1} has no label and others do.")
+        line = rows[labelled.index(False)].line
+        raise RecipeError(f"{path}, line {line} has no label and other lines do; label all of them, or none.")
+    if task == "question-answering" and any(sample.text_pair is None for sample in samples):
+        raise RecipeError(f"{path}: questions need a context each (columns question and context).")
     if task == "feature-extraction" and all(labelled) and any(sample.text_pair is None for sample in samples):
         raise RecipeError(f"{path}: scores of similarity need two texts a row (columns text and text_pair).")
+    if task == "feature-extraction" and all(labelled) and len({sample.label for sample in samples}) == 1:
+        raise RecipeError(
+            f"{path}: all scores are {samples[0].label}; a correlation needs at least two different ones."
+        )
     return samples
 
 
@@ -198,26 +229,35 @@ class _Row:
 
 
 def _read_rows(path: Path, *, numbered: bool) -> list[_Row]:
+    if path.suffix not in (".csv", ".tsv", ".jsonl"):
+        raise RecipeError(f"{path}: files of samples end in .csv, .tsv or .jsonl.")
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read as UTF-8 text: {error}.") from None
+    # Lines end at \n alone: str.splitlines would also cut texts at characters such as U+2028.
     if path.suffix == ".jsonl":
-        return [_json_row(path, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
-    if path.suffix not in (".csv", ".tsv"):
-        raise RecipeError(f"{path}: files of samples end in .csv, .tsv or .jsonl.")
-    delimiter = "\t" if path.suffix == ".tsv" else ","
-    reader = csv.reader(content.splitlines(keepends=True), delimiter=delimiter, quoting=csv.QUOTE_MINIMAL)
+        return [_json_row(path, number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+    lines = io.StringIO(content, newline="")
+    if path.suffix == ".tsv":
+        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
+    else:
+        reader = csv.reader(lines, strict=True)  # strict: a quote that is not closed is an error, not a long text
     rows: list[tuple[int, list[str]]] = []
     try:
         rows = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
-        raise RecipeError(f"{path}, line {reader.line_num}: {error}.") from None
+        raise RecipeError(
+            f"{path}, line {reader.line_num}: {error}. A text with a quote stands in quotes, its own quotes doubled."
+        ) from None
     if numbered:
         return [_Row(line=line, values=dict(enumerate(row))) for line, row in rows]
     if not rows:
         return []
     header = rows[0][1]
+    twice = [name for name in header if header.count(name) > 1]
+    if twice:
+        raise RecipeError(f"{path}: the header names the column {twice[0]!r} twice.")
     for line, row in rows[1:]:
         if len(row) != len(header):
             raise RecipeError(f"{path}, line {line} has {len(row)} columns; the header has {len(header)}.")
@@ -246,7 +286,8 @@ def _sample(path: Path, row: _Row, task: str, columns: Mapping[str, str | int]) 
                 )
             found[role] = row.values[columns[role]]
         else:
-            found[role] = next((row.values[name] for name in names if name in row.values), None)
+            free = [name for name in names if name in row.values and name not in columns.values()]
+            found[role] = row.values[free[0]] if free else None
     if found["text"] is None:
         raise RecipeError(
             f"{path} has no column of texts; it has: {', '.join(map(str, row.values))}. Name it with --column text=NAME."
@@ -261,11 +302,15 @@ def _checked_label(path: Path, row: _Row, task: str, found: Mapping[str, Any]) -
     label = found["label"]
     if label is None:
         return None
+    if isinstance(label, str) and not label.strip():
+        raise RecipeError(f"{path}, line {row.line}: the label is empty.")
+    if task == "token-classification":
+        raise RecipeError(f"{path}, line {row.line}: labels of tokens come as lists in jsonl, tokens and tags.")
     if task == "feature-extraction":
         try:
-            return float(label)
-        except (TypeError, ValueError):
-            raise RecipeError(f"{path}, line {row.line}: the score {label!r} is no number.") from None
+            return _number(label)
+        except RecipeError as error:
+            raise RecipeError(f"{path}, line {row.line}: {error}") from None
     if task == "question-answering":
         if isinstance(label, dict) and "text" in label:  # SQuAD's own form
             label = label["text"]
@@ -280,7 +325,27 @@ def _token_sample(path: Path, row: _Row) -> Sample:
     tokens, tags = row.values.get("tokens"), row.values.get("tags")
     if not isinstance(tokens, list) or not isinstance(tags, list) or len(tokens) != len(tags) or not tokens:
         raise RecipeError(f"{path}, line {row.line}: tokens and tags are lists of the same length.")
+    if not all(isinstance(token, str) and token for token in tokens):
+        raise RecipeError(f"{path}, line {row.line}: tokens are texts that are not empty.")
+    for tag in tags:
+        if not isinstance(tag, str) or not re.fullmatch(r"O|[BI]-.+", tag):
+            raise RecipeError(f"{path}, line {row.line}: the tag {tag!r} is not in BIO form: O, B-TYPE or I-TYPE.")
     return Sample(text=" ".join(tokens), label=(tokens, tags))
+
+
+def _no_labels(task: str) -> str:
+    return f"Labels do not go with the task {task}; give texts alone. They go with: {', '.join(LABELLED_BUDGETS)}."
+
+
+def _number(label: Json) -> float:
+    """A gold score. Raises RecipeError."""
+    try:
+        number = float(label)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RecipeError(f"The score {label!r} is no finite number.")
+    return number
 
 
 def _label(runner: Any, label: Json) -> str:
@@ -304,9 +369,10 @@ def _builtin_sample(row: Mapping[str, Any], mask_token: str | None) -> Sample:
         return Sample(text=row["question"], text_pair=row["context"])
     if mask_token is None:
         return Sample(text=row["text"])
-    words = row["text"].split()
-    place = int(hashlib.sha256(row["text"].encode()).hexdigest(), 16) % len(words)
-    return Sample(text=" ".join([*words[:place], mask_token, *words[place + 1 :]]))
+    text: str = row["text"]
+    words = list(re.finditer(r"\w" if row["language"] == "zh" else r"\w+", text))  # Chinese has no spaces between words
+    word = words[int(hashlib.sha256(text.encode()).hexdigest(), 16) % len(words)]
+    return Sample(text=text[: word.start()] + mask_token + text[word.end() :])
 
 
 def _unknown_shares(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> dict[str, float]:
@@ -331,8 +397,3 @@ def _pooled(answers: Answers) -> Answers:
         {name: array.mean(axis=0) if name == "last_hidden_state" else array for name, array in answer.items()}
         for answer in answers
     ]
-
-
-def _column(answers: Answers) -> Answers:
-    """The answers of all samples as one vector."""
-    return [{"logits": np.concatenate([answer["logits"] for answer in answers])}]

@@ -37,32 +37,49 @@ def cosine_metrics(reference: Answers, candidate: Answers) -> dict[str, float]:
 
 
 def choice_metrics(reference: Answers, candidate: Answers, output: str) -> dict[str, float]:
-    """Share of equal best choices, and mean Kullback-Leibler divergence in nats, over the last axis of an output.
+    """Share of equal best choices, mean Kullback-Leibler divergence in nats over the last axis, largest difference.
 
     Every row of every sample counts once. A row that is not finite disagrees, and its divergence is infinite.
     """
-    agreed, divergences = [], []
+    agreed, divergences, differences = [], [], []
     for one, other in zip(reference, candidate, strict=True):
         first, second = np.atleast_2d(one[output]).astype(np.float64), np.atleast_2d(other[output]).astype(np.float64)
         finite = np.isfinite(second).all(axis=-1)
         agreed.append((first.argmax(-1) == second.argmax(-1)) & finite)
         with np.errstate(all="ignore"):
             logs = _log_softmax(first)
-            divergence = (np.exp(logs) * (logs - _log_softmax(second))).sum(-1)
+            shares = np.exp(logs)
+            divergence = np.where(shares > 0, shares * (logs - _log_softmax(second)), 0).sum(-1)
+            differences.append(np.where(np.isfinite(second), np.abs(first - second), np.inf).max())
         divergences.append(np.where(finite, divergence, np.inf))
     return {
         "top1_agreement": float(np.concatenate(agreed).mean()),
         "kl_mean": float(np.concatenate(divergences).mean()),
+        "max_abs": float(max(differences)),
     }
 
 
+def number_metrics(reference: Answers, candidate: Answers, output: str) -> dict[str, float]:
+    """For one number a sample: the share of the original's variance that is kept (R², at least 0), largest difference.
+
+    A cosine would not do: numbers around 3 and the constant 3 are nearly parallel.
+    """
+    first = np.concatenate([answer[output].ravel() for answer in reference]).astype(np.float64)
+    second = np.concatenate([answer[output].ravel() for answer in candidate]).astype(np.float64)
+    if not np.isfinite(second).all():
+        return {"top1_agreement": 0.0, "max_abs": float("inf")}
+    lost, whole = float(((first - second) ** 2).sum()), float(((first - first.mean()) ** 2).sum())
+    kept = 1.0 if lost == 0 else max(0.0, 1 - lost / whole) if whole > 0 else 0.0
+    return {"top1_agreement": kept, "max_abs": float(np.abs(first - second).max())}
+
+
 def sign_metrics(reference: Answers, candidate: Answers, output: str) -> dict[str, float]:
-    """For several labels a text: share of equal decisions at probability 0.5."""
-    pairs = [
-        (one[output] > 0, (other[output] > 0) & np.isfinite(other[output]))
+    """For several labels a text: share of equal decisions at probability 0.5; what is not finite disagrees."""
+    same = [
+        ((one[output] > 0) == (other[output] > 0)) & np.isfinite(other[output])
         for one, other in zip(reference, candidate, strict=True)
     ]
-    return {"top1_agreement": float(np.concatenate([one == other for one, other in pairs]).mean())}
+    return {"top1_agreement": float(np.concatenate(same).mean())}
 
 
 def span_metrics(reference: Answers, candidate: Answers) -> dict[str, float]:
@@ -86,7 +103,14 @@ def similarity_scores(first: Array, second: Array, gold: Sequence[float]) -> dic
 
 
 def regression_scores(predicted: Sequence[float] | Array, gold: Sequence[float]) -> dict[str, float]:
-    """Spearman (ties share their rank) and Pearson correlation x 100."""
+    """Spearman (ties share their rank) and Pearson correlation x 100.
+
+    Constant predictions correlate with nothing (0); predictions that are not finite have the worst value (-100).
+    """
+    if not np.isfinite(predicted).all():
+        return {"spearman": -100.0, "pearson": -100.0}
+    if np.ptp(predicted) == 0:
+        return {"spearman": 0.0, "pearson": 0.0}
     return {
         "spearman": 100 * float(spearmanr(predicted, gold).statistic),
         "pearson": 100 * float(pearsonr(predicted, gold).statistic),

@@ -5,7 +5,9 @@ Calibration and evaluation inputs never overlap. One class for models that read 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +19,7 @@ from onnxpress.evaluation import Sample
 from onnxpress.manifest import Arrays, Json, Runnable, Signature
 from onnxpress.runtime.loading import RUNNERS
 from onnxpress.runtime.text_runner import TextRunner
-from onnxpress.runtime.tokenization import Tokenizer
+from onnxpress.runtime.tokenization import Tokenizer, TruncationWarning
 
 Answers = list[dict[str, np.ndarray]]
 
@@ -88,14 +90,21 @@ class TextWorkload:
         self._calibration = self._calibration[:calibration_samples]
         self._labelled: list[Sample] = []
         if file is not None:
-            self._labelled = evaluation.read_samples(file, task, columns)
-            seen = {(sample.text, sample.text_pair) for sample in self._labelled}
+            given = evaluation.read_samples(file, task, columns)
+            seen = {(sample.text, sample.text_pair) for sample in given}
+            if any(sample.label is not None for sample in given):
+                self._labelled = given
+            else:
+                self._evaluation = given[:samples]
             self._calibration = [item for item in self._calibration if (item.text, item.text_pair) not in seen]
+        cut = sum(encoding.truncated > 0 for encoding in self._tokenizer.encode(_inputs(self._evaluation)))
+        if cut:
+            self.notes += (f"{cut} of {len(self._evaluation)} evaluation texts are cut at {options['max_length']} tokens",)
 
     @property
     def labelled(self) -> bool:
         """Whether the user gave samples with labels."""
-        return any(sample.label is not None for sample in self._labelled)
+        return bool(self._labelled)
 
     def calibration(self) -> Iterator[Arrays]:
         """Token ids of one calibration sample at a time."""
@@ -103,8 +112,8 @@ class TextWorkload:
             yield self._feeds([sample])
 
     def answers(self, runnable: Runnable) -> Answers:
-        """Raw outputs for the evaluation samples; unlabelled samples of the user take the built-in ones' place."""
-        return self._runner(runnable).outputs(_inputs(self._unlabelled()))
+        """Raw outputs for the evaluation samples: the user's, where they have no labels, or the built-in ones."""
+        return self._outputs(runnable, self._evaluation)
 
     def metrics(self, reference: Answers, answers: Answers) -> dict[str, float]:
         """Agreement with the original."""
@@ -112,13 +121,14 @@ class TextWorkload:
 
     def score(self, runnable: Runnable) -> dict[str, float]:
         """The task's metric on the labelled samples."""
-        return evaluation.score(self.task, self._runner(runnable), self._labelled) if self.labelled else {}
+        with _cuts_are_noted():
+            return evaluation.score(self.task, self._runner(runnable), self._labelled) if self.labelled else {}
 
     def batch_dependence(self, runnable: Runnable) -> float:
         """Mean cosine between answers alone and answers in batches of mixed lengths."""
-        inputs = _inputs(self._unlabelled()[:_BATCH_TRIAL])
-        alone = self._runner(runnable, tokens_per_chunk=1).outputs(inputs)
-        batched = self._runner(runnable, tokens_per_chunk=4096).outputs(inputs)
+        samples = self._evaluation[:_BATCH_TRIAL]
+        alone = self._outputs(runnable, samples, tokens_per_chunk=1)
+        batched = self._outputs(runnable, samples, tokens_per_chunk=4096)
         return evaluation.batch_dependence(alone, batched)
 
     def timing(self) -> dict[tuple[int, ...], Arrays]:
@@ -129,7 +139,7 @@ class TextWorkload:
 
     def golden(self) -> dict[str, Arrays]:
         """One sample alone, and four of unequal lengths in a padded batch."""
-        samples = self._unlabelled()
+        samples = self._evaluation
         return {"single": self._feeds(samples[:1]), "batch": self._feeds(samples[1:5])}
 
     def random_tokens(self, batch: int, length: int) -> Arrays:
@@ -147,11 +157,11 @@ class TextWorkload:
 
     def throughput(self, runnable: Runnable, tokens_per_chunk: int) -> Callable[[], object]:
         """A call that answers 64 samples through the runner in chunks of a given size."""
-        runner, inputs = self._runner(runnable, tokens_per_chunk), _inputs(self._unlabelled()[:64])
-        return lambda: runner.outputs(inputs)
+        return lambda: self._outputs(runnable, self._evaluation[:64], tokens_per_chunk)
 
-    def _unlabelled(self) -> list[Sample]:
-        return self._evaluation
+    def _outputs(self, runnable: Runnable, samples: Sequence[Sample], tokens_per_chunk: int = 256) -> Answers:
+        with _cuts_are_noted():
+            return self._runner(runnable, tokens_per_chunk).outputs(_inputs(samples))
 
     def _runner(self, runnable: Runnable, tokens_per_chunk: int = 256) -> TextRunner:
         return RUNNERS[self.task](runnable, self._tokenizer, self._options, tokens_per_chunk=tokens_per_chunk)
@@ -241,6 +251,14 @@ class ModuleWorkload:
                 low, high = spec.bounds or (int(example.min()), int(example.max()))
                 feeds[spec.name] = random.integers(low, high + 1, shape).astype(example.dtype)
         return feeds
+
+
+@contextmanager
+def _cuts_are_noted() -> Iterator[None]:
+    """Long evaluation texts are counted in the notes; no further warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TruncationWarning)
+        yield
 
 
 def _inputs(samples: Sequence[Sample]) -> list[str | tuple[str, str]]:

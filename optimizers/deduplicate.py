@@ -13,15 +13,17 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 
+_CORNER = 8  # elements along each axis that are compared before a weight is read in full
 _RANDOM = frozenset(
     {
         "Bernoulli",
@@ -53,17 +55,20 @@ class Deduplicate:
 
 
 def _merge_constants(graph: ir.Graph) -> None:
-    """By content, which is read only where another constant has the same type and shape."""
+    """By content, which is read only where another constant has the same type, shape and first corner."""
     alike: defaultdict[Hashable, list[ir.Value]] = defaultdict(list)
     for value in graph.initializers.values():
         tensor = value.const_value
         if tensor is None or value.is_graph_output() or value.is_graph_input() or tensor.dtype == ir.DataType.STRING:
             continue
-        alike[tensor.dtype, tuple(tensor.shape)].append(value)
+        array = tensor.numpy()
+        corner = array[tuple(slice(_CORNER) for _ in array.shape)]
+        alike[tensor.dtype, array.shape, _digest(corner)].append(value)
     for values in alike.values():
         kept: dict[bytes, ir.Value] = {}
         for value in values if len(values) > 1 else ():
-            first = kept.setdefault(_digest(value.const_value), value)
+            assert value.const_value is not None
+            first = kept.setdefault(_digest(value.const_value.numpy()), value)
             if first is not value:
                 ir.convenience.replace_all_uses_with(value, first)
                 del graph.initializers[str(value.name)]
@@ -100,7 +105,7 @@ def _key(node: ir.Node) -> Hashable | None:
             tensor = attribute.as_tensor()
             if tensor.dtype == ir.DataType.STRING:
                 return None
-            content = (tensor.dtype, tuple(tensor.shape), _digest(tensor))
+            content = (tensor.dtype, tuple(tensor.shape), _digest(tensor.numpy()))
         elif attribute.type in (ir.AttributeType.INTS, ir.AttributeType.FLOATS, ir.AttributeType.STRINGS):
             content = tuple(attribute.value)
         elif attribute.type in (ir.AttributeType.INT, ir.AttributeType.FLOAT, ir.AttributeType.STRING):
@@ -112,9 +117,8 @@ def _key(node: ir.Node) -> Hashable | None:
     return (node.op_type, node.overload, tuple(id(value) for value in node.inputs), tuple(attributes), named)
 
 
-def _digest(tensor: ir.TensorProtocol | None) -> bytes:
-    assert tensor is not None
-    content = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+def _digest(array: npt.NDArray[Any]) -> bytes:
+    content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return hashlib.sha256(content.data).digest()
 
 

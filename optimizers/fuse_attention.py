@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -296,7 +297,7 @@ def _rewrite(graph: Graph, match: _Match, masks: MaskBuilder) -> None:
     if match.masks:
         inputs.append(masks.build(match.masks, query.source, key.source, before=before))
     name = f"{match.anchor.outputs[0].name}_attention"
-    shape = None if query.source.shape is None else [*query.source.shape[:2], query.number * value.size]
+    shape = [dimension(query.source, 0), dimension(query.source, 1), query.number * value.size]
     attention = insert(
         before,
         "Attention",

@@ -18,6 +18,7 @@ from onnxpress.optimizers.shapes import Size, reshaped, size
 
 HEADS_FIRST = (0, 2, 1, 3)  # (batch, length, heads, head_dim) → (batch, heads, length, head_dim), and back
 KEYS_TRANSPOSED = (0, 2, 3, 1)  # (batch, length, heads, head_dim) → (batch, heads, head_dim, length)
+_SHAPE_OPERATORS = ("Gather", "Slice", "Squeeze", "Unsqueeze", "Cast", "Concat")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ def merged_heads(value: ir.Value, query: Heads, head_dim: int) -> ir.Value | Non
     value: has the batch, heads and length of the query; it may pass a Reshape that changes nothing.
     """
     batch, length = size(query.source, 0), size(query.source, 1)
-    reshape = only_user(value, "Reshape")
+    reshape = _only_reshape(value)
     if reshape is not None:
         target = reshaped(reshape)
         own = [size(value, axis) for axis in range(4)]
@@ -74,6 +75,24 @@ def merged_heads(value: ir.Value, query: Heads, head_dim: int) -> ir.Value | Non
     if transpose is None or tuple(attribute(transpose, "perm", ())) != HEADS_FIRST:
         return None
     return transpose.outputs[0]
+
+
+def _only_reshape(value: ir.Value) -> ir.Node | None:
+    """The Reshape that alone reads a value, beside what computes its target from the value's shape."""
+    found: set[ir.Node] = set()
+    pending = [value]
+    while pending:
+        current = pending.pop()
+        for use in current.uses():
+            allowed = ("Reshape", "Shape") if current is value else ("Reshape", *_SHAPE_OPERATORS)
+            if use.node.domain != "" or use.node.op_type not in allowed or current.is_graph_output():
+                return None
+            if use.node.op_type == "Reshape":
+                found.add(use.node)
+            else:
+                pending.append(use.node.outputs[0])
+    reshape = found.pop() if len(found) == 1 else None
+    return reshape if reshape is not None and reshape.inputs[0] is value else None
 
 
 def merges(reshape: ir.Node, query: Heads, head_dim: int) -> bool:

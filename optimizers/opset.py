@@ -25,6 +25,7 @@ def raise_opset(graph: Graph, version: int) -> None:
     """
     current = graph.model.opset_imports.get("", version)
     if current < version:
+        version = max(version, _FIRST)
         graph.model = _converted(graph.model, current, version)
     reached = max(current, version)
     graph.model.ir_version = max(

@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxpress.manifest import Arrays, Runnable
-from onnxpress.runtime.session import Session, usable_cores
+from onnxpress.runtime.session import Session
 
 T = TypeVar("T")
 Chunk = TypeVar("Chunk")
 _BAR_AFTER = 1.0  # seconds
 
-_pool: ThreadPoolExecutor | None = None
+_pools: dict[int, ThreadPoolExecutor] = {}  # by number of lanes; more runners do not make more cores
 _pool_lock = threading.Lock()
 
 
@@ -50,29 +50,21 @@ def run_chunks(
 
     Shows a progress bar on a terminal when it takes longer than a second.
     """
-    if len(chunks) > 1 and isinstance(runnable, Session) and runnable.on_cpu and usable_cores() > 1:
-        answers = _lanes().map(lambda chunk: runnable.run_on_one_thread(inputs(chunk)), chunks)
+    if len(chunks) > 1 and isinstance(runnable, Session) and runnable.on_cpu and runnable.threads > 1:
+        answers = _lanes(runnable.threads).map(lambda chunk: runnable.run_on_one_thread(inputs(chunk)), chunks)
         return list(_with_bar(answers, len(chunks)))
     return list(_with_bar((runnable.run(inputs(chunk)) for chunk in chunks), len(chunks)))
 
 
-def _lanes() -> ThreadPoolExecutor:
-    """One pool for the process: more runners do not make more cores."""
-    global _pool
+def _lanes(count: int) -> ThreadPoolExecutor:
     with _pool_lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(usable_cores(), thread_name_prefix="onnxpress-lane")
-        return _pool
-
-
-def _forget_pool() -> None:
-    """Threads do not survive a fork."""
-    global _pool
-    _pool = None
+        if count not in _pools:
+            _pools[count] = ThreadPoolExecutor(count, thread_name_prefix="onnxpress-lane")
+        return _pools[count]
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+    os.register_at_fork(after_in_child=_pools.clear)  # threads do not survive a fork
 
 
 def _with_bar(answers: Iterator[T], total: int) -> Iterator[T]:

@@ -9,7 +9,7 @@ import numpy as np
 from onnxpress.errors import InputError
 from onnxpress.manifest import Json
 from onnxpress.runtime.text_runner import TextRunner, check_count, softmax
-from onnxpress.runtime.tokenization import Sample
+from onnxpress.runtime.tokenization import Sample, check_samples
 
 
 class FillMask(TextRunner):
@@ -24,6 +24,7 @@ class FillMask(TextRunner):
         sequence is the text with this mask filled and the others left. Raises InputError for a text without a mask.
         """
         check_count(top_k)
+        check_samples(texts)
         if len(texts) == 0:
             return []
         mask = str(self.options["mask_token"])
@@ -39,7 +40,11 @@ class FillMask(TextRunner):
             if not places:
                 raise InputError(f"The mask is behind token {self.tokenizer.max_length}, where the text was cut.")
             found.append(
-                [self._candidates(text, encoding.offsets[place], answer["logits"][place], top_k) for place in places]
+                [
+                    # A mask token may take the space before it with it, so its offset is only where to look.
+                    self._candidates(text, text.index(mask, encoding.offsets[place][0]), answer["logits"][place], top_k)
+                    for place in places
+                ]
             )
         return found
 
@@ -47,10 +52,10 @@ class FillMask(TextRunner):
         """The candidates for each mask of each text."""
         return list(self.predict(list(samples), top_k=top_k or 5))  # type: ignore[arg-type]
 
-    def _candidates(self, text: str, place: tuple[int, int], logits: np.ndarray, top_k: int) -> list[dict[str, Json]]:
+    def _candidates(self, text: str, start: int, logits: np.ndarray, top_k: int) -> list[dict[str, Json]]:
         probabilities = softmax(logits.astype(np.float64))  # (vocabulary,)
         best = np.argsort(probabilities)[::-1][:top_k]
-        start, end = place
+        end = start + len(self.options["mask_token"])
         rows = []
         for token_id in best:
             token = self.tokenizer.inner.decode([int(token_id)]).strip() or self.tokenizer.inner.id_to_token(

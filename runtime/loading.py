@@ -93,18 +93,18 @@ class GoldenRow:
 
 def verify_golden(artifact: Artifact, session: Runnable) -> list[GoldenRow]:
     """Run the golden inputs and compare. Raises GoldenError naming the output, ArtifactError for a garbled file."""
-    tensors = read_tensors(artifact.file("golden.safetensors"))
-    tolerances = artifact.manifest.options["golden_tolerance"]
-    cases: dict[str, dict[str, dict[str, np.ndarray]]] = {}
-    for key, array in tensors.items():
-        kind, case, name = key.split(".", 2)
-        cases.setdefault(case, {"input": {}, "output": {}})[kind][name] = array
+    tolerances = artifact.manifest.options.get("golden_tolerance", {})
     rows = []
-    for case, arrays in sorted(cases.items()):
+    for case, arrays in sorted(_golden_cases(artifact).items()):
         found = session.run(arrays["input"])
         for name, expected in arrays["output"].items():
-            difference = np.abs(found[name].astype(np.float64) - expected.astype(np.float64)).max(initial=0.0)
-            row = GoldenRow(case=case, output=name, max_abs=float(difference), tolerance=float(tolerances[name]))
+            if name not in tolerances or name not in found:
+                raise ArtifactError(
+                    f"{artifact.path} has a golden output {name} that is not the model's; build it again."
+                )
+            row = GoldenRow(
+                case=case, output=name, max_abs=_max_abs(found[name], expected), tolerance=float(tolerances[name])
+            )
             if not row.max_abs <= row.tolerance:
                 raise GoldenError(
                     f"{artifact.path} does not answer here as it did when it was built: output {name} of golden case {case} "
@@ -113,3 +113,25 @@ def verify_golden(artifact: Artifact, session: Runnable) -> list[GoldenRow]:
                 )
             rows.append(row)
     return rows
+
+
+def _golden_cases(artifact: Artifact) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """{case: {"input": {name: array}, "output": {name: array}}}."""
+    path = artifact.file("golden.safetensors")
+    cases: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+    for key, array in read_tensors(path).items():
+        kind, _, rest = key.partition(".")
+        case, _, name = rest.partition(".")
+        if kind not in ("input", "output") or not name:
+            raise ArtifactError(f"{path} holds {key!r}, which is no golden input or output; build the artifact again.")
+        cases.setdefault(case, {"input": {}, "output": {}})[kind][name] = array
+    if not cases:
+        raise ArtifactError(f"{path} holds nothing to check the artifact by; build it again.")
+    return cases
+
+
+def _max_abs(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference; infinite where the shapes differ, NaN where either has one."""
+    if found.shape != expected.shape:
+        return float("inf")
+    return float(np.abs(found.astype(np.float64) - expected.astype(np.float64)).max(initial=0.0))

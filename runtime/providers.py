@@ -36,7 +36,7 @@ class CPU:
         if self.threads is not None and self.threads < 1:
             raise ProviderError(f"CPU(threads={self.threads}): at least one thread is needed; None takes all cores.")
 
-    def options(self, signature: Signature | None, cache_key: str | None) -> dict[str, str]:
+    def options(self, signature: Signature | None, cache_key: str) -> dict[str, str]:
         """Options as ONNX Runtime takes them."""
         return {}
 
@@ -53,7 +53,7 @@ class CUDA:
     memory_limit: int | None = None
     tf32: bool = False
 
-    def options(self, signature: Signature | None, cache_key: str | None) -> dict[str, str]:
+    def options(self, signature: Signature | None, cache_key: str) -> dict[str, str]:
         """Options as ONNX Runtime takes them; convolution algorithms by heuristic, since shapes are dynamic."""
         options = {
             "device_id": str(self.device_id),
@@ -77,17 +77,18 @@ class TensorRT:
     cache_folder: Path | None = None
     builder_optimization_level: int = 3
 
-    def options(self, signature: Signature | None, cache_key: str | None) -> dict[str, str]:
+    def options(self, signature: Signature | None, cache_key: str) -> dict[str, str]:
         """Options as ONNX Runtime takes them: shape profiles from the signature, caches keyed by model and versions."""
         options = {
             "device_id": str(self.device_id),
             "trt_builder_optimization_level": str(self.builder_optimization_level),
         }
-        if signature is not None and signature.axes:
+        if signature is not None and _has_ranges(signature):
             for kind in ("min", "opt", "max"):
                 options[f"trt_profile_{kind}_shapes"] = _profile(signature, kind)
         if self.cache_folder is not None:
-            folder = self.cache_folder / (cache_key or "unnamed") / f"onnxruntime-{_installed_version()}"
+            folder = self.cache_folder / cache_key / f"onnxruntime-{_installed_version()}"
+            _make_folder(folder)  # TensorRT makes only the last folder of a path
             options |= {
                 "trt_engine_cache_enable": "1",
                 "trt_engine_cache_path": str(folder),
@@ -131,6 +132,13 @@ def check_wheel() -> str:
         raise MissingExtraError(
             "ONNX Runtime is not installed: pip install 'onnxpress[cpu]', or 'onnxpress[gpu]' for NVIDIA cards."
         )
+    try:
+        from onnxruntime import InferenceSession  # noqa: F401  an empty folder can still be imported
+    except ImportError as error:
+        raise ProviderError(
+            f"ONNX Runtime is installed and does not load ({error}), as when one of its two wheels was uninstalled beside "
+            "the other: pip uninstall -y onnxruntime onnxruntime-gpu, then install one, e.g. pip install 'onnxpress[cpu]'."
+        ) from None
     return installed[0] if installed else "onnxruntime"
 
 
@@ -190,6 +198,19 @@ def _preload() -> None:
 
     with contextlib.redirect_stdout(io.StringIO()):
         onnxruntime.preload_dlls()
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProviderError(f"TensorRT's cache {folder} cannot be made: {error.strerror}. Give another.") from None
+
+
+def _has_ranges(signature: Signature) -> bool:
+    """Whether some axis is dynamic, and the range of each is known: TensorRT takes all profiles or none."""
+    axes = {axis for spec in signature.inputs for axis in spec.shape if isinstance(axis, str)}
+    return bool(axes) and axes <= set(signature.axes)
 
 
 def _profile(signature: Signature, kind: str) -> str:

@@ -9,9 +9,8 @@ import numpy as np
 from onnxpress.errors import InputError
 from onnxpress.manifest import Json
 from onnxpress.runtime.text_runner import Answer, TextRunner, check_count, softmax
-from onnxpress.runtime.tokenization import Encoding, Sample
+from onnxpress.runtime.tokenization import Encoding, Sample, check_samples
 
-_LONGEST_ANSWER = 30  # tokens
 _STRIDE = 128  # tokens that two windows of a long context share, at most half a window
 
 
@@ -25,15 +24,20 @@ class QuestionAnswerer(TextRunner):
         """The best answer: answer, score, start, end (characters of the context). Raises InputError."""
         return self.predict([(question, context)])[0][0]
 
-    def predict(self, pairs: Sequence[tuple[str, str]], *, top_k: int = 1) -> list[list[dict[str, Json]]]:
-        """For each (question, context) up to top_k answers, best first. Raises InputError.
+    def predict(
+        self, pairs: Sequence[tuple[str, str]], *, top_k: int = 1, max_answer_tokens: int = 15
+    ) -> list[list[dict[str, Json]]]:
+        """For each (question, context) up to top_k answers of whole words, best first. Raises InputError.
 
-        A score is the product of the probabilities of start and end, over the tokens of the window.
+        A score is the product of the probabilities of start and end, over the context's tokens in the window and its
+        first special token, by which models say that there is no answer. Spans of tokens that lie in the same words are
+        one answer and their scores add up; of the windows that find an answer the surest counts.
         """
         check_count(top_k)
         for index, pair in enumerate(pairs):
             if not isinstance(pair, tuple) or len(pair) != 2:
                 raise InputError(f"Item {index} is not a pair (question, context).")
+        check_samples(pairs)
         stride = min(_STRIDE, self.tokenizer.max_length // 4)
         windows = [self.tokenizer.windows(pair, stride=stride) for pair in pairs]
         answers = iter(self.run_encodings([window for several in windows for window in several]))
@@ -41,8 +45,8 @@ class QuestionAnswerer(TextRunner):
         for (_, context), several in zip(pairs, windows, strict=True):
             spans: dict[tuple[int, int], float] = {}
             for window in several:
-                for start, end, score in _best_spans(window, next(answers), top_k):
-                    spans[start, end] = max(score, spans.get((start, end), 0.0))
+                for span, score in _best_spans(window, next(answers), 2 * top_k + 10, max_answer_tokens).items():
+                    spans[span] = max(score, spans.get(span, 0.0))
             ranked = sorted(spans.items(), key=lambda item: -item[1])[:top_k]
             found.append(
                 [
@@ -59,22 +63,36 @@ class QuestionAnswerer(TextRunner):
         return list(self.predict(list(samples), top_k=top_k or 1))  # type: ignore[arg-type]
 
 
-def _best_spans(window: Encoding, answer: Answer, count: int) -> list[tuple[int, int, float]]:
-    """(start, end, score) in characters of the context; only tokens of the context can answer."""
+def _best_spans(window: Encoding, answer: Answer, count: int, longest: int) -> dict[tuple[int, int], float]:
+    """{(start, end): score} in characters of the context, from the `count` best spans of tokens."""
     inside = np.array([sequence == 1 for sequence in window.sequences])
     if not inside.any():
-        return []
-    masked = {
-        name: np.where(inside, answer[name].astype(np.float64), -np.inf) for name in ("start_logits", "end_logits")
-    }
-    # As the field does: the probabilities are over all tokens that may answer.
-    starts, ends = softmax(masked["start_logits"]), softmax(masked["end_logits"])
-    scores = np.triu(np.outer(starts, ends))
-    scores -= np.triu(scores, k=_LONGEST_ANSWER)
-    best = np.argsort(scores, axis=None)[::-1][:count]
-    spans = []
-    for flat in best:
+        return {}
+    judged = inside.copy()
+    if window.sequences[0] is None:
+        judged[0] = True
+    starts, ends = (
+        np.where(inside, softmax(np.where(judged, answer[name].astype(np.float64), -np.inf)), 0.0)
+        for name in ("start_logits", "end_logits")
+    )
+    scores = np.tril(np.triu(np.outer(starts, ends)), longest - 1)  # (first token, last token)
+    words = _word_bounds(window)
+    spans: dict[tuple[int, int], float] = {}
+    for flat in np.argsort(scores, axis=None)[::-1][:count]:
         first, last = divmod(int(flat), len(ends))
         if scores[first, last] > 0:
-            spans.append((window.offsets[first][0], window.offsets[last][1], float(scores[first, last])))
+            span = words[first][0], words[last][1]
+            spans[span] = spans.get(span, 0.0) + float(scores[first, last])
     return spans
+
+
+def _word_bounds(window: Encoding) -> list[tuple[int, int]]:
+    """For each token the characters (start, end) of its word, as far as the window has it."""
+    bounds: dict[int, tuple[int, int]] = {}
+    for word, sequence, (start, end) in zip(window.words, window.sequences, window.offsets, strict=True):
+        if sequence == 1 and word is not None:
+            bounds[word] = (bounds.get(word, (start, end))[0], end)
+    return [
+        bounds[word] if sequence == 1 and word is not None else offset
+        for word, sequence, offset in zip(window.words, window.sequences, window.offsets, strict=True)
+    ]

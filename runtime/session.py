@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ class Session:
     path: model.onnx. signature: what inputs are checked against; without it, what the file declares. providers:
     names ("cpu", "cuda", "tensorrt") or options (CPU(threads=2)), in order. allow_fallback: take what loads;
     `fallback_note` then says what did not. disabled_optimizers: names of ONNX Runtime's graph optimizers.
-    cache_key: identifies the model in engine caches, e.g. its SHA-256.
+    cache_key: identifies the model in engine caches; None takes its SHA-256 when it is needed.
 
     `run` may be called from several threads at once.
 
@@ -90,6 +91,12 @@ class Session:
     def on_cpu(self) -> bool:
         """Whether everything runs on the CPU provider."""
         return self.providers == ("cpu",)
+
+    @property
+    def threads(self) -> int:
+        """Cores that `run` works on."""
+        cpu = next((provider for provider in self._providers if isinstance(provider, CPU)), CPU())
+        return cpu.threads or usable_cores()
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """Answer one batch. Raises InputError where an input does not fit the signature."""
@@ -150,17 +157,15 @@ class Session:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        cpu = next((provider for provider in self._providers if isinstance(provider, CPU)), CPU())
-        options.intra_op_num_threads = threads or cpu.threads or usable_cores()
+        options.log_severity_level = 4  # what goes wrong is raised
+        options.intra_op_num_threads = threads or self.threads
         options.inter_op_num_threads = 1
         if record_placement:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        providers = [
-            (provider.registered_as, provider.options(self._signature, self._cache_key)) for provider in self._providers
-        ]
         if not self.path.is_file():
             raise ArtifactError(f"The model {self.path} does not exist.")
+        key = self._engine_key()
+        providers = [(provider.registered_as, provider.options(self._signature, key)) for provider in self._providers]
         try:
             return onnxruntime.InferenceSession(
                 self.path,
@@ -179,38 +184,47 @@ class Session:
                 f"{self.path} is corrupt or not a model that this ONNX Runtime reads: {_one_line(error)} Build it again."
             ) from error
 
+    def _engine_key(self) -> str:
+        """What tells this model's cached engines from another's, where engines are cached."""
+        if self._cache_key is None and any(getattr(provider, "cache_folder", None) for provider in self._providers):
+            with self.path.open("rb") as file:
+                self._cache_key = hashlib.file_digest(file, "sha256").hexdigest()
+        return self._cache_key or ""
+
 
 class Binding:
-    """Preallocated inputs and outputs: what is written into a bound input array is what the next run reads."""
+    """Preallocated inputs and outputs: what is written into a bound input array is what the next run reads.
+
+    Not for several threads at once: make a binding for each.
+    """
 
     def __init__(self, session: Session, inner: Any) -> None:
         self._session = session
         self._inner = inner
         self._binding = inner.io_binding()
-        self._kept: dict[str, np.ndarray[Any, Any]] = {}
+        self._inputs: dict[str, np.ndarray[Any, Any]] = {}
+        self._outputs: dict[str, np.ndarray[Any, Any]] = {}
 
     def bind_input(self, name: str, array: np.ndarray[Any, Any]) -> None:
-        """Bind a contiguous array, which is not copied."""
-        self._kept[name] = array
+        """Bind a contiguous array, which is not copied. Raises InputError."""
+        _check_bindable(name, array, self._session.input_names)
+        self._inputs[name] = array
         self._binding.bind_cpu_input(name, array)
 
-    def bind_output(self, name: str, array: np.ndarray[Any, Any] | None = None) -> None:
-        """Bind an array that receives an output, or let ONNX Runtime allocate it."""
-        if array is None:
-            self._binding.bind_output(name, "cpu")
-            return
-        self._kept[name] = array
+    def bind_output(self, name: str, array: np.ndarray[Any, Any]) -> None:
+        """Bind a contiguous array that receives an output. Raises InputError."""
+        _check_bindable(name, array, self._session.output_names)
+        self._outputs[name] = array
         self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
     def run(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Answer what is in the bound inputs. Raises InputError."""
-        self._session.check({name: self._kept[name] for name in self._session.input_names if name in self._kept})
-        self._inner.run_with_iobinding(self._binding)
-        names = [output.name for output in self._inner.get_outputs()]
-        return {name: self._kept.get(name, array) for name, array in zip(names, self._outputs(), strict=False)}
-
-    def _outputs(self) -> list[np.ndarray[Any, Any]]:
-        return list(self._binding.copy_outputs_to_cpu())
+        """Answer what is in the bound inputs, in the bound outputs' own arrays. Raises InputError."""
+        self._session.check(self._inputs)
+        try:
+            self._inner.run_with_iobinding(self._binding)
+        except Exception as error:  # ONNX Runtime's errors have no common base but Exception
+            raise InputError(f"ONNX Runtime refuses the bound arrays: {_one_line(error)}") from error
+        return dict(self._outputs)
 
 
 def usable_cores() -> int:
@@ -218,6 +232,13 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _check_bindable(name: str, array: np.ndarray[Any, Any], names: Sequence[str]) -> None:
+    if name not in names:
+        raise InputError(f"{name!r} was bound; there are: {', '.join(names)}.")
+    if not array.flags.c_contiguous:
+        raise InputError(f"The array for {name} is not contiguous, so it cannot be bound: numpy.ascontiguousarray.")
 
 
 def _check_array(spec: TensorSpec, array: Any, signature: Signature, sizes: dict[str, tuple[int, str]]) -> None:
@@ -229,6 +250,8 @@ def _check_array(spec: TensorSpec, array: Any, signature: Signature, sizes: dict
         raise InputError(
             f"Input {spec.name} has dtype {array.dtype.name}; the model takes {_shown(spec)}: use .astype(numpy.{spec.dtype})."
         )
+    if not array.dtype.isnative:  # ONNX Runtime would read the bytes in the wrong order, without an error
+        raise InputError(f"Input {spec.name} is {array.dtype.str}; the model takes this machine's byte order.")
     if array.ndim != len(spec.shape):
         raise InputError(f"Input {spec.name} has shape {list(array.shape)}; the model takes {_shown(spec)}.")
     for axis, size in zip(spec.shape, array.shape, strict=True):

@@ -1,35 +1,37 @@
 """ONNX Runtime as its documentation says: torch's exporter, default settings, `quantize_dynamic` for int8.
 
-The model is exported once with eager and once with scaled-dot-product attention, and the one that is faster at
-(1, 128) is kept, so that the baseline is not slowed down by the form of its graph.
+The model is exported in every form of attention that torch's exporter knows, and each shape is timed on the form that is
+fastest there, so that the baseline is not slowed down by the form of its graph. int8 starts from all of them too.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
-from worker import THREADS, median_ms, tokens
+from measure import THREADS, Setting, fastest, tokens
+
+# attention of the PyTorch model, opset; at opset 23 scaled-dot-product attention becomes one Attention operator
+FORMS = (("eager", 18), ("sdpa", 18), ("sdpa", 23))
 
 
-def open_peer(variant: str, model: Path, cache: Path, artifact: str | None) -> Peer:
-    path = cache / "onnxruntime-fp32.onnx"
-    if not path.exists():
-        candidates = [
-            export(model, attention, cache / f"onnxruntime-{attention}.onnx") for attention in ("eager", "sdpa")
-        ]
-        times = {candidate: median_ms(Peer(candidate).shape(1, 128), 1.0) for candidate in candidates}
-        path.write_bytes(min(times, key=lambda candidate: times[candidate]).read_bytes())
-    if variant == "int8":
-        return Peer(quantize(path, cache))
-    return Peer(path)
+def open_peer(variant: str, setting: Setting) -> Peer:
+    paths = {}
+    for attention, opset in FORMS:
+        form = f"{attention}-opset{opset}"
+        path = setting.cache / f"onnxruntime-fp32-{form}.onnx"
+        if not path.exists():
+            export(setting.model, attention, opset, path)
+        paths[form] = quantize(path, setting.cache / f"onnxruntime-int8-{form}.onnx") if variant == "int8" else path
+    return Peer(paths)
 
 
-def export(model: Path, attention: str, path: Path) -> Path:
+def export(model: Path, attention: str, opset: int, path: Path) -> None:
     import torch
     from transformers import AutoModel
 
@@ -56,36 +58,51 @@ def export(model: Path, attention: str, path: Path) -> Path:
             dynamic_shapes=dict.fromkeys(feeds, dynamic),
             input_names=list(feeds),
             output_names=["last_hidden_state"],
-            opset_version=18,
+            opset_version=opset,
             verbose=False,
         )
-    program.save(path, external_data=False)
-    return path
+    part = path.with_suffix(f".part-{os.getpid()}")
+    program.save(part, external_data=False)
+    part.rename(path)
 
 
-def quantize(path: Path, cache: Path) -> Path:
+def quantize(path: Path, result: Path) -> Path:
+    if result.exists():
+        return result
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    result = cache / "onnxruntime-int8.onnx"
-    if not result.exists():
-        prepared = cache / "onnxruntime-prepared.onnx"
-        quant_pre_process(path, prepared, skip_symbolic_shape=True)
-        quantize_dynamic(prepared, result, per_channel=True, weight_type=QuantType.QInt8)
+    prepared, part = (result.with_suffix(f".{name}-{os.getpid()}") for name in ("prepared", "part"))
+    quant_pre_process(path, prepared, skip_symbolic_shape=True)
+    # It takes the standard Attention operator for its own of that name and writes a graph that does not load.
+    attention = [node.name for node in onnx.load(prepared).graph.node if node.op_type == "Attention"]
+    quantize_dynamic(prepared, part, per_channel=True, weight_type=QuantType.QInt8, nodes_to_exclude=attention)
+    prepared.unlink()
+    part.rename(result)
     return result
 
 
 class Peer:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, paths: dict[str, Path]) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = THREADS
         options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.names = {value.name for value in self.session.get_inputs()}
+        self.sessions = {
+            form: onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            for form, path in paths.items()
+        }
+        self.best: dict[tuple[int, int], str] = {}
+        self.description = f"onnxruntime {onnxruntime.__version__}, exported as {', '.join(paths)}"
 
-    def describe(self) -> str:
-        return f"onnxruntime {onnxruntime.__version__}, {THREADS} threads"
+    def shape(self, batch: int, length: int) -> tuple[Callable[[], Any], str]:
+        calls = {form: self._call(session, batch, length) for form, session in self.sessions.items()}
+        if (batch, length) not in self.best:
+            self.best[batch, length] = fastest(calls)
+        form = self.best[batch, length]
+        return calls[form], form
 
-    def shape(self, batch: int, length: int) -> Callable[[], Any]:
-        feeds = {name: array for name, array in tokens(batch, length).items() if name in self.names}
-        return lambda: self.session.run(None, feeds)
+    def _call(self, session: onnxruntime.InferenceSession, batch: int, length: int) -> Callable[[], Any]:
+        names = {value.name for value in session.get_inputs()}
+        feeds = {name: array for name, array in tokens(batch, length).items() if name in names}
+        return lambda: session.run(None, feeds)

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from worker import THREADS, tokens
+from measure import Setting, tokens
 
 import onnxpress
+from onnxpress.runtime import Embedder
 
 
-def open_peer(variant: str, model: Path, cache: Path, artifact: str | None) -> Peer:
-    assert artifact is not None
-    return Peer(onnxpress.load(artifact))
+def open_peer(variant: str, setting: Setting) -> Peer:
+    runner = onnxpress.load(setting.artifact)
+    if not isinstance(runner, Embedder):
+        raise SystemExit(f"{setting.artifact} is no embedding model; this benchmark is about those.")
+    return Peer(runner)
 
 
 class Peer:
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Embedder) -> None:
         self.runner = runner
+        self.description = f"onnxpress {onnxpress.__version__}, chunks of {runner.tokens_per_chunk} tokens"
 
-    def describe(self) -> str:
-        return f"onnxpress {onnxpress.__version__}, {THREADS} threads, chunks of {self.runner.tokens_per_chunk} tokens"
-
-    def shape(self, batch: int, length: int) -> Callable[[], Any]:
+    def shape(self, batch: int, length: int) -> tuple[Callable[[], Any], str]:
         feeds = {
             name: array for name, array in tokens(batch, length).items() if name in self.runner.session.input_names
         }
-        return lambda: self.runner.run_rows(feeds)
+        return lambda: self.runner.run_rows(feeds), ""
 
-    def texts(self, texts: list[str]) -> Callable[[], Any]:
-        return lambda: self.runner.embed(texts)
+    def embed(self, texts: list[str], batch_size: int) -> Any:
+        """The runner plans its own chunks, by tokens and not by rows: batch_size does not apply."""
+        return self.runner.embed(texts)

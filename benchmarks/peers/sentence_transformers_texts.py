@@ -1,42 +1,42 @@
-"""sentence-transformers with its torch or its ONNX backend, on texts, batches of 32."""
+"""sentence-transformers with its torch or its ONNX backend, on texts."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import sentence_transformers
 import torch
+from measure import THREADS, Setting
 from sentence_transformers import SentenceTransformer
-from worker import THREADS
 
 
-def open_peer(variant: str, model: Path, cache: Path, artifact: str | None) -> Peer:
+def open_peer(variant: str, setting: Setting) -> Peer:
     torch.set_num_threads(THREADS)
     if variant == "torch":
-        return Peer(SentenceTransformer(str(model), device="cpu"))
+        return Peer(SentenceTransformer(str(setting.model), device="cpu"), "torch backend")
     import onnxruntime
 
+    folder = setting.cache / "sentence-transformers-onnx"
+    if not (folder / "onnx" / "model.onnx").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(setting.model, folder, ignore=shutil.ignore_patterns("onnx", "openvino"))
+        SentenceTransformer(str(folder), backend="onnx", device="cpu").save_pretrained(str(folder))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
-    folder = cache / "sentence-transformers-onnx"  # the backend writes its export beside the model
-    if not folder.exists():
-        shutil.copytree(model, folder)
-    arguments = {"session_options": options, "provider": "CPUExecutionProvider"}
+    arguments: dict[str, Any] = {
+        "session_options": options,
+        "provider": "CPUExecutionProvider",
+        "file_name": "onnx/model.onnx",
+    }
     encoder = SentenceTransformer(str(folder), backend="onnx", device="cpu", model_kwargs=arguments)
-    if not (folder / "onnx").exists():
-        encoder.save_pretrained(str(folder))
-    return Peer(encoder)
+    return Peer(encoder, f"ONNX backend, onnxruntime {onnxruntime.__version__}")
 
 
 class Peer:
-    def __init__(self, model: SentenceTransformer) -> None:
+    def __init__(self, model: SentenceTransformer, backend: str) -> None:
         self.model = model
+        self.description = f"sentence-transformers {sentence_transformers.__version__}, {backend}"
 
-    def describe(self) -> str:
-        return f"sentence-transformers {sentence_transformers.__version__}, {THREADS} threads"
-
-    def texts(self, texts: list[str]) -> Callable[[], Any]:
-        return lambda: self.model.encode(texts, batch_size=32, show_progress_bar=False)
+    def embed(self, texts: list[str], batch_size: int) -> Any:
+        return self.model.encode(texts, batch_size=batch_size, show_progress_bar=False)

@@ -7,27 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import THREADS, Setting, tokens
 from transformers import AutoModel
-from worker import THREADS, tokens
 
 
-def open_peer(variant: str, model: Path, cache: Path, artifact: str | None) -> Peer:
-    return Peer(model, {"fp32": torch.float32, "bf16": torch.bfloat16}[variant])
+def open_peer(variant: str, setting: Setting) -> Peer:
+    return Peer(setting.model, {"fp32": torch.float32, "bf16": torch.bfloat16}[variant])
 
 
 class Peer:
     def __init__(self, model: Path, dtype: torch.dtype) -> None:
         torch.set_num_threads(THREADS)
         self.model = AutoModel.from_pretrained(model, dtype=dtype, attn_implementation="sdpa").eval()
+        self.description = f"torch {torch.__version__}, sdpa"
 
-    def describe(self) -> str:
-        return f"torch {torch.__version__}, {THREADS} threads"
-
-    def shape(self, batch: int, length: int) -> Callable[[], Any]:
+    def shape(self, batch: int, length: int) -> tuple[Callable[[], Any], str]:
         feeds = {name: torch.from_numpy(array) for name, array in tokens(batch, length).items()}
 
         def call() -> None:
             with torch.inference_mode():
                 self.model(**feeds)
 
-        return call
+        return call, ""

@@ -52,7 +52,6 @@ def answers(proto: onnx.ModelProto, feeds: dict[str, Any]) -> Any:
 def assert_same(proto: onnx.ModelProto, result: PassResult, **feeds: Any) -> None:
     """Merging changes no number."""
     given = ir.to_proto(result.graph.model)
-    onnx.checker.check_model(given)
     for before, after in zip(answers(proto, {"x": X, **feeds}), answers(given, {"x": X, **feeds}), strict=True):
         np.testing.assert_array_equal(after, before)
 

@@ -1,0 +1,336 @@
+"""Whole builds of tiny models: every task, the gate's decisions, reproducible bytes, bad input, and real kills."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+import transformers as tf
+from onnx import helper
+from tiny_models import add_pooling, load_text_model, save_model
+
+import onnxpress
+from onnxpress import artifact as artifact_module
+from onnxpress.errors import (
+    BudgetError,
+    ConversionError,
+    OutputError,
+    ParityError,
+    RecipeError,
+    SourceError,
+)
+from onnxpress.runtime import Embedder, FillMask, ModuleRunner, QuestionAnswerer, TextClassifier, TokenClassifier
+
+QUICK = {"measure": False, "samples": 24, "calibration_samples": 16}
+TEXTS = ["the cat sat on a mat", "a red dog ran to the blue house", "the"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_model(tmp_path_factory.mktemp("models") / "encoder", "bert")
+    add_pooling(
+        folder, ("Pooling", {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}), ("Normalize", None)
+    )
+    return folder
+
+
+def test_an_encoder_becomes_an_artifact_that_answers_like_pytorch(encoder: Path, tmp_path: Path) -> None:
+    built = onnxpress.build(encoder, out=tmp_path / "out", precision="fp32", **QUICK)
+    runner = onnxpress.load(built.path)
+    assert isinstance(runner, Embedder)
+    model, tokenizer = load_text_model(encoder), tf.AutoTokenizer.from_pretrained(encoder)
+    for text, vector in zip(TEXTS, runner.embed(TEXTS), strict=True):
+        with torch.inference_mode():
+            hidden = model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).last_hidden_state[0]
+        expected = torch.nn.functional.normalize(hidden.mean(0), dim=0).numpy()
+        np.testing.assert_allclose(vector, expected, atol=1e-5)
+
+
+def test_an_artifact_carries_its_proof(encoder: Path, tmp_path: Path) -> None:
+    built = onnxpress.build(encoder, out=tmp_path / "out", budget="0.9", samples=24, calibration_samples=16)
+    assert {path.name for path in built.path.iterdir()} >= {
+        "manifest.json", "measured.json", "report.html", "model.onnx", "golden.safetensors", "tokenizer.json",
+    }  # fmt: skip
+    manifest = built.manifest
+    assert [row["pass"] for row in manifest.ledger][0] == "export"
+    assert manifest.operators["Attention"] == 2
+    assert set(manifest.files) == {path.name for path in built.path.iterdir()} - {
+        "manifest.json", "measured.json", "report.html",
+    }  # fmt: skip
+    assert built.measured["latency"]
+    assert built.measured["tokens_per_chunk"] in (64, 128, 256, 512, 1024)
+    assert "<svg" in (built.path / "report.html").read_text()
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "task", "runner_class"),
+    [
+        (tf.AutoModelForSequenceClassification, "text-classification", TextClassifier),
+        (tf.AutoModelForTokenClassification, "token-classification", TokenClassifier),
+        (tf.AutoModelForQuestionAnswering, "question-answering", QuestionAnswerer),
+        (tf.AutoModelForMaskedLM, "fill-mask", FillMask),
+    ],
+)
+def test_every_task_builds_at_int8_and_loads(auto_class: type, task: str, runner_class: type, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "bert", auto_class)
+    built = onnxpress.build(folder, out=tmp_path / "out", precision="int8", keep_all=True, **QUICK)
+    assert built.manifest.task == task
+    assert built.manifest.precision == "int8"
+    assert built.manifest.operators["com.microsoft::MatMulIntegerToFloat"] >= 12
+    assert isinstance(onnxpress.load(built.path), runner_class)
+
+
+def test_the_same_recipe_gives_the_same_bytes(encoder: Path, tmp_path: Path) -> None:
+    """All but measured.json and report.html, which hold times. Two processes, so that nothing is left from the first."""
+    digests = []
+    for name in ("one", "two"):
+        code = (
+            "import sys, onnxpress\n"
+            f"onnxpress.build({str(encoder)!r}, out={str(tmp_path / name)!r}, name='same', precision='int8', "
+            "keep_all=True, measure=False, samples=24, calibration_samples=16)\n"
+        )
+        environment = {**os.environ, "PYTHONHASHSEED": name[0].encode().hex()[:1] + "7"}
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+        digests.append(
+            {
+                path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in (tmp_path / name).iterdir()
+                if path.name not in (artifact_module.MEASURED, artifact_module.REPORT)
+            }
+        )
+    assert digests[0] == digests[1]
+    assert "manifest.json" in digests[0]
+
+
+def test_a_precision_asked_for_by_name_that_breaks_the_budget_is_an_error(encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="int4.*--keep-all"):
+        onnxpress.build(encoder, out=tmp_path / "out", precision="int4-weights", budget="0.999999", **QUICK)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_default_precision_that_breaks_the_budget_is_undone_and_named(encoder: Path, tmp_path: Path) -> None:
+    built = onnxpress.build(encoder, out=tmp_path / "out", budget="0.9999999", **QUICK)
+    row = built.manifest.ledger[-1]
+    assert (row["pass"], row["status"]) == ("int8", "undone")
+    assert "over the budget" in row["reason"]
+    assert built.manifest.precision == "fp32"
+    assert "com.microsoft::MatMulIntegerToFloat" not in built.manifest.operators
+
+
+def test_a_lossy_pass_is_repaired(encoder: Path, tmp_path: Path) -> None:
+    """Between what all of int8 costs and what half of it costs there is a budget that repair can keep."""
+    whole = onnxpress.build(encoder, out=tmp_path / "whole", precision="int4-weights", keep_all=True, **QUICK)
+    loss = 1 - whole.manifest.ledger[-1]["quality"]
+    assert loss > 1e-4
+    built = onnxpress.build(
+        encoder, out=tmp_path / "out", precision="int4-weights", budget=str(1 - 0.7 * loss), **QUICK
+    )
+    row = built.manifest.ledger[-1]
+    assert row["status"] == "repaired"
+    assert "stay in float" in row["reason"]
+    assert row["quality"] >= 1 - 0.7 * loss
+    operators = built.manifest.operators
+    assert operators["com.microsoft::MatMulNBits"] >= 1
+    assert operators.get("MatMul", 0) + operators.get("Gather", 0) >= 1
+
+
+def test_dynamic_int8_runs_rows_alone_where_batches_move_answers(encoder: Path, tmp_path: Path) -> None:
+    built = onnxpress.build(encoder, out=tmp_path / "out", precision="int8-dynamic", budget="0.5", **QUICK)
+    row = built.manifest.ledger[-1]
+    runner = onnxpress.load(built.path)
+    assert isinstance(runner, Embedder)
+    if row["status"] == "repaired":
+        assert runner.tokens_per_chunk == 1
+    together, alone = runner.embed(TEXTS), np.stack([runner.embed([text])[0] for text in TEXTS])
+    cosines = (together * alone).sum(1)
+    assert cosines.mean() >= 0.999
+
+
+def test_user_samples_with_scores(encoder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    rows = [f"the cat sat,the {word} ran,{score}" for score, word in enumerate(("dog", "cat", "mat", "house", "red"))]
+    path.write_text("sentence1,sentence2,score\n" + "\n".join(rows) + "\n")
+    built = onnxpress.build(encoder, out=tmp_path / "out", precision="fp32", file=str(path), **QUICK)
+    assert built.manifest.ledger[0]["metric"] == "spearman"
+
+
+class Convolutions(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(4),
+            torch.nn.Flatten(), torch.nn.Linear(128, 64), torch.nn.GELU(), torch.nn.Linear(64, 10),
+        )  # fmt: skip
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.layers(image)
+
+
+def test_a_plain_module(tmp_path: Path) -> None:
+    module = Convolutions().eval()
+    example = torch.randn(2, 3, 16, 16)
+    built = onnxpress.build(
+        module, example_inputs=(example,), out=tmp_path / "out", precision="int8", budget="0.9", **QUICK
+    )
+    runner = onnxpress.load(built.path)
+    assert isinstance(runner, ModuleRunner)
+    image = np.random.default_rng(0).standard_normal((5, 3, 16, 16)).astype(np.float32)
+    with torch.inference_mode():
+        expected = module(torch.from_numpy(image)).numpy()
+    found = runner.run({"image": image})["output_0"]
+    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.1  # 8 bits, two layers, random weights
+    assert any("random inputs" in note for note in built.manifest.ledger[0]["notes"])
+
+
+def test_an_onnx_file(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Mul", ["r", "r"], ["y"])]
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("x", 1, ["batch", 8])],
+        [helper.make_tensor_value_info("y", 1, ["batch", 8])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    ir.save(ir.from_proto(model), tmp_path / "square.onnx")
+    built = onnxpress.build(tmp_path / "square.onnx", out=tmp_path / "out", precision="fp32", **QUICK)
+    runner = onnxpress.load(built.path)
+    assert isinstance(runner, ModuleRunner)
+    x = np.array([[-1, 2, 3, 0, 0, 0, 0, 4]], np.float32)
+    np.testing.assert_array_equal(runner.run({"x": x})["y"], np.maximum(x, 0) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"task": "dancing"}, SourceError, "dancing"),
+        ({"task": "question-answering"}, SourceError, "no trained weights"),
+        ({"target": "toaster"}, RecipeError, "targets are: cpu"),
+        ({"precision": "int3"}, RecipeError, "int3"),
+        ({"only": ("int9",)}, RecipeError, "int9"),
+        ({"budget": "lots"}, RecipeError, "not understood"),
+        ({"file": "nowhere.csv"}, RecipeError, "nowhere.csv"),
+        ({"speed": 3}, RecipeError, "Unknown option 'speed'"),
+        ({"max_length": 4000}, SourceError, "4000"),
+    ],
+)
+def test_bad_options(
+    options: dict[str, object], error: type[Exception], said: str, encoder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=said):
+        onnxpress.build(encoder, out=tmp_path / "out", **{**QUICK, **options})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_sources(tmp_path: Path) -> None:
+    garbage = tmp_path / "garbage.onnx"
+    garbage.write_bytes(b"this is no protobuf at all" * 10)
+    for source, error in (
+        (garbage, SourceError),
+        (tmp_path / "none.onnx", SourceError),
+        (tmp_path / "none", SourceError),
+    ):
+        with pytest.raises(error):
+            onnxpress.build(source, out=tmp_path / "out", **QUICK)
+    with pytest.raises(ConversionError, match="module"):
+        onnxpress.build(garbage, task="fill-mask", out=tmp_path / "out", **QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["garbage.onnx"]
+
+
+def test_an_output_that_cannot_be_written(encoder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="cannot be written"):
+        onnxpress.build(encoder, out=tmp_path / "file" / "out", **QUICK)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="not replaced"):
+        onnxpress.build(encoder, out=tmp_path / "precious", **QUICK)
+    assert (tmp_path / "precious" / "thesis.txt").exists()
+
+
+def test_an_export_that_answers_otherwise_stops_the_build(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real wrong graph: one layer norm's weights are changed after the export."""
+    from onnxpress import pipeline
+
+    real = pipeline.export
+
+    def spoiled(*arguments: object, **options: object) -> object:
+        exported = real(*arguments, **options)  # type: ignore[arg-type]
+        for name, value in exported.graph.model.graph.initializers.items():
+            if "LayerNorm.bias" in name:
+                value.const_value = ir.tensor(value.const_value.numpy() + 0.01, name=name)
+        return exported
+
+    monkeypatch.setattr(pipeline, "export", spoiled)
+    with pytest.raises(ParityError, match=r"embeddings.*batch 1, length 1.*shape"):
+        onnxpress.build(encoder, out=tmp_path / "out", **QUICK)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kills_leave_nothing_broken_behind(encoder: Path, tmp_path: Path) -> None:
+    """A build over an existing artifact is killed at several moments; then one runs through."""
+    out = tmp_path / "out"
+    first = onnxpress.build(encoder, out=out, precision="fp32", **QUICK)
+    before = first.manifest.to_json()
+    command = [
+        sys.executable, "-m", "onnxpress.cli", "build", str(encoder), "--out", str(out), "--precision", "fp32",
+        "--no-measure", "--name", "second",
+    ]  # fmt: skip
+    started = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    duration = time.monotonic() - started
+    artifact_module.Artifact.open(out)
+    onnxpress.build(encoder, out=out, precision="fp32", **QUICK)
+    killed = 0
+    for share in (0.45, 0.6, 0.75, 0.85, 0.95):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(duration * share)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        manifest = artifact_module.Artifact.open(out).manifest
+        assert manifest.to_json() == before or manifest.name == "second"
+    assert killed >= 3
+    subprocess.run(command, check=True, capture_output=True)
+    assert artifact_module.Artifact.open(out).manifest.name == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_missing_extra_is_named(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "class Without:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'torch':\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Without())\n"
+        "from onnxpress.cli import main\n"
+        "sys.exit(main(['build', 'x']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "onnxpress[build" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_json_of_a_build(encoder: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "onnxpress.cli", "build", str(encoder), "--out", str(tmp_path / "out"), "--json",
+         "--precision", "fp32", "--no-measure"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    content = json.loads(done.stdout)
+    assert content["manifest"]["name"] == "out" or content["manifest"]["name"]
+    assert content["path"] == str(tmp_path / "out")
