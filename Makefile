@@ -27,11 +27,11 @@ $(VENV)/.python:
 
 $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 	@echo "== installing onnxpress[build,cpu,demo] into $(VENV) (a few minutes the first time; torch is large)"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[build,cpu,demo]' && touch $@
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[build,cpu,demo]' && touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "== installing the tools for tests and checks into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[build,cpu,demo,dev]' && touch $@
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[build,cpu,demo,dev]' && touch $@
 
 setup: $(VENV)/.dev ## make .venv with everything
 

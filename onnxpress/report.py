@@ -1,281 +1,314 @@
 """The report: one HTML page with tables and plots, readable without a network, in light and dark.
 
-Everything that comes from outside (names, notes, versions) is escaped; the plots are inline SVG.
+Everything that comes from outside (names, notes, versions) is escaped. Parts that were not measured are left out.
 """
 
 from __future__ import annotations
 
 import html
-import io
-import re
+import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from onnxpress.manifest import Json, Manifest
+from onnxpress.plots import bar_plot, latency_plot, operator_plot, quality_plot
 
 _STYLE = """
-:root { --ink: #1c2430; --soft: #5c6675; --line: #dfe3e8; --paper: #ffffff; --panel: #f6f7f9; --good: #1f7a4d;
-  --warn: #9a6700; --bad: #b42318; --one: #3565c4; --two: #c8642b; --three: #8a8f98; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e7eaee; --soft: #a2abb8; --line: #333b46; --paper: #14181d;
-  --panel: #1c2229; --good: #5fc992; --warn: #e0b04c; --bad: #f08a80; --one: #7fa6f5; --two: #f0995f; --three: #8a93a0; } }
+:root { color-scheme: light dark; --ink: #1b2330; --soft: #586374; --line: #dde2e9; --paper: #ffffff; --panel: #f5f7fa;
+  --accent: #2f62c9; --muted: #a9b3c1; --good: #17693f; --good-paper: #e3f4ea; --warn: #8a5800; --warn-paper: #fdf1d8;
+  --bad: #a8200f; --bad-paper: #fde8e5; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #a3adbb; --line: #303946; --paper: #12161c;
+  --panel: #1a2029; --accent: #7ea6f7; --muted: #576375; --good: #6fd3a0; --good-paper: #15301f; --warn: #e7b95a;
+  --warn-paper: #33270d; --bad: #f59a90; --bad-paper: #3a1a16; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 2.5rem 1.5rem 4rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; margin: 0; letter-spacing: -0.01em; } h2 { font-size: 1.1rem; margin: 2.4rem 0 0.7rem; }
-p { margin: 0.4rem 0; } .soft { color: var(--soft); } .verdict { font-size: 1.05rem; margin-top: 0.8rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: 0.8rem; margin-top: 1.4rem; }
-.tile { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 0.8rem 1rem; }
-.tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; } .tile span { color: var(--soft); }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+main { margin: 0 auto; max-width: 66rem; padding: 2.8rem 1.5rem 4rem; }
+h1 { font-size: 2rem; line-height: 1.2; margin: 0; letter-spacing: -0.02em; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 3rem 0 0.9rem; padding-top: 1.1rem; border-top: 1px solid var(--line); }
+h3 { font-size: 0.95rem; font-weight: 600; margin: 0 0 0.5rem; }
+p { margin: 0.4rem 0; } .soft { color: var(--soft); } .kicker { color: var(--soft); font-size: 0.9rem; margin: 0 0 0.3rem; }
+.verdict { display: flex; flex-wrap: wrap; gap: 0.4rem 0.8rem; align-items: baseline; margin: 1rem 0 0; font-size: 1.05rem; }
+.badge { border-radius: 99px; padding: 0.05rem 0.65rem; font-size: 0.85rem; font-weight: 600; white-space: nowrap; }
+.kept { color: var(--good); background: var(--good-paper); } .repaired { color: var(--warn); background: var(--warn-paper); }
+.undone, .failed { color: var(--bad); background: var(--bad-paper); } .unchanged { color: var(--soft); background: var(--panel); }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 0.9rem; margin: 1.6rem 0 0; }
+.tile { background: var(--panel); border: 1px solid var(--line); border-radius: 10px; padding: 0.9rem 1.1rem; }
+.tile dt { color: var(--soft); font-size: 0.88rem; } .tile dd { margin: 0; }
+.tile .value { font-size: 1.6rem; font-weight: 600; line-height: 1.35; letter-spacing: -0.01em; }
+.tile .value, .number { font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 0.92rem; }
-th, td { text-align: left; padding: 0.4rem 0.8rem 0.4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 500; } .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.kept { color: var(--good); } .repaired { color: var(--warn); } .undone { color: var(--bad); } .unchanged { color: var(--soft); }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1.2rem; }
-figure { margin: 0; } figure svg { width: 100%; height: auto; } figcaption { color: var(--soft); font-size: 0.9rem; }
-svg text { fill: var(--ink); font-family: system-ui, sans-serif; } code { font-size: 0.9em; } td code { white-space: nowrap; }
-@media (max-width: 30rem) { .plots { grid-template-columns: 1fr; } }
+th, td { text-align: left; padding: 0.5rem 1.1rem 0.5rem 0; border-bottom: 1px solid var(--line); vertical-align: baseline; }
+th { color: var(--soft); font-weight: 500; font-size: 0.86rem; white-space: nowrap; } th:last-child, td:last-child { padding-right: 0; }
+.number { text-align: right; white-space: nowrap; } td code { white-space: nowrap; }
+tr.quiet td { color: var(--soft); padding-top: 0.3rem; padding-bottom: 0.3rem; }
+.why { min-width: 17rem; } .why ul { margin: 0.2rem 0 0; padding-left: 1.1rem; color: var(--soft); }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 2.2rem 2.5rem; }
+.stack { display: grid; gap: 2.2rem; align-content: start; } figure { margin: 0; } figure svg { display: block; width: 100%; height: auto; }
+svg text { font-family: system-ui, sans-serif !important; }
+code, pre { font-family: ui-monospace, "SFMono-Regular", Menlo, Consolas, monospace; font-size: 0.9em; }
+pre { background: var(--panel); border: 1px solid var(--line); border-radius: 10px; padding: 0.8rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0.6rem 0; }
+details { margin: 0.8rem 0; } summary { cursor: pointer; color: var(--accent); }
+.facts { display: grid; grid-template-columns: max-content 1fr; gap: 0.25rem 1.4rem; margin: 0; font-size: 0.95rem; }
+.facts dt { color: var(--soft); } .facts dd { margin: 0; overflow-wrap: anywhere; }
+@media print { details > * { display: block; } .scroll { overflow: visible; } h2 { break-after: avoid; } figure, tr { break-inside: avoid; } }
 """
-# Colours of the plots stand for variables of the page, so that they follow light and dark.
-_COLOURS = {"#000001": "--ink", "#000002": "--line", "#000003": "--one", "#000004": "--two", "#000005": "--three"}
-_INK, _LINE, _ONE, _TWO, _THREE = _COLOURS
+_METRICS = {
+    "cosine_mean": "mean cosine",
+    "top1_agreement": "same answer",
+    "span_agreement": "same span",
+    "spearman": "Spearman",
+    "entity_f1": "entity F1",
+    "f1": "F1",
+}
+_SYSTEMS = {"PyTorch": "PyTorch", "export": "plain export", "artifact": "this artifact"}
+_SPEED_NOTE = "Medians of one call in milliseconds; shorter is faster. Each panel has its own scale."
 
 
 def render_report(manifest: Manifest, measured: Mapping[str, Json]) -> str:
     """The page. measured may lack parts (a build that timed nothing)."""
-    first, last = manifest.ledger[0], _final(manifest)
+    kind = f"{manifest.task} · {manifest.target} · {manifest.precision}"
     parts = [
-        f"<h1>{_text(manifest.name)}</h1>",
-        f'<p class="soft">{_text(manifest.task)} for {_text(manifest.target)}, {_text(manifest.precision)}, opset graph of '
-        f"{sum(manifest.operators.values())} nodes</p>",
-        f'<p class="verdict">{_verdict(manifest, measured)}</p>',
-        _tiles(manifest, measured, first, last),
-        "<h2>Passes</h2>",
+        '<header><p class="kicker">onnxpress report</p>',
+        f'<h1>{_text(manifest.name)}</h1><p class="soft">{_text(kind)}</p>',
+        _verdict(manifest, measured),
+        _tiles(manifest, measured),
+        "</header><h2>What each pass did</h2>",
         _ledger(manifest, measured),
-        "<h2>Plots</h2>",
-        f'<div class="plots">{"".join(_plots(manifest, measured))}</div>',
-        "<h2>Signature</h2>",
+        "<h2>Size, quality and operators</h2>",
+        _plots(manifest, measured),
+        *_speed(measured),
+        "<h2>What it takes and gives</h2>",
         _signature(manifest),
         "<h2>How it was made</h2>",
         _origin(manifest, measured),
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>{_text(manifest.name)}: onnxpress report</title><style>{_STYLE}</style></head>\n<body>\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(manifest.name)} – onnxpress report</title><style>{_STYLE}</style></head>\n<body><main>\n"
         + "\n".join(parts)
-        + "\n</body></html>\n"
+        + "\n</main></body></html>\n"
     )
+
+
+def build_command(recipe: Mapping[str, Json]) -> str:
+    """What to type to build the same again; a module that was given in Python, or options of passes, need more."""
+    model, build, quality = (recipe.get(section, {}) for section in ("model", "build", "quality"))
+    source = str(model.get("source", ""))
+    if source.startswith("python:"):
+        return f"onnxpress.build(model, example_inputs=…)  # {source.removeprefix('python:')}"
+    words = ["onnxpress", "build", source]
+    for section, key, option in (
+        (model, "task", "--task"),
+        (model, "revision", "--revision"),
+        (model, "max_length", "--max-length"),
+        (build, "target", "--target"),
+        (build, "precision", "--precision"),
+        (build, "name", "--name"),
+        (quality, "budget", "--budget"),
+        (quality, "file", "--eval"),
+    ):
+        if section.get(key) is not None:
+            words += [option, str(section[key])]
+    for role, column in quality.get("columns", {}).items():
+        words += ["--column", f"{role}={column}"]
+    for name in build.get("only", ()):
+        words += ["--only", str(name)]
+    words += ["--keep-all"] if build.get("keep_all") else []
+    words += ["--trust-remote-code"] if model.get("trust_remote_code") else []
+    words += ["--no-measure"] if build.get("measure") is False else []
+    return shlex.join(words)
 
 
 def _verdict(manifest: Manifest, measured: Mapping[str, Json]) -> str:
     last = _final(manifest)
     budget = measured.get("budget", {})
-    words = f"Answers like the original: {_text(str(last['metric']))} {last['quality']:.5g}"
-    if budget.get("metric") == last["metric"]:
-        words += f", at least {budget['limit']:.5g} was required"
-    undone = [_text(row["pass"]) for row in manifest.ledger if row["status"] == "undone"]
-    if undone:
-        words += f". Undone: {', '.join(undone)}"
-    return words + "."
+    name, value, limit = _metric(last["metric"]), last["quality"], budget.get("limit")
+    if value is None or budget.get("metric") != last["metric"]:
+        badge, words = ("unchanged", "no budget"), f"{name} {_figure(value)}"
+    elif value >= limit:
+        badge, words = (
+            ("kept", "within budget"),
+            f"{name} {_figure(value)}, where at least {_figure(limit)} is required",
+        )
+    else:
+        badge, words = (
+            ("undone", "below budget"),
+            f"{name} {_figure(value)}, where at least {_figure(limit)} is required",
+        )
+    for status in ("repaired", "undone", "failed"):
+        names = [row["pass"] for row in manifest.ledger if row["status"] == status]
+        words += f"; {status}: {', '.join(names)}" if names else ""
+    return f'<p class="verdict"><span class="badge {badge[0]}">{badge[1]}</span><span>{_text(words)}.</span></p>'
 
 
-def _tiles(
-    manifest: Manifest, measured: Mapping[str, Json], first: Mapping[str, Json], last: Mapping[str, Json]
-) -> str:
-    tiles = [
-        (f"{last['bytes'] / 1e6:.1f} MB", f"weights, from {first['bytes'] / 1e6:.1f} MB"),
-        (f"{last['quality']:.5g}", f"{last['metric']}"),
-    ]
-    times = {(tuple(row["shape"]), row["system"]): row["median_ms"] for row in measured.get("latency", ())}
-    shapes = list(dict.fromkeys(shape for shape, _ in times))
-    if shapes and (shapes[0], "artifact") in times:
-        before, after = times[shapes[0], "export"], times[shapes[0], "artifact"]
-        tiles.insert(1, (f"{after:.3g} ms", f"at {_shape(shapes[0])}, from {before:.3g} ms"))
+def _tiles(manifest: Manifest, measured: Mapping[str, Json]) -> str:
+    first, last = manifest.ledger[0], _final(manifest)
+    smaller = f" ({first['bytes'] / last['bytes']:.1f}× smaller)" if 0 < last["bytes"] < first["bytes"] else ""
+    tiles = [("Weights", f"{last['bytes'] / 1e6:.1f} MB", f"from {first['bytes'] / 1e6:.1f} MB{smaller}")]
+    for shape, row in list(_times(measured).items())[:1]:
+        if "artifact" in row:
+            others = ", ".join(
+                f"{_SYSTEMS.get(name, name)} {time:.3g} ms" for name, time in row.items() if name != "artifact"
+            )
+            tiles.append((f"Latency at {shape}", f"{row['artifact']:.3g} ms", others))
+    tiles.append(
+        (_metric(last["metric"]).capitalize(), _figure(last["quality"]), f"original {_figure(first['quality'])}")
+    )
     batched = [row["batch_cosine"] for row in manifest.ledger if "batch_cosine" in row and row["status"] != "undone"]
     if batched:
-        tiles.append((f"{batched[-1]:.6f}", "cosine of an answer alone and in a batch"))
-    return (
-        '<div class="tiles">'
-        + "".join(f'<div class="tile"><b>{_text(value)}</b><span>{_text(label)}</span></div>' for value, label in tiles)
-        + "</div>"
+        tiles.append(("Alone against batched", f"{batched[-1]:.5f}", "cosine of the same answer"))
+    cells = (
+        f'<div class="tile"><dt>{_text(name)}</dt><dd class="value">{_text(value)}</dd><dd class="soft">{_text(more)}</dd></div>'
+        for name, value, more in tiles
     )
+    return f'<dl class="tiles">{"".join(cells)}</dl>'
 
 
 def _ledger(manifest: Manifest, measured: Mapping[str, Json]) -> str:
     times = {row["pass"]: row for row in measured.get("rows", ())}
-    rows = []
+    rows: list[list[str]] = []
     for row in manifest.ledger:
-        time = times.get(row["pass"])
-        notes = "".join(f'<br><span class="soft">{_text(note)}</span>' for note in row["notes"])
+        notes = "".join(f"<li>{_text(note)}</li>" for note in row.get("notes", ()))
+        time = times.get(row["pass"], {})
         rows.append(
             [
                 f"<code>{_text(row['pass'])}</code>",
-                f'<span class="{_text(row["status"])}">{_text(row["status"])}</span>',
-                f'<span class="number">{row["changes"] or "–"}</span>',
-                f"{row['quality']:.5g}" if row["quality"] is not None else "",
-                f"{row['bytes'] / 1e6:.1f}",
-                f"{time['latency_before_ms']:.3g} → {time['latency_ms']:.3g}" if time else "",
-                _text(row["reason"]) + notes,
+                f'<span class="badge {_text(row["status"])}">{_text(row["status"])}</span>',
+                str(row["changes"] or "–"),
+                _change(row.get("quality_before"), row["quality"], "{:.5g}"),
+                _change(_megabytes(row.get("bytes_before")), _megabytes(row["bytes"]), "{:.1f}"),
+                _change(time.get("latency_before_ms"), time.get("latency_ms"), "{:.3g}") or "–",
+                _text(row["reason"]) + (f"<ul>{notes}</ul>" if notes else ""),
             ]
         )
-    metric = _text(manifest.ledger[0]["metric"])
-    return _table(["pass", "", "changes", metric, "MB", "ms of all shapes", "why"], rows, numbers={2, 3, 4, 5})
+    quiet = {index for index, row in enumerate(manifest.ledger) if row["status"] == "unchanged"}
+    head = ["pass", "", "changes", _text(_metric(manifest.ledger[0]["metric"])), "MB", "ms, all shapes", "why"]
+    return _table(head, rows, numbers={2, 3, 4, 5}, quiet=quiet)
+
+
+def _plots(manifest: Manifest, measured: Mapping[str, Json]) -> str:
+    # What is part of the artifact; passes that were undone or found nothing are in the table.
+    rows = [row for row in manifest.ledger if row["status"] in ("kept", "repaired")]
+    names = [row["pass"] for row in rows]
+    title = "Weights after each pass that was kept"
+    parts = [_captioned(title, bar_plot(title, names, [row["bytes"] / 1e6 for row in rows], "MB"))]
+    judged = [row for row in manifest.ledger if row["quality"] is not None and row["status"] != "unchanged"]
+    if judged:
+        budget = measured.get("budget", {})
+        limit = budget.get("limit") if budget.get("metric") == judged[0]["metric"] else None
+        title = f"Quality after each pass that was tried: {_metric(judged[0]['metric'])}"
+        labels = [
+            row["pass"] + (f" ({row['status']})" if row["status"] in ("undone", "failed") else "") for row in judged
+        ]
+        taken = [row["status"] in ("kept", "repaired") for row in judged]
+        values = [row["quality"] for row in judged]
+        parts.append(_captioned(title, quality_plot(title, labels, values, taken, limit)))
+    operators = ""
+    before, after = measured.get("operators_before"), manifest.operators
+    if before and after:
+        title = f"Operators: {sum(before.values())} before, {sum(after.values())} after"
+        operators = _captioned(title, operator_plot(title, before, after))
+    return f'<div class="plots"><div class="stack">{"".join(parts)}</div>{operators}</div>'
+
+
+def _speed(measured: Mapping[str, Json]) -> Iterable[str]:
+    times = _times(measured)
+    if not times:
+        return
+    yield "<h2>Speed</h2>"
+    named = {
+        shape: {_SYSTEMS.get(name, name): row[name] for name in sorted(row, key=lambda name: name == "artifact")}
+        for shape, row in times.items()
+    }
+    spoken = "; ".join(
+        f"{shape}: " + ", ".join(f"{n} {t:.3g} ms" for n, t in row.items()) for shape, row in named.items()
+    )
+    yield _captioned("By batch × length", latency_plot(spoken, named), note=_SPEED_NOTE)
+    systems = list(dict.fromkeys(name for row in named.values() for name in row))
+    ours = _SYSTEMS["artifact"]
+    ratios = [name for name in systems if name != ours] if ours in systems else []
+    rows = [
+        [_text(shape)]
+        + [f"{row[name]:.3g}" if name in row else "–" for name in systems]
+        + [f"{row[name] / row[ours]:.2f}×" if name in row and row.get(ours) else "–" for name in ratios]
+        for shape, row in named.items()
+    ]
+    head = ["batch × length", *(f"{_text(name)}, ms" for name in systems), *(f"against {_text(n)}" for n in ratios)]
+    yield f"<details><summary>The same in numbers</summary>{_table(head, rows, numbers=range(1, len(head)))}</details>"
+    if "tokens_per_chunk" in measured:
+        yield f'<p class="soft">Batches of mixed lengths run in chunks of {_text(measured["tokens_per_chunk"])} tokens.</p>'
 
 
 def _signature(manifest: Manifest) -> str:
     rows = []
     for kind, specs in (("input", manifest.signature.inputs), ("output", manifest.signature.outputs)):
         for spec in specs:
-            bounds = "" if spec.bounds is None else f"{spec.bounds[0]} to {spec.bounds[1]}"
-            shape = ", ".join(map(str, spec.shape))
-            rows.append([kind, f"<code>{_text(spec.name)}</code>", _text(spec.dtype), _text(shape), bounds])
-    axes = ", ".join(f"{_text(name)} {low} to {high}" for name, (low, high) in manifest.signature.axes.items())
-    return _table(["", "name", "dtype", "shape", "values"], rows) + f'<p class="soft">{axes}</p>'
+            bounds = "" if spec.bounds is None else f"{spec.bounds[0]:,} to {spec.bounds[1]:,}"
+            shape = _text(" × ".join(map(str, spec.shape)) or "one number")
+            rows.append([f"<code>{_text(spec.name)}</code>", kind, _text(spec.dtype), shape, bounds])
+    axes = ", ".join(f"{name} from {low:,} to {high:,}" for name, (low, high) in manifest.signature.axes.items())
+    table = _table(["name", "", "dtype", "shape", "allowed values"], rows)
+    return table + (f'<p class="soft">Axes: {_text(axes)}.</p>' if axes else "")
 
 
 def _origin(manifest: Manifest, measured: Mapping[str, Json]) -> str:
     machine = measured.get("machine", {})
-    versions = ", ".join(f"{_text(name)} {_text(version)}" for name, version in manifest.versions.items())
-    lines = [f"Source: <code>{_text(manifest.recipe.get('model', {}).get('source', ''))}</code>", versions]
-    if machine:
-        sets = ", ".join(machine.get("instruction_sets", ()))
-        lines.append(
-            _text(f"{machine.get('processor')}, {machine.get('cores')} cores ({sets}); {machine.get('system')}; ")
-            + _text(measured.get("date", ""))
-        )
-    if "build_seconds" in measured:
-        memory = measured["peak_memory_bytes"] / 1e9
-        lines.append(f"Built in {measured['build_seconds']:.0f} s with {memory:.2f} GB of memory.")
-    if measured.get("note"):
-        lines.append(_text(measured["note"]))
-    rows = [[f"<code>{_text(name)}</code>", f"{entry.size:,}", f"<code>{entry.sha256[:16]}…</code>"]
-            for name, entry in manifest.files.items()]  # fmt: skip
-    return "".join(f"<p>{line}</p>" for line in lines) + _table(["file", "bytes", "SHA-256"], rows, numbers={1})
-
-
-def _plots(manifest: Manifest, measured: Mapping[str, Json]) -> Iterable[str]:
-    rows = [row for row in manifest.ledger if row["changes"] or row["pass"] == "export"]
-    names = [row["pass"] for row in rows]
-    yield _figure("Weights after each pass, MB", lambda axes: _bars(axes, names, [row["bytes"] / 1e6 for row in rows]))
-    judged = [row for row in rows if row["quality"] is not None]
-    limit = measured.get("budget", {}).get("limit")
-    metric = manifest.ledger[0]["metric"]
-    yield _figure(
-        f"{metric} after each pass" + ("" if limit is None else f"; the line is the budget, {limit:.5g}"),
-        lambda axes: _quality(axes, [row["pass"] for row in judged], [row["quality"] for row in judged], limit),
+    memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB" if machine.get("memory_bytes") else ""
+    sets = f" ({', '.join(machine['instruction_sets'])})" if machine.get("instruction_sets") else ""
+    facts = {
+        "Source": manifest.recipe.get("model", {}).get("source"),
+        "Machine": f"{machine.get('processor', '')}{sets}, {machine.get('cores', '?')} cores{memory}"
+        if machine
+        else None,
+        "System": machine.get("system"),
+        "Date": measured.get("date"),
+        "Build time": f"{measured['build_seconds']:.0f} s" if "build_seconds" in measured else None,
+        "Peak memory": f"{measured['peak_memory_bytes'] / 1e9:.2f} GB" if "peak_memory_bytes" in measured else None,
+        "Versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+        "Runs on": f"ONNX Runtime {manifest.minimum_onnxruntime} or newer",
+        "Note": measured.get("note"),
+    }
+    listed = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts.items() if value)
+    commands = f"{build_command(manifest.recipe)}\nonnxpress verify ARTIFACT\nonnxpress inspect ARTIFACT"
+    files = [[f"<code>{_text(path)}</code>", f"{entry.size:,}", f'<code title="{_text(entry.sha256)}">{_text(entry.sha256[:16])}…</code>']
+             for path, entry in manifest.files.items()]  # fmt: skip
+    recipe = json.dumps(manifest.recipe, indent=2, ensure_ascii=False)
+    return (
+        f'<dl class="facts">{listed}</dl><pre><code>{_text(commands)}</code></pre>'
+        + _table(["file", "bytes", "SHA-256"], files, numbers={1})
+        + f"<details><summary>The whole recipe</summary><pre><code>{_text(recipe)}</code></pre></details>"
     )
-    if measured.get("latency"):
-        yield _figure(
-            "Milliseconds by batch × length, logarithmic: PyTorch, the plain export and the artifact in one call",
-            lambda axes: _latency(axes, measured["latency"]),
-        )
-    if measured.get("operators_before"):
-        yield _figure(
-            "Operators before and after",
-            lambda axes: _operators(axes, measured["operators_before"], manifest.operators),
-            height=4.6,
-        )
 
 
-def _figure(caption: str, draw: Any, height: float = 3.0) -> str:
-    """An inline SVG; text stays text, so that it follows the page's font and can be searched."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "onnxpress", "font.size": 10}):
-        figure = Figure(figsize=(6, height), layout="constrained")
-        axes = figure.add_subplot()
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        for side in ("left", "bottom"):
-            axes.spines[side].set_color(_LINE)
-        axes.tick_params(colors=_INK, length=0)
-        draw(axes)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Several drawings in one page must not share identifiers.
-    prefix = re.sub(r"\W", "", caption)[:12]
-    svg = re.sub(r'(id="|"#|url\(#)', rf"\g<1>{prefix}", svg)
-    for colour, variable in _COLOURS.items():
-        svg = svg.replace(colour, f"var({variable})")
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{_text(caption)}" ', 1)
-    return f"<figure>{svg}<figcaption>{_text(caption)}</figcaption></figure>"
+def _captioned(title: str, svg: str, *, note: str = "") -> str:
+    more = f'<p class="soft">{_text(note)}</p>' if note else ""
+    return f"<figure><figcaption><h3>{_text(title)}</h3></figcaption>{svg}{more}</figure>"
 
 
-def _bars(axes: Any, names: Sequence[str], values: Sequence[float]) -> None:
-    axes.barh(range(len(names)), values, color=_ONE, height=0.6)
-    for index, value in enumerate(values):
-        axes.text(value, index, f" {value:.1f}", va="center", color=_INK)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlim(0, max(values) * 1.15 or 1)
-    axes.set_xticks([])
-    axes.spines["bottom"].set_visible(False)
-
-
-def _quality(axes: Any, names: Sequence[str], values: Sequence[float], limit: float | None) -> None:
-    axes.plot(range(len(names)), values, color=_ONE, marker="o", linewidth=2)
-    low, high = min([*values, limit] if limit is not None else values), max(values)
-    room = (high - low) * 0.3 or abs(high) * 0.01 or 0.01
-    if limit is not None:
-        axes.axhline(limit, color=_TWO, linewidth=1.5, linestyle="--")
-    for index, value in enumerate(values):
-        axes.text(index, value + room * 0.3, f"{value:.4g}", ha="center", color=_INK)
-    axes.set_ylim(low - room, high + room * 1.5)
-    axes.set_xlim(-0.4, len(names) - 0.6)
-    axes.set_xticks(range(len(names)), names, rotation=20 if len(names) > 4 else 0)
-    axes.ticklabel_format(axis="y", useOffset=False)
-
-
-def _latency(axes: Any, rows: Sequence[Mapping[str, Json]]) -> None:
-    shapes = list(dict.fromkeys(tuple(row["shape"]) for row in rows))
-    systems = list(dict.fromkeys(row["system"] for row in rows))
-    width = 0.8 / len(systems)
-    for place, (system, colour) in enumerate(zip(systems, (_THREE, _ONE, _TWO), strict=False)):
-        times = {tuple(row["shape"]): row["median_ms"] for row in rows if row["system"] == system}
-        positions = [index + (place - (len(systems) - 1) / 2) * width for index in range(len(shapes))]
-        axes.bar(positions, [times[shape] for shape in shapes], width * 0.9, color=colour, label=system)
-        for position, shape in zip(positions, shapes, strict=True):
-            axes.text(position, times[shape], f"{times[shape]:.3g}", ha="center", va="bottom", color=_INK, fontsize=8)
-    axes.set_yscale("log")
-    axes.set_yticks([])
-    axes.minorticks_off()
-    axes.set_xticks(range(len(shapes)), [_shape(shape) for shape in shapes])
-    axes.spines["left"].set_visible(False)
-    axes.margins(y=0.15)
-    axes.legend(frameon=False, labelcolor=_INK, ncols=3, loc="upper left")
-
-
-def _operators(axes: Any, before: Mapping[str, int], after: Mapping[str, int]) -> None:
-    names = sorted({*before, *after}, key=lambda name: -max(before.get(name, 0), after.get(name, 0)))[:14]
-    places = range(len(names))
-    axes.barh(
-        [place - 0.2 for place in places], [before.get(name, 0) for name in names], 0.36, color=_THREE, label="before"
-    )
-    axes.barh(
-        [place + 0.2 for place in places], [after.get(name, 0) for name in names], 0.36, color=_ONE, label="after"
-    )
-    axes.set_yticks(places, [name.split("::")[-1] for name in names])
-    axes.invert_yaxis()
-    axes.legend(frameon=False, labelcolor=_INK, loc="lower right")
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()) -> str:
-    right = set(numbers)
+def _table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = (), quiet: Iterable[int] = ()
+) -> str:
+    """Cells are HTML. numbers: columns set to the right; quiet: rows of less interest."""
+    right, soft = set(numbers), set(quiet)
 
     def cells(row: Sequence[str], tag: str) -> str:
+        kinds = ["number" if index in right else "why" if name == "why" else "" for index, name in enumerate(header)]
         return "".join(
-            f'<{tag} class="number">{cell}</{tag}>' if index in right else f"<{tag}>{cell}</{tag}>"
-            for index, cell in enumerate(row)
+            f"<{tag}{f' class={kind}' if kind else ''}>{cell}</{tag}>" for kind, cell in zip(kinds, row, strict=True)
         )
 
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table><thead><tr>{cells(header, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    body = "".join(f"<tr{' class=quiet' if i in soft else ''}>{cells(row, 'td')}</tr>" for i, row in enumerate(rows))
+    return f'<div class="scroll" tabindex="0"><table><thead><tr>{cells(header, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _times(measured: Mapping[str, Json]) -> dict[str, dict[str, float]]:
+    """{shape: {system: milliseconds}}, in the order measured."""
+    times: dict[str, dict[str, float]] = {}
+    for row in measured.get("latency", ()):
+        shape = row.get("shape") or [size for size in (row.get("batch"), row.get("length")) if size is not None]
+        times.setdefault(" × ".join(map(str, shape)), {})[row["system"]] = row["median_ms"]
+    return times
 
 
 def _final(manifest: Manifest) -> Mapping[str, Json]:
@@ -283,8 +316,24 @@ def _final(manifest: Manifest) -> Mapping[str, Json]:
     return [row for row in manifest.ledger if row["status"] in ("kept", "repaired")][-1]
 
 
-def _shape(shape: Sequence[int]) -> str:
-    return " × ".join(map(str, shape))
+def _metric(name: str) -> str:
+    return _METRICS.get(name, name.replace("_", " "))
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.5g}"
+
+
+def _change(before: float | None, after: float | None, form: str) -> str:
+    """One figure, or two where they differ."""
+    if after is None:
+        return ""
+    shown = form.format(after)
+    return shown if before is None or form.format(before) == shown else f"{form.format(before)} → {shown}"
+
+
+def _megabytes(size: int | None) -> float | None:
+    return None if size is None else size / 1e6
 
 
 def _text(value: object) -> str:

@@ -6,7 +6,9 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
@@ -35,13 +37,13 @@ class Progress:
         self._finish()
         self._name, self._started = name, time.perf_counter()
         if self._console.is_terminal:
-            self._status = self._console.status(name)
+            self._status = self._console.status(escape(name))
             self._status.start()
 
     def detail(self, text: str) -> None:
         """Say what the step is at."""
         if self._status is not None:
-            self._status.update(f"{self._name}: {text}")
+            self._status.update(escape(f"{self._name}: {text}"))
 
     def _finish(self, *, failed: bool = False) -> None:
         if self._status is not None:
@@ -49,7 +51,7 @@ class Progress:
             self._status = None
         if self._name:
             mark = "[red]failed[/red]" if failed else f"[dim]{time.perf_counter() - self._started:.1f} s[/dim]"
-            self._console.print(f"  {self._name} {mark}")
+            self._console.print(f"  {escape(self._name)} {mark}")
             self._name = ""
 
 
@@ -63,31 +65,37 @@ def print_build(artifact: Artifact) -> None:
                 f"{row['pass']}: {'; '.join([row['reason'], *row['notes']])}", style="dim", soft_wrap=True, markup=False
             )
     if artifact.measured.get("note"):
-        console.print(artifact.measured["note"], style="yellow", soft_wrap=True)
+        console.print(artifact.measured["note"], style="yellow", soft_wrap=True, markup=False)
     size = sum(entry.size for entry in artifact.manifest.files.values())
     seconds, memory = artifact.measured["build_seconds"], artifact.measured["peak_memory_bytes"]
     console.print(
-        f"[bold]{artifact.path}[/bold]: {size / 1e6:.1f} MB, {artifact.manifest.precision}; built in {seconds:.0f} s with "
-        f"{memory / 1e9:.2f} GB of memory; report: {artifact.path / REPORT}",
+        f"[bold]{escape(str(artifact.path))}[/bold]: {size / 1e6:.1f} MB, {artifact.manifest.precision}; built in "
+        f"{seconds:.0f} s with {memory / 1e9:.2f} GB of memory; report: {escape(str(artifact.path / REPORT))}",
         soft_wrap=True,
     )
 
 
 def ledger_table(artifact: Artifact) -> Table:
-    """One row a pass: what became of it, quality, size, time."""
-    table = Table(title=f"{artifact.manifest.name} for {artifact.manifest.target}", title_justify="left")
+    """One row a pass: what became of it, quality, size, time.
+
+    Where the terminal is narrow, names fold before figures do; nothing is cut off or left out.
+    """
     metric = artifact.manifest.ledger[0]["metric"]
-    for name, justify in (("pass", "left"), ("", "left"), ("changes", "right"), (metric, "right")):
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    table.add_column("MB", justify="right", no_wrap=True)
-    table.add_column("ms", justify="right", no_wrap=True)
+    title = escape(f"{artifact.manifest.name} for {artifact.manifest.target}; quality is {metric}")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("pass", overflow="fold")
+    table.add_column("", overflow="fold")
+    for name in ("changes", "quality", "MB", "ms"):
+        table.add_column(name, justify="right", overflow="fold", no_wrap=name in ("quality", "MB"))
     times = {row["pass"]: row for row in artifact.measured.get("rows", ())}
     for row in artifact.manifest.ledger:
         table.add_row(
-            row["pass"],
-            {"kept": "[green]kept[/green]", "repaired": "[yellow]repaired[/yellow]", "unchanged": "[dim]unchanged[/dim]"}.get(
-                row["status"], f"[red]{row['status']}[/red]"
-            ),
+            escape(row["pass"]),
+            {
+                "kept": "[green]kept[/green]",
+                "repaired": "[yellow]repaired[/yellow]",
+                "unchanged": "[dim]unchanged[/dim]",
+            }.get(row["status"], f"[red]{row['status']}[/red]"),
             str(row["changes"] or "–"),
             _quality(row),
             f"{row['bytes'] / 1e6:.1f}",

@@ -44,6 +44,7 @@ from onnxpress.optimizers.opset import raise_opset
 _OPSET = 23
 _DEEPEST = 4  # nodes between a Softmax and the product of queries and keys
 _NEGLIGIBLE = -1e4  # a score this low has weight 0 beside any other: exp(-1e4) is 0 in float32
+_ABSORBING = -1e20  # what is added to a number this low leaves it as it is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +165,10 @@ def _match_softmax(graph: Graph, softmax: ir.Node, weighted: ir.Node) -> _Match 
 
 
 def _match_attention(attention: ir.Node) -> _Match | Miss:
-    if any(value is not None for value in attention.inputs[4:]) or any(o.uses() for o in attention.outputs[1:]):
+    others = attention.outputs[1:]
+    if any(value is not None for value in attention.inputs[4:]) or any(
+        value.uses() or value.is_graph_output() for value in others
+    ):
         return Miss(node=attention, reason="it carries past keys and values", steps=0)
     mask = attention.inputs[3] if len(attention.inputs) > 3 else None
     hidden = -math.inf if mask is not None and mask.dtype == ir.DataType.BOOL else None
@@ -232,6 +236,8 @@ def _scores(softmax: ir.Node) -> _Scores | Miss:
         if node is None:
             return Miss(node=softmax, reason="what it reads is no product of queries and keys", steps=2)
         if node.op_type == "MatMul":
+            if len(masks) > 1 and any(mask.fill is not None and mask.fill > _ABSORBING for mask in masks):
+                return Miss(node=softmax, reason="it hides scores by a number to which others are added", steps=2)
             return _Scores(product=node, scale=scale, masks=masks)
         if node.op_type in ("Mul", "Div"):
             unscaled, factor = _without_one_scale(node)

@@ -105,7 +105,7 @@ def insert(
     output = node.outputs[0]
     output.name = name
     output.type = None if dtype is None else ir.TensorType(dtype)
-    output.shape = shape if shape is None or isinstance(shape, ir.Shape) else ir.Shape(shape)
+    output.shape = None if shape is None else ir.Shape(shape)
     before.graph.insert_before(before, node)
     return output
 

@@ -56,7 +56,7 @@ ALLOWED = {
     "runtime": {"numpy", "onnxruntime", "tokenizers", "tqdm", "onnxpress.runtime", "onnxpress.artifact", *SHARED},
     "optimizers": {"numpy", "onnx_ir", "onnx", "onnxscript", "ml_dtypes", "onnxpress.optimizers", "onnxpress.graph", *SHARED},
     "exporters": {
-        "numpy", "torch", "transformers", "huggingface_hub", "safetensors", "optimum", "onnx_ir", "onnxscript",
+        "numpy", "torch", "tokenizers", "transformers", "huggingface_hub", "safetensors", "optimum", "onnx_ir", "onnxscript",
         "onnxpress.exporters", "onnxpress.graph", *SHARED,
     },
 }  # fmt: skip
@@ -91,6 +91,6 @@ def test_wheel_and_sdist_hold_everything(tmp_path: Path) -> None:
         assert module in wheel
         inner = module.removeprefix("onnxpress/")
         assert module in sdist or inner in sdist
-    for path in (ROOT / "onnxpress" / "data").iterdir():
+    for path in (ROOT / "onnxpress" / "data").glob("*.*"):
         assert f"onnxpress/data/{path.name}" in wheel
     assert "onnxpress/py.typed" in wheel

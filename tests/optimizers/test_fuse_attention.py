@@ -207,21 +207,18 @@ def test_a_constant_mask(tmp_path: Path) -> None:
 
 
 def test_layers_share_one_mask(tmp_path: Path) -> None:
-    again = f"{SPLIT} {KEYS} {SCORES} masked = Add(scores, added) {SOFTMAX} {MERGE}"
-    first = again.replace("y = Reshape", "z = Reshape")
-    second = (
-        "".join(
-            word
-            if word in {**CONSTANTS, "added": 0, "y": 0} or not word.isidentifier() or word[0].isupper()
-            else f"{word}2"
-            for word in _words(again)
-        )
-        .replace("MatMul(x2, ", "MatMul(z, ")
-        .replace("axis2=", "axis=")
-        .replace("perm2=", "perm=")
-    )
+    def layer(x: str, y: str, name: str) -> str:
+        return f"""
+            {name}ql = MatMul({x}, wq) {name}qr = Reshape({name}ql, split) {name}q = Transpose<perm=[0,2,1,3]>({name}qr)
+            {name}kr = Reshape({x}, split) {name}k = Transpose<perm=[0,2,3,1]>({name}kr)
+            {name}vr = Reshape({x}, split) {name}v = Transpose<perm=[0,2,1,3]>({name}vr)
+            {name}s = MatMul({name}q, {name}k) {name}masked = Add({name}s, added) {name}p = Softmax({name}masked)
+            {name}o = MatMul({name}p, {name}v) {name}ot = Transpose<perm=[0,2,1,3]>({name}o)
+            {y} = Reshape({name}ot, merge)
+        """
+
     graph = small_graph(
-        f"{ROWS} added = Where(visible, zero, lowest) {first} {second}",
+        f"{ROWS} added = Where(visible, zero, lowest) {layer('x', 'h', 'first_')} {layer('h', 'y', 'second_')}",
         weights={**CONSTANTS, **MIDDLE},
         inputs=X_AND_MASK,
     )
@@ -315,6 +312,13 @@ MIXED = np.array([-1, 7, HEADS, SIZE])
             attention(mask="g = Greater(scores, zero) masked = Where(g, scores, minus_one)"),
             "large negative number",
         ),
+        (
+            attention(
+                mask="g = Greater(bias, zero) h = Where(g, scores, minus_ten_thousand) masked = Add(h, bias)",
+                scores=f"{SCORES} bias = MatMul(q, kt)",
+            ),
+            "to which others are added",
+        ),
         (unmasked(split=f"{SPLIT} q2 = Relu(q)", scores="s = MatMul(q2, kt) scores = Mul(s, scale)"), "the queries"),
         (unmasked(split=SPLIT.replace("split) v ", "mixed) v "), weights={"mixed": MIXED}), "the values may mix"),
         (unmasked(merge="o = MatMul(p, v) y = Reshape(o, merge)"), "not transposed back"),
@@ -335,9 +339,3 @@ def test_near_misses_stay_and_are_told(graph: Graph, reason: str, tmp_path: Path
 def test_a_lone_softmax_is_no_candidate(tmp_path: Path) -> None:
     result = change("fuse-attention", small_graph("y = Softmax<axis=-1>(x)"), tmp_path)
     assert (result.changes, result.notes) == (0, ())
-
-
-def _words(text: str) -> list[str]:
-    import re
-
-    return re.findall(r"\w+|\W", text)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_graphs import MAX_LENGTH, SIGNATURE, VOCABULARY, WORDS, save_embedder, save_tokenizer
+from tiny_artifacts import MAX_LENGTH, SIGNATURE, VOCABULARY, WORDS, save_embedder, save_tokenizer
 
 from onnxpress.errors import InputError
 from onnxpress.manifest import Arrays

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tiny_graphs import save_artifact
+from tiny_artifacts import save_artifact
 
 SCRIPT = """
 import pathlib

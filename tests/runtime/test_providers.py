@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_graphs import SIGNATURE, save_embedder
+from tiny_artifacts import SIGNATURE, save_embedder
 
 from onnxpress.errors import ProviderError
 from onnxpress.manifest import Signature, TensorSpec
@@ -88,7 +88,7 @@ def test_tensorrt_without_ranges_or_cache() -> None:
 
 def test_an_unwritable_cache_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ProviderError, match="cache .* cannot be made"):
+    with pytest.raises(ProviderError, match=r"cache .* cannot be made"):
         TensorRT(cache_folder=tmp_path / "file").options(SIGNATURE, "abc")
 
 

@@ -1,104 +1,123 @@
-"""Tokenization: counts what it cuts, refuses what is no text, windows that cover everything."""
+"""Texts become padded arrays as the transformers tokenizer makes them; what is cut is counted."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_graphs import make_tokenizer
+from tiny_artifacts import MAX_LENGTH, VOCABULARY, save_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from onnxpress.errors import ArtifactError, InputError
 from onnxpress.runtime.tokenization import Tokenizer
 
-LONG = "cat " * 40
+LONG = "the cats sat on a red mat . " * 10
 
 
 @pytest.fixture
-def tokenizer() -> Tokenizer:
-    return Tokenizer(make_tokenizer(), max_length=12, pad_token_id=0)
-
-
-def test_padding_is_on_the_right(tokenizer: Tokenizer) -> None:
-    arrays = tokenizer.batch(tokenizer.encode(["the cat", "the cat sat on a mat"]))
-    assert arrays["input_ids"].shape == (2, 8)
-    np.testing.assert_array_equal(arrays["attention_mask"][0], [1, 1, 1, 1, 0, 0, 0, 0])
-    np.testing.assert_array_equal(arrays["input_ids"][0, 4:], 0)
-    assert all(array.dtype == np.int64 for array in arrays.values())
-
-
-def test_what_is_cut_is_counted(tokenizer: Tokenizer) -> None:
-    short, long = tokenizer.encode(["the cat", LONG])
-    assert (short.truncated, len(short)) == (0, 4)
-    assert (long.truncated, len(long)) == (30, 12)
-    assert long.ids[0] == 2  # [CLS] and [SEP] stay
-    assert long.ids[-1] == 3
-
-
-def test_pairs(tokenizer: Tokenizer) -> None:
-    (pair,) = tokenizer.encode([("the cat", "sat")])
-    assert pair.type_ids == [0, 0, 0, 0, 1, 1]
-    assert pair.sequences == [None, 0, 0, None, 1, None]
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    return Tokenizer.from_folder(save_tokenizer(tmp_path), max_length=MAX_LENGTH)
 
 
 @pytest.mark.parametrize(
-    ("samples", "said"),
+    "sample", ["the cats sat", "The house.", LONG, ("the cat ?", "a dog ran"), ("the cat", LONG), (LONG, "the cat")]
+)
+def test_as_transformers(tokenizer: Tokenizer, tmp_path: Path, sample: str | tuple[str, str]) -> None:
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), pad_token="[PAD]")
+    pair = sample if isinstance(sample, tuple) else (sample,)
+    expected = reference(
+        *pair, truncation=True, max_length=MAX_LENGTH, return_token_type_ids=True, return_offsets_mapping=True
+    )
+    found = tokenizer.encode([sample])[0]
+    assert found.ids == expected["input_ids"]
+    assert found.type_ids == expected["token_type_ids"]
+    assert found.offsets == expected["offset_mapping"]
+    assert found.words == expected.word_ids()
+    assert found.sequences == expected.sequence_ids()
+    whole = reference(*pair, padding=False, truncation=False)
+    assert found.truncated == len(whole["input_ids"]) - len(found.ids)
+
+
+def test_its_own_padding_and_truncation_are_ignored(tokenizer: Tokenizer) -> None:
+    assert [len(encoding) for encoding in tokenizer.encode(["the cat", "the cat sat on a mat"])] == [4, 8]
+
+
+def test_pads_on_the_right(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(save_tokenizer(tmp_path), max_length=MAX_LENGTH, pad_token_id=1)
+    arrays = tokenizer.batch(tokenizer.encode([("cat", "dog"), "cat"]))
+    cat, dog, begin, end = (VOCABULARY[token] for token in ("cat", "dog", "[CLS]", "[SEP]"))
+    np.testing.assert_array_equal(arrays["input_ids"], [[begin, cat, end, dog, end], [begin, cat, end, 1, 1]])
+    np.testing.assert_array_equal(arrays["attention_mask"], [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    np.testing.assert_array_equal(arrays["token_type_ids"], [[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]])
+    assert {array.dtype for array in arrays.values()} == {np.dtype(np.int64)}
+
+
+def test_a_hundred_thousand_characters(tokenizer: Tokenizer) -> None:
+    text = LONG * 400
+    assert len(text) > 100_000
+    started = time.process_time()
+    found = tokenizer.encode([text])[0]
+    assert time.process_time() - started < 5  # processor time; a fraction of a second is usual
+    assert len(found) == MAX_LENGTH
+    assert found.truncated == 400 * 10 * 9 + 2 - MAX_LENGTH
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
     [
-        ([""], "Text 0 is empty"),
-        (["cat", "  \n"], "Text 1 is empty"),
-        ([("cat", "")], "Text 0 is empty"),
-        (["cat", 3], "Item 1 is a int"),
-        ([None], "Item 0 is a NoneType"),
-        ("cat", "put it in brackets"),
-        (["cat \ud800"], "half a character"),
+        (["the cat", ""], "Text 1 is empty"),
+        (["the cat", " \n\t"], "Text 1 is empty"),
+        ([("the cat", "")], "Text 0 is empty"),
+        (["the cat", 7], "Item 1 is a int"),
+        (["the cat", None], "Item 1 is a NoneType"),
+        ([("the cat", b"dog")], "Item 0 is a bytes"),
+        ([("a", "b", "c")], "Item 0 is a tuple"),
+        ("the cat", "One text was given"),
+        (["the \ud800 cat"], "half a character"),
     ],
 )
-def test_what_is_no_text_is_refused(tokenizer: Tokenizer, samples: list[str], said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        tokenizer.encode(samples)
+def test_refuses_what_is_no_text(tokenizer: Tokenizer, samples: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tokenizer.encode(samples)  # type: ignore[arg-type]
 
 
-def test_windows_cover_the_whole_context(tokenizer: Tokenizer) -> None:
-    context = " ".join(["the", "cat", "sat", "on", "a", "mat", "dog", "ran"] * 5)
-    windows = tokenizer.windows(("who sat", context), stride=2)
-    assert all(len(window) <= 12 for window in windows)
-    seen = {
-        offset
-        for window in windows
-        for offset, sequence in zip(window.offsets, window.sequences, strict=True)
-        if sequence == 1
-    }
-    assert len(seen) == 40
-    assert max(end for _, end in seen) == len(context)
+def test_windows_cover_the_second_text_and_overlap(tokenizer: Tokenizer) -> None:
+    question, context = "the dog ?", LONG
+    windows = tokenizer.windows((question, context), stride=4)
+    whole = tokenizer.inner.encode(context, add_special_tokens=False)
+    first, covered = 5, []  # [CLS] the dog ? [SEP]
+    for window in windows:
+        assert len(window) <= MAX_LENGTH
+        assert window.ids[:first] == windows[0].ids[:first]
+        covered.append(window.offsets[first:-1])
+    assert [offset for part in covered for offset in part[4 if part is not covered[0] else 0 :]] == whole.offsets
+    for before, after in itertools.pairwise(covered):
+        assert before[-4:] == after[:4]
 
 
-def test_a_question_that_fills_the_model_is_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(InputError, match="10 tokens, which leaves too little"):
-        tokenizer.windows(("who " * 10, "the cat"), stride=2)
+def test_a_question_that_leaves_no_room_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match=r"first text has 90 tokens, .* 8 tokens are allowed"):
+        tokenizer.windows((LONG, "the cat"), stride=4)
 
 
-def test_threads_do_not_disturb_each_other(tokenizer: Tokenizer) -> None:
+def test_threads_do_not_see_each_others_truncation(tokenizer: Tokenizer) -> None:
     def work(index: int) -> tuple[int, int]:
-        windows = tokenizer.windows(("who", LONG), stride=index % 3 + 1)
-        return len(windows), len(tokenizer.encode([LONG])[0])
+        if index % 2:
+            return len(tokenizer.encode([LONG])[0]), len(tokenizer.windows(("the dog ?", LONG), stride=4))
+        return len(tokenizer.encode(["the cat"])[0]), len(tokenizer.windows(("the dog ?", LONG), stride=2))
 
-    expected = [work(index) for index in range(24)]
+    alone = [work(0), work(1)]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(work, range(24))) == expected
+        assert list(pool.map(work, range(64))) == alone * 32
 
 
-def test_a_very_long_text(tokenizer: Tokenizer) -> None:
-    started = time.perf_counter()
-    (encoding,) = tokenizer.encode(["cat " * 25_000])
-    assert encoding.truncated == 25_002 - 12
-    assert time.perf_counter() - started < 5
-
-
-def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"no tokenizer\.json"):
-        Tokenizer.from_folder(tmp_path, max_length=8)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ArtifactError, match="not a tokenizer"):
-        Tokenizer.from_folder(tmp_path, max_length=8)
+@pytest.mark.parametrize("content", [None, "", "{}", '{"model": 3}', "\x00\x01"])
+def test_names_a_missing_or_corrupt_file(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json"):
+        Tokenizer.from_folder(tmp_path, max_length=4)

@@ -1,0 +1,1 @@
+"""Texts to judge models by; README.md says where they come from."""
