@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class System:
 
 
 class Worker:
-    """The process of a system. Not closed in a `with`: use `workers`."""
+    """The process of a system. `workers` starts and ends them."""
 
     def __init__(self, system: System, *, model: Path, cache: Path, calibration: Path) -> None:
         self.name = system.name
@@ -61,7 +61,8 @@ class Worker:
     def ask(self, cmd: str, **request: Any) -> dict[str, Any]:
         """The answer to one request, and the pause after it."""
         assert self.process.stdin is not None
-        print(json.dumps({"cmd": cmd, **request}), file=self.process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # it has ended: reading says so, with its log
+            print(json.dumps({"cmd": cmd, **request}), file=self.process.stdin, flush=True)
         answer = self._read()
         time.sleep(PAUSE)
         return answer

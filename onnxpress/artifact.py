@@ -8,6 +8,7 @@ report.html        the same for people
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from onnxpress.errors import ArtifactError, OutputError
 from onnxpress.manifest import FileEntry, Json, Manifest
 
 MANIFEST, MEASURED, REPORT = "manifest.json", "measured.json", "report.html"
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +77,12 @@ class ArtifactWriter:
         self._manifest: Manifest | None = None
 
     def __enter__(self) -> Self:
-        if (self.destination.exists() or self.destination.is_symlink()) and not (self.destination / MANIFEST).is_file():
-            raise OutputError(
-                f"{self.destination} exists and is no artifact, so it is not replaced; choose another --out or remove it."
-            )
         try:
+            if os.path.lexists(self.destination) and not (self.destination / MANIFEST).is_file():
+                raise OutputError(
+                    f"{self.destination} exists and is no artifact, so it is not replaced; choose another --out or remove "
+                    "it."
+                )
             self.destination.parent.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
             self.folder.mkdir()
@@ -92,8 +95,8 @@ class ArtifactWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if isinstance(error, OSError):
+        _remove(self.folder)
+        if isinstance(error, OSError) and self._concerns_output(error):
             raise OutputError(
                 f"Writing the artifact {self.destination} failed: {error.strerror or error}. Nothing was left behind; free "
                 "space or choose another --out."
@@ -130,7 +133,7 @@ class ArtifactWriter:
             except BaseException:
                 old.rename(self.destination)
                 raise
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
         else:
             self.folder.rename(self.destination)
         _sync(self.destination.parent)
@@ -143,10 +146,16 @@ class ArtifactWriter:
             owner, _, kind = leftover.name.removeprefix(prefix).partition("-")
             if not owner.isdigit() or (int(owner) != os.getpid() and _alive(int(owner))):
                 continue
-            if kind == "old" and not self.destination.exists():
+            if kind == "old" and not self.destination.exists() and (leftover / MANIFEST).is_file():
                 leftover.rename(self.destination)
             else:
-                shutil.rmtree(leftover, ignore_errors=True)
+                _remove(leftover)
+
+    def _concerns_output(self, error: OSError) -> bool:
+        """Whether the disk or the output folder is at fault, and not, say, a file that was to be read elsewhere."""
+        if error.errno in _DISK_TROUBLE:
+            return True
+        return isinstance(error.filename, str) and Path(error.filename).is_relative_to(self.folder)
 
 
 def _read(path: Path) -> str:
@@ -190,6 +199,13 @@ def _inside(folder: Path, name: str) -> Path:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -36,6 +36,8 @@ def read_tensors(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     try:
         content = path.read_bytes()
         length = int.from_bytes(content[:8], "little")
+        if 8 + length > len(content):
+            raise ValueError("the header is longer than the file")
         header = json.loads(content[8 : 8 + length])
         data = memoryview(content)[8 + length :]
         tensors = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -222,7 +221,7 @@ def test_an_artifact_moves_anywhere(artifact: Artifact, tmp_path: Path, monkeypa
     moved = tmp_path / "ein Ordner mit ü"
     artifact.path.rename(moved)
     monkeypatch.chdir(tmp_path)
-    os.symlink(moved, tmp_path / "link")
+    (tmp_path / "link").symlink_to(moved)
     for path in (moved, "ein Ordner mit ü", tmp_path / "link"):
         loaded = load(path)
         assert isinstance(loaded, Embedder)

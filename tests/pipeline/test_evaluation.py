@@ -1,0 +1,480 @@
+"""Samples, metrics and budgets: figures against hand-computed ones, scipy and scikit-learn; every reading error."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import sklearn.metrics
+from tokenizers import Tokenizer as InnerTokenizer
+from tokenizers import models, pre_tokenizers
+
+from onnxpress import metrics
+from onnxpress.errors import RecipeError
+from onnxpress.evaluation import (
+    BUDGETS,
+    LABELLED_BUDGETS,
+    Budget,
+    Sample,
+    agreement,
+    batch_dependence,
+    budget_for,
+    builtin_samples,
+    read_samples,
+    score,
+)
+from onnxpress.runtime.tokenization import Tokenizer
+
+DATA = Path(metrics.__file__).with_name("data")
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
+
+
+def logits(*values: Any) -> list[dict[str, Any]]:
+    return [{"logits": np.array(value, np.float32)} for value in values]
+
+
+def letters(languages: str) -> Tokenizer:
+    """A tokenizer that knows the letters of some built-in languages and nothing else."""
+    texts = [row.get("text") or row["question"] + row["context"] for name in ("sentences.jsonl", "questions.jsonl")
+             for row in rows(name) if row["language"] in languages]  # fmt: skip
+    vocabulary = {token: index for index, token in enumerate(["[UNK]", *sorted(set("".join(texts)))])}
+    inner = InnerTokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return Tokenizer(inner, max_length=512, pad_token_id=0)
+
+
+# The built-in texts
+
+
+def test_built_in_texts_are_many_and_unique() -> None:
+    sentences = rows("sentences.jsonl")
+    texts = [row["text"] for row in sentences]
+    assert len(set(texts)) == len(texts)
+    assert sum(row["language"] == "en" for row in sentences) >= 400
+    assert sum(row["language"] == "zh" for row in sentences) >= 200
+    lengths = [len(row["text"].split()) for row in sentences if row["language"] == "en"]
+    assert min(lengths) == 3
+    assert 100 <= max(lengths) <= 130
+
+
+def test_calibration_and_evaluation_share_no_sentence() -> None:
+    parts: dict[str, set[str]] = {"calibration": set(), "evaluation": set()}
+    for row in rows("sentences.jsonl"):
+        words = re.findall(r"\w+", row["text"].lower())
+        grams = zip(*(words[start:] for start in range(5)), strict=False)
+        parts[row["split"]] |= {" ".join(gram) for gram in grams}
+        parts[row["split"]] |= {part for part in re.split(r"(?<=[。？！])", row["text"]) if len(part) > 6}
+    assert parts["calibration"]
+    assert not parts["calibration"] & parts["evaluation"]
+
+
+def test_questions_have_their_answers_in_the_context_and_contexts_one_split() -> None:
+    questions = rows("questions.jsonl")
+    assert len(questions) >= 60
+    assert len({(row["question"], row["context"]) for row in questions}) == len(questions)
+    assert all(row["answer"] in row["context"] for row in questions)
+    splits = {(row["context"], row["split"]) for row in questions}
+    assert len(splits) == len({context for context, _ in splits})
+
+
+@pytest.mark.parametrize("task", ["feature-extraction", "question-answering", "fill-mask"])
+def test_built_in_samples_are_disjoint_and_the_same_every_time(task: str) -> None:
+    mask = "[MASK]" if task == "fill-mask" else None
+    calibration, evaluation, notes = builtin_samples(task, letters("en zh"), mask_token=mask)
+    assert (calibration, evaluation, notes) == builtin_samples(task, letters("en zh"), mask_token=mask)
+    assert notes == ()
+    assert calibration
+    assert not set(map(str, calibration)) & set(map(str, evaluation))
+    assert all((sample.text_pair is not None) == (task == "question-answering") for sample in calibration + evaluation)
+
+
+def test_one_word_is_masked_and_in_chinese_one_character() -> None:
+    originals = {row["text"]: row["language"] for row in rows("sentences.jsonl")}
+    calibration, evaluation, _ = builtin_samples("fill-mask", letters("en zh"), mask_token="[MASK]")
+    assert len(calibration) + len(evaluation) == len(originals)
+    for sample in calibration + evaluation:
+        before, found, after = sample.text.partition("[MASK]")
+        assert found
+        assert "[MASK]" not in after
+        fits = [
+            (text, language)
+            for text, language in originals.items()
+            if text.startswith(before) and text.endswith(after) and len(text) > len(before) + len(after)
+        ]
+        hidden = [text[len(before) : len(text) - len(after)] for text, _ in fits]
+        assert any(
+            len(word) == 1 if language == "zh" else re.fullmatch(r"\w+", word)
+            for word, (_, language) in zip(hidden, fits, strict=True)
+        )
+
+
+def test_languages_that_the_tokenizer_does_not_know_are_left_out_with_a_note() -> None:
+    calibration, evaluation, notes = builtin_samples("feature-extraction", letters("en"))
+    assert len(notes) == 1
+    assert re.match(r"built-in texts in zh left out: \d+% of their tokens are unknown", notes[0])
+    chinese = {row["text"] for row in rows("sentences.jsonl") if row["language"] == "zh"}
+    assert not chinese & {sample.text for sample in calibration + evaluation}
+
+
+# Agreement with the original
+
+
+def test_cosines_of_embeddings() -> None:
+    reference = [{"embeddings": np.array([1.0, 0.0])}, {"embeddings": np.array([3.0, 4.0])}]
+    candidate = [{"embeddings": np.array([1.0, 1.0])}, {"embeddings": np.array([6.0, 8.0])}]
+    found = agreement("feature-extraction", reference, candidate)
+    assert found["cosine_mean"] == pytest.approx((1 / math.sqrt(2) + 1) / 2, abs=1e-12)
+    assert found["cosine_min"] == pytest.approx(1 / math.sqrt(2), abs=1e-12)
+    assert found["relative_l2"] == pytest.approx(math.sqrt((0 + 1 + 9 + 16) / (1 + 25)), abs=1e-12)
+
+
+def test_token_outputs_are_averaged_before_the_cosine() -> None:
+    one = [{"last_hidden_state": np.array([[1.0, 0.0], [0.0, 1.0]])}]
+    swapped = [{"last_hidden_state": np.array([[0.0, 1.0], [1.0, 0.0]])}]
+    assert agreement("feature-extraction", one, swapped)["cosine_mean"] == pytest.approx(1, abs=1e-12)
+    assert agreement("module", [{"y": np.eye(2)}], [{"y": np.eye(2)[::-1]}])["cosine_mean"] == 0
+
+
+def test_choices_and_divergence_by_hand() -> None:
+    found = agreement("text-classification", logits([0, math.log(3)], [1, 0]), logits([0, 0.5], [0, 1]))
+    assert found["top1_agreement"] == 0.5
+    first = scipy.stats.entropy([0.25, 0.75], np.exp([0, 0.5]) / np.exp([0, 0.5]).sum())
+    second = scipy.stats.entropy(np.exp([1, 0]) / np.exp([1, 0]).sum(), np.exp([0, 1]) / np.exp([0, 1]).sum())
+    assert found["kl_mean"] == pytest.approx((first + second) / 2, abs=1e-7)
+    assert found["max_abs"] == pytest.approx(1, abs=1e-7)
+
+
+def test_tokens_count_once_each() -> None:
+    reference = logits([[1, 0], [1, 0], [1, 0]], [[0, 1]])
+    candidate = logits([[1, 0], [1, 0], [0, 1]], [[0, 1]])
+    assert agreement("token-classification", reference, candidate)["top1_agreement"] == 0.75
+
+
+def test_a_choice_that_the_original_excludes_costs_nothing() -> None:
+    found = agreement("text-classification", logits([0, 0, -math.inf]), logits([0, 0, -50]))
+    assert found["kl_mean"] == pytest.approx(0, abs=1e-9)
+
+
+def test_spans_need_start_and_end() -> None:
+    def spans(*pairs: tuple[int, int]) -> list[dict[str, Any]]:
+        return [{"start_logits": np.eye(4)[start], "end_logits": np.eye(4)[end]} for start, end in pairs]
+
+    found = agreement("question-answering", spans((0, 1), (1, 2), (2, 3)), spans((0, 1), (1, 3), (2, 3)))
+    assert found["span_agreement"] == pytest.approx(2 / 3)
+    assert found["kl_mean"] > 0
+
+
+def test_numbers_are_not_judged_by_their_cosine() -> None:
+    gold = np.random.default_rng(0).normal(3, 0.4, 100)
+    near = gold + 0.01
+    column = [{"logits": np.array([value])} for value in gold]
+    constant = agreement("text-classification", column, [{"logits": np.array([3.0])}] * 100)
+    assert constant["top1_agreement"] == 0
+    kept = agreement("text-classification", column, [{"logits": np.array([value])} for value in near])
+    assert kept["top1_agreement"] == pytest.approx(sklearn.metrics.r2_score(gold, near), abs=1e-12)
+    assert agreement("text-classification", column, column) == {"top1_agreement": 1.0, "max_abs": 0.0}
+
+
+def test_several_labels_are_compared_label_by_label() -> None:
+    one, other = logits([5, 1, -1]), logits([4, -1, -2])
+    assert agreement("text-classification", one, other)["top1_agreement"] == 1
+    found = agreement("text-classification", one, other, problem_type="multi_label_classification")
+    assert found == {"top1_agreement": pytest.approx(2 / 3)}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_has_the_worst_value(bad: float) -> None:
+    good, broken = logits([1, 2]), logits([bad, 2])
+    assert agreement("feature-extraction", good, broken) == {
+        "cosine_mean": -1.0,
+        "cosine_min": -1.0,
+        "relative_l2": math.inf,
+    }
+    worst = {"top1_agreement": 0.0, "kl_mean": math.inf, "max_abs": math.inf}
+    assert agreement("text-classification", good, broken) == worst
+    assert agreement("text-classification", logits([1]), logits([bad]))["top1_agreement"] == 0
+    assert metrics.sign_metrics(good, broken, "logits") == {"top1_agreement": 0.5}
+    spans = [{"start_logits": np.array([0.0, 1.0]), "end_logits": np.array([0.0, 1.0])}]
+    broken_spans = [{"start_logits": np.array([bad, 1.0]), "end_logits": np.array([0.0, 1.0])}]
+    assert agreement("question-answering", spans, broken_spans)["span_agreement"] == 0
+    assert metrics.regression_scores([bad, 1.0], [0.0, 1.0]) == {"spearman": -100.0, "pearson": -100.0}
+
+
+def test_batch_dependence_is_the_mean_cosine() -> None:
+    alone = [{"embeddings": np.array([1.0, 0.0])}, {"embeddings": np.array([0.0, 2.0])}]
+    batched = [{"embeddings": np.array([1.0, 0.0])}, {"embeddings": np.array([2.0, 2.0])}]
+    assert batch_dependence(alone, batched) == pytest.approx((1 + 1 / math.sqrt(2)) / 2, abs=1e-12)
+
+
+# Scores with labels
+
+
+class Runner:
+    """Gives answers that are written down."""
+
+    def __init__(self, answers: Any, **options: Any) -> None:
+        self.answers = answers
+        self.options = options
+
+    def embed(self, texts: list[str]) -> Any:
+        return np.array([self.answers[text] for text in texts], np.float32)
+
+    def predict(self, samples: list[Any]) -> list[Any]:
+        assert len(samples) == len(self.answers)
+        return list(self.answers)
+
+
+def test_similarity_is_spearman_with_ties() -> None:
+    random = np.random.default_rng(1)
+    vectors = {f"text {index}": random.normal(size=8) for index in range(40)}
+    gold = random.integers(0, 4, 20).astype(float)  # many ties
+    samples = [Sample(text=f"text {2 * i}", text_pair=f"text {2 * i + 1}", label=gold[i]) for i in range(20)]
+    cosines = [
+        1 - scipy.spatial.distance.cosine(vectors[sample.text], vectors[str(sample.text_pair)]) for sample in samples
+    ]
+    ranks, other = scipy.stats.rankdata(cosines), scipy.stats.rankdata(gold)  # ties share their mean rank
+    found = score("feature-extraction", Runner(vectors), samples)
+    assert found["spearman"] == pytest.approx(100 * np.corrcoef(ranks, other)[0, 1], abs=1e-4)
+    assert found["pearson"] == pytest.approx(100 * np.corrcoef(cosines, gold)[0, 1], abs=1e-4)
+
+
+def test_predictions_that_are_all_the_same_correlate_with_nothing() -> None:
+    assert metrics.regression_scores([2.0, 2.0, 2.0], [1.0, 2.0, 3.0]) == {"spearman": 0.0, "pearson": 0.0}
+
+
+def test_labels_by_name_and_by_number() -> None:
+    predicted, gold = ["a", "b", "b", "c", "a"], ["a", "b", "c", "2", 1]
+    names = ["a", "b", "c", "c", "b"]
+    runner = Runner([{"label": label, "score": 1.0} for label in predicted], labels=["a", "b", "c"],
+                    problem_type="single_label_classification")  # fmt: skip
+    found = score("text-classification", runner, [Sample(text="x", label=label) for label in gold])
+    assert found["accuracy"] == pytest.approx(60)
+    assert found["f1_macro"] == pytest.approx(100 * sklearn.metrics.f1_score(names, predicted, average="macro"))
+    with pytest.raises(RecipeError, match="'d' is not one of the model's: a, b, c"):
+        score("text-classification", runner, [Sample(text="x", label="d")] * 5)
+
+
+def test_a_prediction_that_is_not_finite_is_wrong() -> None:
+    runner = Runner(
+        [{"label": "a", "score": math.nan}] * 2, labels=["a", "b"], problem_type="single_label_classification"
+    )
+    assert score("text-classification", runner, [Sample(text="x", label="a")] * 2)["accuracy"] == 0
+    runner = Runner([[{"answer": "Paris", "score": math.nan}]])
+    assert score("question-answering", runner, [Sample(text="q", text_pair="Paris", label=["Paris"])])["f1"] == 0
+
+
+def test_regression_is_scored_by_correlation() -> None:
+    runner = Runner([{"label": "score", "score": value} for value in (1.0, 2.0, 4.0)], problem_type="regression")
+    found = score("text-classification", runner, [Sample(text="x", label=label) for label in ("1", "3", "2")])
+    assert found["spearman"] == pytest.approx(50)
+    with pytest.raises(RecipeError, match="'good' is no finite number"):
+        score("text-classification", runner, [Sample(text="x", label="good")] * 3)
+
+
+@pytest.mark.parametrize(
+    ("tags", "entities"),
+    [
+        (["O", "B-PER", "I-PER", "O"], {(3, 11, "PER")}),
+        (["B-PER", "B-PER", "O", "O"], {(0, 2, "PER"), (3, 6, "PER")}),
+        (["O", "I-LOC", "I-LOC", "I-LOC"], {(3, 14, "LOC")}),
+        (["B-PER", "I-LOC", "O", "O"], {(0, 2, "PER"), (3, 6, "LOC")}),
+        (["O", "O", "O", "O"], set()),
+    ],
+)
+def test_gold_entities(tags: list[str], entities: set[Any]) -> None:
+    assert metrics.gold_entities(["Dr", "Ada", "Byro", "in"], tags) == entities
+
+
+def test_entities_need_the_exact_span_and_type() -> None:
+    def entity(start: int, end: int, kind: str) -> dict[str, Any]:
+        return {"entity": kind, "start": start, "end": end, "score": 0.9}
+
+    samples = [
+        Sample(text="Ada Byron in Rome", label=(["Ada", "Byron", "in", "Rome"], ["B-PER", "I-PER", "O", "B-LOC"]))
+    ]
+    right = [entity(0, 9, "PER"), entity(13, 17, "LOC")]
+    assert score("token-classification", Runner([right]), samples)["entity_f1"] == pytest.approx(100)
+    half = [entity(0, 9, "PER"), entity(13, 17, "ORG"), entity(10, 12, "LOC")]
+    found = score("token-classification", Runner([half]), samples)
+    assert found["precision"] == pytest.approx(100 / 3)
+    assert found["recall"] == pytest.approx(50)
+    assert found["entity_f1"] == pytest.approx(40)
+    assert score("token-classification", Runner([[]]), samples)["entity_f1"] == 0
+
+
+def test_answers_as_squad_scores_them() -> None:
+    found = metrics.answer_scores(
+        ["The  Eiffel Tower!", "in the year 1871", "", "red blue blue"],
+        [["eiffel tower", "a tower"], ["1871"], ["Rome"], ["blue red red"]],
+    )
+    assert found["exact_match"] == pytest.approx(25)
+    # 1; precision 1/3 and recall 1; nothing; two common words of three each
+    assert found["f1"] == pytest.approx(100 * (1 + 0.5 + 0 + 2 / 3) / 4)
+
+
+def test_masks_have_no_labels() -> None:
+    with pytest.raises(RecipeError, match="do not go with the task fill-mask"):
+        score("fill-mask", Runner([1]), [Sample(text="x", label="y")])
+    with pytest.raises(RecipeError, match=r"do not go with the task module; .* text-classification"):
+        budget_for("module", None, labelled=True)
+
+
+# Budgets
+
+
+def test_every_task_has_a_budget() -> None:
+    assert {task: (budget.metric, budget.limit) for task, budget in BUDGETS.items()} == {
+        "feature-extraction": ("cosine_mean", 0.99),
+        "text-classification": ("top1_agreement", 0.98),
+        "token-classification": ("top1_agreement", 0.98),
+        "question-answering": ("span_agreement", 0.95),
+        "fill-mask": ("top1_agreement", 0.95),
+        "module": ("cosine_mean", 0.995),
+    }
+    assert {budget.kind for budget in LABELLED_BUDGETS.values()} == {"drop"}
+
+
+def test_budgets_hold_up_to_their_limit() -> None:
+    drop = LABELLED_BUDGETS["text-classification"]
+    assert drop.holds(91.0, 90.0)
+    assert not drop.holds(91.0, 89.99)
+    assert not drop.holds(91.0, math.nan)
+    share = Budget(metric="f1", limit=0.005, kind="share")
+    assert share.holds(80.0, 79.6)
+    assert not share.holds(80.0, 79.59)
+    assert share.holds(-10.0, -10.05)  # a loss is a loss below zero too
+    assert not share.holds(-10.0, -10.06)
+    assert drop.margin(91.0, 90.5) == pytest.approx(0.5)
+    assert drop.margin(91.0, 89.0) < 0
+
+
+def test_budgets_of_the_user() -> None:
+    assert budget_for("feature-extraction", "0.5%", labelled=False).limit == pytest.approx(0.995)
+    assert budget_for("feature-extraction", "0.97", labelled=False) == Budget(metric="cosine_mean", limit=0.97)
+    labelled = budget_for("question-answering", "0.5%", labelled=True)
+    assert labelled == Budget(metric="f1", limit=0.005, kind="share")
+    assert budget_for("question-answering", "80", labelled=True) == Budget(metric="f1", limit=80)
+    assert budget_for("text-classification", None, labelled=True, problem_type="regression").metric == "spearman"
+
+
+@pytest.mark.parametrize("given", ["", "%", "half", "nan", "-1%", "101%", "1.5", "-0.1", "0.5 %%"])
+def test_budgets_that_are_not_understood(given: str) -> None:
+    with pytest.raises(RecipeError, match=r"is not understood: .*share of cosine_mean.*0 to 1"):
+        budget_for("feature-extraction", given, labelled=False)
+
+
+# Files of the user
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_columns_by_usual_names(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", "id,sentence1,sentence2,score\n1,one,two,4.5\n2,three,four,0\n")
+    assert read_samples(path, "feature-extraction") == [
+        Sample(text="one", text_pair="two", label=4.5),
+        Sample(text="three", text_pair="four", label=0.0),
+    ]
+    path = write(tmp_path, "b.tsv", "text\tlabel\nfine\tgood\n")
+    assert read_samples(path, "text-classification") == [Sample(text="fine", label="good")]
+
+
+def test_columns_by_name_and_by_number(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", "body,sentence2,mark\nx,y,1\n")
+    columns = {"text": "sentence2", "label": "mark"}
+    assert read_samples(path, "text-classification", columns) == [Sample(text="y", label="1")]
+    path = write(tmp_path, "b.csv", 'one,two,3\n"three, and more",four,5\n')
+    found = read_samples(path, "feature-extraction", {"text": 0, "text_pair": 1, "label": 2})
+    assert found[1] == Sample(text="three, and more", text_pair="four", label=5.0)
+
+
+def test_texts_arrive_as_they_are(tmp_path: Path) -> None:
+    """Separators of lines that only Unicode knows are characters; so are quotes in tsv, and line ends in quotes."""
+    text = "one\u2028two\x85three"
+    path = write(tmp_path, "a.jsonl", json.dumps({"text": text}, ensure_ascii=False) + "\r\n\n")
+    assert read_samples(path, "text-classification") == [Sample(text=text)]
+    path = write(tmp_path, "b.csv", f'text,label\r\n{text},x\r\n"two\nlines, ""quoted""",y\r\n')
+    assert [sample.text for sample in read_samples(path, "text-classification")] == [text, 'two\nlines, "quoted"']
+    path = write(tmp_path, "c.tsv", '\ufefftext\tlabel\n"open\t0\n"Hello," she said\t1\nclose"\t1\n')
+    found = read_samples(path, "text-classification")
+    assert [sample.text for sample in found] == ['"open', '"Hello," she said', 'close"']
+
+
+def test_questions_in_both_forms(tmp_path: Path) -> None:
+    lines = [
+        {"question": "q", "context": "c", "answers": {"text": ["a", "b"], "answer_start": [0, 1]}},
+        {"question": "q", "context": "c", "answers": ["a"]},
+        {"question": "q", "context": "c", "answers": "a"},
+    ]
+    path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, lines)))
+    assert [sample.label for sample in read_samples(path, "question-answering")] == [["a", "b"], ["a"], ["a"]]
+
+
+def test_tokens_and_tags(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", '{"tokens": ["Ada", "sang"], "tags": ["B-PER", "O"]}\n')
+    assert read_samples(path, "token-classification") == [
+        Sample(text="Ada sang", label=(["Ada", "sang"], ["B-PER", "O"]))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "task", "message"),
+    [
+        ("a.txt", "x", "fill-mask", r"a\.txt: files of samples end in \.csv, \.tsv or \.jsonl"),
+        ("a.csv", b"text\n\xff\xfe\n", "fill-mask", r"a\.csv cannot be read as UTF-8 text"),
+        ("a.csv", "", "fill-mask", "holds no samples"),
+        ("a.csv", "text,label\n", "fill-mask", "holds no samples"),
+        ("a.jsonl", "\n\n", "fill-mask", "holds no samples"),
+        ("a.csv", "body,label\nx,y\n", "text-classification", "no column of texts; it has: body, label.*--column text="),
+        ("a.csv", "text,label\nx,y\nz\n", "text-classification", "line 3 has 1 columns; the header has 2"),
+        ("a.csv", "text,text\nx,y\n", "text-classification", "names the column 'text' twice"),
+        ("a.csv", 'text,label\n"open,y\nz,y\n', "text-classification", "line 3: .*its own quotes doubled"),
+        ("a.csv", "text,label\nx,y\n ,y\n", "text-classification", "line 3: the text is empty"),
+        ("a.csv", "text,label\nx,y\nz,\n", "text-classification", "line 3: the label is empty"),
+        ("a.jsonl", '{"text": "x"}\n{"text": \n', "fill-mask", r"line 2 is not valid JSON"),
+        ("a.jsonl", '["x"]\n', "fill-mask", "line 1 is a list; an object"),
+        ("a.jsonl", '{"text": 3}\n', "fill-mask", "line 1: the text is empty or no text"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n\n{"text": "y"}\n', "text-classification", "line 3 has no label"),
+        ("a.csv", "text,score\nx,1\n", "feature-extraction", "need two texts a row"),
+        ("a.csv", "sentence1,sentence2,score\na,b,many\n", "feature-extraction", "line 2: The score 'many' is no"),
+        ("a.csv", "sentence1,sentence2,score\na,b,nan\n", "feature-extraction", "line 2: The score 'nan' is no"),
+        ("a.csv", "sentence1,sentence2,score\na,b,1\nc,d,1\n", "feature-extraction", "all scores are 1.0"),
+        ("a.csv", "question,answer\nq,a\n", "question-answering", "questions need a context"),
+        ("a.jsonl", '{"question":"q","context":"c","answers":[]}', "question-answering", "line 1: answers are a text or"),
+        ("a.csv", "text,label\nAda,B-PER\n", "token-classification", "line 2: labels of tokens come as lists"),
+        ("a.jsonl", '{"tokens":["a","b"],"tags":["O"]}', "token-classification", "line 1: tokens and tags are lists of"),
+        ("a.jsonl", '{"tokens":["a",""],"tags":["O","O"]}', "token-classification", "line 1: tokens are texts"),
+        ("a.jsonl", '{"tokens":["a"],"tags":[3]}', "token-classification", "line 1: the tag 3 is not in BIO form"),
+        ("a.jsonl", '{"tokens":["a"],"tags":["PER"]}', "token-classification", "the tag 'PER' is not in BIO form"),
+    ],
+)  # fmt: skip
+def test_reading_errors_name_file_and_line(
+    name: str, content: str | bytes, task: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        read_samples(write(tmp_path, name, content), task)
+    assert name in str(caught.value)
+
+
+def test_a_missing_file_and_missing_columns(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="No such file"):
+        read_samples(tmp_path / "none.csv", "fill-mask")
+    path = write(tmp_path, "a.csv", "text,label\nx,y\n")
+    with pytest.raises(RecipeError, match="line 2 has no column 'body'; it has: text, label"):
+        read_samples(path, "text-classification", {"text": "body"})
+    with pytest.raises(RecipeError, match="line 1 has no column 4; it has: 0, 1"):
+        read_samples(path, "text-classification", {"text": 4})
+    with pytest.raises(RecipeError, match="Columns were given for 'body'; the roles are: text, text_pair, label"):
+        read_samples(path, "text-classification", {"body": "text"})
