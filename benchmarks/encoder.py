@@ -19,8 +19,7 @@ import turns
 from measure import EXPORTED
 from turns import System
 
-# batch, length, timed calls a turn
-SHAPES = ((1, 32, 50), (1, 128, 30), (32, 128, 5))
+SHAPES = ((1, 32), (1, 128), (32, 128))
 
 PEERS = [
     System(name="PyTorch fp32", environment="torch", peer="torch_eager:fp32"),
@@ -37,6 +36,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     turns.add_arguments(parser)
     parser.add_argument(
+        "--shapes", type=shape, nargs="+", default=SHAPES, metavar="BATCHxLENGTH", help="e.g. 1x32 8x64"
+    )
+    parser.add_argument(
         "--data", type=Path, help="folder whose *train*.csv calibrates NNCF instead of our own sentences"
     )
     arguments = parser.parse_args()
@@ -45,7 +47,7 @@ def main() -> None:
     calibration = turns.calibration_file(arguments.data, cache)
     systems = turns.chosen([*PEERS, *turns.ours(arguments)], arguments.only)
 
-    columns = [f"{batch} x {length}" for batch, length, _ in SHAPES]
+    columns = [f"{batch} x {length}" for batch, length in arguments.shapes]
     medians: dict[str, dict[str, list[float]]] = {system.name: {column: [] for column in columns} for system in systems}
     fastest: dict[str, dict[str, float]] = {system.name: {} for system in systems}
     settings: dict[str, dict[str, str]] = {system.name: {} for system in systems}
@@ -53,13 +55,13 @@ def main() -> None:
         about: dict[str, Any] = {
             worker.name: {"description": worker.description, "versions": worker.versions} for worker in started
         }
-        for batch, length, _ in SHAPES:  # what a system looks for before its first answer is not for the rounds
+        for batch, length in arguments.shapes:  # what a system looks for before its first answer is not for the rounds
             for worker in started:
                 worker.ask("shape", batch=batch, length=length, repeats=1)
         for number in range(arguments.rounds):
-            for column, (batch, length, repeats) in zip(columns, SHAPES, strict=True):
+            for column, (batch, length) in zip(columns, arguments.shapes, strict=True):
                 for worker in turns.in_turns(started, number):
-                    answer = worker.ask("shape", batch=batch, length=length, repeats=repeats)
+                    answer = worker.ask("shape", batch=batch, length=length, repeats=repeats(batch, length))
                     medians[worker.name][column].append(answer["median_ms"])
                     fastest[worker.name][column] = min(
                         answer["min_ms"], fastest[worker.name].get(column, answer["min_ms"])
@@ -89,6 +91,17 @@ def main() -> None:
             "min_ms": fastest,
         },
     )
+
+
+def shape(text: str) -> tuple[int, int]:
+    """Batch and length of e.g. 32x128."""
+    batch, _, length = text.partition("x")
+    return int(batch), int(length)
+
+
+def repeats(batch: int, length: int) -> int:
+    """Timed calls of a turn: the fewer, the longer one takes; 50 for (1, 32), 32 for (1, 128), 5 for (32, 128)."""
+    return max(5, min(50, 4096 // (batch * length)))
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def cache_of(model: Path, cache: Path) -> Path:
         sys.exit(f"{model} is no model folder: it has no config.json.")
     digest = hashlib.sha256()
     pins = sorted((HERE / "peers").glob("requirements-*.txt"))
-    makers = [HERE / "peers" / name for name in ("onnxruntime_plain.py", "openvino_static.py")]
+    makers = [HERE / "measure.py", *sorted((HERE / "peers").glob("*.py"))]  # what the exports depend on, and more
     for path in [*sorted(path for path in model.rglob("*") if path.is_file()), *pins, *makers]:
         digest.update(path.name.encode())
         with path.open("rb") as file:

@@ -49,7 +49,11 @@ class Artifact:
             file = _inside(folder, name)
             if not file.is_file():
                 raise ArtifactError(f"{folder} is incomplete: {name} is missing. Build or copy it again.")
-            if file.stat().st_size != entry.size or (verify and _sha256(file) != entry.sha256):
+            try:
+                changed = file.stat().st_size != entry.size or (verify and _sha256(file) != entry.sha256)
+            except OSError as error:
+                raise ArtifactError(f"{file} cannot be read: {error.strerror or error}.") from None
+            if changed:
                 raise ArtifactError(
                     f"{file} was changed after the build: its content does not fit the digest in {MANIFEST}. "
                     "Build or copy the artifact again."
@@ -172,7 +176,7 @@ def _read_measured(folder: Path, *, verify: bool) -> Mapping[str, Json]:
     try:
         measured = json.loads(_read(path))
         digest = measured.get("sha256", {}).get(REPORT)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(
             f"{path} is not what `onnxpress build` wrote ({error}); build the artifact again."
         ) from None
@@ -186,12 +190,9 @@ def _inside(folder: Path, name: str) -> Path:
     """A manifest is data: its paths must not lead out of the folder, by name or by link."""
     parts = PurePosixPath(name)
     path = folder / name
-    if (
-        parts.is_absolute()
-        or ".." in parts.parts
-        or "\\" in name
-        or not path.resolve().is_relative_to(folder.resolve())
-    ):
+    odd = parts.is_absolute() or ".." in parts.parts or "\\" in name or "\0" in name
+    # realpath and not resolve(), which raises for a link to itself
+    if odd or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ArtifactError(f"The manifest of {folder} names a file outside of the artifact: {name!r}. Do not use it.")
     return path
 

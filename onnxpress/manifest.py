@@ -106,7 +106,8 @@ class Manifest:
         """Read manifest.json; `where` names the file in errors. Raises ArtifactError."""
         try:
             content = json.loads(text)
-        except ValueError as error:
+            json.dumps(content, ensure_ascii=False).encode()  # half a character can hide behind an escape
+        except (ValueError, RecursionError) as error:
             raise ArtifactError(
                 f"{where} is not valid JSON ({error}); the artifact is corrupt: build it again."
             ) from None
@@ -137,7 +138,7 @@ class Manifest:
                     "files": {path: FileEntry(**entry) for path, entry in content["files"].items()},
                 }
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"{where} lacks or garbles a field ({error}); build the artifact again.") from None
 
 

@@ -37,9 +37,10 @@ class Embedder(TextRunner):
 
     def embed(self, texts: Sequence[Sample]) -> npt.NDArray[np.float32]:
         """Embeddings, float32 (texts, dim). Raises InputError for what is no text, or empty."""
-        if len(texts) == 0:
+        answers = self.outputs(texts)
+        if not answers:
             return np.zeros((0, self.dim), np.float32)
-        return np.stack([self._vector(answer) for answer in self.outputs(texts)])
+        return np.stack([self._vector(answer) for answer in answers])
 
     def answer_texts(self, samples: Sequence[Sample], *, top_k: int | None = None) -> list[Json]:
         """A list of numbers a text."""

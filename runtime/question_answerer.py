@@ -9,7 +9,7 @@ import numpy as np
 from onnxpress.errors import InputError
 from onnxpress.manifest import Json
 from onnxpress.runtime.text_runner import Answer, TextRunner, check_count, softmax
-from onnxpress.runtime.tokenization import Encoding, Sample, check_samples
+from onnxpress.runtime.tokenization import Encoding, Sample, check_samples, trimmed
 
 _STRIDE = 128  # tokens that two windows of a long context share, at most half a window
 
@@ -47,13 +47,13 @@ class QuestionAnswerer(TextRunner):
             for window in several:
                 for span, score in _best_spans(window, next(answers), 2 * top_k + 10, max_answer_tokens).items():
                     spans[span] = max(score, spans.get(span, 0.0))
-            ranked = sorted(spans.items(), key=lambda item: -item[1])[:top_k]
-            found.append(
-                [
-                    {"answer": context[start:end], "score": score, "start": start, "end": end}
-                    for (start, end), score in ranked
-                ]
-            )
+            ranked = [
+                {"answer": context[start:end], "score": score, "start": start, "end": end}
+                for (first, last), score in sorted(spans.items(), key=lambda item: -item[1])
+                for start, end in [trimmed(context, first, last)]
+                if start < end
+            ]
+            found.append(ranked[:top_k])
         return found
 
     def answer_texts(self, samples: Sequence[Sample], *, top_k: int | None = None) -> list[Json]:

@@ -214,6 +214,8 @@ class Binding:
     def bind_output(self, name: str, array: np.ndarray[Any, Any]) -> None:
         """Bind a contiguous array that receives an output. Raises InputError."""
         _check_bindable(name, array, self._session.output_names)
+        if not array.flags.writeable:
+            raise InputError(f"The array for {name} is read-only, so it cannot receive an output: use a copy.")
         self._outputs[name] = array
         self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
@@ -234,9 +236,12 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _check_bindable(name: str, array: np.ndarray[Any, Any], names: Sequence[str]) -> None:
+def _check_bindable(name: str, array: Any, names: Sequence[str]) -> None:
     if name not in names:
         raise InputError(f"{name!r} was bound; there are: {', '.join(names)}.")
+    if not isinstance(array, np.ndarray) or not array.dtype.isnative:
+        kind = array.dtype.str if isinstance(array, np.ndarray) else f"a {type(array).__name__}"
+        raise InputError(f"{kind} was bound to {name}; only a numpy array in this machine's byte order can be bound.")
     if not array.flags.c_contiguous:
         raise InputError(f"The array for {name} is not contiguous, so it cannot be bound: numpy.ascontiguousarray.")
 

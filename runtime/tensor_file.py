@@ -49,6 +49,6 @@ def read_tensors(path: Path) -> dict[str, np.ndarray[Any, Any]]:
             if not 0 <= start <= end <= len(data) or end - start != math.prod(entry["shape"]) * dtype.itemsize:
                 raise ValueError(f"tensor {name} does not fit the file")
             tensors[name] = np.frombuffer(data[start:end], dtype).reshape(entry["shape"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path} is not a readable safetensors file ({error}); build the artifact again.") from None
     return tensors

@@ -22,8 +22,6 @@ class TextClassifier(TextRunner):
 
         For regression, label is the output's name and score its value. Raises InputError.
         """
-        if len(samples) == 0:
-            return []
         encodings = self.encode(samples)
         answers = self.run_encodings(encodings)
         return [
@@ -43,7 +41,7 @@ class TextClassifier(TextRunner):
         if kind == "regression":
             scores = logits
         elif kind == "multi_label_classification":
-            scores = 1 / (1 + np.exp(-logits))
+            scores = np.exp(-np.logaddexp(0, -logits))  # the sigmoid, which does not overflow this way
         else:
             scores = softmax(logits)
         labels = self.options["labels"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -59,7 +60,7 @@ class TextRunner(ABC):
                 f"{len(cut)} of {len(encodings)} texts were longer than {self.tokenizer.max_length} tokens and were cut; "
                 f"the longest lost {max(cut)}.",
                 TruncationWarning,
-                stacklevel=4,
+                stacklevel=_frames_to_the_user(),
             )
         return encodings
 
@@ -89,6 +90,14 @@ class TextRunner(ABC):
 
         answers = run_chunks(self.session, range(0, batch, rows), chunk)
         return {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
+
+
+def _frames_to_the_user() -> int:
+    """How far up the first frame outside of the runtime is, so that a warning shows the user's own line."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("onnxpress.runtime"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def softmax(logits: np.ndarray[Any, Any], axis: int = -1) -> np.ndarray[Any, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from onnxpress.errors import InputError
 from onnxpress.manifest import Json
 from onnxpress.runtime.text_runner import Answer, TextRunner, softmax
-from onnxpress.runtime.tokenization import Encoding, Sample
+from onnxpress.runtime.tokenization import Encoding, Sample, trimmed
 
 Aggregation = Literal["first", "average", "max"]
 
@@ -40,8 +40,6 @@ class TokenClassifier(TextRunner):
         """
         if aggregation not in get_args(Aggregation):
             raise InputError(f"aggregation={aggregation!r}; it can be {', '.join(get_args(Aggregation))}.")
-        if len(texts) == 0:
-            return []
         if any(isinstance(text, tuple) for text in texts):
             raise InputError("Entities are found in single texts; pairs were given.")
         encodings = self.encode(texts)
@@ -103,16 +101,13 @@ def _spans(words: Sequence[_Word], text: str) -> list[dict[str, Json]]:
             spans.append([word])
             types.append(kind)
         before = kind
-    return [
-        {
-            "entity": kind,
-            "score": float(np.mean([word.score for word in span])),
-            "start": span[0].start,
-            "end": span[-1].end,
-            "text": text[span[0].start : span[-1].end],
-        }
-        for span, kind in zip(spans, types, strict=True)
-    ]
+    entities = []
+    for span, kind in zip(spans, types, strict=True):
+        start, end = trimmed(text, span[0].start, span[-1].end)
+        if start < end:
+            score = float(np.mean([word.score for word in span]))
+            entities.append({"entity": kind, "score": score, "start": start, "end": end, "text": text[start:end]})
+    return entities
 
 
 def _split(label: str) -> tuple[str, str]:

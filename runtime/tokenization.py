@@ -67,9 +67,11 @@ class Tokenizer:
     def encode(self, samples: Sequence[Sample]) -> list[Encoding]:
         """Encode texts or pairs, each cut to max_length tokens. Raises InputError for what is no text, or empty."""
         check_samples(samples)
-        return [
-            self._shortened(encoding, sample) for encoding, sample in zip(self._encode(samples), samples, strict=True)
-        ]
+        encodings = self._encode(samples)
+        for index, encoding in enumerate(encodings):
+            if not encoding.ids:  # a row of padding alone has no answer, or a made-up one
+                raise InputError(f"Text {index} has no tokens: the model's vocabulary holds none of its characters.")
+        return [self._shortened(encoding, sample) for encoding, sample in zip(encodings, samples, strict=True)]
 
     def windows(self, sample: tuple[str, str], *, stride: int) -> list[Encoding]:
         """A pair whose second text is too long, as windows that overlap by `stride` tokens. Raises InputError."""
@@ -136,6 +138,13 @@ def check_samples(samples: Sequence[Any]) -> None:
                 text.encode()
             except UnicodeEncodeError:
                 raise InputError(f"Text {index} holds half a character (a lone surrogate); decode it again.") from None
+
+
+def trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    """The characters without white space at their ends, which many tokenizers take to be part of a word."""
+    part = text[start:end]
+    start += len(part) - len(part.lstrip())
+    return start, start + len(part.strip())
 
 
 def _encoding(encoding: Any, truncated: int = 0) -> Encoding:

@@ -75,7 +75,9 @@ class Peer:
                 self.compiled[hint, precision] = core.compile_model(path, "CPU", options)
         self.best: dict[tuple[int, int], tuple[Callable[[], Any], str]] = {}
         # Where the processor lacks bf16, OpenVINO computes in f32: what it chose is what it says here.
-        chosen = sorted({str(model.get_property("INFERENCE_PRECISION_HINT")) for model in self.compiled.values()})
+        chosen = sorted(
+            {model.get_property("INFERENCE_PRECISION_HINT").get_type_name() for model in self.compiled.values()}
+        )
         self.description = f"openvino {openvino.__version__.split('-')[0]}, inference precision {', '.join(chosen)}"
 
     def shape(self, batch: int, length: int) -> tuple[Callable[[], Any], str]:

@@ -314,7 +314,7 @@ def test_entities_need_the_exact_span_and_type() -> None:
 def test_answers_as_squad_scores_them() -> None:
     found = metrics.answer_scores(
         ["The  Eiffel Tower!", "in the year 1871", "", "red blue blue"],
-        [["eiffel tower", "a tower"], ["1871"], ["Rome"], ["blue red red"]],
+        [["an  eiffel tower", "a tower"], ["1871"], ["Rome"], ["a blue red red"]],
     )
     assert found["exact_match"] == pytest.approx(25)
     # 1; precision 1/3 and recall 1; nothing; two common words of three each

@@ -19,7 +19,7 @@ from onnxpress import terminal
 from onnxpress.manifest import FileEntry, Json, Manifest, Signature, TensorSpec
 from onnxpress.report import build_command, render_report
 
-HOSTILE = '<script>alert("1")</script> & $x^2$ 模型'
+HOSTILE = '<script>alert("1")</script> & $\\frac{$ 模型'
 
 
 def row(name: str, status: str, quality: float | None, size: float, **more: Json) -> dict[str, Json]:

@@ -109,8 +109,9 @@ def test_pairs_are_classified(tokenizer: Tokenizer, fast: Callable[[], Any]) -> 
 def test_truncated_texts_are_marked(tokenizer: Tokenizer, tmp_path: Path) -> None:
     session = Session(save_per_text(tmp_path / "model.onnx", 2))
     runner = TextClassifier(session, tokenizer, {"labels": ["a", "b"], "problem_type": "single_label_classification"})
-    with pytest.warns(TruncationWarning, match="1 of 2 texts"):
+    with pytest.warns(TruncationWarning, match="1 of 2 texts") as caught:
         found = runner.predict(["the cat", "the cat " * 50])
+    assert caught[0].filename == __file__
     assert [answer["truncated"] for answer in found] == [False, True]
 
 
