@@ -65,7 +65,7 @@ check: $(VENV)/.dev ## ruff and mypy
 	@$(BIN)/mypy
 
 bench-peers: $(VENV)/.dev ## environments for the tools that benchmarks compare with
-	@bash benchmarks/peers/setup.sh
+	@PYTHON="$(PYTHON)" bash benchmarks/peers/setup.sh
 
 bench: bench-peers ## MiniLM side by side with other tools (DATA=folder with stsb/ adds quality and mixed lengths)
 	@bash benchmarks/run.sh "$(BIN)/python" "$(OUT)" "$(ROUNDS)" "$(DATA)"

@@ -98,7 +98,12 @@ def _build(
         exported = _export(recipe, module, example_inputs)
         _copy_tokenizer(exported, writer.folder)
         workload = _workload(recipe, exported, writer.folder, evaluation_file)
-        budget = evaluation.budget_for(workload.task, recipe.quality.budget, labelled=_is_labelled(workload))
+        budget = evaluation.budget_for(
+            workload.task,
+            recipe.quality.budget,
+            labelled=_is_labelled(workload),
+            problem_type=exported.options.get("problem_type"),
+        )
 
         report.step("verify the export against the original")
         parity = ParityCheck(exported)
@@ -127,22 +132,20 @@ def _build(
             options=options,
             session=session_options,
             recipe=recipe.model_dump(mode="json"),
-            ledger=tuple(
-                [
-                    {
-                        "pass": "export",
-                        "status": "kept",
-                        "reason": _parity_sentence(parity_rows),
-                        "changes": 0,
-                        "notes": [*exported.notes, *workload.notes],
-                        "metric": budget.metric,
-                        "quality": _rounded(gate.reference_value),
-                        "quality_before": None,
-                        "bytes": exported.graph.weight_bytes(),
-                        "bytes_before": None,
-                    },
-                    *press.ledger,
-                ]
+            ledger=(
+                {
+                    "pass": "export",
+                    "status": "kept",
+                    "reason": _parity_sentence(parity_rows),
+                    "changes": 0,
+                    "notes": [*exported.notes, *workload.notes],
+                    "metric": budget.metric,
+                    "quality": _rounded(gate.reference_value),
+                    "quality_before": None,
+                    "bytes": exported.graph.weight_bytes(),
+                    "bytes_before": None,
+                },
+                *press.ledger,
             ),
             versions=_versions(),
             minimum_onnxruntime=MINIMUM_ONNXRUNTIME,

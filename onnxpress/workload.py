@@ -99,7 +99,9 @@ class TextWorkload:
             self._calibration = [item for item in self._calibration if (item.text, item.text_pair) not in seen]
         cut = sum(encoding.truncated > 0 for encoding in self._tokenizer.encode(_inputs(self._evaluation)))
         if cut:
-            self.notes += (f"{cut} of {len(self._evaluation)} evaluation texts are cut at {options['max_length']} tokens",)
+            self.notes += (
+                f"{cut} of {len(self._evaluation)} evaluation texts are cut at {options['max_length']} tokens",
+            )
 
     @property
     def labelled(self) -> bool:
@@ -117,7 +119,7 @@ class TextWorkload:
 
     def metrics(self, reference: Answers, answers: Answers) -> dict[str, float]:
         """Agreement with the original."""
-        return evaluation.agreement(self.task, reference, answers)
+        return evaluation.agreement(self.task, reference, answers, problem_type=self._options.get("problem_type"))
 
     def score(self, runnable: Runnable) -> dict[str, float]:
         """The task's metric on the labelled samples."""

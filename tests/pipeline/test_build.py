@@ -62,7 +62,7 @@ def test_an_artifact_carries_its_proof(encoder: Path, tmp_path: Path) -> None:
         "manifest.json", "measured.json", "report.html", "model.onnx", "golden.safetensors", "tokenizer.json",
     }  # fmt: skip
     manifest = built.manifest
-    assert [row["pass"] for row in manifest.ledger][0] == "export"
+    assert manifest.ledger[0]["pass"] == "export"
     assert manifest.operators["Attention"] == 2
     assert set(manifest.files) == {path.name for path in built.path.iterdir()} - {
         "manifest.json", "measured.json", "report.html",
@@ -114,7 +114,7 @@ def test_the_same_recipe_gives_the_same_bytes(encoder: Path, tmp_path: Path) -> 
 
 
 def test_a_precision_asked_for_by_name_that_breaks_the_budget_is_an_error(encoder: Path, tmp_path: Path) -> None:
-    with pytest.raises(BudgetError, match="int4.*--keep-all"):
+    with pytest.raises(BudgetError, match=r"int4.*--keep-all"):
         onnxpress.build(encoder, out=tmp_path / "out", precision="int4-weights", budget="0.999999", **QUICK)
     assert list(tmp_path.iterdir()) == []
 
@@ -334,3 +334,26 @@ def test_json_of_a_build(encoder: Path, tmp_path: Path) -> None:
     content = json.loads(done.stdout)
     assert content["manifest"]["name"] == "out" or content["manifest"]["name"]
     assert content["path"] == str(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "problem_type", "metric"),
+    [(1, "regression", "spearman"), (3, "single_label_classification", "accuracy")],
+)
+def test_labelled_classifiers_are_judged_by_their_own_metric(
+    num_labels: int, problem_type: str, metric: str, tmp_path: Path
+) -> None:
+    folder = save_model(
+        tmp_path / "model",
+        "bert",
+        tf.AutoModelForSequenceClassification,
+        num_labels=num_labels,
+        problem_type=problem_type,
+    )
+    rows = [
+        f"the {word} sat on a mat\t{index % 3}" for index, word in enumerate(("cat", "dog", "house", "red", "blue"))
+    ]
+    (tmp_path / "dev.tsv").write_text("text\tlabel\n" + "\n".join(rows) + "\n")
+    options = {**QUICK, "file": str(tmp_path / "dev.tsv"), "precision": "int8", "keep_all": True}
+    built = onnxpress.build(folder, out=tmp_path / "out", **options)
+    assert {row["metric"] for row in built.manifest.ledger} == {metric}
