@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -115,7 +116,10 @@ class ArtifactWriter:
             if path.is_file() and path not in unhashed
         }
         self._manifest = dataclasses.replace(manifest, files=files)
-        (self.folder / MANIFEST).write_text(self._manifest.to_json(), encoding="utf-8")
+        manifest_path = self.folder / MANIFEST
+        manifest_path.write_text(self._manifest.to_json(), encoding="utf-8")
+        for name in files:  # some libraries write files that their owner alone may read
+            (self.folder / name).chmod(stat.S_IMODE(manifest_path.stat().st_mode))
         return self._manifest
 
     def write_measured(self, measured: Mapping[str, Json], report: str) -> None:

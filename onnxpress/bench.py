@@ -16,6 +16,7 @@ import numpy as np
 from onnxpress import machine
 from onnxpress.artifact import Artifact
 from onnxpress.errors import OutputError, UsageError
+from onnxpress.inspection import say_fallback
 from onnxpress.manifest import Arrays, Json, Manifest, Signature
 from onnxpress.runtime.loading import load_artifact
 from onnxpress.runtime.text_runner import TextRunner
@@ -91,6 +92,7 @@ def _call(system: System, feeds: Arrays) -> Callable[[], object]:
 def _artifact(folder: Path, providers: Sequence[str] | None, allow_fallback: bool) -> tuple[str, System]:
     artifact = Artifact.open(folder)
     runner = load_artifact(artifact, providers=providers, allow_fallback=allow_fallback)
+    say_fallback(runner.session)
     if not isinstance(runner, TextRunner):
         raise UsageError(f"{folder} takes named arrays of any shape; bench times models that read token ids.")
     return f"{artifact.manifest.name} {artifact.manifest.precision}", runner.run_rows

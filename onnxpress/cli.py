@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     warnings.showwarning = _print_warning
     try:
-        return int(options.command(options))
+        code = int(options.command(options))
+        sys.stdout.flush()  # here, so that a pipe without a reader is met here and not at the interpreter's exit
+        return code
     except OnnxpressError as error:
         code, message = error.exit_code, str(error)
         if options.debug:
@@ -107,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--against", default="", help="also time, by commas: torch, onnx, folders of other artifacts")
     bench.add_argument("--batch", default="1,32", help="batch sizes (default 1,32)")
     bench.add_argument("--length", default="32,128", help="lengths in tokens (default 32,128)")
-    bench.add_argument("--rounds", type=int, default=5)
+    bench.add_argument("--rounds", default="5", help="rounds of which medians are taken (default 5)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file")
     _providers(bench)
 
@@ -162,9 +164,11 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from onnxpress.inspection import say_fallback
     from onnxpress.runtime import load
 
     runner = load(options.artifact, providers=options.provider, allow_fallback=options.allow_fallback)
+    say_fallback(runner.session)
     if not hasattr(runner, "answer_texts"):
         raise UsageError(
             "This artifact takes named arrays, not text: use Python, onnxpress.load(path).run({name: array})."
@@ -196,7 +200,7 @@ def _bench(options: argparse.Namespace) -> int:
         against=[item for item in options.against.split(",") if item],
         batches=_numbers(options.batch, "--batch"),
         lengths=_numbers(options.length, "--length"),
-        rounds=options.rounds,
+        rounds=_number(options.rounds, "--rounds"),
         json_file=options.json,
         providers=options.provider,
         allow_fallback=options.allow_fallback,
@@ -205,10 +209,12 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from onnxpress.artifact import Artifact
+    from onnxpress.inspection import say_fallback
     from onnxpress.runtime.loading import open_session, verify_golden
 
     artifact = Artifact.open(options.artifact)
     session = open_session(artifact, providers=options.provider, allow_fallback=options.allow_fallback)
+    say_fallback(session)
     rows = verify_golden(artifact, session)
     if options.json:
         _print_json(
@@ -271,12 +277,20 @@ def _numbers(text: str, flag: str) -> list[int]:
     return numbers
 
 
+def _number(text: str, flag: str) -> int:
+    numbers = _numbers(text, flag)
+    if len(numbers) > 1:
+        raise UsageError(f"{flag} takes one positive whole number, not {text!r}.")
+    return numbers[0]
+
+
 def _lines(path: Path) -> list[str]:
     try:
-        content = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        content = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"The file {path} cannot be read as UTF-8 text: {error}.") from None
-    return [line for line in content.splitlines() if line.strip()]
+    # Not splitlines: it also cuts at form feeds and the like, which stand within texts.
+    return [line for line in content.replace("\r\n", "\n").split("\n") if line.strip()]
 
 
 def _shown(sample: str | tuple[str, str]) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from onnxpress.artifact import Artifact
-from onnxpress.manifest import Json, Manifest, Signature, TensorSpec
+from onnxpress.manifest import Json, Manifest, Runnable, Signature, TensorSpec
+from onnxpress.runtime.session import Session
 
 
 def inspect(path: Path, *, placement: bool, as_json: bool, providers: list[str] | None, allow_fallback: bool) -> int:
@@ -21,12 +23,19 @@ def inspect(path: Path, *, placement: bool, as_json: bool, providers: list[str] 
             from onnxpress.runtime.loading import open_session
 
             session = open_session(artifact, providers=providers, allow_fallback=allow_fallback)
+            say_fallback(session)
             findings["placement"] = session.placement()
     if as_json:
         print(json.dumps(findings, indent=1, ensure_ascii=False))
     else:
         print("\n".join(_lines(findings)))
     return 0
+
+
+def say_fallback(session: Runnable) -> None:
+    """What was asked for and is not what runs, on stderr; only a Session has something to say."""
+    if isinstance(session, Session) and session.fallback_note:
+        print(f"onnxpress: {session.fallback_note} It runs on: {', '.join(session.providers)}.", file=sys.stderr)
 
 
 def _of_manifest(manifest: Manifest) -> dict[str, Json]:

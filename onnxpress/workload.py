@@ -158,8 +158,8 @@ class TextWorkload:
         return feeds
 
     def throughput(self, runnable: Runnable, tokens_per_chunk: int) -> Callable[[], object]:
-        """A call that answers 64 samples through the runner in chunks of a given size."""
-        return lambda: self._outputs(runnable, self._evaluation[:64], tokens_per_chunk)
+        """A call that answers 32 samples through the runner in chunks of a given size."""
+        return lambda: self._outputs(runnable, self._evaluation[:32], tokens_per_chunk)
 
     def _outputs(self, runnable: Runnable, samples: Sequence[Sample], tokens_per_chunk: int = 256) -> Answers:
         with _cuts_are_noted():

@@ -50,7 +50,7 @@ class FillMask(TextRunner):
 
     def answer_texts(self, samples: Sequence[Sample], *, top_k: int | None = None) -> list[Json]:
         """The candidates for each mask of each text."""
-        return list(self.predict(list(samples), top_k=top_k or 5))  # type: ignore[arg-type]
+        return list(self.predict(list(samples), top_k=5 if top_k is None else top_k))  # type: ignore[arg-type]
 
     def _candidates(self, text: str, start: int, logits: np.ndarray, top_k: int) -> list[dict[str, Json]]:
         probabilities = softmax(logits.astype(np.float64))  # (vocabulary,)

@@ -60,7 +60,7 @@ class QuestionAnswerer(TextRunner):
         """The answers for each (question, context)."""
         if any(isinstance(sample, str) for sample in samples):
             raise InputError("A question needs a context: give each --text, the question, a --pair, the context.")
-        return list(self.predict(list(samples), top_k=top_k or 1))  # type: ignore[arg-type]
+        return list(self.predict(list(samples), top_k=1 if top_k is None else top_k))  # type: ignore[arg-type]
 
 
 def _best_spans(window: Encoding, answer: Answer, count: int, longest: int) -> dict[tuple[int, int], float]:

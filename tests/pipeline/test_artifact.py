@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_artifacts import fill, manifest, save_artifact
@@ -331,3 +333,69 @@ def test_leftovers_of_any_kind_are_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / f".tiny.part-{os.getpid()}").mkdir()
     save_artifact(tmp_path / "tiny")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 10**5, '{"schema_version": 1, "x": "\\ud800"}', '{"schema_version": NaN}', '{"schema_version": 1e400}'],
+    ids=["deep", "half a character", "not a number", "infinite"],
+)
+def test_names_a_manifest_that_only_looks_like_json(artifact: Artifact, content: str) -> None:
+    (artifact.path / "manifest.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"manifest\.json"):
+        Artifact.open(artifact.path)
+
+
+@pytest.mark.parametrize("field", ["files", "signature", "ledger"])
+@pytest.mark.parametrize("value", [None, 3, [1], "text"])
+def test_names_a_field_of_the_wrong_kind(artifact: Artifact, field: str, value: Any) -> None:
+    """With a digest that fits, as another program might write it."""
+    content = json.loads((artifact.path / "manifest.json").read_text())
+    del content["digest"]
+    content[field] = value
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    content["digest"] = hashlib.sha256(canonical.encode()).hexdigest()
+    (artifact.path / "manifest.json").write_text(json.dumps(content))
+    if field == "ledger" and value not in (None, 3):
+        assert Artifact.open(artifact.path)  # rows that nothing but the report reads
+        return
+    with pytest.raises(ArtifactError, match="lacks or garbles a field"):
+        Artifact.open(artifact.path)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "loop", "", "."])
+def test_names_paths_that_are_none(artifact: Artifact, name: str) -> None:
+    (artifact.path / "loop").symlink_to("loop")
+    forged = manifest(files={name: FileEntry(sha256="0" * 64, size=6)})
+    (artifact.path / "manifest.json").write_text(forged.to_json())
+    with pytest.raises(ArtifactError, match=r"outside of the artifact|is missing"):
+        Artifact.open(artifact.path)
+
+
+def test_names_a_file_that_may_not_be_read(artifact: Artifact) -> None:
+    """Permissions do not bind root, so that a process of root's turns into nobody's first."""
+    code = (
+        "import os, sys\n"
+        "from onnxpress.artifact import Artifact\n"
+        "from onnxpress.errors import ArtifactError\n"
+        "os.chdir(sys.argv[1])\n"
+        "os.getuid() or os.setuid(65534)\n"
+        "try:\n"
+        "    Artifact.open('.')\n"
+        "except ArtifactError as error:\n"
+        "    print(error)\n"
+    )
+    (artifact.path / "model.onnx").chmod(0)
+    done = python(code, artifact.path)
+    assert done.stdout == "model.onnx cannot be read: Permission denied.\n", done.stderr
+
+
+def test_all_files_have_the_permissions_of_the_process(tmp_path: Path) -> None:
+    """An artifact that root built has to open for the user that a server runs as."""
+    before = os.umask(0o027)
+    try:
+        artifact = save_artifact(tmp_path / "tiny")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in artifact.path.iterdir()} == {0o640}
+    assert artifact.path.stat().st_mode & 0o777 == 0o750

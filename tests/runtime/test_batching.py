@@ -136,11 +136,14 @@ def test_lanes_work_after_a_fork(session: Session, tokenizer: Tokenizer) -> None
         own = Session(session.path, signature=SIGNATURE, providers=[CPU(threads=2)])
         sender.send(Embedder(own, tokenizer, OPTIONS, tokens_per_chunk=32).embed(given))
 
-    process = context.Process(target=child)
+    process = context.Process(target=child, daemon=True)
     process.start()
-    assert receiver.poll(30), "the forked child did not answer"
-    np.testing.assert_array_equal(receiver.recv(), expected)
-    process.join()
+    try:
+        assert receiver.poll(30), "the forked child did not answer"
+        np.testing.assert_array_equal(receiver.recv(), expected)
+    finally:
+        process.kill()
+        process.join()
 
 
 def test_rows_that_are_tokenized_already(session: Session, tokenizer: Tokenizer) -> None:

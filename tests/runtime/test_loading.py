@@ -124,7 +124,7 @@ class Changed:
 
 
 @pytest.mark.parametrize(
-    "change", [lambda a: a + 1e-4, lambda a: a * np.nan, lambda a: a[:1], lambda a: a[:, None, :]], ids=range(4)
+    "change", [lambda a: a + 1e-4, lambda a: a * np.nan, lambda a: a[:1], lambda a: a[None]], ids=range(4)
 )
 def test_golden_outputs_that_do_not_hold_are_named(artifact: Artifact, change: Any) -> None:
     with pytest.raises(GoldenError, match="output embeddings of golden case pair differs by"):
@@ -191,6 +191,7 @@ def header(**entry: Any) -> bytes:
         header(dtype="F3") + bytes(8),
         (4).to_bytes(8, "little") + b"[1] ",
         (12).to_bytes(8, "little") + b'{"x": "text"}',
+        (10**5).to_bytes(8, "little") + b"[" * 10**5,
     ],
 )
 def test_our_reader_names_garbled_files(tmp_path: Path, content: bytes) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers as tf
 from tiny_artifacts import VOCABULARY, WORDS, save_tokenizer
@@ -126,16 +127,17 @@ def test_as_the_field(tokenizer: Tokenizer, tmp_path: Path, context: str, top_k:
 
 
 class Pointing:
-    """Says that the answer is the tokens of one word, wherever it stands, the question included."""
+    """Says that answers start at one word and end at one, wherever they stand, the question included."""
 
     input_names = ("input_ids", "attention_mask", "token_type_ids")
 
-    def __init__(self, word: str) -> None:
-        self.token = VOCABULARY[word]
+    def __init__(self, first: str, last: str | None = None) -> None:
+        self.first, self.last = VOCABULARY[first], VOCABULARY[last or first]
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
-        logits = np.where(feeds["input_ids"] == self.token, 10.0, 0.0).astype(np.float32)
-        return {"start_logits": logits, "end_logits": logits}
+        ids = feeds["input_ids"]
+        starts, ends = (np.where(ids == token, 10.0, 0.0).astype(np.float32) for token in (self.first, self.last))
+        return {"start_logits": starts, "end_logits": ends}
 
 
 def test_an_answer_at_the_very_end_of_a_long_context_is_found(tokenizer: Tokenizer) -> None:
@@ -150,6 +152,22 @@ def test_the_question_never_answers(tokenizer: Tokenizer) -> None:
     found = QuestionAnswerer(Pointing("house"), tokenizer, {}).answer("house house house ?", "the cat sat")
     assert found["answer"] in "the cat sat"
     assert found["end"] <= len("the cat sat")
+
+
+def test_answers_never_end_before_they_start(tokenizer: Tokenizer) -> None:
+    context = "the dog " + "sat on a mat " * 4 + "house"
+    found = QuestionAnswerer(Pointing("house", "dog"), tokenizer, {}).predict([("the cat ?", context)], top_k=4)[0]
+    assert len(found) == 4
+    assert all(answer["start"] < answer["end"] for answer in found)
+
+
+def test_the_surest_window_counts(tokenizer: Tokenizer) -> None:
+    """The first dog is in two windows, and in the second of them there is another dog."""
+    context = "cat " * 22 + "dog " + "cat " * 12 + "dog cat cat"
+    assert len(tokenizer.windows(("the cat ?", context), stride=STRIDE)) == 2
+    found = QuestionAnswerer(Pointing("dog"), tokenizer, {}).answer("the cat ?", context)
+    assert found["start"] == context.index("dog")
+    assert found["score"] > 0.9
 
 
 def test_several_pairs_keep_their_order(tokenizer: Tokenizer) -> None:
@@ -179,3 +197,26 @@ def test_refuses(tokenizer: Tokenizer, pairs: Any, message: str) -> None:
         runner.answer_texts(["the cat"])
     with pytest.raises(InputError, match="top_k=0"):
         runner.predict([(QUESTION, "a dog")], top_k=0)
+
+
+def test_answers_hold_no_white_space_that_a_tokenizer_adds_to_words() -> None:
+    """SentencePiece's tokenizers count the space before a word to its first token."""
+    words = {piece: place for place, piece in enumerate(("▁the", "▁cat", "▁house", "?"))}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "?"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+
+    class Last:
+        input_names = ("input_ids", "attention_mask")
+
+        def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+            logits = np.where(feeds["input_ids"] == words["▁house"], 10.0, 0.0)
+            return {"start_logits": logits, "end_logits": logits}
+
+    runner = QuestionAnswerer(Last(), Tokenizer(inner, max_length=16, pad_token_id=0), {})
+    found = runner.answer("the cat", "the cat  house \n")
+    assert (found["answer"], found["start"], found["end"]) == ("house", 9, 14)
+
+
+def test_top_k_is_not_guessed(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match="top_k=0"):
+        QuestionAnswerer(Pointing("dog"), tokenizer, {}).answer_texts([(QUESTION, "a dog")], top_k=0)

@@ -173,3 +173,26 @@ def test_binding_refuses_what_does_not_fit(session: Session) -> None:
     given["input_ids"][0, 0] = 99
     with pytest.raises(InputError, match="values from"):
         binding.run()
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (np.zeros((2, DIM), np.float64), "Unexpected output data type"),
+        (np.zeros((2, DIM), ">f4"), "only a numpy array in this machine's byte order"),
+        (np.frombuffer(bytes(8 * DIM), np.float32).reshape(2, DIM), "read-only"),
+        ([[0.0] * DIM] * 2, "a list was bound to embeddings"),
+    ],
+    ids=["dtype", "byte order", "read-only", "list"],
+)
+def test_binding_refuses_an_output_that_cannot_receive(session: Session, out: Any, message: str) -> None:
+    binding = session.binding()
+    for name, array in feeds().items():
+        binding.bind_input(name, array)
+
+    def bind_and_run() -> None:
+        binding.bind_output("embeddings", out)
+        binding.run()
+
+    with pytest.raises(InputError, match=message):
+        bind_and_run()

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers as tf
 from tiny_artifacts import DIM, VOCABULARY, save_embedder, save_per_text, save_per_token, save_tokenizer
+from tokenizers import models, pre_tokenizers
 
 from onnxpress.errors import InputError
 from onnxpress.manifest import Arrays
@@ -247,3 +249,47 @@ def test_what_the_command_line_prints_is_json(tokenizer: Tokenizer, tmp_path: Pa
         assert len(json.loads(json.dumps(runner.answer_texts(TEXTS[:1] * count)))) == count
         with pytest.raises(InputError, match="leave top_k out"):
             runner.answer_texts(TEXTS, top_k=2)
+
+
+def test_probabilities_do_not_overflow(tokenizer: Tokenizer) -> None:
+    class Extreme:
+        input_names = ("input_ids", "attention_mask")
+
+        def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+            return {"logits": np.array([[-1e4, 0, 1e4]] * len(feeds["input_ids"]), np.float32)}
+
+    for problem, scores in (
+        ("multi_label_classification", [0.0, 0.5, 1.0]),
+        ("single_label_classification", [0.0, 0.0, 1.0]),
+    ):
+        runner = TextClassifier(Extreme(), tokenizer, {"labels": ["a", "b", "c"], "problem_type": problem})
+        assert list(runner.predict(["the cat"])[0]["scores"].values()) == scores
+
+
+def test_one_text_in_place_of_a_list_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    session = Session(save_embedder(tmp_path / "model.onnx"))
+    calls = (
+        Embedder(session, tokenizer, {"dim": DIM, "pooled": True}).embed,
+        TextClassifier(session, tokenizer, {}).predict,
+        TokenClassifier(session, tokenizer, {}).predict,
+        FillMask(session, tokenizer, {"mask_token": "[MASK]"}).predict,
+    )
+    for call in calls:
+        for text in ("the cat", ""):
+            with pytest.raises(InputError, match="One text was given"):
+                call(text)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "bytes"])
+def test_entities_hold_no_white_space_that_a_tokenizer_adds_to_words(kind: str) -> None:
+    """SentencePiece's and GPT-2's tokenizers count the space before a word to its first token."""
+    splitter: Any = (
+        pre_tokenizers.Metaspace() if kind == "metaspace" else pre_tokenizers.ByteLevel(add_prefix_space=False)
+    )
+    pieces = [piece for piece, _ in splitter.pre_tokenize_str("The cat sat on")]
+    inner = tokenizers.Tokenizer(models.WordLevel({piece: place for place, piece in enumerate(pieces)}, "?"))
+    inner.pre_tokenizer = splitter
+    tokenizer = Tokenizer(inner, max_length=8, pad_token_id=0)
+    assert tokenizer.encode(["The cat sat on"])[0].offsets[1] == (3, 7)
+    found = TokenClassifier(Scripted([0, 1, 2, 3]), tokenizer, {"labels": ENTITIES}).predict(["The cat sat on"])[0]
+    assert [(span["text"], span["start"], span["end"]) for span in found] == [("cat sat", 4, 11), ("on", 12, 14)]

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_artifacts import MAX_LENGTH, VOCABULARY, save_tokenizer
+from tokenizers import Tokenizer as HuggingFaceTokenizer
+from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from onnxpress.errors import ArtifactError, InputError
-from onnxpress.runtime.tokenization import Tokenizer
+from onnxpress.runtime.tokenization import Tokenizer, trimmed
 
 LONG = "the cats sat on a red mat . " * 10
 
@@ -121,3 +123,23 @@ def test_names_a_missing_or_corrupt_file(tmp_path: Path, content: str | None) ->
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ArtifactError, match=r"tokenizer\.json"):
         Tokenizer.from_folder(tmp_path, max_length=4)
+
+
+def test_a_text_without_tokens_is_named(tmp_path: Path) -> None:
+    """A vocabulary without an unknown token drops what it does not know; a row of padding alone would be answered."""
+    inner = HuggingFaceTokenizer(models.BPE({"a": 0, "b": 1}, []))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = Tokenizer(inner, max_length=4, pad_token_id=0)
+    with pytest.raises(InputError, match="Text 1 has no tokens"):
+        tokenizer.encode(["ab", "ß"])
+    assert [len(encoding) for encoding in tokenizer.encode(["ab", "aß"])] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "expected"),
+    [(0, 3, "the"), (3, 9, "cat"), (0, 11, "the  \ncat"), (3, 6, ""), (4, 4, "")],
+)
+def test_trimmed(start: int, end: int, expected: str) -> None:
+    text = "the  \ncat\t "
+    start, end = trimmed(text, start, end)
+    assert text[start:end] == expected

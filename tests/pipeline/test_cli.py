@@ -1,0 +1,287 @@
+"""The command line in processes of its own: exit codes, errors in one paragraph on stderr, and JSON that is JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tiny_artifacts import DIM, SIGNATURE, VOCABULARY, fill, manifest, save_artifact, save_per_token
+
+from onnxpress.artifact import ArtifactWriter
+from onnxpress.manifest import TensorSpec
+from onnxpress.runtime import Embedder, load
+
+
+def onnxpress(*arguments: object, given: bytes | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-m", "onnxpress.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, input=given, env={**os.environ, **environment})
+    return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def refused(done: subprocess.CompletedProcess[str], message: str, *, code: int = 2) -> None:
+    """Nothing on stdout, one paragraph without a traceback on stderr."""
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert done.stderr.startswith("onnxpress: ")
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_artifact(tmp_path_factory.mktemp("artifacts") / "tiny").path
+
+
+def save_task(folder: Path, task: str, outputs: dict[str, int | None], **options: Any) -> Path:
+    """An artifact with one answer a token."""
+    specs = [
+        TensorSpec(name=name, dtype="float32", shape=("batch", "length", *([width] if width else [])))
+        for name, width in outputs.items()
+    ]
+    with ArtifactWriter(folder) as writer:
+        fill(writer.folder)
+        save_per_token(writer.folder / "model.onnx", outputs)
+        signature = dataclasses.replace(SIGNATURE, task=task, outputs=tuple(specs))
+        writer.seal(manifest(signature=signature, options=options))
+        return writer.publish().path
+
+
+@pytest.fixture(scope="module")
+def question_answerer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artifacts") / "answers"
+    return save_task(folder, "question-answering", {"start_logits": None, "end_logits": None})
+
+
+@pytest.fixture(scope="module")
+def fill_mask(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artifacts") / "masks"
+    return save_task(folder, "fill-mask", {"logits": len(VOCABULARY)}, mask_token="[MASK]")
+
+
+def test_run_prints_what_python_answers(artifact: Path) -> None:
+    texts = ["the cat sat", "a red dog"]
+    done = onnxpress("run", artifact, "--text", texts[0], "--text", texts[1], "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["task"] == "feature-extraction"
+    runner = load(artifact)
+    assert isinstance(runner, Embedder)
+    np.testing.assert_allclose(found["answers"], runner.embed(texts), rtol=0, atol=1e-6)
+    done = onnxpress("run", artifact, "--text", texts[0])
+    assert done.stdout.startswith("the cat sat\n  [")
+    assert f"({DIM} numbers; --json prints all)" in done.stdout
+
+
+def test_texts_of_a_file_or_standard_input_are_its_lines(artifact: Path, tmp_path: Path) -> None:
+    content = "\ufeffthe cat\r\n\r\na\u2028dog\x0cran\nthe house".encode()
+    (tmp_path / "texts.txt").write_bytes(content)
+    piped = onnxpress("run", artifact, "--file", "-", "--json", given=content, LC_ALL="C")
+    assert piped.returncode == 0, piped.stderr
+    assert onnxpress("run", artifact, "--file", tmp_path / "texts.txt", "--json").stdout == piped.stdout
+    runner = load(artifact)
+    assert isinstance(runner, Embedder)
+    expected = runner.embed(["the cat", "a dog ran", "the house"])
+    np.testing.assert_allclose(json.loads(piped.stdout)["answers"], expected, rtol=0, atol=1e-6)
+
+
+def test_a_question_has_its_context_as_pair(question_answerer: Path) -> None:
+    context = "a red dog ran to the house."
+    done = onnxpress("run", question_answerer, "--text", "the cat ?", "--pair", context, "--top-k", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    (answers,) = json.loads(done.stdout)["answers"]
+    assert len(answers) == 2
+    for answer in answers:
+        assert answer["answer"] == context[answer["start"] : answer["end"]]
+    assert answers[0]["score"] >= answers[1]["score"]
+    line = onnxpress("run", question_answerer, "--text", "the cat ?", "--pair", context).stdout.splitlines()[1]
+    assert f"answer: {answers[0]['answer']}, score: {answers[0]['score']:.4f}" in line
+
+
+def test_masks_are_filled(fill_mask: Path) -> None:
+    done = onnxpress("run", fill_mask, "--text", "the [MASK] sat", "--top-k", 3, "--json")
+    assert done.returncode == 0, done.stderr
+    ((candidates,),) = json.loads(done.stdout)["answers"]
+    assert len(candidates) == 3
+    assert candidates[0]["sequence"] == f"the {candidates[0]['token']} sat"
+
+
+def test_run_refuses(artifact: Path, question_answerer: Path, fill_mask: Path, tmp_path: Path) -> None:
+    cases: list[tuple[str, list[object]]] = [
+        ("No text was given", [artifact]),
+        ("Text 1 is empty", [artifact, "--text", "the cat", "--text", " "]),
+        ("half a character", [artifact, "--text", os.fsdecode(b"the \xff")]),
+        ("1 texts and 2 --pair were given", [artifact, "--text", "a", "--pair", "b", "--pair", "c"]),
+        ("leave top_k out", [artifact, "--text", "a", "--top-k", 3]),
+        ("needs a context", [question_answerer, "--text", "the cat ?"]),
+        ("top_k=0", [question_answerer, "--text", "the cat ?", "--pair", "a dog", "--top-k", 0]),
+        ("top_k=0", [fill_mask, "--text", "the [MASK]", "--top-k", 0]),
+        ("has no mask", [fill_mask, "--text", "the cat"]),
+        ("cannot be read as UTF-8 text", [artifact, "--file", tmp_path / "nothing"]),
+        ("cannot be read as UTF-8 text", [artifact, "--file", tmp_path]),
+        ("does not exist", [tmp_path / "nothing", "--text", "a"]),
+        ("has no manifest.json", [tmp_path, "--text", "a"]),
+        ("Unknown provider 'gpu'", [artifact, "--text", "a", "--provider", "gpu"]),
+        ("each once", [artifact, "--text", "a", "--provider", "cpu", "--provider", "cpu"]),
+        ("onnxpress[gpu]", [artifact, "--text", "a", "--provider", "cuda"]),
+    ]
+    for message, arguments in cases:
+        refused(onnxpress("run", *arguments), message)
+    refused(onnxpress("run", artifact, "--file", "-", given=b"\xff\xfe"), "cannot be read as UTF-8 text")
+
+
+def test_a_fallback_is_said(artifact: Path) -> None:
+    ask = ("--provider", "cuda", "--provider", "cpu", "--allow-fallback")
+    for command in (
+        ("run", artifact, "--text", "the cat", "--json"),
+        ("verify", artifact, "--json"),
+        ("inspect", artifact, "--placement", "--json"),
+        ("bench", artifact, "--batch", 1, "--length", 4, "--rounds", 1),
+    ):
+        done = onnxpress(*command, *ask)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.startswith("onnxpress: The provider cuda was asked for and is not in the installed wheel")
+        assert done.stderr.endswith("It runs on: cpu.\n")
+        if "--json" in command:
+            json.loads(done.stdout)
+
+
+def test_truncation_is_said_on_stderr(artifact: Path) -> None:
+    command = [sys.executable, "-m", "onnxpress.cli", "run", str(artifact), "--text", "the cat " * 30, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["answers"]
+    assert done.stderr == "onnxpress: 1 of 1 texts were longer than 16 tokens and were cut; the longest lost 46.\n"
+
+
+def test_a_module_is_no_matter_of_text(tmp_path: Path) -> None:
+    signature = dataclasses.replace(SIGNATURE, task="module")
+    path = save_artifact(tmp_path / "module", signature=signature).path
+    refused(onnxpress("run", path, "--text", "the cat"), "takes named arrays, not text")
+    refused(onnxpress("bench", path), "takes named arrays of any shape")
+    assert onnxpress("verify", path).returncode == 0
+
+
+def test_verify(artifact: Path, tmp_path: Path) -> None:
+    done = onnxpress("verify", artifact)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        "3 files have the digests of the manifest.",
+        "golden pair, embeddings: largest difference 0 (allowed 1e-06)",
+    ]
+    found = json.loads(onnxpress("verify", artifact, "--json").stdout)
+    assert found["files"] == 3
+    assert found["golden"] == [{"case": "pair", "output": "embeddings", "max_abs": 0.0, "tolerance": 1e-6}]
+
+    with ArtifactWriter(tmp_path / "other") as writer:
+        fill(writer.folder)
+        ids = np.array([[5, 6]])
+        golden = {"input.a.input_ids": ids, "input.a.attention_mask": np.ones_like(ids)}
+        save_file(
+            {**golden, "output.a.embeddings": np.ones((1, DIM), np.float32)}, writer.folder / "golden.safetensors"
+        )
+        writer.seal(manifest())
+        other = writer.publish().path
+    refused(onnxpress("verify", other), "does not answer here as it did when it was built", code=1)
+    (other / "model.onnx").write_bytes(b"")
+    refused(onnxpress("verify", other), "model.onnx was changed after the build")
+
+
+def test_inspect(artifact: Path, tmp_path: Path) -> None:
+    done = onnxpress("inspect", artifact)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "input input_ids: int64" in done.stdout
+    found = json.loads(onnxpress("inspect", artifact, "--placement", "--json").stdout)
+    assert found["signature"]["axes"]["length"] == [1, 16]
+    assert set(found["placement"].values()) == {"CPUExecutionProvider"}
+    found = json.loads(onnxpress("inspect", artifact / "model.onnx", "--json").stdout)
+    assert found["operators"]["Gather"] == 1
+    refused(onnxpress("inspect", tmp_path / "nothing"), "does not exist")
+    refused(onnxpress("inspect", tmp_path / "nothing.onnx"), "does not exist")
+    (tmp_path / "bad.onnx").write_bytes(b"this is no model")
+    refused(onnxpress("inspect", tmp_path / "bad.onnx"), "bad.onnx")
+
+
+def test_bench(artifact: Path, tmp_path: Path) -> None:
+    done = onnxpress(
+        "bench", artifact, "--batch", "1,2", "--length", 4, "--rounds", 1, "--json", tmp_path / "times.json"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 2
+    rows = json.loads((tmp_path / "times.json").read_text())["rows"]
+    assert [(row["batch"], row["length"]) for row in rows] == [(1, 4), (2, 4)]
+    assert all(row["median_ms"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "0"], "--batch takes positive whole numbers separated by commas"),
+        (["--batch", "1,"], "--batch takes positive whole numbers separated by commas"),
+        (["--length", "many"], "--length takes positive whole numbers separated by commas"),
+        (["--rounds", "0"], "--rounds takes"),
+        (["--rounds", "1,2"], "--rounds takes one positive whole number"),
+        (["--length", "900"], "length 900; the model takes 1 to 16"),
+        (["--batch", "1", "--length", "4", "--against", "nothing"], "nothing does not exist"),
+    ],
+)
+def test_bench_refuses(artifact: Path, arguments: list[str], message: str) -> None:
+    refused(onnxpress("bench", artifact, *arguments), message)
+
+
+def test_doctor() -> None:
+    done = onnxpress("doctor")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "cpu: loads\n" in done.stdout
+    assert done.stdout.endswith("no problems found\n")
+    found = json.loads(onnxpress("doctor", "--json").stdout)
+    assert found["problems"] == []
+    assert found["providers"]["cpu"] == "loads"
+    assert "onnxruntime" in found["versions"]
+
+
+def test_doctor_reports_two_wheels(tmp_path: Path) -> None:
+    info = tmp_path / "onnxruntime_gpu-1.31.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.31.1\n")
+    done = onnxpress("doctor", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    assert "PROBLEM: both onnxruntime and onnxruntime-gpu are installed" in done.stdout
+
+
+def test_debug_shows_a_traceback(tmp_path: Path) -> None:
+    done = onnxpress("run", tmp_path / "nothing", "--text", "the cat", "--debug")
+    assert done.returncode == 2
+    assert done.stderr.startswith("Traceback (most recent call last)")
+    assert done.stderr.splitlines()[-1].startswith("onnxpress: ")
+
+
+def test_wrong_use() -> None:
+    for arguments in ([], ["frob"], ["run"], ["run", "a", "--top-k", "many"], ["bench", "a", "--frob"]):
+        done = onnxpress(*arguments)
+        assert done.returncode == 2
+        assert "usage: onnxpress" in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+    done = onnxpress("--help")
+    assert done.returncode == 0
+    for command in ("build", "run", "bench", "verify", "inspect", "doctor"):
+        assert f"    {command} " in done.stdout
+
+
+def test_a_reader_that_goes_away_is_no_error(artifact: Path) -> None:
+    """As in `onnxpress inspect ARTIFACT | head -1`: the pipe is closed before anything is written."""
+    command = [sys.executable, "-m", "onnxpress.cli", "inspect", str(artifact)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=buffered)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
