@@ -11,8 +11,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from onnxpress import machine
 from onnxpress.artifact import Artifact
 from onnxpress.errors import OutputError, UsageError
@@ -20,7 +18,7 @@ from onnxpress.inspection import say_fallback
 from onnxpress.manifest import Arrays, Json, Manifest, Signature
 from onnxpress.runtime.loading import load_artifact
 from onnxpress.runtime.text_runner import TextRunner
-from onnxpress.timing import alternate
+from onnxpress.timing import alternate, random_tokens
 
 System = Callable[[Arrays], object]
 
@@ -56,19 +54,6 @@ def bench(
         except OSError as error:
             raise OutputError(f"The figures cannot be written to {json_file}: {error.strerror}.") from None
     return 0
-
-
-def random_tokens(signature: Signature, batch: int, length: int) -> Arrays:
-    """Random ids in the inputs' bounds, int64 (batch, length); masks are all ones, token types zeros."""
-    random = np.random.default_rng(0)
-    feeds = {}
-    for spec in signature.inputs:
-        if spec.name == "input_ids":
-            low, high = spec.bounds or (0, 1000)
-            feeds[spec.name] = random.integers(low, high + 1, (batch, length))
-        else:
-            feeds[spec.name] = np.full((batch, length), 1 if spec.name == "attention_mask" else 0, np.int64)
-    return feeds
 
 
 def _time(

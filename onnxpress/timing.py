@@ -6,6 +6,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
+from onnxpress.manifest import Arrays, Signature
+
 
 def alternate(tasks: Mapping[str, Callable[[], object]], *, rounds: int = 5, seconds: float = 0.05) -> dict[str, float]:
     """Median milliseconds of each task.
@@ -24,3 +28,16 @@ def alternate(tasks: Mapping[str, Callable[[], object]], *, rounds: int = 5, sec
                 durations.append(time.perf_counter() - start)
             medians[name].append(statistics.median(durations))
     return {name: 1000 * statistics.median(values) for name, values in medians.items()}
+
+
+def random_tokens(signature: Signature, batch: int, length: int) -> Arrays:
+    """Random ids in the inputs' bounds, int64 (batch, length); masks are all ones, token types zeros."""
+    random = np.random.default_rng(0)
+    feeds = {}
+    for spec in signature.inputs:
+        if spec.name == "input_ids":
+            low, high = spec.bounds or (0, 1000)
+            feeds[spec.name] = random.integers(low, high + 1, (batch, length))
+        else:
+            feeds[spec.name] = np.full((batch, length), 1 if spec.name == "attention_mask" else 0, np.int64)
+    return feeds

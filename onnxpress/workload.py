@@ -20,6 +20,7 @@ from onnxpress.manifest import Arrays, Json, Runnable, Signature
 from onnxpress.runtime.loading import RUNNERS
 from onnxpress.runtime.text_runner import TextRunner
 from onnxpress.runtime.tokenization import Tokenizer, TruncationWarning
+from onnxpress.timing import random_tokens
 
 Answers = list[dict[str, np.ndarray]]
 
@@ -137,25 +138,12 @@ class TextWorkload:
         """Token ids of a few batches and lengths, no padding, as far as the model's maximum allows."""
         longest = min(int(self._options["max_length"]), self._signature.axes["length"][1])
         shapes = dict.fromkeys((batch, min(length, longest)) for batch, length in _SHAPES)
-        return {shape: self.random_tokens(*shape) for shape in shapes}
+        return {shape: random_tokens(self._signature, *shape) for shape in shapes}
 
     def golden(self) -> dict[str, Arrays]:
         """One sample alone, and four of unequal lengths in a padded batch."""
         samples = self._evaluation
         return {"single": self._feeds(samples[:1]), "batch": self._feeds(samples[1:5])}
-
-    def random_tokens(self, batch: int, length: int) -> Arrays:
-        """Random ids in the inputs' bounds, int64 (batch, length); masks are all ones, token types zeros."""
-        random = np.random.default_rng(0)
-        feeds = {}
-        for spec in self._signature.inputs:
-            if spec.name == "input_ids":
-                low, high = spec.bounds or (0, 1000)
-                feeds[spec.name] = random.integers(low, high + 1, (batch, length))
-            else:
-                value = 1 if spec.name == "attention_mask" else 0
-                feeds[spec.name] = np.full((batch, length), value, np.int64)
-        return feeds
 
     def throughput(self, runnable: Runnable, tokens_per_chunk: int) -> Callable[[], object]:
         """A call that answers 32 samples through the runner in chunks of a given size."""

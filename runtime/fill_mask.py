@@ -54,19 +54,17 @@ class FillMask(TextRunner):
 
     def _candidates(self, text: str, start: int, logits: np.ndarray, top_k: int) -> list[dict[str, Json]]:
         probabilities = softmax(logits.astype(np.float64))  # (vocabulary,)
-        best = np.argsort(probabilities)[::-1][:top_k]
         end = start + len(self.options["mask_token"])
-        rows = []
-        for token_id in best:
-            token = self.tokenizer.inner.decode([int(token_id)]).strip() or self.tokenizer.inner.id_to_token(
-                int(token_id)
-            )
+        inner = self.tokenizer.inner
+        rows: list[dict[str, Json]] = []
+        for token_id in map(int, np.argsort(probabilities)[::-1]):
+            if inner.id_to_token(token_id) is None:  # models round their vocabulary up
+                continue
+            token = inner.decode([token_id]).strip() or inner.id_to_token(token_id)
+            sequence = text[:start] + token + text[end:]
             rows.append(
-                {
-                    "token": token,
-                    "token_id": int(token_id),
-                    "score": float(probabilities[token_id]),
-                    "sequence": text[:start] + token + text[end:],
-                }
+                {"token": token, "token_id": token_id, "score": float(probabilities[token_id]), "sequence": sequence}
             )
+            if len(rows) == top_k:
+                break
         return rows

@@ -293,3 +293,14 @@ def test_entities_hold_no_white_space_that_a_tokenizer_adds_to_words(kind: str) 
     assert tokenizer.encode(["The cat sat on"])[0].offsets[1] == (3, 7)
     found = TokenClassifier(Scripted([0, 1, 2, 3]), tokenizer, {"labels": ENTITIES}).predict(["The cat sat on"])[0]
     assert [(span["text"], span["start"], span["end"]) for span in found] == [("cat sat", 4, 11), ("on", 12, 14)]
+
+
+def test_fill_mask_names_only_what_has_a_token(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Models round their vocabulary up, so the last ids stand for nothing."""
+    size = len(VOCABULARY)
+    session = Session(save_per_token(tmp_path / "model.onnx", {"logits": size + 30}))
+    runner = FillMask(session, tokenizer, {"mask_token": "[MASK]"})
+    candidates = runner.predict(["the [MASK] sat"], top_k=size + 30)[0][0]
+    assert sorted(candidate["token_id"] for candidate in candidates) == list(range(size))
+    assert all(candidate["token"] for candidate in candidates)
+    assert sum(candidate["score"] for candidate in candidates) < 1
