@@ -80,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     build = _command(commands, "build", _build, "export a model, press it under a quality gate, write an artifact")
     build.add_argument("source", help="recipe.toml, model folder, hub id, package.module:factory, or FILE.onnx")
     build.add_argument("--task", help="e.g. feature-extraction, text-classification; found out where possible")
-    build.add_argument("--target", help="cpu (default), cpu-avx2, cuda, tensorrt")
+    build.add_argument(
+        "--target", help="cpu, cpu-avx2 (x86 without VNNI), cuda, tensorrt (default: this machine's CPU)"
+    )
     build.add_argument("--precision", help="fp32, int8, int8-dynamic, int8-weights, int4-weights, fp16, bf16")
     build.add_argument("--out", type=Path, help="folder of the artifact (default: artifacts/NAME)")
     build.add_argument("--name", help="name of the artifact")

@@ -23,6 +23,12 @@ def describe() -> dict[str, Json]:
     }
 
 
+def cpu_target() -> str:
+    """The target (optimizers/targets.py) that this machine's own CPU is: cpu-avx2 for x86 without VNNI, else cpu."""
+    flags = _flags()
+    return "cpu-avx2" if "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni"} else "cpu"
+
+
 def _flags() -> frozenset[str]:
     return frozenset((_cpu_field("flags") or _cpu_field("Features") or "").split())
 

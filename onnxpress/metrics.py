@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score
 
 Array = npt.NDArray[Any]
 Answers = Sequence[Mapping[str, Array]]
@@ -111,6 +109,8 @@ def regression_scores(predicted: Sequence[float] | Array, gold: Sequence[float])
         return {"spearman": -100.0, "pearson": -100.0}
     if np.ptp(predicted) == 0:
         return {"spearman": 0.0, "pearson": 0.0}
+    from scipy.stats import pearsonr, spearmanr  # only here: it takes a second that most builds do not need
+
     return {
         "spearman": 100 * float(spearmanr(predicted, gold).statistic),
         "pearson": 100 * float(pearsonr(predicted, gold).statistic),
@@ -119,6 +119,8 @@ def regression_scores(predicted: Sequence[float] | Array, gold: Sequence[float])
 
 def label_scores(predicted: Sequence[str], gold: Sequence[str]) -> dict[str, float]:
     """Accuracy and macro F1 x 100."""
+    from sklearn.metrics import accuracy_score, f1_score  # only here, as above
+
     return {
         "accuracy": 100 * float(accuracy_score(gold, predicted)),
         "f1_macro": 100 * float(f1_score(gold, predicted, average="macro", zero_division=0)),

@@ -26,6 +26,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from onnxpress.errors import RecipeError
+from onnxpress.machine import cpu_target
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.targets import target
 
@@ -45,10 +46,14 @@ class ModelSection(_Section):
 
 
 class BuildSection(_Section):
-    """What to make of it. precision None is the target's default; only names the passes to run, and no others."""
+    """What to make of it.
+
+    target: this machine's CPU where not given. precision: None is the target's default. only: the passes to run, and no
+    others.
+    """
 
     name: str | None = None
-    target: str = "cpu"
+    target: str = Field(default_factory=cpu_target)
     precision: str | None = None
     only: list[str] = []
     keep_all: bool = False

@@ -14,15 +14,15 @@ from onnxpress.manifest import Arrays, Signature
 def alternate(tasks: Mapping[str, Callable[[], object]], *, rounds: int = 5, seconds: float = 0.05) -> dict[str, float]:
     """Median milliseconds of each task.
 
-    The tasks take turns; in each of `rounds` rounds a task runs for about `seconds` and at least three times, after
-    one call that is not counted. A round's figure is its median; the result is the median of the rounds.
+    The tasks take turns; in each of `rounds` rounds a task runs for about `seconds` and at least once, after one call
+    that is not counted. A round's figure is its median; the result is the median of the rounds.
     """
     medians: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(rounds):
         for name, task in tasks.items():
             task()
             durations: list[float] = []
-            while len(durations) < 3 or (sum(durations) < seconds and len(durations) < 200):
+            while not durations or (sum(durations) < seconds and len(durations) < 200):
                 start = time.perf_counter()
                 task()
                 durations.append(time.perf_counter() - start)

@@ -2,7 +2,7 @@
 
     y = MatMul(x, w) + b   →   y = MatMulIntegerToFloat(QuantizeLinear(x), w8, scales, b)
 
-Weights are symmetric int8 with one scale an output channel; activations are uint8 with one scale and zero point for
+Weights are symmetric 8-bit integers with one scale an output channel; activations are uint8 with one scale and zero point for
 the tensor, measured on calibration inputs, so an answer does not depend on what else is in its batch. Layers that
 read one tensor share its QuantizeLinear. Embedding tables become GatherBlockQuantized, and an output layer that
 shares its weight with such a table reads the same bytes through MatMulNBits.
@@ -15,14 +15,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.linear import Linear, add_constant, drop_unused_constants, linears, replace
-from onnxpress.optimizers.rounding import activation_uint8, per_channel_int8
+from onnxpress.optimizers.rounding import activation_uint8, per_channel_8bit
 from onnxpress.optimizers.weights import quantize_embeddings
 
 
@@ -42,8 +41,8 @@ class Int8:
         """
         if context.observe is None:
             raise RecipeError(
-                "The pass int8 needs calibration inputs to measure activation ranges and none are at hand: give "
-                "--eval FILE or [evaluation] inputs, or choose the pass int8-dynamic, which needs none."
+                "The pass int8 needs calibration inputs to measure activation ranges, and none are at hand: choose the "
+                "pass int8-dynamic, which needs none."
             )
         tied, touched = quantize_embeddings(graph, bits=8, preferred_block=128, keep=context.keep)
         layers = [
@@ -89,11 +88,11 @@ def _quantize_activation(graph: Graph, x: ir.Value, low: float, high: float) -> 
 def _quantize_layer(
     graph: Graph, layer: Linear, activation: tuple[ir.Value, ir.Value, ir.Value], *, reduce_range: bool
 ) -> None:
-    integers, scales = per_channel_int8(layer.weight_array(), reduce_range=reduce_range)
+    integers, scales, zero_points = per_channel_8bit(layer.weight_array(), reduce_range=reduce_range)
     x, x_scale, x_zero_point = activation
-    weight = add_constant(graph, f"{layer.name}_weight_int8", integers)
+    weight = add_constant(graph, f"{layer.name}_weight_8bit", integers)
     weight_scale = add_constant(graph, f"{layer.name}_weight_scale", scales)
-    zero_point = add_constant(graph, f"{layer.name}_weight_zero_point", np.zeros_like(scales, dtype=np.int8))
+    zero_point = add_constant(graph, f"{layer.name}_weight_zero_point", zero_points)
     inputs = [x, weight, x_scale, weight_scale, x_zero_point, zero_point]
     if layer.bias is not None:
         inputs.append(layer.bias)

@@ -11,13 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.linear import add_constant, drop_unused_constants, linears, replace
-from onnxpress.optimizers.rounding import per_channel_int8
+from onnxpress.optimizers.rounding import per_channel_8bit
 from onnxpress.optimizers.weights import quantize_embeddings
 
 
@@ -38,12 +37,14 @@ class Int8Dynamic:
             tensor = layer.weight.const_value
             if layer.name in context.keep or tensor is None or tensor.size < self.minimum_elements:
                 continue
-            integers, scales = per_channel_int8(layer.weight_array(), reduce_range=context.target.reduce_range)
+            integers, scales, zero_points = per_channel_8bit(
+                layer.weight_array(), reduce_range=context.target.reduce_range
+            )
             inputs = [
                 layer.x,
-                add_constant(graph, f"{layer.name}_weight_int8", integers),
+                add_constant(graph, f"{layer.name}_weight_8bit", integers),
                 add_constant(graph, f"{layer.name}_weight_scale", scales),
-                add_constant(graph, f"{layer.name}_weight_zero_point", np.zeros_like(scales, dtype=np.int8)),
+                add_constant(graph, f"{layer.name}_weight_zero_point", zero_points),
             ]
             if layer.bias is not None:
                 inputs.append(layer.bias)

@@ -9,18 +9,25 @@ import numpy as np
 import numpy.typing as npt
 
 Float = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int8] | npt.NDArray[np.uint8]
 
 
-def per_channel_int8(weight: Float, *, reduce_range: bool) -> tuple[npt.NDArray[np.int8], Float]:
-    """Symmetric int8 for each output channel.
+def per_channel_8bit(weight: Float, *, reduce_range: bool) -> tuple[Integers, Float, Integers]:
+    """Symmetric 8-bit integers for each output channel.
 
-    weight: (in, out). Returns (in, out) int8 and scales (out,) float32. With reduce_range, 7 bits are used, because
-    the AVX2 kernels without VNNI add two products of u8 and s8 in 16 bits, which 8 bits overflow.
+    weight: (in, out). Returns integers (in, out), scales (out,) float32 and zero points (out,).
+
+    The integers are uint8 around 128. On x86 CPUs without VNNI, kernels for unsigned activations and signed weights add
+    two products in 16 bits, which overflow; those for unsigned weights do not, and where there is VNNI both are the
+    same kernel. reduce_range: int8 of 7 bits, with which the faster kernel cannot overflow.
     """
     limit = 63 if reduce_range else 127
     scales = np.abs(weight).max(axis=0) / limit
     scales = np.where(scales > 0, scales, 1).astype(np.float32)
-    return np.clip(np.rint(weight / scales), -limit, limit).astype(np.int8), scales
+    integers = np.clip(np.rint(weight / scales), -limit, limit)
+    if reduce_range:
+        return integers.astype(np.int8), scales, np.zeros(scales.shape, np.int8)
+    return (integers + 128).astype(np.uint8), scales, np.full(scales.shape, 128, np.uint8)
 
 
 def activation_uint8(low: float, high: float) -> tuple[Float, npt.NDArray[np.uint8]]:

@@ -26,7 +26,7 @@ class Target:
 
     providers: ONNX Runtime execution providers in order. lossless: passes that run by default, in order.
     precisions: what `--precision` may be, the default first, each with the lossy passes it stands for.
-    disabled_optimizers: ONNX Runtime graph optimizers that lose time here. reduce_range: int8 weights use 7 bits.
+    disabled_optimizers: ONNX Runtime graph optimizers that lose time here. reduce_range: int8 weights are signed and use 7 bits.
     """
 
     name: str
@@ -69,6 +69,12 @@ _CPU = Target(
             "batch-mates",
             evidence="MiniLM-L6, 2 threads: 1.64/6.45 ms against 1.95/6.78 at (1,32)/(1,128)",
         ),
+        Fact(
+            claim="int8 weights are unsigned: right on every x86 CPU, and with VNNI the same kernel as signed ones",
+            evidence="without VNNI the kernel for u8 x s8 adds two products in 16 bits, which overflow: two layers with a "
+            "ReLU between them were off by 4.1 %, by 0.8 % with u8 x u8 (tests/optimizers/test_quantization.py); "
+            "onnxruntime's mlas/lib/platform.cpp sends both to one kernel where there is VNNI",
+        ),
     ),
 )
 
@@ -81,9 +87,9 @@ TARGETS: Mapping[str, Target] = {
         facts=(
             *_CPU.facts,
             Fact(
-                claim="weights take 7 bits where the CPU has no VNNI instructions",
-                evidence="AVX2 adds two u8 x s8 products in 16 bits, which overflows with 8-bit weights "
-                "(onnxruntime documentation, quantization, reduce_range)",
+                claim="without VNNI, signed weights of 7 bits are faster than unsigned ones of 8, and cannot overflow",
+                evidence="AMD EPYC with AVX2, one MatMul 1536 to 384 of 128 rows, 1 thread: 1.09 against 1.36 ms; MiniLM-L6, "
+                "2 threads, (1,128)/(2,128): 16.0/33.6 against 18.4/39.6 ms; mean cosine 0.9913 against 0.9923",
             ),
         ),
     ),

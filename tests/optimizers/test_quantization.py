@@ -17,7 +17,7 @@ from onnxpress.graph import Graph
 from onnxpress.manifest import Signature
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import ChannelRange, PassContext
-from onnxpress.optimizers.rounding import activation_uint8, block_size_for, blocks, per_channel_int8
+from onnxpress.optimizers.rounding import activation_uint8, block_size_for, blocks, per_channel_8bit
 from onnxpress.optimizers.targets import target
 
 WIDTH, ROWS = 64, 512
@@ -247,9 +247,32 @@ def test_unknown_passes_and_options_are_refused() -> None:
 @pytest.mark.parametrize("reduce_range", [False, True])
 def test_per_channel_rounding_is_within_half_a_step(reduce_range: bool) -> None:
     weight = np.random.default_rng(0).standard_normal((32, 8)).astype(np.float32)
-    integers, scales = per_channel_int8(weight, reduce_range=reduce_range)
-    assert np.abs(integers).max() == (63 if reduce_range else 127)
-    assert np.all(np.abs(integers * scales - weight) <= scales / 2 + 1e-7)
+    integers, scales, zero_points = per_channel_8bit(weight, reduce_range=reduce_range)
+    assert integers.dtype == zero_points.dtype == (np.int8 if reduce_range else np.uint8)
+    steps = integers.astype(np.int32) - zero_points
+    assert np.abs(steps).max() == (63 if reduce_range else 127)
+    assert np.all(np.abs(steps * scales - weight) <= scales / 2 + 1e-7)
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-dynamic"])
+@pytest.mark.parametrize("kind", ["cpu", "cpu-avx2"])
+def test_the_largest_products_do_not_overflow(name: str, kind: str, tmp_path: Path) -> None:
+    """Two neighbouring products at the end of both ranges: 16 bits do not hold their sum at 8 bits each."""
+    weight = np.ones((WIDTH, 2 * WIDTH), np.float32)
+    graph_proto = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], name="layer")],
+        "graph",
+        [helper.make_tensor_value_info("x", 1, ["batch", WIDTH])],
+        [helper.make_tensor_value_info("y", 1, ["batch", 2 * WIDTH])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph_proto, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+    graph = Graph(model=ir.from_proto(model), signature=Signature(task="module", inputs=(), outputs=()))
+    seen = ChannelRange(low=np.zeros(WIDTH, np.float32), high=np.ones(WIDTH, np.float32))
+    context = PassContext(target=target(kind), observe=lambda _, names: dict.fromkeys(names, seen))
+    result = make_pass(name).apply(graph, context)
+    x = np.ones((3, WIDTH), np.float32)
+    np.testing.assert_allclose(run(result.graph, {"x": x}, tmp_path)[0], x @ weight, rtol=1e-5)
 
 
 def test_activation_range_contains_zero_exactly() -> None:

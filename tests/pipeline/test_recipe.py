@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from onnxpress.errors import RecipeError
+from onnxpress.machine import cpu_target
 from onnxpress.recipe import make_recipe, read_recipe
 
 MODEL = {"model": {"source": "folder"}}
@@ -17,6 +18,7 @@ def test_everything_has_a_default_but_the_model() -> None:
     recipe = make_recipe(MODEL)
     assert recipe.precision == "int8"
     assert recipe.pass_names()[-1] == "int8"
+    assert recipe.build.target == cpu_target()
     with pytest.raises(RecipeError, match=r"'model' is missing"):
         make_recipe({})
 
@@ -30,7 +32,10 @@ def test_everything_has_a_default_but_the_model() -> None:
         ({**MODEL, "build": {"keep_all": "yes"}}, r"'build.keep_all': input should be a valid boolean, not 'yes'"),
         ({**MODEL, "quality": {"samples": 2}}, r"'quality.samples': input should be greater than or equal to 8, not 2"),
         ({**MODEL, "build": {"target": "tpu"}}, r"Unknown target 'tpu'; the targets are: cpu"),
-        ({**MODEL, "build": {"precision": "int3"}}, r"precision 'int3' does not go with target 'cpu'; it takes: int8"),
+        (
+            {**MODEL, "build": {"target": "cpu", "precision": "int3"}},
+            r"precision 'int3' does not go with target 'cpu'; it takes: int8",
+        ),
         (
             {**MODEL, "build": {"target": "tensorrt", "precision": "int4-weights"}},
             r"does not go with target 'tensorrt'",
