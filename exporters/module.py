@@ -11,9 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import onnx_ir as ir
 import torch
 
 from onnxpress.errors import ConversionError, SourceError
+from onnxpress.exporters.bounds import index_bounds
 from onnxpress.exporters.reference import TorchReference, evaluation_mode
 from onnxpress.exporters.source import ModuleSource
 from onnxpress.exporters.trace import Shape, tensor_spec, trace
@@ -37,7 +39,8 @@ def export_module(source: ModuleSource) -> ModuleExport:
     _check_device(source)
     module = PlainModule(source.module, tuple(example))
     with evaluation_mode(module), torch.inference_mode():
-        outputs = _output_names(source.module(**example))
+        answer = source.module(**example)
+    outputs = _output_names(answer)
     notes: list[str] = []
     if source.dynamic_axes is not None:
         shapes = _declared_shapes(source, example)
@@ -54,9 +57,11 @@ def export_module(source: ModuleSource) -> ModuleExport:
             model, axes = _trace(module, example, shapes, outputs)
         if problem is not None:
             notes.append(f"batch: fixed as in the example inputs ({problem})")
+    for value, (_, tensor) in zip(model.graph.outputs, _tensors(answer), strict=True):
+        _mend_rank(value, tensor)
     signature = Signature(
         task="module",
-        inputs=tuple(tensor_spec(value, bounds=_bounds(example[str(value.name)])) for value in model.graph.inputs),
+        inputs=tuple(tensor_spec(value, bounds=index_bounds(value)) for value in model.graph.inputs),
         outputs=tuple(tensor_spec(value) for value in model.graph.outputs),
         axes=axes,
     )
@@ -165,6 +170,16 @@ def _is_dynamic(shapes: Mapping[str, Shape]) -> bool:
     return any(isinstance(axis, str) for shape in shapes.values() for axis in shape)
 
 
+def _mend_rank(value: ir.Value, tensor: torch.Tensor) -> None:
+    """Torch 2.11 traces the states of a bidirectional LSTM with an axis of 1 that real ones do not have."""
+    assert value.shape is not None
+    axes = list(value.shape)
+    while len(axes) > tensor.dim() and 1 in axes:
+        axes.remove(1)
+    if len(axes) != len(value.shape):
+        value.shape = ir.Shape(axes)
+
+
 def _output_names(answer: object) -> tuple[str, ...]:
     return tuple(name or f"output_{index}" for index, (name, _) in enumerate(_tensors(answer)))
 
@@ -181,10 +196,3 @@ def _tensors(answer: object, name: str | None = None) -> Iterator[tuple[str | No
             yield from _tensors(part, None if name is None else f"{name}.{index}")
     elif answer is not None:
         raise ConversionError(f"The module answers a {type(answer).__name__}; a graph can answer tensors only.")
-
-
-def _bounds(tensor: torch.Tensor) -> tuple[int, int] | None:
-    """What integer inputs may be, as far as the example tells: 0 to the largest that was given."""
-    if tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.numel() == 0:
-        return None
-    return min(0, int(tensor.min())), int(tensor.max())

@@ -27,7 +27,7 @@ class TorchReference:
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """Answer one batch."""
-        arguments = [torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in self._input_names]
+        arguments = [torch.from_numpy(np.asarray(feeds[name], order="C")) for name in self._input_names]
         with torch.inference_mode(), evaluation_mode(self.module):
             answers = self.module(*arguments)
         return {name: answer.numpy() for name, answer in zip(self.output_names, answers, strict=True)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +64,7 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
     lowercase = _wants_lowercase(folder)
     if lowercase or not (folder / "tokenizer.json").is_file():
         saved = Path(tempfile.mkdtemp(prefix="onnxpress-tokenizer-"))
+        atexit.register(shutil.rmtree, saved, ignore_errors=True)
         with quiet():
             tokenizer.save_pretrained(saved)
         if lowercase:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from typing import Any
 
 import onnx_ir as ir
@@ -15,6 +17,8 @@ from onnxpress.exporters.quiet import quiet
 from onnxpress.manifest import TensorSpec
 
 OPSET = 23
+LARGEST_BATCH = 1024
+LARGEST_AXIS = 2**20  # of any other axis that nothing in the model limits
 
 Shape = Sequence[int | str]  # symbolic axes by name
 Axes = Mapping[str, tuple[int, int]]  # symbolic axis: inclusive (minimum, maximum)
@@ -26,15 +30,13 @@ def trace(
     *,
     shapes: Mapping[str, Shape],
     axes: Axes | None,
-    largest: int = 1024,
     outputs: Sequence[str],
     prefix: str,
     name: str,
 ) -> tuple[ir.Model, Axes]:
     """The graph of `module`, which takes the example's tensors in their order and answers a tuple of tensors.
 
-    shapes: of each input. axes: the ranges of the symbolic axes; where None they are found in the trace, up to
-    `largest`. prefix: what to take off the weights' names. name: the model's, for errors. The weights are not copied:
+    shapes: of each input. axes: the ranges of the symbolic axes; where None they are found in the trace. prefix: what to take off the weights' names. name: the model's, for errors. The weights are not copied:
     they share the module's memory. Returns the graph and the ranges. Raises ConversionError.
     """
     dynamic = tuple(
@@ -44,7 +46,8 @@ def trace(
     try:
         with quiet(), torch.no_grad():
             # The modules take *inputs, which torch.export sees as one argument that is a tuple.
-            program = torch.export.export(module, tuple(example.values()), dynamic_shapes=(dynamic,), strict=False)
+            with redirect_stderr(io.StringIO()):  # a graph that cannot be traced is printed there, and raised
+                program = torch.export.export(module, tuple(example.values()), dynamic_shapes=(dynamic,), strict=False)
             translated = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -56,7 +59,7 @@ def trace(
             )
             assert translated is not None
             clean(translated.model, inputs=shapes, prefix=prefix)
-            ranges = _ranges(program, shapes, largest) if axes is None else axes
+            ranges = _ranges(program, shapes) if axes is None else axes
     except ConversionError:
         raise
     except Exception as error:  # torch.export raises errors of every kind, and so do models while they are traced
@@ -79,7 +82,7 @@ def _dimension(axis: str, axes: Axes | None) -> Any:
     return Dim(axis, min=low, max=high)
 
 
-def _ranges(program: ExportedProgram, shapes: Mapping[str, Shape], largest: int) -> Axes:
+def _ranges(program: ExportedProgram, shapes: Mapping[str, Shape]) -> Axes:
     """The range of every symbolic axis that the trace's guards leave."""
     placeholders = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
     ranges: dict[str, tuple[int, int]] = {}
@@ -87,6 +90,7 @@ def _ranges(program: ExportedProgram, shapes: Mapping[str, Shape], largest: int)
         for size, axis in zip(node.meta["val"].shape, shape, strict=True):
             if not isinstance(axis, str):
                 continue
+            largest = LARGEST_BATCH if axis == "batch" else LARGEST_AXIS
             low, high = ranges.get(axis, (1, largest))
             allowed = program.range_constraints[size.node.expr]
             # torch assumes that a dynamic axis is not 0 or 1, unless something depends on it; a case checks it.

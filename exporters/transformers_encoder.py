@@ -23,11 +23,10 @@ from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.reference import TorchReference
 from onnxpress.exporters.tasks import Task, find_task, heads, infer_task
 from onnxpress.exporters.tokenizer import Tokenizer, read_tokenizer
-from onnxpress.exporters.trace import tensor_spec, trace
+from onnxpress.exporters.trace import LARGEST_BATCH, tensor_spec, trace
 from onnxpress.graph import Graph
 from onnxpress.manifest import Json, Signature, TensorSpec
 
-_LARGEST_BATCH = 1024
 _LENGTH_WITHOUT_LIMIT = 512  # for models with relative positions whose tokenizer has no limit either
 
 
@@ -57,7 +56,7 @@ def export_encoder(folder: Path, *, task: str | None, trust_remote_code: bool, m
     }
     names = ("input_ids", "attention_mask", *(("token_type_ids",) if _takes_token_types(model) else ()))
     wrapped = TextModel(model, names, wanted, pooling).eval()
-    axes = {"batch": (1, _LARGEST_BATCH), "length": (1, limit)}
+    axes = {"batch": (1, LARGEST_BATCH), "length": (1, limit)}
     outputs = ("embeddings",) if pooling is not None else wanted.outputs
     ir_model, notes = _trace(wrapped, model, names, axes, outputs)
     signature = Signature(
@@ -72,7 +71,7 @@ def export_encoder(folder: Path, *, task: str | None, trust_remote_code: bool, m
         reference=TorchReference(wrapped, names, outputs),
         options=options,
         tokenizer=tokenizer,
-        notes=(*notes, *tokenizer.notes),
+        notes=(*notes, *tokenizer.notes, *_prompt_notes(folder)),
     )
 
 
@@ -237,6 +236,15 @@ def _task_options(
         return {"labels": labels}
     kind = config.problem_type or ("regression" if len(labels) == 1 else "single_label_classification")
     return {"labels": labels, "problem_type": kind}
+
+
+def _prompt_notes(folder: Path) -> tuple[str, ...]:
+    declared = folder / "config_sentence_transformers.json"
+    config = read_json(declared) if declared.is_file() else {}
+    prompt = (config.get("prompts") or {}).get(config.get("default_prompt_name"))
+    if not prompt:
+        return ()
+    return (f"sentence-transformers puts {prompt!r} before every text by itself; here it is yours to put there",)
 
 
 def _remote_code_hint(folder: Path, trust_remote_code: bool) -> str:

@@ -15,6 +15,7 @@ import os
 import shutil
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -80,6 +81,7 @@ class ArtifactWriter:
         self.destination = Path(os.path.abspath(destination))  # noqa: PTH100  resolve() would follow a link at the end
         self.folder = self.destination.parent / f".{self.destination.name}.part-{os.getpid()}"
         self._manifest: Manifest | None = None
+        self._new_parents: list[Path] = []  # made for this artifact, innermost first
 
     def __enter__(self) -> Self:
         try:
@@ -88,6 +90,8 @@ class ArtifactWriter:
                     f"{self.destination} exists and is no artifact, so it is not replaced; choose another --out or remove "
                     "it."
                 )
+            parents = [self.destination.parent, *self.destination.parent.parents]
+            self._new_parents = [parent for parent in parents if not parent.exists()]
             self.destination.parent.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
             self.folder.mkdir()
@@ -101,6 +105,10 @@ class ArtifactWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _remove(self.folder)
+        if error is not None:
+            for parent in self._new_parents:
+                with suppress(OSError):  # somebody else has put something there
+                    parent.rmdir()
         if isinstance(error, OSError) and self._concerns_output(error):
             raise OutputError(
                 f"Writing the artifact {self.destination} failed: {error.strerror or error}. Nothing was left behind; free "

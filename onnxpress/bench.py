@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from onnxpress import machine
@@ -63,15 +64,11 @@ def _time(
     for batch in batches:
         for length in lengths:
             feeds = random_tokens(signature, batch, length)
-            times = alternate({label: _call(system, feeds) for label, system in systems.items()}, rounds=rounds)
+            times = alternate({label: partial(system, feeds) for label, system in systems.items()}, rounds=rounds)
             for label, milliseconds in times.items():
                 rows.append({"system": label, "batch": batch, "length": length, "median_ms": round(milliseconds, 3)})
                 print(f"{label:40} batch {batch:4} length {length:5} {milliseconds:10.2f} ms", flush=True)
     return rows
-
-
-def _call(system: System, feeds: Arrays) -> Callable[[], object]:
-    return lambda: system(feeds)
 
 
 def _artifact(folder: Path, providers: Sequence[str] | None, allow_fallback: bool) -> tuple[str, System]:

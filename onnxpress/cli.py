@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -43,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     warnings.showwarning = _print_warning
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         code = int(options.command(options))
         sys.stdout.flush()  # here, so that a pipe without a reader is met here and not at the interpreter's exit
@@ -318,6 +322,11 @@ def _short(value: Json) -> str:
 
 def _print_json(content: Json) -> None:
     print(json.dumps(content, ensure_ascii=False, indent=1))
+
+
+def _terminate(*_: Any) -> None:
+    """What a build has begun is removed on the way out, as it is on an interrupt."""
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:

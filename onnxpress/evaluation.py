@@ -6,6 +6,7 @@ The built-in texts are the project's own (data/README.md) and say themselves whe
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -42,12 +43,14 @@ class Budget:
     """The least that a metric may be.
 
     kind "at least": the value itself. "drop": at most so many points below the original. "share": at most this share of
-    the original's value lost.
+    the original's value lost. divergence: what kl_mean may be at most, in nats; the best choice alone does not see
+    probabilities that collapse, or rare classes that vanish.
     """
 
     metric: str
     limit: float
     kind: str = "at least"
+    divergence: float = math.inf
 
     def limit_value(self, reference: float) -> float:
         """The smallest value that holds, given the original's."""
@@ -68,12 +71,13 @@ class Budget:
 # of 100 answers two may differ, mostly those that were near a tie; long spans and vocabularies have more near ties.
 BUDGETS: Mapping[str, Budget] = {
     "feature-extraction": Budget(metric="cosine_mean", limit=0.99),
-    "text-classification": Budget(metric="top1_agreement", limit=0.98),
-    "token-classification": Budget(metric="top1_agreement", limit=0.98),
-    "question-answering": Budget(metric="span_agreement", limit=0.95),
-    "fill-mask": Budget(metric="top1_agreement", limit=0.95),
-    "module": Budget(metric="cosine_mean", limit=0.995),
+    "text-classification": Budget(metric="top1_agreement", limit=0.98, divergence=0.05),
+    "token-classification": Budget(metric="top1_agreement", limit=0.98, divergence=0.05),
+    "question-answering": Budget(metric="span_agreement", limit=0.95, divergence=0.1),
+    "fill-mask": Budget(metric="top1_agreement", limit=0.95, divergence=0.1),
+    "module": Budget(metric="variance_kept", limit=0.99),
 }
+_REGRESSION = Budget(metric="variance_kept", limit=0.98)
 
 # With labels, in points of the task's metric (x 100): what the field calls lossless.
 LABELLED_BUDGETS: Mapping[str, Budget] = {
@@ -85,7 +89,7 @@ LABELLED_BUDGETS: Mapping[str, Budget] = {
 _LABELLED_REGRESSION = Budget(metric="spearman", limit=0.3, kind="drop")  # numbers, as similarities of embeddings are
 
 
-def budget_for(task: str, given: str | None, *, labelled: bool, problem_type: str | None = None) -> Budget:
+def budget_for(task: str, given: str | float | None, *, labelled: bool, problem_type: str | None = None) -> Budget:
     """The budget of a task, or the user's: "0.5%" is a share that may be lost, "0.99" a value. Raises RecipeError.
 
     problem_type: the classifier's (options of the manifest); regression with labels is judged by Spearman.
@@ -93,20 +97,21 @@ def budget_for(task: str, given: str | None, *, labelled: bool, problem_type: st
     if labelled and task not in LABELLED_BUDGETS:
         raise RecipeError(_no_labels(task))
     default = (LABELLED_BUDGETS if labelled else BUDGETS)[task]
-    if labelled and problem_type == "regression":
-        default = _LABELLED_REGRESSION
+    if problem_type == "regression":
+        default = _LABELLED_REGRESSION if labelled else _REGRESSION
     if given is None:
         return default
+    given = str(given)
     try:
         number = float(given.removesuffix("%"))
     except ValueError:
         number = -1.0
     if given.endswith("%") and 0 <= number <= 100:
         if labelled:
-            return Budget(metric=default.metric, limit=number / 100, kind="share")
-        return Budget(metric=default.metric, limit=1 - number / 100)
+            return dataclasses.replace(default, limit=number / 100, kind="share")
+        return dataclasses.replace(default, limit=1 - number / 100)
     if not given.endswith("%") and 0 <= number <= (100 if labelled else 1):
-        return Budget(metric=default.metric, limit=number)
+        return dataclasses.replace(default, limit=number, kind="at least")
     scale = "0 to 100" if labelled else "0 to 1"
     raise RecipeError(
         f'The budget {given!r} is not understood: "0.5%" is the share of {default.metric} that may be lost, a number from '
@@ -138,22 +143,27 @@ def agreement(
 ) -> dict[str, float]:
     """How far raw outputs agree with the original's, by the task's measures.
 
-    problem_type: the classifier's; several labels a text are compared label by label. A regression (one output) has no
-    best choice: its top1_agreement is the share of the original's variance over the samples that is kept.
+    problem_type: the classifier's; several labels a text are compared label by label. A regression has no best choice:
+    numbers are compared, as a module's are.
     """
-    if task in ("feature-extraction", "module"):
+    if task == "feature-extraction":
         return metrics.cosine_metrics(_pooled(reference), _pooled(candidate))
+    if task == "module" or problem_type == "regression":
+        return metrics.number_metrics(reference, candidate)
     if task == "question-answering":
         return metrics.span_metrics(reference, candidate)
     if problem_type == "multi_label_classification":
         return metrics.sign_metrics(reference, candidate, "logits")
-    if task == "text-classification" and reference[0]["logits"].shape[-1] == 1:
-        return metrics.number_metrics(reference, candidate, "logits")
     return metrics.choice_metrics(reference, candidate, "logits")
 
 
-def batch_dependence(alone: Answers, batched: Answers) -> float:
-    """Mean cosine between answers alone and the same answers in a batch."""
+def batch_dependence(alone: Answers, batched: Answers, *, numbers: bool = False) -> float:
+    """Mean cosine between answers alone and the same answers in a batch. numbers: the share of variance kept instead.
+
+    The cosine of two single numbers is 1 whatever they are.
+    """
+    if numbers:
+        return metrics.number_metrics(alone, batched)["variance_kept"]
     return float(np.mean(metrics.cosines(_pooled(alone), _pooled(batched))))
 
 

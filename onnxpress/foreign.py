@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.errors import ArtifactError, ConversionError, SourceError
+from onnxpress.errors import ArtifactError, ConversionError, InputError, SourceError
 from onnxpress.exporters import Exported
+from onnxpress.exporters.bounds import index_bounds
+from onnxpress.exporters.trace import LARGEST_AXIS, LARGEST_BATCH
 from onnxpress.graph import Graph
-from onnxpress.manifest import Signature, TensorSpec
+from onnxpress.manifest import Arrays, Signature, TensorSpec
 from onnxpress.runtime.session import Session
 
-_EXAMPLE_SIZE = {0: 2}  # a symbolic axis is 8 long in the example, a leading one 2
-_DEFAULT_SIZE = 8
-_LARGEST = 1024
+_EXAMPLE_BATCH = 2  # how long leading symbolic axes are in the example
+_EXAMPLE_SIZES = (8, 64, 512)  # how long others are: the first with which the file runs
 
 
 def open_onnx(path: Path, *, task: str | None, max_length: int | None) -> Exported:
@@ -34,17 +35,11 @@ def open_onnx(path: Path, *, task: str | None, max_length: int | None) -> Export
         model = ir.load(path)
         reference = Session(path)
     except ArtifactError as error:
-        raise SourceError(f"{path} is not a readable ONNX model: {error}") from None
+        raise SourceError(str(error)) from None
     except Exception as error:  # the protobuf parser's errors have no common base
         raise SourceError(f"{path} is not a readable ONNX model: {error}") from None
     signature = _signature(model)
-    example = {spec.name: _example(spec) for spec in signature.inputs}
-    try:
-        reference.run(example)
-    except Exception as error:
-        raise ConversionError(
-            f"{path} does not run on inputs of the shapes that it declares ({_shapes(signature)}): {error}"
-        ) from None
+    example = _example_that_runs(reference, signature, path)
     return Exported(
         graph=Graph(model=model, signature=signature),
         reference=reference,
@@ -60,8 +55,16 @@ def _signature(model: ir.Model) -> Signature:
     initializers = set(model.graph.initializers)
     inputs = tuple(_spec(value) for value in model.graph.inputs if value.name not in initializers)
     outputs = tuple(_spec(value) for value in model.graph.outputs)
-    names = {axis for spec in inputs for axis in spec.shape if isinstance(axis, str)}
-    return Signature(task="module", inputs=inputs, outputs=outputs, axes=dict.fromkeys(sorted(names), (1, _LARGEST)))
+    leading = _leading_axes(inputs)
+    names = sorted({axis for spec in inputs for axis in spec.shape if isinstance(axis, str)})
+    axes = {name: (1, LARGEST_BATCH if name in leading else LARGEST_AXIS) for name in names}
+    return Signature(task="module", inputs=inputs, outputs=outputs, axes=axes)
+
+
+def _leading_axes(inputs: tuple[TensorSpec, ...]) -> set[int | str]:
+    """Axes that are the first of every input that has them."""
+    places = [(axis, place) for spec in inputs for place, axis in enumerate(spec.shape)]
+    return {axis for axis, place in places if place == 0} - {axis for axis, place in places if place > 0}
 
 
 def _spec(value: ir.Value) -> TensorSpec:
@@ -71,18 +74,35 @@ def _spec(value: ir.Value) -> TensorSpec:
         int(axis) if isinstance(axis, int) else str(axis.value or f"{value.name}_{index}")
         for index, axis in enumerate(value.shape)
     )
-    return TensorSpec(name=str(value.name), dtype=value.dtype.numpy().name, shape=shape)
+    dtype = value.dtype.numpy()
+    bounds = index_bounds(value) if np.issubdtype(dtype, np.integer) else None
+    return TensorSpec(name=str(value.name), dtype=dtype.name, shape=shape, bounds=bounds)
 
 
-def _example(spec: TensorSpec) -> np.ndarray:
-    shape = [
-        axis if isinstance(axis, int) else _EXAMPLE_SIZE.get(index, _DEFAULT_SIZE)
-        for index, axis in enumerate(spec.shape)
-    ]
+def _example_that_runs(reference: Session, signature: Signature, path: Path) -> Arrays:
+    leading = _leading_axes(signature.inputs)
+    for size in _EXAMPLE_SIZES:
+        example = {spec.name: _example(spec, leading, size) for spec in signature.inputs}
+        try:
+            reference.run(example)
+        except InputError as error:
+            refused = error
+        else:
+            return example
+    raise ConversionError(
+        f"{path} does not run on inputs of the shapes that it declares ({_shapes(signature)}): {refused}"
+    )
+
+
+def _example(spec: TensorSpec, leading: set[int | str], size: int) -> np.ndarray:
+    """Normal floats, row numbers of the table that is looked up, and ones (as masks are) where there is none."""
+    shape = [axis if isinstance(axis, int) else _EXAMPLE_BATCH if axis in leading else size for axis in spec.shape]
     random = np.random.default_rng(0)
     if np.issubdtype(np.dtype(spec.dtype), np.floating):
         return random.standard_normal(shape).astype(spec.dtype)
-    return random.integers(0, 2, shape).astype(spec.dtype)
+    if spec.bounds is None:
+        return np.ones(shape, spec.dtype)
+    return random.integers(spec.bounds[0], spec.bounds[1] + 1, shape).astype(spec.dtype)
 
 
 def _shapes(signature: Signature) -> str:

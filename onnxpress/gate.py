@@ -6,6 +6,7 @@ smallest number of them that keeps the budget is found by bisection.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,8 @@ class Judgement:
     """What the evaluation says of one graph.
 
     metrics: all figures; metric and value: the one that the budget is about; batch_cosine: how far an answer moves
-    with its batch-mates (1 is not at all); holds: budget and batch_cosine are both kept.
+    with its batch-mates (1 is not at all); margin: what is left of the tightest of the limits on value, divergence and
+    batch_cosine, as a share of what it allows; holds: none of them is broken.
     """
 
     metrics: dict[str, float]
@@ -34,7 +36,8 @@ class Judgement:
 
     def sentence(self) -> str:
         """The verdict in a few words."""
-        return f"{self.metric} {self.value:.5g}, alone against batched {self.batch_cosine:.6f}"
+        divergence = f", divergence {self.metrics['kl_mean']:.2g} nats" if "kl_mean" in self.metrics else ""
+        return f"{self.metric} {self.value:.5g}{divergence}, alone against batched {self.batch_cosine:.6f}"
 
 
 class Gate:
@@ -59,16 +62,19 @@ class Gate:
             metrics |= self.workload.score(runnable)
         value = metrics[self.budget.metric]
         batch_cosine = 1.0 if rows_alone else self.workload.batch_dependence(runnable)
-        margin = min(
-            self.budget.margin(self.reference_value, value), (batch_cosine - BATCH_COSINE) / (1 - BATCH_COSINE)
-        )
+        margins = [
+            self.budget.margin(self.reference_value, value),
+            (batch_cosine - BATCH_COSINE) / (1 - BATCH_COSINE),
+        ]
+        if math.isfinite(self.budget.divergence):
+            margins.append(1 - metrics.get("kl_mean", 0.0) / self.budget.divergence)
         return Judgement(
             metrics=metrics,
             metric=self.budget.metric,
             value=value,
             batch_cosine=batch_cosine,
-            holds=self.budget.holds(self.reference_value, value) and batch_cosine >= BATCH_COSINE,
-            margin=margin,
+            holds=min(margins) >= 0,
+            margin=min(margins),
         )
 
 
@@ -87,7 +93,7 @@ def repair(
         progress(f"sensitivity {index + 1} of {len(groups)}")
         margins[group] = judge_keeping(frozenset(places) - frozenset(group)).margin
     ranked = sorted(groups, key=lambda group: margins[group])
-    low, high = 1, max(1, len(groups) // 2)
+    low, high = 1, len(groups) // 2
     found: tuple[frozenset[str], Judgement] | None = None
     while low <= high:
         middle = (low + high) // 2

@@ -24,9 +24,9 @@ def write_golden(path: Path, session: Runnable, cases: Mapping[str, Arrays], *, 
     largest: dict[str, float] = {}
     for case, feeds in cases.items():
         for name, array in feeds.items():
-            tensors[f"input.{case}.{name}"] = np.ascontiguousarray(array)
+            tensors[f"input.{case}.{name}"] = np.asarray(array, order="C")
         for name, array in session.run(feeds).items():
-            tensors[f"output.{case}.{name}"] = np.ascontiguousarray(array)
+            tensors[f"output.{case}.{name}"] = np.asarray(array, order="C")
             largest[name] = max(largest.get(name, 0.0), float(np.abs(array).max(initial=0)))
     save_file(tensors, path)
     share = _EXACT if exact else _QUANTIZED

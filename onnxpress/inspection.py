@@ -9,22 +9,26 @@ from typing import Any
 
 from onnxpress.artifact import Artifact
 from onnxpress.manifest import Json, Manifest, Runnable, Signature, TensorSpec
+from onnxpress.runtime.loading import open_session
 from onnxpress.runtime.session import Session
 
 
 def inspect(path: Path, *, placement: bool, as_json: bool, providers: list[str] | None, allow_fallback: bool) -> int:
     """Print the findings; returns the exit code. Raises ArtifactError, and ProviderError with `placement`."""
+    session: Session | None = None
     if path.suffix == ".onnx":
-        findings = _of_file(path)
+        session = Session(path, providers=providers or ("cpu",), allow_fallback=allow_fallback)
+        findings = _of_file(path, session.signature)
     else:
         artifact = Artifact.open(path)
         findings = _of_manifest(artifact.manifest)
+        findings["largest_weights"] = _largest_weights(artifact.file("model.onnx"))
         if placement:
-            from onnxpress.runtime.loading import open_session
-
             session = open_session(artifact, providers=providers, allow_fallback=allow_fallback)
-            say_fallback(session)
-            findings["placement"] = session.placement()
+    if session is not None:
+        say_fallback(session)
+    if session is not None and placement:
+        findings["placement"] = session.placement()
     if as_json:
         print(json.dumps(findings, indent=1, ensure_ascii=False))
     else:
@@ -44,25 +48,30 @@ def _of_manifest(manifest: Manifest) -> dict[str, Json]:
     return content
 
 
-def _of_file(path: Path) -> dict[str, Json]:
-    from onnxpress.foreign import open_onnx
+def _of_file(path: Path, signature: Signature) -> dict[str, Json]:
+    import onnx_ir as ir  # the build extra
 
-    graph = open_onnx(path, task=None, max_length=None).graph
-    sizes = sorted(
-        (
-            (value.const_value.nbytes, name)
-            for name, value in graph.model.graph.initializers.items()
-            if value.const_value
-        ),
-        reverse=True,
-    )
+    from onnxpress.graph import Graph
+
+    graph = Graph(model=ir.load(path), signature=signature)
     return {
         "name": path.name,
-        "signature": _signature(graph.signature),
+        "signature": _signature(signature),
         "operators": graph.operators(),
         "weight_bytes": graph.weight_bytes(),
-        "largest_weights": [{"name": name, "bytes": size} for size, name in sizes[:10]],
+        "largest_weights": _largest_weights(path),
     }
+
+
+def _largest_weights(path: Path) -> list[Json]:
+    """The ten largest weights of an .onnx file by name, in bytes; none where the build extra is not installed."""
+    try:
+        import onnx_ir as ir
+    except ModuleNotFoundError:
+        return []
+    weights = ir.load(path).graph.initializers
+    sizes = [(value.const_value.nbytes, name) for name, value in weights.items() if value.const_value]
+    return [{"name": name, "bytes": size} for size, name in sorted(sizes, reverse=True)[:10]]
 
 
 def _signature(signature: Signature) -> dict[str, Json]:
@@ -97,8 +106,9 @@ def _lines(findings: dict[str, Any]) -> list[str]:
     if "files" in findings:
         lines.append("files")
         lines += [f"  {entry['size']:>12,} {name}" for name, entry in findings["files"].items()]
-    for row in findings.get("largest_weights", ()):
-        lines.append(f"  {row['bytes']:>12,} {row['name']}")
+    if findings["largest_weights"]:
+        lines.append("largest weights")
+        lines += [f"  {row['bytes']:>12,} {row['name']}" for row in findings["largest_weights"]]
     if "placement" in findings:
         lines.append("placement")
         lines += [f"  {provider}: {node}" for node, provider in findings["placement"].items()]

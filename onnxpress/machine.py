@@ -29,6 +29,16 @@ def cpu_target() -> str:
     return "cpu-avx2" if "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni"} else "cpu"
 
 
+def peak_memory_bytes() -> int | None:
+    """The most resident memory that this process had so far; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
 def _flags() -> frozenset[str]:
     return frozenset((_cpu_field("flags") or _cpu_field("Features") or "").split())
 

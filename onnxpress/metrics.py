@@ -48,7 +48,7 @@ def choice_metrics(reference: Answers, candidate: Answers, output: str) -> dict[
             logs = _log_softmax(first)
             shares = np.exp(logs)
             divergence = np.where(shares > 0, shares * (logs - _log_softmax(second)), 0).sum(-1)
-            differences.append(np.where(np.isfinite(second), np.abs(first - second), np.inf).max())
+            differences.append(np.where(np.isfinite(second), np.abs(first - second), np.inf).max(initial=0.0))
         divergences.append(np.where(finite, divergence, np.inf))
     return {
         "top1_agreement": float(np.concatenate(agreed).mean()),
@@ -57,18 +57,19 @@ def choice_metrics(reference: Answers, candidate: Answers, output: str) -> dict[
     }
 
 
-def number_metrics(reference: Answers, candidate: Answers, output: str) -> dict[str, float]:
-    """For one number a sample: the share of the original's variance that is kept (R², at least 0), largest difference.
+def number_metrics(reference: Answers, candidate: Answers) -> dict[str, float]:
+    """For numbers: the share of the original's variance over the samples that is kept, and the largest difference.
 
-    A cosine would not do: numbers around 3 and the constant 3 are nearly parallel.
+    variance_kept: 1 - sum of squared differences / sum of squares around each number's mean over the samples, at least
+    0 (R²). A cosine would not do: numbers around 3 and the constant 3 are nearly parallel.
     """
-    first = np.concatenate([answer[output].ravel() for answer in reference]).astype(np.float64)
-    second = np.concatenate([answer[output].ravel() for answer in candidate]).astype(np.float64)
+    first = np.stack([_vector(answer) for answer in reference]).astype(np.float64)  # (samples, numbers)
+    second = np.stack([_vector(answer) for answer in candidate]).astype(np.float64)
     if not np.isfinite(second).all():
-        return {"top1_agreement": 0.0, "max_abs": float("inf")}
-    lost, whole = float(((first - second) ** 2).sum()), float(((first - first.mean()) ** 2).sum())
+        return {"variance_kept": 0.0, "max_abs": float("inf")}
+    lost, whole = float(((first - second) ** 2).sum()), float(((first - first.mean(axis=0)) ** 2).sum())
     kept = 1.0 if lost == 0 else max(0.0, 1 - lost / whole) if whole > 0 else 0.0
-    return {"top1_agreement": kept, "max_abs": float(np.abs(first - second).max())}
+    return {"variance_kept": kept, "max_abs": float(np.abs(first - second).max())}
 
 
 def sign_metrics(reference: Answers, candidate: Answers, output: str) -> dict[str, float]:

@@ -10,25 +10,33 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from onnxpress import evaluation, terminal
 from onnxpress.artifact import Artifact, ArtifactWriter
 from onnxpress.calibration import Calibration
-from onnxpress.errors import BudgetError, GoldenError, ParityError, RecipeError
+from onnxpress.errors import (
+    ArtifactError,
+    BudgetError,
+    ConversionError,
+    GoldenError,
+    ParityError,
+    RecipeError,
+    SourceError,
+)
 from onnxpress.exporters import Exported, ParityCheck, export
 from onnxpress.foreign import open_onnx
 from onnxpress.gate import Gate, repair
 from onnxpress.golden import write_golden
 from onnxpress.graph import Graph
-from onnxpress.machine import describe
+from onnxpress.machine import describe, peak_memory_bytes
 from onnxpress.manifest import Json, Manifest, Runnable
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import Pass, PassContext
@@ -37,7 +45,7 @@ from onnxpress.recipe import BuildSection, ModelSection, QualitySection, Recipe,
 from onnxpress.report import render_report
 from onnxpress.runtime.session import Session
 from onnxpress.timing import alternate
-from onnxpress.workbench import Workbench, save
+from onnxpress.workbench import RowByRow, Workbench, save
 from onnxpress.workload import ModuleWorkload, TextWorkload, Workload, workload_file
 
 if TYPE_CHECKING:
@@ -54,18 +62,22 @@ def build(
     *,
     out: str | os.PathLike[str] | None = None,
     example_inputs: Any = None,
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     quiet: bool = True,
     **options: Any,
 ) -> Artifact:
     """Build an artifact and return it.
 
     source: a recipe (file or object), a model folder, a hub id, "package.module:factory", an .onnx file, or a
-    torch.nn.Module with example_inputs. out: the artifact's folder (default artifacts/NAME). options: any key of a
+    torch.nn.Module with example_inputs (a tuple or dict of tensors) and perhaps dynamic_axes ({input: {axis: name}};
+    without it axis 0 is tried as the batch). out: the artifact's folder (default artifacts/NAME). options: any key of a
     recipe's sections: task, revision, max_length, trust_remote_code, name, target, precision, only, keep_all,
     measure, budget, file, columns, samples, calibration_samples; they overrule the recipe's. quiet: no progress.
 
     Raises RecipeError, SourceError, ConversionError, ParityError, BudgetError, OutputError.
     """
+    import torch
+
     module = None
     if isinstance(source, Recipe):
         recipe = source
@@ -73,6 +85,8 @@ def build(
         recipe = read_recipe(Path(source))
     elif isinstance(source, str | os.PathLike):
         recipe = make_recipe({"model": {"source": os.fspath(source)}})
+    elif not isinstance(source, torch.nn.Module):
+        raise SourceError(f"A {type(source).__name__} was given as source; a name, a recipe or a module is expected.")
     else:
         module = source
         recipe = make_recipe({"model": {"source": f"python:{type(source).__module__}.{type(source).__qualname__}"}})
@@ -80,12 +94,18 @@ def build(
     folder = Path(out) if out is not None else Path("artifacts") / _name(recipe)
     report = terminal.Progress(enabled=not quiet)
     with report:
-        return _build(recipe, folder, module, example_inputs, report)
+        return _build(recipe, folder, _Given(module, example_inputs, dynamic_axes), report)
 
 
-def _build(
-    recipe: Recipe, folder: Path, module: torch.nn.Module | None, example_inputs: Any, report: terminal.Progress
-) -> Artifact:
+class _Given(NamedTuple):
+    """What was given in Python and no recipe can hold."""
+
+    module: torch.nn.Module | None
+    example_inputs: Any
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None
+
+
+def _build(recipe: Recipe, folder: Path, given: _Given, report: terminal.Progress) -> Artifact:
     started = time.perf_counter()
     facts = find_target(recipe.build.target)
     evaluation_file = workload_file(recipe.quality.file)
@@ -95,7 +115,7 @@ def _build(
         bench = Workbench(work, facts)
 
         report.step("export")
-        exported = _export(recipe, module, example_inputs)
+        exported = _export(recipe, given)
         _copy_tokenizer(exported, writer.folder)
         workload = _workload(recipe, exported, writer.folder, evaluation_file)
         budget = evaluation.budget_for(
@@ -107,7 +127,10 @@ def _build(
 
         report.step("verify the export against the original")
         parity = ParityCheck(exported)
-        plain = bench.open(exported.graph)
+        try:
+            plain = bench.open(exported.graph)
+        except ArtifactError as error:
+            raise ConversionError(f"{exported.name} does not run on ONNX Runtime: {error.__cause__ or error}") from None
         parity_rows = parity.check(plain)
         gate = Gate(workload, exported.reference, budget)
 
@@ -138,7 +161,7 @@ def _build(
                     "status": "kept",
                     "reason": _parity_sentence(parity_rows),
                     "changes": 0,
-                    "notes": [*exported.notes, *workload.notes],
+                    "notes": [*exported.notes, *parity.notes, *workload.notes],
                     "metric": budget.metric,
                     "quality": _rounded(gate.reference_value),
                     "quality_before": None,
@@ -170,7 +193,7 @@ def _build(
                 measured["tokens_per_chunk"] = _fastest_chunk(workload, press.session)
         shutil.rmtree(work)
         measured["build_seconds"] = round(time.perf_counter() - started, 1)
-        measured["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        measured["peak_memory_bytes"] = peak_memory_bytes()
 
         report.step("reopen without torch and check the golden outputs")
         manifest = writer.seal(manifest)
@@ -224,10 +247,11 @@ class _Press:
             self._record(row, status="undone", reason=f"changed the answers: {error}")
             return
         slower = self._slower(step, session)
-        if slower and not self._recipe.build.keep_all:
+        if slower and not self._recipe.build.keep_all and not self._recipe.build.only:
             self._record(row, status="undone", reason=slower)
             return
-        self._take(row, result.graph, session, status="kept", reason="answers as before")
+        reason = "answers as before" + (f"; {slower}" if slower else "")
+        self._take(row, result.graph, session, status="kept", reason=reason)
 
     def _run_lossy(self, step: Pass) -> None:
         calibration = Calibration(self._bench.open, self._gate.workload.calibration)
@@ -241,14 +265,15 @@ class _Press:
         result, session = apply(keep)
         row = self._row(step, result.changes, result.notes)
         if result.changes == 0:
-            self._record(row, status="undone", reason="nothing to change: " + "; ".join(result.notes))
+            self._record(row, status="undone", reason="nothing to change")
             self._refuse(step, row)
             return
         judgement = self._gate.judge(session)
         status, reason = "kept", judgement.sentence()
         rows_alone = False
         if not judgement.holds and not self._recipe.build.keep_all:
-            alone = self._gate.judge(session, rows_alone=True)
+            can_run_alone = self._gate.workload.rows_can_run_alone
+            alone = self._gate.judge(session, rows_alone=True) if can_run_alone else judgement
             if alone.holds:
                 status, judgement, rows_alone = "repaired", alone, True
                 reason = f"rows run one at a time, since batched they were at {judgement.batch_cosine:.5f}: {alone.sentence()}"
@@ -256,16 +281,19 @@ class _Press:
                 mended = repair(result.touched, lambda kept: self._gate.judge(apply(kept)[1]), self._report.detail)
                 if mended is None:
                     row["quality"] = _rounded(judgement.value)
-                    self._record(row, status="undone", reason=f"over the budget even with half in float: {reason}")
+                    half = "" if len(result.touched) == 1 else " even with half in float"
+                    self._record(row, status="undone", reason=f"over the budget{half}: {reason}")
                     self._refuse(step, row)
                     return
                 keep, judgement = mended
                 result, session = apply(keep)
+                row |= {"changes": result.changes, "notes": list(result.notes)}
                 status = "repaired"
                 reason = f"{len(keep)} places stay in float ({', '.join(sorted(keep))}): {judgement.sentence()}"
         row["quality"] = _rounded(judgement.value)
         row["batch_cosine"] = _rounded(judgement.batch_cosine)
-        slower = self._slower(step, session)
+        row["metrics"] = {name: _rounded(value) for name, value in judgement.metrics.items()}
+        slower = self._slower(step, RowByRow(session) if rows_alone else session)
         if slower and not self._explicit:
             self._record(row, status="undone", reason=slower)
             return
@@ -280,12 +308,13 @@ class _Press:
     def _refuse(self, step: Pass, row: Mapping[str, Json]) -> None:
         """A precision that was asked for by name is never left out in silence."""
         if self._explicit:
+            why = "; ".join([row["reason"], *row["notes"]])
             raise BudgetError(
-                f"The pass {step.name} was asked for and cannot be kept: {row['reason']}. Allow more with --budget, choose "
+                f"The pass {step.name} was asked for and cannot be kept: {why}. Allow more with --budget, choose "
                 "another --precision, or keep it in spite of the budget with --keep-all."
             )
 
-    def _slower(self, step: Pass, session: Session) -> str:
+    def _slower(self, step: Pass, session: Runnable) -> str:
         """Why a pass does not pay, or nothing. Records the times."""
         if not self._recipe.build.measure or not self._bench.on_target:
             return ""
@@ -349,18 +378,21 @@ def _name(recipe: Recipe) -> str:
     if recipe.build.name is not None:
         return recipe.build.name
     source = recipe.model.source.rstrip("/")
+    if source.startswith("python:"):
+        return source.rpartition(".")[2]
     if source.endswith(".onnx"):
         return Path(source).stem
-    return source.replace(":", "/").rsplit("/", 1)[-1].rsplit(".", 1)[-1] or "model"
+    return source.replace(":", "/").rpartition("/")[2] or "model"
 
 
-def _export(recipe: Recipe, module: torch.nn.Module | None, example_inputs: Any) -> Exported:
+def _export(recipe: Recipe, given: _Given) -> Exported:
     model = recipe.model
-    if module is None and model.source.endswith(".onnx"):
+    if given.module is None and model.source.endswith(".onnx"):
         return open_onnx(Path(model.source), task=model.task, max_length=model.max_length)
     return export(
-        module if module is not None else model.source,
-        example_inputs=example_inputs,
+        given.module if given.module is not None else model.source,
+        example_inputs=given.example_inputs,
+        dynamic_axes=given.dynamic_axes,
         task=model.task,
         revision=model.revision,
         max_length=model.max_length,
@@ -398,15 +430,11 @@ def _is_labelled(workload: Workload) -> bool:
 def _latency(workload: Workload, systems: Mapping[str, Runnable]) -> list[dict[str, Json]]:
     rows: list[dict[str, Json]] = []
     for shape, feeds in workload.timing().items():
-        times = alternate({name: _call(runnable, feeds) for name, runnable in systems.items()})
+        times = alternate({name: partial(runnable.run, feeds) for name, runnable in systems.items()})
         for name, milliseconds in times.items():
             row = {"system": name, "batch": shape[0], "length": shape[1] if len(shape) > 1 else None}
             rows.append({**row, "shape": list(shape), "median_ms": round(milliseconds, 4)})
     return rows
-
-
-def _call(runnable: Runnable, feeds: Mapping[str, Any]) -> Any:
-    return lambda: runnable.run(feeds)
 
 
 def _fastest_chunk(workload: TextWorkload, session: Session) -> int:

@@ -52,7 +52,7 @@ class BuildSection(_Section):
     others.
     """
 
-    name: str | None = None
+    name: str | None = Field(default=None, pattern=r"^\w[^/\\]*$")
     target: str = Field(default_factory=cpu_target)
     precision: str | None = None
     only: list[str] = []
@@ -61,9 +61,9 @@ class BuildSection(_Section):
 
 
 class QualitySection(_Section):
-    """What it may cost. file holds the user's samples (csv, tsv, jsonl); budget "0.5%" is relative, "0.99" absolute."""
+    """What it may cost. file holds the user's samples (csv, tsv, jsonl); budget "0.5%" is relative, 0.99 absolute."""
 
-    budget: str | None = None
+    budget: str | float | int | None = None
     file: str | None = None
     columns: dict[str, str | int] = {}
     samples: int = Field(default=200, ge=8)

@@ -55,6 +55,7 @@ details { margin: 0.8rem 0; } summary { cursor: pointer; color: var(--accent); }
 _METRICS = {
     "cosine_mean": "mean cosine",
     "top1_agreement": "same answer",
+    "variance_kept": "variance kept",
     "span_agreement": "same span",
     "spearman": "Spearman",
     "entity_f1": "entity F1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +20,7 @@ class Progress:
     """Steps on stderr: a spinner on a terminal, a line a step elsewhere, nothing where it is not enabled."""
 
     def __init__(self, *, enabled: bool) -> None:
-        self._console = Console(stderr=True, quiet=not enabled, highlight=False)
+        self._console = Console(file=sys.stderr, quiet=not enabled, highlight=False)
         self._status: Status | None = None
         self._name = ""
         self._started = 0.0

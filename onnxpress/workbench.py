@@ -5,15 +5,20 @@ A target whose provider this machine lacks (cuda on a laptop) is tried on the CP
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxpress.errors import OutputError, ProviderError
 from onnxpress.graph import Graph
-from onnxpress.manifest import Arrays
+from onnxpress.manifest import Arrays, Runnable
 from onnxpress.optimizers.targets import Target
+from onnxpress.runtime.providers import check_provider
 from onnxpress.runtime.session import Session
 from onnxpress.timing import alternate
 
@@ -29,6 +34,12 @@ class Workbench:
         self._count = 0
         self._providers: tuple[str, ...] = target.providers
         self.note = ""
+        try:
+            for provider in target.providers:
+                check_provider(provider)
+        except ProviderError as error:
+            self._providers = ("cpu",)
+            self.note = f"tried on the CPU provider and not timed: {error}"
 
     @property
     def on_target(self) -> bool:
@@ -36,38 +47,49 @@ class Workbench:
         return self._providers == self._target.providers
 
     def open(self, graph: Graph) -> Session:
-        """A session of the graph."""
+        """A session of the graph; its file goes with it."""
         self._count += 1
         path = self._folder / f"{self._count:03}" / "model.onnx"
         path.parent.mkdir(parents=True)
         save(graph, path)
-        try:
-            return self._session(path, graph)
-        except ProviderError as error:
-            if self._providers == ("cpu",):
-                raise
-            self._providers = ("cpu",)
-            self.note = f"tried on the CPU provider and not timed: {error}"
-            return self._session(path, graph)
-
-    def compare(
-        self, before: Session, after: Session, inputs: Mapping[tuple[int, ...], Arrays]
-    ) -> dict[tuple[int, ...], tuple[float, float]]:
-        """Median milliseconds (before, after) of each input, the two taking turns."""
-        rows = {}
-        for shape, feeds in inputs.items():
-            tasks = {"before": _timed(before, feeds), "after": _timed(after, feeds)}
-            times = alternate(tasks)
-            rows[shape] = (times["before"], times["after"])
-        return rows
-
-    def _session(self, path: Path, graph: Graph) -> Session:
-        return Session(
+        session = Session(
             path,
             signature=graph.signature,
             providers=self._providers,
             disabled_optimizers=self._target.disabled_optimizers if self.on_target else (),
         )
+        weakref.finalize(session, shutil.rmtree, path.parent, ignore_errors=True)
+        return session
+
+    def compare(
+        self, before: Runnable, after: Runnable, inputs: Mapping[tuple[int, ...], Arrays]
+    ) -> dict[tuple[int, ...], tuple[float, float]]:
+        """Median milliseconds (before, after) of each input, the two taking turns."""
+        rows = {}
+        for shape, feeds in inputs.items():
+            tasks = {"before": partial(before.run, feeds), "after": partial(after.run, feeds)}
+            times = alternate(tasks)
+            rows[shape] = (times["before"], times["after"])
+        return rows
+
+
+class RowByRow:
+    """Runs each row of a batch alone, as the runner of an artifact does whose answers move with their batch-mates."""
+
+    def __init__(self, inner: Runnable) -> None:
+        self._inner = inner
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names that `run` takes."""
+        return self._inner.input_names
+
+    def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        """Answer one batch."""
+        batch = len(next(iter(feeds.values())))
+        rows = [{name: array[row : row + 1] for name, array in feeds.items()} for row in range(batch)]
+        answers = [self._inner.run(row) for row in rows]
+        return {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
 
 
 def save(graph: Graph, path: Path) -> None:
@@ -79,7 +101,3 @@ def save(graph: Graph, path: Path) -> None:
         raise OutputError(
             f"Writing {path} failed: {error.strerror or error}. Free space or choose another --out."
         ) from None
-
-
-def _timed(session: Session, feeds: Arrays):  # type: ignore[no-untyped-def]
-    return lambda: session.run(feeds)

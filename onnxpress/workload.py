@@ -26,6 +26,8 @@ Answers = list[dict[str, np.ndarray]]
 
 _SHAPES = ((1, 32), (1, 128), (8, 128))  # (batch, length) at which passes are timed
 _BATCH_TRIAL = 32  # samples for the comparison alone against batched
+_MODULE_BATCH_TRIAL = 64  # the same for modules, whose runner does not cut batches
+_MASKS_AT_ONCE = 16
 
 
 class Workload(Protocol):
@@ -33,6 +35,7 @@ class Workload(Protocol):
 
     task: str
     notes: tuple[str, ...]
+    rows_can_run_alone: bool
 
     def calibration(self) -> Iterator[Arrays]:
         """Calibration inputs, one sample at a time."""
@@ -64,7 +67,9 @@ class Workload(Protocol):
 
 
 class TextWorkload:
-    """Samples of text, the project's own or the user's."""
+    """Samples of text, the project's own or the user's. A runner cuts its batches, to single rows if need be."""
+
+    rows_can_run_alone = True
 
     def __init__(
         self,
@@ -92,12 +97,17 @@ class TextWorkload:
         self._labelled: list[Sample] = []
         if file is not None:
             given = evaluation.read_samples(file, task, columns)
-            seen = {(sample.text, sample.text_pair) for sample in given}
+            seen = {text for sample in given for text in (sample.text, sample.text_pair)}
             if any(sample.label is not None for sample in given):
                 self._labelled = given
             else:
                 self._evaluation = given[:samples]
-            self._calibration = [item for item in self._calibration if (item.text, item.text_pair) not in seen]
+            self._calibration = [
+                item for item in self._calibration if not {item.text, item.text_pair} & (seen - {None})
+            ]
+            mask = options.get("mask_token")
+            if mask is not None and any(mask not in sample.text for sample in given):
+                raise RecipeError(f"{file}: texts for fill-mask need a mask each: write {mask} in the place of a word.")
         cut = sum(encoding.truncated > 0 for encoding in self._tokenizer.encode(_inputs(self._evaluation)))
         if cut:
             self.notes += (
@@ -115,8 +125,21 @@ class TextWorkload:
             yield self._feeds([sample])
 
     def answers(self, runnable: Runnable) -> Answers:
-        """Raw outputs for the evaluation samples: the user's, where they have no labels, or the built-in ones."""
-        return self._outputs(runnable, self._evaluation)
+        """Raw outputs for the evaluation samples: the user's, where they have no labels, or the built-in ones.
+
+        Of a fill-mask model only those at the masks: a vocabulary for each token of each sample would be gigabytes.
+        """
+        if self.task != "fill-mask":
+            return self._outputs(runnable, self._evaluation)
+        mask_id = self._tokenizer.inner.token_to_id(self._options["mask_token"])
+        found: Answers = []
+        for start in range(0, len(self._evaluation), _MASKS_AT_ONCE):
+            samples = self._evaluation[start : start + _MASKS_AT_ONCE]
+            encodings = self._tokenizer.encode(_inputs(samples))
+            for encoding, answer in zip(encodings, self._outputs(runnable, samples), strict=True):
+                masks = np.array(encoding.ids) == mask_id
+                found.append({name: array[masks] for name, array in answer.items()})
+        return found
 
     def metrics(self, reference: Answers, answers: Answers) -> dict[str, float]:
         """Agreement with the original."""
@@ -128,11 +151,12 @@ class TextWorkload:
             return evaluation.score(self.task, self._runner(runnable), self._labelled) if self.labelled else {}
 
     def batch_dependence(self, runnable: Runnable) -> float:
-        """Mean cosine between answers alone and answers in batches of mixed lengths."""
+        """How far answers alone and answers in batches of mixed lengths agree: mean cosine, or variance kept."""
         samples = self._evaluation[:_BATCH_TRIAL]
         alone = self._outputs(runnable, samples, tokens_per_chunk=1)
         batched = self._outputs(runnable, samples, tokens_per_chunk=4096)
-        return evaluation.batch_dependence(alone, batched)
+        regression = self._options.get("problem_type") == "regression"
+        return evaluation.batch_dependence(alone, batched, numbers=regression)
 
     def timing(self) -> dict[tuple[int, ...], Arrays]:
         """Token ids of a few batches and lengths, no padding, as far as the model's maximum allows."""
@@ -141,9 +165,9 @@ class TextWorkload:
         return {shape: random_tokens(self._signature, *shape) for shape in shapes}
 
     def golden(self) -> dict[str, Arrays]:
-        """One sample alone, and four of unequal lengths in a padded batch."""
-        samples = self._evaluation
-        return {"single": self._feeds(samples[:1]), "batch": self._feeds(samples[1:5])}
+        """One sample alone, and the next four, of unequal lengths, in a padded batch."""
+        first, others = self._evaluation[:1], self._evaluation[1:5]
+        return {"single": self._feeds(first)} | ({"batch": self._feeds(others)} if others else {})
 
     def throughput(self, runnable: Runnable, tokens_per_chunk: int) -> Callable[[], object]:
         """A call that answers 32 samples through the runner in chunks of a given size."""
@@ -170,6 +194,8 @@ class ModuleWorkload:
 
     Random inputs say whether numbers survive, not whether the task does: the report says so.
     """
+
+    rows_can_run_alone = False
 
     def __init__(
         self, *, signature: Signature, example: Arrays, samples: int = 64, calibration_samples: int = 64
@@ -201,19 +227,16 @@ class ModuleWorkload:
         return {}
 
     def batch_dependence(self, runnable: Runnable) -> float:
-        """Mean cosine between the rows of a batch alone and together, where all inputs and outputs have a batch axis."""
+        """Variance kept between the rows of a batch alone and together, where all inputs and outputs have a batch axis."""
         specs = (*self._signature.inputs, *self._signature.outputs)
         if not all(spec.shape and spec.shape[0] == "batch" for spec in specs):
             return 1.0
-        alone: Answers = []
-        batched: Answers = []
-        for seed in range(4):
-            feeds = [self._draw(10 * seed + row, batch=1) for row in range(4)]
-            together = runnable.run({name: np.concatenate([item[name] for item in feeds]) for name in feeds[0]})
-            for row, item in enumerate(feeds):
-                alone.append({name: array[0] for name, array in runnable.run(item).items()})
-                batched.append({name: array[row] for name, array in together.items()})
-        return evaluation.batch_dependence(alone, batched)
+        rows = min(_MODULE_BATCH_TRIAL, self._signature.axes["batch"][1])
+        feeds = [self._draw(seed, batch=1) for seed in range(rows)]
+        together = runnable.run({name: np.concatenate([item[name] for item in feeds]) for name in feeds[0]})
+        alone = [{name: array[0] for name, array in runnable.run(item).items()} for item in feeds]
+        batched = [{name: array[row] for name, array in together.items()} for row in range(rows)]
+        return evaluation.batch_dependence(alone, batched, numbers=True)
 
     def timing(self) -> dict[tuple[int, ...], Arrays]:
         """The example's own shape."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 
 from onnxpress.errors import RecipeError
@@ -26,8 +27,8 @@ PASSES: Mapping[str, type[Pass]] = {
     "bf16": BFloat16,
     "int8": Int8,
     "int8-dynamic": Int8Dynamic,
-    "weights-int8": WeightsInt8,
-    "weights-int4": WeightsInt4,
+    "int8-weights": WeightsInt8,
+    "int4-weights": WeightsInt4,
 }
 
 
@@ -36,8 +37,11 @@ def make_pass(name: str, options: Mapping[str, object] | None = None) -> Pass:
     if name not in PASSES:
         raise RecipeError(f"Unknown pass {name!r}; the passes are: {', '.join(PASSES)}.")
     kind = PASSES[name]
-    try:
-        return kind(**(options or {}))
-    except TypeError:
-        allowed = ", ".join(getattr(kind, "__dataclass_fields__", {})) or "none"
-        raise RecipeError(f"Pass {name!r} does not take {sorted(options or {})}; its options are: {allowed}.") from None
+    defaults = {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
+    for option, value in (options or {}).items():
+        if option not in defaults:
+            allowed = ", ".join(defaults) or "none"
+            raise RecipeError(f"Pass {name!r} does not take {option!r}; its options are: {allowed}.")
+        if type(value) is not type(defaults[option]) or (isinstance(value, int) and value < 0):
+            raise RecipeError(f"Pass {name!r}: {option} is {value!r}; it takes values like {defaults[option]!r}.")
+    return kind(**(options or {}))

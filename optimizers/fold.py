@@ -11,7 +11,6 @@ neither the file nor memory grows, and weights of more than 2 GB are never part 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -110,7 +109,7 @@ def _fold_known_shapes(graph: Graph) -> None:
         if found is None or len(numbers) != len(found) or (len(value.shape) == 0 and len(found) != 1):
             continue
         array = np.array(numbers, dtype=np.int64).reshape(() if len(value.shape) == 0 else (-1,))
-        constant = add_constant(graph, _free_name(graph, f"{value.name}_known"), array)
+        constant = add_constant(graph, f"{value.name}_known", array)
         ir.convenience.replace_all_uses_with(value, constant)
 
 
@@ -146,15 +145,3 @@ def _bypass(node: ir.Node) -> None:
 
 def _nodes(model: ir.Model) -> int:
     return sum(1 for node in model.graph.all_nodes() if node.op_type != "Constant")
-
-
-def _free_name(graph: Graph, name: str) -> str:
-    return next(free for free in _numbered(name) if free not in graph.model.graph.initializers)
-
-
-def _numbered(name: str) -> Iterator[str]:
-    yield name
-    number = 1
-    while True:
-        yield f"{name}_{number}"
-        number += 1

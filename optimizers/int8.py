@@ -20,7 +20,7 @@ import onnx_ir as ir
 from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
-from onnxpress.optimizers.linear import Linear, add_constant, drop_unused_constants, linears, replace
+from onnxpress.optimizers.linear import Linear, add_constant, drop_unused_constants, linears, replace, unused_name
 from onnxpress.optimizers.rounding import activation_uint8, per_channel_8bit
 from onnxpress.optimizers.weights import quantize_embeddings
 
@@ -74,7 +74,7 @@ def _quantize_activation(graph: Graph, x: ir.Value, low: float, high: float) -> 
     scale = add_constant(graph, f"{x.name}_scale", scale_array)
     zero_point = add_constant(graph, f"{x.name}_zero_point", zero_array)
     node = ir.node("QuantizeLinear", [x, scale, zero_point], name=f"{x.name}_quantize")
-    node.outputs[0].name = f"{x.name}_uint8"
+    node.outputs[0].name = unused_name(graph.model.graph, f"{x.name}_uint8")
     node.outputs[0].shape, node.outputs[0].type = x.shape, ir.TensorType(ir.DataType.UINT8)
     producer = x.producer()
     body = graph.model.graph

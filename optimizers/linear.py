@@ -93,11 +93,24 @@ def replace_value(graph: Graph, old: ir.Value, new: ir.Value) -> None:
 
 
 def add_constant(graph: Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
-    """Register an initializer; an initializer of that name is replaced."""
+    """Register an initializer; where the name is taken, a number is added to it."""
+    name = unused_name(graph.model.graph, name)
     tensor = ir.tensor(array, name=name)
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.model.graph.initializers[name] = value
     return value
+
+
+def unused_name(body: ir.Graph, wanted: str) -> str:
+    """A name that no value of a graph has: the wanted one, or that with a number."""
+    taken = {value.name for node in body.all_nodes() for value in node.outputs}
+    taken.update(value.name for value in body.inputs)
+    taken.update(body.initializers)
+    name, count = wanted, 0
+    while name in taken:
+        count += 1
+        name = f"{wanted}_{count}"
+    return name
 
 
 def drop_unused_constants(graph: Graph) -> None:

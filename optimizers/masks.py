@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from onnxpress.graph import Graph
 from onnxpress.optimizers.linear import add_constant
-from onnxpress.optimizers.matching import constant, insert, produced_by, rank, scalar, unused_name
+from onnxpress.optimizers.matching import constant, insert, produced_by, rank, scalar
 from onnxpress.optimizers.shapes import Size, size
 
 _LOWEST = float(np.finfo(np.float32).min)
@@ -68,8 +68,7 @@ class MaskBuilder:
         """A new initializer; one for equal calls."""
         wanted = (name, array.tobytes())
         if wanted not in self._constants:
-            unused = unused_name(self._graph.model.graph, name)
-            self._constants[wanted] = add_constant(self._graph, unused, array)
+            self._constants[wanted] = add_constant(self._graph, name, array)
         return self._constants[wanted]
 
     def _term(self, mask: Mask, before: ir.Node) -> ir.Value:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxpress.graph import Graph
-from onnxpress.optimizers.linear import attribute
+from onnxpress.optimizers.linear import attribute, unused_name
 
 
 def produced_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
@@ -113,15 +113,3 @@ def insert(
 def body_nodes(graph: Graph, *op_types: str) -> list[ir.Node]:
     """The standard operators of these types in the main graph, in order. Subgraphs are left alone."""
     return [node for node in graph.model.graph if node.domain == "" and node.op_type in op_types]
-
-
-def unused_name(body: ir.Graph, wanted: str) -> str:
-    """A name that no value of a graph has: the wanted one, or that with a number."""
-    taken = {value.name for node in body.all_nodes() for value in node.outputs}
-    taken.update(value.name for value in body.inputs)
-    taken.update(body.initializers)
-    name, count = wanted, 0
-    while name in taken:
-        count += 1
-        name = f"{wanted}_{count}"
-    return name

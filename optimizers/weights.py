@@ -77,7 +77,7 @@ class _WeightOnly:
 class WeightsInt8(_WeightOnly):
     """8-bit weights."""
 
-    name: ClassVar[str] = "weights-int8"
+    name: ClassVar[str] = "int8-weights"
     bits: ClassVar[int] = 8
 
 
@@ -85,7 +85,7 @@ class WeightsInt8(_WeightOnly):
 class WeightsInt4(_WeightOnly):
     """4-bit weights; smaller blocks, since 16 levels leave more to lose."""
 
-    name: ClassVar[str] = "weights-int4"
+    name: ClassVar[str] = "int4-weights"
     bits: ClassVar[int] = 4
 
     block_size: int = 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from onnxpress.manifest import Runnable
 from onnxpress.runtime.embedder import Embedder
 from onnxpress.runtime.fill_mask import FillMask
 from onnxpress.runtime.module_runner import ModuleRunner
-from onnxpress.runtime.providers import Provider
+from onnxpress.runtime.providers import Provider, check_wheel
 from onnxpress.runtime.question_answerer import QuestionAnswerer
 from onnxpress.runtime.session import Session
 from onnxpress.runtime.tensor_file import read_tensors
@@ -63,7 +64,9 @@ def load_artifact(
     )
     # What the build found necessary goes before what it found fastest.
     chunk = manifest.session.get("tokens_per_chunk") or artifact.measured.get("tokens_per_chunk") or TOKENS_PER_CHUNK
-    return RUNNERS[manifest.task](session, tokenizer, options, tokens_per_chunk=int(chunk))
+    if not isinstance(chunk, int) or chunk < 1:
+        raise ArtifactError(f"{artifact.path} asks for chunks of {chunk!r} tokens, which is no number; build it again.")
+    return RUNNERS[manifest.task](session, tokenizer, options, tokens_per_chunk=chunk)
 
 
 def open_session(
@@ -71,6 +74,7 @@ def open_session(
 ) -> Session:
     """The artifact's graph, without a runner. Raises ArtifactError, ProviderError."""
     manifest = artifact.manifest
+    _check_version(artifact)
     return Session(
         artifact.file("model.onnx"),
         signature=manifest.signature,
@@ -79,6 +83,23 @@ def open_session(
         disabled_optimizers=manifest.session.get("disabled_optimizers", ()),
         cache_key=manifest.files["model.onnx"].sha256,
     )
+
+
+def _check_version(artifact: Artifact) -> None:
+    check_wheel()
+    import onnxruntime
+
+    needed = artifact.manifest.minimum_onnxruntime
+    if _numbers(onnxruntime.__version__) < _numbers(needed):
+        raise ArtifactError(
+            f"{artifact.path} needs ONNX Runtime {needed} or newer; {onnxruntime.__version__} is installed: pip install "
+            "--upgrade onnxruntime (or onnxruntime-gpu)."
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """(1, 30) of 1.30.2."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 @dataclass(frozen=True, kw_only=True)

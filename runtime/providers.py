@@ -87,6 +87,7 @@ class TensorRT:
             for kind in ("min", "opt", "max"):
                 options[f"trt_profile_{kind}_shapes"] = _profile(signature, kind)
         if self.cache_folder is not None:
+            # ONNX Runtime puts TensorRT's and CUDA's versions and the card's compute capability into the files' names.
             folder = self.cache_folder / cache_key / f"onnxruntime-{_installed_version()}"
             _make_folder(folder)  # TensorRT makes only the last folder of a path
             options |= {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,8 @@ class Session:
 
     def check(self, feeds: Arrays) -> None:
         """Raise InputError where names, dtypes, shapes or integer values do not fit the signature."""
+        if not isinstance(feeds, Mapping):
+            raise InputError(f"A {type(feeds).__name__} was given; `run` takes a dict of arrays by name.")
         if set(feeds) != set(self._specs):
             raise InputError(
                 f"The inputs {sorted(feeds)} were given; the model takes {', '.join(map(_shown, self._specs.values()))}."
@@ -180,9 +182,11 @@ class Session:
                     f"ONNX Runtime cannot open {self.path} on {', '.join(item.name for item in self._providers)}: "
                     f"{_one_line(error)}"
                 ) from error
-            raise ArtifactError(
-                f"{self.path} is corrupt or not a model that this ONNX Runtime reads: {_one_line(error)} Build it again."
-            ) from error
+            if "is not a registered function/op" in str(error) or "NOT_IMPLEMENTED" in str(error):
+                what = "has operators that this ONNX Runtime does not have"
+            else:
+                what = "is corrupt or not a model that this ONNX Runtime reads"
+            raise ArtifactError(f"{self.path} {what}: {_one_line(error)}") from error
 
     def _engine_key(self) -> str:
         """What tells this model's cached engines from another's, where engines are cached."""

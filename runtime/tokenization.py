@@ -128,6 +128,8 @@ def check_samples(samples: Sequence[Any]) -> None:
     """Raise InputError for what is neither a text nor a pair of texts, or empty."""
     if isinstance(samples, str):
         raise InputError("One text was given where a list of texts is expected: put it in brackets, [text].")
+    if not hasattr(samples, "__len__"):
+        raise InputError(f"A {type(samples).__name__} was given where a list of texts is expected.")
     for index, sample in enumerate(samples):
         for text in sample if isinstance(sample, tuple) and len(sample) == 2 else (sample,):
             if not isinstance(text, str):

@@ -69,7 +69,7 @@ def test_height_and_width_can_be_declared(tmp_path):
     )
     signature = exported.graph.signature
     assert signature.inputs[0].shape == ("batch", 3, "height", "width")
-    assert signature.axes["height"][1] == 1024
+    assert signature.axes["height"][1] == 2**20
     _check(exported, tmp_path)
 
 
@@ -83,7 +83,7 @@ def test_recurrent_network_with_nested_answer(tmp_path):
         ("last.0", (4, "batch", 6)),
         ("last.1", (4, "batch", 6)),
     ]
-    assert signature.inputs[0].bounds == (0, int(example["tokens"].max()))
+    assert signature.inputs[0].bounds == (0, 19)  # rows of the embedding, not what the example happens to hold
     assert "LSTM" in exported.graph.operators()
     _check(exported, tmp_path)
 

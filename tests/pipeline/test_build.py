@@ -16,7 +16,7 @@ import onnx_ir as ir
 import pytest
 import torch
 import transformers as tf
-from onnx import helper
+from onnx import helper, numpy_helper
 from tiny_models import add_pooling, load_text_model, save_model
 
 import onnxpress
@@ -24,11 +24,13 @@ from onnxpress import artifact as artifact_module
 from onnxpress.errors import (
     BudgetError,
     ConversionError,
+    InputError,
     OutputError,
     ParityError,
     RecipeError,
     SourceError,
 )
+from onnxpress.foreign import open_onnx
 from onnxpress.runtime import Embedder, FillMask, ModuleRunner, QuestionAnswerer, TextClassifier, TokenClassifier
 
 QUICK = {"measure": False, "samples": 24, "calibration_samples": 16}
@@ -194,12 +196,115 @@ def test_a_plain_module(tmp_path: Path) -> None:
     assert any("random inputs" in note for note in built.manifest.ledger[0]["notes"])
 
 
-def test_an_onnx_file(tmp_path: Path) -> None:
-    nodes = [helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Mul", ["r", "r"], ["y"])]
+def test_a_module_whose_batches_move_answers_is_not_kept(tmp_path: Path) -> None:
+    """A dynamic scale is one for a whole batch, and nobody cuts a module's batches into single rows."""
+
+    class Exponential(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = torch.nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(torch.exp(2 * x))
+
+    options = {"example_inputs": (torch.randn(2, 64),), "precision": "int8-dynamic", "budget": "0.1", **QUICK}
+    with pytest.raises(BudgetError, match="alone against batched"):
+        onnxpress.build(Exponential().eval(), out=tmp_path / "out", **options)
+
+
+def test_dynamic_axes_and_indices_of_a_module(tmp_path: Path) -> None:
+    """More positions and larger ids than the example has, up to what the module takes."""
+
+    class Bag(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(1000, 8)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.table(ids).sum(1)
+
+    module = Bag().eval()
+    built = onnxpress.build(
+        module,
+        example_inputs=(torch.randint(0, 100, (2, 1500)),),
+        dynamic_axes={"ids": {0: "batch", 1: "length"}},
+        out=tmp_path / "out",
+        precision="fp32",
+        **QUICK,
+    )
+    runner = onnxpress.load(built.path)
+    ids = np.full((1, 3000), 999)
+    with torch.inference_mode():
+        expected = module(torch.from_numpy(ids)).numpy()
+    np.testing.assert_allclose(runner.run({"ids": ids})["output_0"], expected, rtol=1e-4)
+    with pytest.raises(InputError, match="0 to 999"):
+        runner.run({"ids": ids + 1})
+
+
+def test_names_of_artifacts(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version is part of a name: two sizes of one model must not share a folder."""
+    folder = tmp_path / "tiny-v1.5"
+    folder.symlink_to(encoder)
+    monkeypatch.chdir(tmp_path)
+    built = onnxpress.build("tiny-v1.5", precision="fp32", **QUICK)
+    assert built.manifest.name == "tiny-v1.5"
+    assert built.path == tmp_path / "artifacts" / "tiny-v1.5"
+
+
+def test_one_sample_of_the_user_is_enough(encoder: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.csv").write_text("text\nthe cat sat on a mat\n")
+    options = {**QUICK, "file": str(tmp_path / "one.csv")}
+    built = onnxpress.build(encoder, out=tmp_path / "out", precision="fp32", **options)
+    assert built.manifest.ledger[0]["quality"] == 1
+
+
+def test_an_onnx_file_of_an_encoder_is_judged_on_its_vocabulary(tmp_path: Path) -> None:
+    """Ids are drawn from the rows of the table that they look up, masks are ones, axes go by name."""
+    rows = np.random.default_rng(0).standard_normal((200, 16)).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["x"]),
+        helper.make_node("Cast", ["mask"], ["m"], to=1),
+        helper.make_node("Unsqueeze", ["m", "last"], ["m3"]),
+        helper.make_node("Mul", ["x", "m3"], ["y0"]),
+        helper.make_node("Unsqueeze", ["bias", "last1"], ["b1"]),
+        helper.make_node("Add", ["y0", "b1"], ["y"]),
+    ]
     graph = helper.make_graph(
         nodes,
         "graph",
-        [helper.make_tensor_value_info("x", 1, ["batch", 8])],
+        [
+            helper.make_tensor_value_info("ids", 7, ["rows", "seq"]),
+            helper.make_tensor_value_info("mask", 7, ["rows", "seq"]),
+            helper.make_tensor_value_info("bias", 1, ["seq"]),
+        ],
+        [helper.make_tensor_value_info("y", 1, ["rows", "seq", 16])],
+        [
+            numpy_helper.from_array(rows, "table"),
+            numpy_helper.from_array(np.array([2]), "last"),
+            numpy_helper.from_array(np.array([1]), "last1"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    ir.save(ir.from_proto(model), tmp_path / "encoder.onnx")
+    exported = open_onnx(tmp_path / "encoder.onnx", task=None, max_length=None)
+    assert [spec.bounds for spec in exported.graph.signature.inputs] == [(0, 199), None, None]
+    assert exported.example["ids"].max() > 100
+    assert (exported.example["mask"] == 1).all()
+    assert exported.example["ids"].shape[1:] == exported.example["bias"].shape
+    assert exported.graph.signature.axes == {"rows": (1, 1024), "seq": (1, 2**20)}
+
+
+def test_an_onnx_file(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Relu", ["x"], ["r"]),
+        helper.make_node("Mul", ["r", "r"], ["rr"]),
+        helper.make_node("Mul", ["rr", "factor"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("x", 1, ["batch", 8]), helper.make_tensor_value_info("factor", 1, [])],
         [helper.make_tensor_value_info("y", 1, ["batch", 8])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
@@ -208,7 +313,8 @@ def test_an_onnx_file(tmp_path: Path) -> None:
     runner = onnxpress.load(built.path)
     assert isinstance(runner, ModuleRunner)
     x = np.array([[-1, 2, 3, 0, 0, 0, 0, 4]], np.float32)
-    np.testing.assert_array_equal(runner.run({"x": x})["y"], np.maximum(x, 0) ** 2)
+    factor = np.array(2, np.float32)  # no axes at all
+    np.testing.assert_array_equal(runner.run({"x": x, "factor": factor})["y"], 2 * np.maximum(x, 0) ** 2)
 
 
 @pytest.mark.parametrize(

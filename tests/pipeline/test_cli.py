@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from tiny_artifacts import DIM, SIGNATURE, VOCABULARY, fill, manifest, save_artifact, save_per_token
+from tiny_models import save_model
 
 from onnxpress.artifact import ArtifactWriter
 from onnxpress.manifest import TensorSpec
@@ -202,8 +205,11 @@ def test_inspect(artifact: Path, tmp_path: Path) -> None:
     found = json.loads(onnxpress("inspect", artifact, "--placement", "--json").stdout)
     assert found["signature"]["axes"]["length"] == [1, 16]
     assert set(found["placement"].values()) == {"CPUExecutionProvider"}
-    found = json.loads(onnxpress("inspect", artifact / "model.onnx", "--json").stdout)
+    found = json.loads(onnxpress("inspect", artifact / "model.onnx", "--placement", "--json").stdout)
+    assert set(found["placement"].values()) == {"CPUExecutionProvider"}
     assert found["operators"]["Gather"] == 1
+    assert found["largest_weights"] == json.loads(onnxpress("inspect", artifact, "--json").stdout)["largest_weights"]
+    assert found["largest_weights"][0]["bytes"] == len(VOCABULARY) * DIM * 4
     refused(onnxpress("inspect", tmp_path / "nothing"), "does not exist")
     refused(onnxpress("inspect", tmp_path / "nothing.onnx"), "does not exist")
     (tmp_path / "bad.onnx").write_bytes(b"this is no model")
@@ -285,3 +291,45 @@ def test_a_reader_that_goes_away_is_no_error(artifact: Path) -> None:
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=buffered)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_build_that_is_told_to_stop_leaves_nothing(tmp_path: Path) -> None:
+    """SIGTERM, as `timeout` and containers send it, at a moment when the part folder is there."""
+    folder = save_model(tmp_path / "model", "bert")
+    command = [
+        sys.executable,
+        "-m",
+        "onnxpress.cli",
+        "build",
+        folder,
+        "--out",
+        tmp_path / "new" / "out",
+        "--no-measure",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "new").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_that_branches_on_data_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "branching.py").write_text(
+        "import torch\n"
+        "class Branching(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return x if x.sum() > 0 else -x\n"
+        "def make():\n"
+        "    return Branching(), (torch.randn(2, 3),)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "onnxpress.cli", "build", "branching:make", "--no-measure", "--json"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    refused(done, "Branching does not convert to ONNX")
+    assert not (tmp_path / "artifacts").exists()

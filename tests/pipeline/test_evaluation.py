@@ -141,7 +141,7 @@ def test_token_outputs_are_averaged_before_the_cosine() -> None:
     one = [{"last_hidden_state": np.array([[1.0, 0.0], [0.0, 1.0]])}]
     swapped = [{"last_hidden_state": np.array([[0.0, 1.0], [1.0, 0.0]])}]
     assert agreement("feature-extraction", one, swapped)["cosine_mean"] == pytest.approx(1, abs=1e-12)
-    assert agreement("module", [{"y": np.eye(2)}], [{"y": np.eye(2)[::-1]}])["cosine_mean"] == 0
+    assert agreement("feature-extraction", [{"y": np.eye(2)}], [{"y": np.eye(2)[::-1]}])["cosine_mean"] == 0
 
 
 def test_choices_and_divergence_by_hand() -> None:
@@ -177,11 +177,21 @@ def test_numbers_are_not_judged_by_their_cosine() -> None:
     gold = np.random.default_rng(0).normal(3, 0.4, 100)
     near = gold + 0.01
     column = [{"logits": np.array([value])} for value in gold]
-    constant = agreement("text-classification", column, [{"logits": np.array([3.0])}] * 100)
-    assert constant["top1_agreement"] == 0
-    kept = agreement("text-classification", column, [{"logits": np.array([value])} for value in near])
-    assert kept["top1_agreement"] == pytest.approx(sklearn.metrics.r2_score(gold, near), abs=1e-12)
-    assert agreement("text-classification", column, column) == {"top1_agreement": 1.0, "max_abs": 0.0}
+
+    def kept(candidate: Any) -> dict[str, float]:
+        return agreement("text-classification", column, candidate, problem_type="regression")
+
+    assert kept([{"logits": np.array([3.0])}] * 100)["variance_kept"] == 0
+    found = kept([{"logits": np.array([value])} for value in near])
+    assert found["variance_kept"] == pytest.approx(sklearn.metrics.r2_score(gold, near), abs=1e-12)
+    assert kept(column) == {"variance_kept": 1.0, "max_abs": 0.0}
+
+
+def test_a_module_that_answers_a_constant_keeps_nothing() -> None:
+    """Each number has a mean of its own, so that outputs far from zero, or of several scales, hide nothing."""
+    answers = [{"y": np.array([10.0, -300.0]) + row} for row in np.random.default_rng(0).normal(size=(50, 2))]
+    assert agreement("module", answers, [{"y": np.array([10.0, -300.0])}] * 50)["variance_kept"] < 0.05
+    assert agreement("module", answers, answers)["variance_kept"] == 1
 
 
 def test_several_labels_are_compared_label_by_label() -> None:
@@ -201,7 +211,8 @@ def test_what_is_not_finite_has_the_worst_value(bad: float) -> None:
     }
     worst = {"top1_agreement": 0.0, "kl_mean": math.inf, "max_abs": math.inf}
     assert agreement("text-classification", good, broken) == worst
-    assert agreement("text-classification", logits([1]), logits([bad]))["top1_agreement"] == 0
+    found = agreement("text-classification", logits([1]), logits([bad]), problem_type="regression")
+    assert found["variance_kept"] == 0
     assert metrics.sign_metrics(good, broken, "logits") == {"top1_agreement": 0.5}
     spans = [{"start_logits": np.array([0.0, 1.0]), "end_logits": np.array([0.0, 1.0])}]
     broken_spans = [{"start_logits": np.array([bad, 1.0]), "end_logits": np.array([0.0, 1.0])}]
@@ -213,6 +224,12 @@ def test_batch_dependence_is_the_mean_cosine() -> None:
     alone = [{"embeddings": np.array([1.0, 0.0])}, {"embeddings": np.array([0.0, 2.0])}]
     batched = [{"embeddings": np.array([1.0, 0.0])}, {"embeddings": np.array([2.0, 2.0])}]
     assert batch_dependence(alone, batched) == pytest.approx((1 + 1 / math.sqrt(2)) / 2, abs=1e-12)
+    numbers, others = (
+        [{"y": np.array([value])} for value in (1.0, 3.0)],
+        [{"y": np.array([value])} for value in (2.0, 3.0)],
+    )
+    assert batch_dependence(numbers, others) == 1  # which says nothing of single numbers
+    assert batch_dependence(numbers, others, numbers=True) == pytest.approx(0.5)
 
 
 # Scores with labels
@@ -338,8 +355,11 @@ def test_every_task_has_a_budget() -> None:
         "token-classification": ("top1_agreement", 0.98),
         "question-answering": ("span_agreement", 0.95),
         "fill-mask": ("top1_agreement", 0.95),
-        "module": ("cosine_mean", 0.995),
+        "module": ("variance_kept", 0.99),
     }
+    assert budget_for("text-classification", None, labelled=False, problem_type="regression").metric == "variance_kept"
+    judged_by_choice = {"text-classification", "token-classification", "question-answering", "fill-mask"}
+    assert {task for task, budget in BUDGETS.items() if math.isfinite(budget.divergence)} == judged_by_choice
     assert {budget.kind for budget in LABELLED_BUDGETS.values()} == {"drop"}
 
 

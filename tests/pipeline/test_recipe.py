@@ -42,8 +42,14 @@ def test_everything_has_a_default_but_the_model() -> None:
         ),
         ({**MODEL, "build": {"only": ["int9"]}}, r"Unknown pass 'int9'; the passes are: fold"),
         ({**MODEL, "build": {"only": ["fold"], "precision": "int8"}}, r"`only` names the passes itself"),
-        ({**MODEL, "passes": {"int8": {"bits": 3}}}, r"Pass 'int8' does not take \['bits'\]; its options are"),
-        ({**MODEL, "passes": {"weights-int4": {}}}, r"a pass that this recipe does not run"),
+        ({**MODEL, "passes": {"int8": {"bits": 3}}}, r"Pass 'int8' does not take 'bits'; its options are"),
+        (
+            {**MODEL, "passes": {"int8": {"minimum_elements": "lots"}}},
+            r"minimum_elements is 'lots'; it takes values like 1",
+        ),
+        ({**MODEL, "passes": {"int8": {"minimum_elements": -5}}}, r"minimum_elements is -5"),
+        ({**MODEL, "build": {"name": "../evil"}}, r"'build.name': .* not '../evil'"),
+        ({**MODEL, "passes": {"int4-weights": {}}}, r"a pass that this recipe does not run"),
     ],
 )
 def test_mistakes_are_named(content: dict[str, Any], said: str) -> None:
