@@ -162,7 +162,7 @@ def _module_case(signature: Signature, example: Arrays, sizes: Mapping[str, int]
         given = example[spec.name]
         if np.issubdtype(given.dtype, np.floating):
             spread = float(given.std()) or 1.0
-            feeds[spec.name] = (rng.standard_normal(shape) * spread + float(given.mean())).astype(given.dtype)
+            feeds[spec.name] = np.asarray(rng.standard_normal(shape) * spread + float(given.mean()), given.dtype)
         else:
             low, high = spec.bounds or (int(given.min()), int(given.max()))
             feeds[spec.name] = rng.integers(low, high + 1, shape).astype(given.dtype)

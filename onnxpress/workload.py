@@ -257,7 +257,7 @@ class ModuleWorkload:
                 shape[0] = batch
             if np.issubdtype(example.dtype, np.floating):
                 drawn = random.standard_normal(shape) * (example.std() or 1.0) + example.mean()
-                feeds[spec.name] = drawn.astype(example.dtype)
+                feeds[spec.name] = np.asarray(drawn, example.dtype)
             elif example.dtype == np.bool_:
                 feeds[spec.name] = random.random(shape) < 0.5
             else:
