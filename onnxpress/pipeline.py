@@ -439,7 +439,7 @@ def _latency(workload: Workload, systems: Mapping[str, Runnable]) -> list[dict[s
 
 def _fastest_chunk(workload: TextWorkload, session: Session) -> int:
     """Tokens per chunk that answered the evaluation samples fastest."""
-    times = alternate({str(size): workload.throughput(session, size) for size in (64, 128, 256, 512, 1024)}, rounds=3)
+    times = alternate({str(size): workload.throughput(session, size) for size in (128, 256, 512)}, rounds=3)
     return int(min(times, key=times.__getitem__))
 
 

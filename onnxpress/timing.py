@@ -10,15 +10,15 @@ import numpy as np
 
 from onnxpress.manifest import Arrays, Signature
 
-
 _PAUSE = 0.1  # seconds in which the threads of the task before, which spin for a while, fall asleep
 
 
 def alternate(tasks: Mapping[str, Callable[[], object]], *, rounds: int = 5, seconds: float = 0.05) -> dict[str, float]:
     """Median milliseconds of each task.
 
-    The tasks take turns, with a pause between them; in each of `rounds` rounds a task runs for about `seconds` and at least once, after one call
-    that is not counted. A round's figure is its median; the result is the median of the rounds.
+    The tasks take turns, with a pause between them; in each of `rounds` rounds a task runs for about `seconds` and at
+    least once, after one call that is not counted. A round's figure is its median; the result is the median of the
+    rounds.
     """
     medians: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(rounds):

@@ -70,7 +70,7 @@ def test_an_artifact_carries_its_proof(encoder: Path, tmp_path: Path) -> None:
         "manifest.json", "measured.json", "report.html",
     }  # fmt: skip
     assert built.measured["latency"]
-    assert built.measured["tokens_per_chunk"] in (64, 128, 256, 512, 1024)
+    assert built.measured["tokens_per_chunk"] in (128, 256, 512)
     assert "<svg" in (built.path / "report.html").read_text()
     assert not list(tmp_path.glob(".*"))
 
@@ -401,14 +401,14 @@ def test_kills_leave_nothing_broken_behind(encoder: Path, tmp_path: Path) -> Non
     artifact_module.Artifact.open(out)
     onnxpress.build(encoder, out=out, precision="fp32", **QUICK)
     killed = 0
-    for share in (0.45, 0.6, 0.75, 0.85, 0.95):
+    for share in (0.5, 0.7, 0.85, 0.95):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(duration * share)
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
         manifest = artifact_module.Artifact.open(out).manifest
         assert manifest.to_json() == before or manifest.name == "second"
-    assert killed >= 3
+    assert killed >= 2
     subprocess.run(command, check=True, capture_output=True)
     assert artifact_module.Artifact.open(out).manifest.name == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
