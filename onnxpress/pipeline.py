@@ -430,7 +430,7 @@ def _is_labelled(workload: Workload) -> bool:
 def _latency(workload: Workload, systems: Mapping[str, Runnable]) -> list[dict[str, Json]]:
     rows: list[dict[str, Json]] = []
     for shape, feeds in workload.timing().items():
-        times = alternate({name: partial(runnable.run, feeds) for name, runnable in systems.items()})
+        times = alternate({name: partial(runnable.run, feeds) for name, runnable in systems.items()}, rounds=3)
         for name, milliseconds in times.items():
             row = {"system": name, "batch": shape[0], "length": shape[1] if len(shape) > 1 else None}
             rows.append({**row, "shape": list(shape), "median_ms": round(milliseconds, 4)})
