@@ -47,7 +47,14 @@ def trace(
         with quiet(), torch.no_grad():
             # The modules take *inputs, which torch.export sees as one argument that is a tuple.
             with redirect_stderr(io.StringIO()):  # a graph that cannot be traced is printed there, and raised
-                program = torch.export.export(module, tuple(example.values()), dynamic_shapes=(dynamic,), strict=False)
+                program = torch.export.export(
+                    module,
+                    tuple(example.values()),
+                    dynamic_shapes=(dynamic,),
+                    strict=False,
+                    # Ranges that are given are not up to the tracer, which in torch 2.11 doubts even that 8 n <= 16 n.
+                    prefer_deferred_runtime_asserts_over_guards=axes is not None,
+                )
             translated = torch.onnx.export(
                 program,
                 dynamo=True,

@@ -54,10 +54,7 @@ CONFIGS: dict[str, Callable[..., Any]] = {
     "nomic-bert": lambda **more: tf.NomicBertConfig(**_BERT, **more),
     "qwen3": lambda **more: tf.Qwen3Config(**_DECODER, **more),
     "gemma2": lambda **more: tf.Gemma2Config(**_DECODER, query_pre_attn_scalar=8, sliding_window=8, **more),
-    # As many key as query heads: torch 2.11 does not trace how this model repeats them.
-    "granite-swa": lambda **more: tf.GraniteSWAConfig(
-        **{**_DECODER, "num_key_value_heads": 4}, sliding_window=8, **more
-    ),
+    "granite-swa": lambda **more: tf.GraniteSWAConfig(**_DECODER, sliding_window=8, **more),
 }
 _MODERNBERT: dict[str, Any] = {
     **_COMMON,
