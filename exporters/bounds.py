@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 _SAME_NUMBERS = frozenset({"Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"})
@@ -9,6 +10,8 @@ _SAME_NUMBERS = frozenset({"Cast", "Identity", "Reshape", "Flatten", "Squeeze", 
 
 def index_bounds(value: ir.Value) -> tuple[int, int] | None:
     """(0, last row) of the smallest table that an input is an index into; None where it is no index."""
+    if value.dtype is None or not np.issubdtype(value.dtype.numpy(), np.integer):
+        return None
     rows: list[int] = []
     waiting = [value]
     while waiting:

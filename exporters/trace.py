@@ -36,8 +36,9 @@ def trace(
 ) -> tuple[ir.Model, Axes]:
     """The graph of `module`, which takes the example's tensors in their order and answers a tuple of tensors.
 
-    shapes: of each input. axes: the ranges of the symbolic axes; where None they are found in the trace. prefix: what to take off the weights' names. name: the model's, for errors. The weights are not copied:
-    they share the module's memory. Returns the graph and the ranges. Raises ConversionError.
+    shapes: of each input. axes: the ranges of the symbolic axes; where None they are found in the trace. prefix: what
+    to take off the weights' names. name: the model's, for errors. The weights are not copied: they share the module's
+    memory. Returns the graph and the ranges. Raises ConversionError.
     """
     dynamic = tuple(
         {index: _dimension(axis, axes) for index, axis in enumerate(shapes[name]) if isinstance(axis, str)}

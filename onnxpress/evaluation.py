@@ -57,10 +57,6 @@ class Budget:
         share = reference - abs(reference) * self.limit
         return {"at least": self.limit, "drop": reference - self.limit, "share": share}[self.kind]
 
-    def holds(self, reference: float, value: float) -> bool:
-        """Whether a value is good enough."""
-        return value >= self.limit_value(reference)
-
     def margin(self, reference: float, value: float) -> float:
         """How much of what may be lost is left: 1 is all, 0 the limit, negative is over it."""
         limit = self.limit_value(reference)

@@ -74,9 +74,7 @@ def _spec(value: ir.Value) -> TensorSpec:
         int(axis) if isinstance(axis, int) else str(axis.value or f"{value.name}_{index}")
         for index, axis in enumerate(value.shape)
     )
-    dtype = value.dtype.numpy()
-    bounds = index_bounds(value) if np.issubdtype(dtype, np.integer) else None
-    return TensorSpec(name=str(value.name), dtype=dtype.name, shape=shape, bounds=bounds)
+    return TensorSpec(name=str(value.name), dtype=value.dtype.numpy().name, shape=shape, bounds=index_bounds(value))
 
 
 def _example_that_runs(reference: Session, signature: Signature, path: Path) -> Arrays:

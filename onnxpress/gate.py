@@ -73,7 +73,7 @@ class Gate:
             metric=self.budget.metric,
             value=value,
             batch_cosine=batch_cosine,
-            holds=min(margins) >= 0,
+            holds=all(margin >= 0 for margin in margins),  # not min(): it passes over what is not a number
             margin=min(margins),
         )
 

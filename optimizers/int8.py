@@ -2,8 +2,8 @@
 
     y = MatMul(x, w) + b   →   y = MatMulIntegerToFloat(QuantizeLinear(x), w8, scales, b)
 
-Weights are symmetric 8-bit integers with one scale an output channel; activations are uint8 with one scale and zero point for
-the tensor, measured on calibration inputs, so an answer does not depend on what else is in its batch. Layers that
+Weights are symmetric 8-bit integers with one scale an output channel; activations are uint8 with one scale and zero
+point for the tensor, measured on calibration inputs, so an answer does not depend on what else is in its batch. Layers that
 read one tensor share its QuantizeLinear. Embedding tables become GatherBlockQuantized, and an output layer that
 shares its weight with such a table reads the same bytes through MatMulNBits.
 

@@ -26,7 +26,8 @@ class Target:
 
     providers: ONNX Runtime execution providers in order. lossless: passes that run by default, in order.
     precisions: what `--precision` may be, the default first, each with the lossy passes it stands for.
-    disabled_optimizers: ONNX Runtime graph optimizers that lose time here. reduce_range: int8 weights are signed and use 7 bits.
+    disabled_optimizers: ONNX Runtime graph optimizers that lose time here. reduce_range: int8 weights are signed and use
+    7 bits.
     """
 
     name: str

@@ -408,7 +408,7 @@ def test_kills_leave_nothing_broken_behind(encoder: Path, tmp_path: Path) -> Non
         killed += process.wait() == -signal.SIGKILL
         manifest = artifact_module.Artifact.open(out).manifest
         assert manifest.to_json() == before or manifest.name == "second"
-    assert killed >= 2
+    assert killed >= 2  # a build may be done sooner than the one that was timed
     subprocess.run(command, check=True, capture_output=True)
     assert artifact_module.Artifact.open(out).manifest.name == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

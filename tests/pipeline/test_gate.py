@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from onnxpress.evaluation import BUDGETS, agreement
@@ -74,6 +76,15 @@ def test_probabilities_that_collapse_break_the_budget() -> None:
     assert not collapsed.holds
     assert collapsed.margin < 0
     assert "nats" in collapsed.sentence()
+
+
+def test_what_is_not_a_number_breaks_the_budget() -> None:
+    class Undefined(OneAnswer):
+        def metrics(self, reference: Answers, answers: Answers) -> dict[str, float]:
+            return super().metrics(reference, answers) | {"kl_mean": math.nan}
+
+    gate = Gate(Undefined(), Constant(4.0, -4.0), BUDGETS["text-classification"])  # type: ignore[arg-type]
+    assert not gate.judge(Constant(4.0, -4.0)).holds
 
 
 def test_many_places_are_tried_in_groups() -> None:
