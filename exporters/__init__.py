@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from functools import partial
 
 from onnxpress.errors import SourceError
 from onnxpress.exporters.exported import Exported
 from onnxpress.exporters.module import export_module
 from onnxpress.exporters.reference import TorchReference
 from onnxpress.exporters.source import ModuleSource, resolve
+from onnxpress.exporters.tasks import find_task, infer_task
+from onnxpress.exporters.transformers_decoder import export_decoder
 from onnxpress.exporters.transformers_encoder import export_encoder
+from onnxpress.exporters.transformers_model import load_config
 from onnxpress.exporters.verify import ParityCheck, ParityRow
 
 __all__ = ["Exported", "ParityCheck", "ParityRow", "TorchReference", "export"]
@@ -22,13 +27,15 @@ def export(
     trust_remote_code: bool = False,
     revision: str | None = None,
     max_length: int | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     example_inputs: object = None,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
 ) -> Exported:
     """Export a model; the original is left exactly as it was.
 
     source: a folder, a hub id, "package.module:factory", or a torch.nn.Module. task: e.g. text-classification; told
-    from the model where None. max_length: the longest text in tokens. For a module: example_inputs, a tuple of
+    from the model where None. max_length: the longest text in tokens. adapter: a
+    folder with a LoRA adapter to merge into a language model. For a module: example_inputs, a tuple of
     tensors in the order of forward's parameters or a dict by their names, and dynamic_axes, {input: {axis: name}}
     (without them axis 0 is taken for the batch, and tried).
 
@@ -48,7 +55,15 @@ def export(
             example=module.example,
             notes=module.notes,
         )
-    result = export_encoder(found.folder, task=task, trust_remote_code=trust_remote_code, max_length=max_length)
+    config = load_config(found.folder, trust_remote_code=trust_remote_code)
+    wanted = infer_task(found.folder, tuple(config.architectures or ())) if task is None else find_task(task)
+    if wanted.name == "text-generation":
+        exporter = partial(export_decoder, adapter=adapter)
+    elif adapter is not None:
+        raise SourceError(f"An adapter was given for the task {wanted.name}; adapters go with text-generation.")
+    else:
+        exporter = export_encoder
+    result = exporter(found.folder, wanted, config, trust_remote_code=trust_remote_code, max_length=max_length)
     return Exported(
         name=found.name,
         graph=result.graph,

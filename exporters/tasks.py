@@ -18,12 +18,12 @@ from onnxpress.errors import SourceError
 class Task:
     """A task of text models.
 
-    architecture: how the class of such a model ends, as its config.json says. outputs: fields of the model's answer.
+    architectures: how the class of such a model ends, as its config.json says. outputs: fields of the model's answer.
     synonyms: names that optimum does not know.
     """
 
     name: str
-    architecture: str
+    architectures: tuple[str, ...]
     outputs: tuple[str, ...]
     synonyms: tuple[str, ...] = ()
 
@@ -39,31 +39,37 @@ TASKS: dict[str, Task] = {
     for task in (
         Task(
             name="feature-extraction",
-            architecture="Model",
+            architectures=("Model",),
             outputs=("last_hidden_state",),
             synonyms=("embeddings",),
         ),
         Task(
             name="text-classification",
-            architecture="ForSequenceClassification",
+            architectures=("ForSequenceClassification",),
             outputs=("logits",),
             synonyms=("sentiment-analysis", "text-ranking"),
         ),
         Task(
             name="token-classification",
-            architecture="ForTokenClassification",
+            architectures=("ForTokenClassification",),
             outputs=("logits",),
             synonyms=("ner",),
         ),
         Task(
             name="question-answering",
-            architecture="ForQuestionAnswering",
+            architectures=("ForQuestionAnswering",),
             outputs=("start_logits", "end_logits"),
         ),
         Task(
             name="fill-mask",
-            architecture="ForMaskedLM",
+            architectures=("ForMaskedLM",),
             outputs=("logits",),
+        ),
+        Task(
+            name="text-generation",
+            architectures=("ForCausalLM", "LMHeadModel"),
+            outputs=("logits",),
+            synonyms=("causal-lm", "chat"),
         ),
     )
 }
@@ -82,7 +88,7 @@ def infer_task(folder: Path, architectures: tuple[str, ...]) -> Task:
     if (folder / "modules.json").is_file():
         return TASKS["feature-extraction"]
     for task in reversed(TASKS.values()):  # heads first: feature-extraction's ending is the least specific
-        if any(name.endswith(task.architecture) for name in architectures):
+        if any(name.endswith(task.architectures) for name in architectures):
             return task
     if any(name.endswith("ForPreTraining") for name in architectures):
         return TASKS["feature-extraction"]
@@ -95,5 +101,5 @@ def infer_task(folder: Path, architectures: tuple[str, ...]) -> Task:
 
 def heads(architectures: tuple[str, ...]) -> tuple[str, ...]:
     """The tasks that a model saved as these classes has trained weights for."""
-    found = [task.name for task in TASKS.values() if any(name.endswith(task.architecture) for name in architectures)]
+    found = [task.name for task in TASKS.values() if any(name.endswith(task.architectures) for name in architectures)]
     return tuple(dict.fromkeys(["feature-extraction", *found]))

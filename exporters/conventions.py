@@ -1,0 +1,380 @@
+"""Finds out by numbers how a decoder computes its norms, rotary embeddings, attention masks and caches.
+
+One forward pass with real numbers, in which every attention and every rotary embedding is recorded in the order of the
+calls. Nothing is known by a model's name: what a function does is told by comparing what it answers with what
+ONNX Runtime's operator would. What fits no operator stays in the graph as the model computes it; only attention has to fit.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from onnxpress.errors import ConversionError
+from onnxpress.exporters.attention import attention_implementation
+
+_NAME = "onnxpress_recorder"
+_LENGTH = 9  # tokens of the recorded forward pass
+_HARMLESS = frozenset(
+    # what attention functions are told and what the mask, the cache or nobody needs
+    {"is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"}
+    | {"return_dict", "position_embeddings", "past_key_values", "cache", "layer_idx", "output_router_logits"}
+)
+_TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+_ROTARY_STEP = 8  # ONNX Runtime's kernel rotates vectors of so many numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCall:
+    """One attention of the forward pass. window: how many tokens back it sees, itself included; None is all."""
+
+    num_heads: int
+    kv_num_heads: int
+    head_dim: int
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryCall:
+    """One application of rotary embeddings to a query and a key.
+
+    table: index into `Conventions.tables`. width: how many numbers of a head are turned, from the first on. interleaved:
+    pairs stand side by side, not half a width apart.
+    """
+
+    table: int
+    width: int
+    interleaved: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """A root-mean-square norm: x / sqrt(mean(x²) + epsilon) · (offset + its weight); the offset is 0 or 1."""
+
+    offset: int
+    epsilon: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conventions:
+    """What was found out.
+
+    attentions and rotaries: in the order of the calls; None for a rotary embedding that fits no operator. tables: (cosines,
+    sines), float32 (positions, width / 2) each. norms: by module. positions: the longest context; fewer than were asked
+    for where the rotary embeddings of the first tokens change with the length of the text.
+    """
+
+    attentions: tuple[AttentionCall, ...]
+    rotaries: tuple[RotaryCall | None, ...]
+    tables: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    norms: dict[torch.nn.Module, Norm]
+    positions: int
+
+
+def learn(model: PreTrainedModel, *, positions: int) -> Conventions:
+    """Run `model` once and say how it computes. positions: the longest context, for which tables are made.
+
+    Raises ConversionError where its attention is not causal, or not what GroupQueryAttention computes.
+    """
+    recorder = _Recorder(model, positions)
+    AttentionInterface.register(_NAME, recorder.attention)
+    AttentionMaskInterface.register(_NAME, recorder.mask)
+    ids = torch.arange(2 * _LENGTH).reshape(2, _LENGTH) % min(64, int(model.config.get_text_config().vocab_size))
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(attention_implementation(model, _NAME))
+        stack.enter_context(rotary_functions(model, recorder.rotary))
+        stack.enter_context(rotary_modules(model, recorder.source))
+        model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            position_ids=torch.arange(_LENGTH)[None].expand(2, -1),
+            use_cache=False,
+        )
+    if not recorder.attentions:
+        raise ConversionError(
+            f"{type(model).__name__} computes attention by itself, not through transformers' attention interface."
+        )
+    return Conventions(
+        attentions=tuple(recorder.attentions),
+        rotaries=tuple(recorder.rotaries),
+        tables=tuple((cos[: recorder.stable].clone(), sin[: recorder.stable].clone()) for cos, sin in recorder.tables),
+        norms=_norms(model),
+        positions=recorder.stable,
+    )
+
+
+@contextmanager
+def rotary_functions(model: PreTrainedModel, replacement: Callable[..., Any]) -> Iterator[None]:
+    """Let `replacement(original, q, k, cos, sin, …)` stand for the model's apply_rotary… functions while this lasts."""
+    replaced: list[tuple[ModuleType, str, Any]] = []
+    try:
+        for module in {sys.modules[type(part).__module__] for part in model.modules()}:
+            for name, function in list(vars(module).items()):
+                if name.startswith("apply_rotary") and callable(function) and _takes_query_and_key(function):
+                    replaced.append((module, name, function))
+                    setattr(module, name, _bound(replacement, function))
+        yield
+    finally:
+        for module, name, function in replaced:
+            setattr(module, name, function)
+
+
+@contextmanager
+def rotary_modules(model: PreTrainedModel, replacement: Callable[..., Any]) -> Iterator[None]:
+    """Let `replacement(module, original, …)` stand for the forward of the modules that give (cos, sin)."""
+    with replaced_forwards(
+        {module: replacement for module in model.modules() if "RotaryEmbedding" in type(module).__name__}
+    ):
+        yield
+
+
+@contextmanager
+def replaced_forwards(replacements: dict[torch.nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let `replacement(module, original, …)` stand for the forward of each module while this lasts."""
+    before = {module: module.__dict__.get("forward") for module in replacements}
+    try:
+        for module, replacement in replacements.items():
+            module.__dict__["forward"] = _bound(replacement, module, module.forward)
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+
+
+@dataclass
+class _Recorder:
+    model: PreTrainedModel
+    positions: int
+    attentions: list[AttentionCall] = field(default_factory=list)
+    rotaries: list[RotaryCall | None] = field(default_factory=list)
+    tables: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    stable: int = 0
+    _whole: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _table_of: dict[Any, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.stable = self.positions
+
+    def mask(self, mask_function: Callable[..., torch.Tensor], **_: Any) -> torch.Tensor:
+        """A stand-in that carries the window; the recorded attention makes its own mask."""
+        mask = torch.zeros(1, 1, _LENGTH, _LENGTH)
+        mask.window = self._window(mask_function)  # type: ignore[attr-defined]
+        return mask
+
+    def attention(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,  # (batch, heads, length, head_dim)
+        key: torch.Tensor,  # (batch, kv_heads, length, head_dim)
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, None]:
+        name = type(module).__name__
+        unknown = sorted(
+            option
+            for option, value in options.items()
+            if option not in _HARMLESS and value is not None and value is not False
+        )
+        if unknown:
+            raise ConversionError(
+                f"{name} asks its attention for {', '.join(unknown)}, which GroupQueryAttention does not have here."
+            )
+        if key.shape != value.shape or query.shape[3] != key.shape[3]:
+            raise ConversionError(
+                f"{name} has heads of {query.shape[3]} numbers for queries, {key.shape[3]} for keys and {value.shape[3]} "
+                "for values; GroupQueryAttention takes one size."
+            )
+        if not hasattr(attention_mask, "window"):
+            raise ConversionError(f"{name} makes an attention mask of its own, which cannot be told from outside.")
+        window = attention_mask.window
+        if sliding_window is not None and window is not None and int(sliding_window) != window:
+            raise ConversionError(f"{name} says that its window is {sliding_window} and masks to {window} tokens.")
+        scale = float(query.shape[3] ** -0.5 if scaling is None else scaling)
+        call = AttentionCall(
+            num_heads=query.shape[1],
+            kv_num_heads=key.shape[1],
+            head_dim=query.shape[3],
+            scale=scale,
+            window=window,
+            softcap=float(softcap) if softcap else None,
+        )
+        self.attentions.append(call)
+        repeats = query.shape[1] // key.shape[1]
+        scores = query @ key.repeat_interleave(repeats, 1).transpose(2, 3) * scale
+        if call.softcap:
+            scores = (scores / call.softcap).tanh() * call.softcap
+        index = torch.arange(scores.shape[-1])
+        seen = index[None] <= index[:, None]
+        if window is not None:
+            seen &= index[:, None] - index[None] < window
+        weights = scores.masked_fill(~seen, -1e9).softmax(-1)
+        return (weights @ value.repeat_interleave(repeats, 1)).transpose(1, 2).contiguous(), None
+
+    def source(self, module: torch.nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a rotary module answers, marked with where it came from; the whole table is asked of it once."""
+        cos, sin = original(*args, **kwargs)
+        options = {name: value for name, value in kwargs.items() if name not in ("x", "position_ids")}
+        key = (id(module), tuple(args[2:]), tuple(sorted(options.items())))
+        if key not in self._whole:
+            like = kwargs["x"] if "x" in kwargs else args[0]
+
+            def table(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+                asked = copy.deepcopy(module)  # some change themselves when they are asked for more
+                return type(module).forward(asked, like[:1], torch.arange(count)[None], *args[2:], **options)
+
+            length = _stable_length(table, self.positions)
+            self._whole[key] = table(length)
+            self.stable = min(self.stable, length)
+        cos.source = key
+        return cos, sin
+
+    def rotary(
+        self, original: Callable[..., Any], q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        turned = original(q, k, cos, sin, *args, **kwargs)
+        self.rotaries.append(self._fitting(q, k, cos, sin, turned))
+        return turned
+
+    def _fitting(self, q: Any, k: Any, cos: Any, sin: Any, turned: Any) -> RotaryCall | None:
+        source = getattr(cos, "source", None)
+        if source is None or cos.dim() != 3 or q.dim() != 4:
+            return None
+        width = cos.shape[-1]
+        for interleaved in (False, True):
+            for layout, take in _LAYOUTS.items():
+                half_cos, half_sin = take(cos), take(sin)
+                size = 2 * half_cos.shape[-1]
+                if size > q.shape[-1] or size % _ROTARY_STEP or width < half_cos.shape[-1]:
+                    continue
+                if all(
+                    torch.allclose(_turn(x, half_cos, half_sin, interleaved=interleaved), found, **_TOLERANCE)
+                    for x, found in zip((q, k), turned, strict=True)
+                ):
+                    return RotaryCall(table=self._table(source, layout), width=size, interleaved=interleaved)
+        return None
+
+    def _table(self, source: Any, layout: str) -> int:
+        if (source, layout) not in self._table_of:
+            self._table_of[source, layout] = len(self.tables)
+            cos, sin = (_LAYOUTS[layout](table)[0].float().contiguous() for table in self._whole[source])
+            self.tables.append((cos, sin))
+        return self._table_of[source, layout]
+
+    def _window(self, mask_function: Callable[..., torch.Tensor]) -> int | None:
+        """How far back a mask sees, tried at positions up to the longest. Raises ConversionError."""
+        last = self.positions - 1
+        keys = torch.arange(self.positions)[None, None, None, :]
+        zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+        counts: dict[int, int] = {}
+        for query in sorted({0, 1, 2, 7, last // 3, last // 2, last - 1, last} & set(range(last + 1))):
+            try:
+                seen = mask_function(zero, zero, torch.tensor(query), keys).reshape(-1).nonzero().reshape(-1)
+            except Exception as error:  # a mask that cannot be asked in this way may raise anything
+                raise ConversionError(f"{type(self.model).__name__} has a mask of its own kind: {error}") from error
+            first, count = (int(seen[0]), len(seen)) if len(seen) else (0, 0)
+            if first + count != query + 1:
+                raise ConversionError(
+                    f"{type(self.model).__name__} does not look at the tokens up to the present one alone: at position "
+                    f"{query} it sees {count} tokens from {first} on."
+                )
+            counts[query] = count
+        window = counts[last]
+        if any(count != min(query + 1, window) for query, count in counts.items()):
+            raise ConversionError(
+                f"{type(self.model).__name__} has attention whose window is neither everything nor of one size (it sees "
+                f"{counts}); chunked attention is not exported."
+            )
+        return None if window == self.positions else window
+
+
+_LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "halves": lambda table: table[..., : table.shape[-1] // 2],
+    "pairs": lambda table: table[..., 0::2],
+    "half": lambda table: table,
+}
+
+
+def _stable_length(table: Callable[[int], tuple[torch.Tensor, torch.Tensor]], longest: int) -> int:
+    """The largest number of positions up to `longest` whose table begins like that of a few positions; bisected."""
+    few = min(_LENGTH, longest)
+    first = table(few)
+
+    def begins_alike(count: int) -> bool:
+        return all(torch.allclose(one, other[:, :few]) for one, other in zip(first, table(count), strict=True))
+
+    low, high = few, longest + 1
+    if begins_alike(longest):
+        return longest
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if begins_alike(middle) else (low, middle)
+    return low
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool) -> torch.Tensor:
+    """What com.microsoft RotaryEmbedding computes: x (batch, heads, length, head_dim), cos (batch, length, width / 2)."""
+    half = cos.shape[-1]
+    cos, sin = cos[:, None], sin[:, None]
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    one, other = (turned[..., 0::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
+    first, second = one * cos - other * sin, other * cos + one * sin
+    joined = torch.stack((first, second), -1).flatten(-2) if interleaved else torch.cat((first, second), -1)
+    return torch.cat((joined, rest), -1)
+
+
+def _norms(model: PreTrainedModel) -> dict[torch.nn.Module, Norm]:
+    """The modules with one vector of weights that are root-mean-square norms, told by trying them."""
+    found = {}
+    for module in model.modules():
+        parameters = list(module.parameters(recurse=False))
+        epsilon = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
+        if len(parameters) != 1 or parameters[0].dim() != 1 or list(module.children()) or not epsilon:
+            continue
+        weight = parameters[0].detach()
+        x = torch.randn(2, 3, len(weight), generator=torch.Generator().manual_seed(0))
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + float(epsilon))
+        with torch.no_grad():
+            try:
+                answer = module(x)
+            except Exception:  # a module that takes something else is no norm
+                continue
+        for offset in (0, 1):
+            if answer.shape == x.shape and torch.allclose(normed * (offset + weight), answer, **_TOLERANCE):
+                found[module] = Norm(offset=offset, epsilon=float(epsilon))
+                break
+    return found
+
+
+def _takes_query_and_key(function: Any) -> bool:
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return False
+    return names[:4] == ["q", "k", "cos", "sin"] or names[:4] == ["query", "key", "cos", "sin"]
+
+
+def _bound(replacement: Callable[..., Any], *first: Any) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return replacement(*first, *args, **kwargs)
+
+    return call

@@ -1,0 +1,167 @@
+"""Emits ONNX Runtime's operators for language models from any transformers model that uses the attention interface.
+
+    softmax(q kᵀ · scale + mask) v over past and new tokens   →   GroupQueryAttention(q, k, v, past, …) → out, present
+    q · cos + rotate(q) · sin                                 →   RotaryEmbedding(q, positions, cos, sin)
+    x / sqrt(mean(x²) + ε) · w                                →   SimplifiedLayerNormalization(x, w)
+
+Which convention the model follows was found by conventions.py. The cache stays outside the model: no Cache object.
+Source of the operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch.onnx.ops import symbolic, symbolic_multi_out
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from onnxpress.exporters.attention import attention_implementation
+from onnxpress.exporters.conventions import (
+    AttentionCall,
+    Conventions,
+    Norm,
+    replaced_forwards,
+    rotary_functions,
+    rotary_modules,
+)
+
+_NAME = "onnxpress_grouped_query"
+
+
+@dataclass
+class Step:
+    """What one forward pass reads and writes beside the model's own inputs.
+
+    positions: int64 (batch, length). ends: int32 (batch,), index of each row's last token. total: int32 (), the longest row's
+    tokens. lengths: int32 (batch,), new tokens. past: (key, value) of each layer, (batch, kv_heads, capacity, head_dim).
+    present is filled in the order of the layers. tables: (cosines, sines) as conventions number them. norm_weights: of the
+    norms whose weight is not a parameter as it stands.
+    """
+
+    positions: torch.Tensor
+    ends: torch.Tensor
+    total: torch.Tensor
+    lengths: torch.Tensor
+    past: list[tuple[torch.Tensor, torch.Tensor]]
+    tables: list[tuple[torch.Tensor, torch.Tensor]]
+    norm_weights: dict[torch.nn.Module, torch.Tensor]
+    present: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    rotaries: int = 0
+
+
+@contextmanager
+def decoder_operators(model: PreTrainedModel, conventions: Conventions, step: Callable[[], Step]) -> Iterator[None]:
+    """Let `model` emit the operators while this lasts; afterwards it is exactly as before.
+
+    step: gives the step of the forward pass that is running. Only for tracing: with real numbers inside, the model
+    answers nonsense.
+    """
+    AttentionInterface.register(_NAME, partial(_attention, conventions, step))
+    AttentionMaskInterface.register(_NAME, lambda *_, **__: None)
+    norms = {module: partial(_norm, norm, step) for module, norm in conventions.norms.items()}
+    with ExitStack() as stack:
+        stack.enter_context(attention_implementation(model, _NAME))
+        stack.enter_context(rotary_functions(model, partial(_rotary, conventions, step)))
+        stack.enter_context(replaced_forwards(norms))
+        if None not in conventions.rotaries:  # then nobody looks at what these modules answer
+            stack.enter_context(rotary_modules(model, _no_rotary))
+        yield
+
+
+def _attention(
+    conventions: Conventions,
+    current: Callable[[], Step],
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (batch, heads, length, head_dim)
+    key: torch.Tensor,  # (batch, kv_heads, length, head_dim)
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **_: Any,  # all of it was looked at when it was learned
+) -> tuple[torch.Tensor, None]:
+    step = current()
+    layer = len(step.present)
+    call: AttentionCall = conventions.attentions[layer]
+    past_key, past_value = step.past[layer]
+    batch, heads, length, head_dim = query.shape
+    attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": call.kv_num_heads, "scale": call.scale}
+    if call.window is not None:
+        attributes["local_window_size"] = call.window
+    if call.softcap is not None:
+        attributes["softcap"] = call.softcap
+    inputs = [_joined(query), _joined(key), _joined(value), past_key, past_value, step.ends, step.total]
+    out, present_key, present_value = symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        # cos, sin, positions, bias, sink, scales and norms of q and k are not given; the row's new tokens come last
+        [*inputs, *[None] * 9, step.lengths],
+        attributes,
+        dtypes=(query.dtype,) * 3,
+        shapes=((batch, length, heads * head_dim), past_key.shape, past_value.shape),
+        version=1,
+    )
+    step.present.append((present_key, present_value))
+    return out.reshape(batch, length, heads, head_dim), None
+
+
+def _rotary(
+    conventions: Conventions,
+    current: Callable[[], Step],
+    original: Callable[..., Any],
+    q: torch.Tensor,  # (batch, heads, length, head_dim)
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    step = current()
+    call = conventions.rotaries[step.rotaries]
+    step.rotaries += 1
+    if call is None:
+        return original(q, k, cos, sin, *args, **kwargs)
+    cosines, sines = step.tables[call.table]
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        batch, heads, length, head_dim = x.shape
+        attributes: dict[str, Any] = {"interleaved": int(call.interleaved), "num_heads": heads}
+        if call.width != head_dim:
+            attributes["rotary_embedding_dim"] = call.width
+        joined = symbolic(
+            "com.microsoft::RotaryEmbedding",
+            (_joined(x), step.positions, cosines, sines),
+            attributes,
+            dtype=x.dtype,
+            shape=(batch, length, heads * head_dim),
+            version=1,
+        )
+        return joined.reshape(batch, length, heads, head_dim).transpose(1, 2)
+
+    return turned(q), turned(k)
+
+
+def _no_rotary(
+    _module: torch.nn.Module, _original: Callable[..., Any], x: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x, x
+
+
+def _norm(
+    norm: Norm,
+    current: Callable[[], Step],
+    module: torch.nn.Module,
+    _original: Callable[..., Any],
+    x: torch.Tensor,
+) -> torch.Tensor:
+    weight = current().norm_weights[module] if norm.offset else next(module.parameters())
+    attributes = {"axis": -1, "epsilon": norm.epsilon, "stash_type": 1}
+    return symbolic("SimplifiedLayerNormalization", (x, weight), attributes, dtype=x.dtype, shape=x.shape, version=1)
+
+
+def _joined(heads: torch.Tensor) -> torch.Tensor:
+    """(batch, heads, length, head_dim) → (batch, length, heads · head_dim)."""
+    batch, count, length, head_dim = heads.shape
+    return heads.transpose(1, 2).reshape(batch, length, count * head_dim)

@@ -1,0 +1,306 @@
+"""Exports a transformers language model of any architecture as one graph for prompts and for single tokens.
+
+    input_ids        int64 (batch, length)      new tokens, padded on the right
+    past_lengths     int32 (batch,)             tokens that each row has in the cache
+    lengths          int32 (batch,)             new tokens of each row, the padding not counted
+    logit_indices    int64 (answers,)           which tokens to answer, as row · length + column
+    past_key_values.N.key, .value               float32 (batch, kv_heads, capacity, head_dim)
+    → logits         float32 (answers, vocabulary)
+    → present.N.key, .value                     as the past, with the new tokens written in
+
+Rows are independent: each has its own past and its own number of new tokens, so that prompts, parts of prompts and single
+tokens can share a step. Past and present may be one buffer, which is then written in place; its capacity has to hold the
+longest row. The vocabulary is projected only for the tokens that are asked for: the last of each row to generate, several to
+check a draft, all of them for perplexity.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from onnxpress.errors import ConversionError, SourceError
+from onnxpress.exporters.adapter import merge_adapter
+from onnxpress.exporters.conventions import Conventions, learn, replaced_forwards
+from onnxpress.exporters.decoder_operators import Step, decoder_operators
+from onnxpress.exporters.quiet import quiet
+from onnxpress.exporters.tasks import Task
+from onnxpress.exporters.tokenizer import read_tokenizer
+from onnxpress.exporters.trace import LARGEST_AXIS, LARGEST_BATCH, tensor_spec, trace
+from onnxpress.exporters.transformers_model import TextExport, load_model, position_limit
+from onnxpress.graph import Graph
+from onnxpress.manifest import Arrays, Json, Signature, TensorSpec
+
+_EXPORTED_EXPERTS = "batched_mm"  # the one form of a mixture of experts whose shapes do not hang on the routing
+
+
+def export_decoder(
+    folder: Path,
+    wanted: Task,
+    config: Any,
+    *,
+    trust_remote_code: bool,
+    max_length: int | None,
+    adapter: str | os.PathLike[str] | None,
+) -> TextExport:
+    """Export the language model in a folder. Raises SourceError and ConversionError.
+
+    max_length: the longest context in tokens, prompt and answer together. adapter: a LoRA folder, merged first.
+    """
+    model = load_model(folder, wanted, config, trust_remote_code=trust_remote_code)
+    tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
+    notes: tuple[str, ...] = ()
+    if adapter is not None:
+        notes += (merge_adapter(model, Path(adapter)),)
+    limit = position_limit(model, tokenizer)
+    if max_length is not None and not 1 <= max_length <= limit:
+        raise SourceError(f"A context of {max_length} was asked for; the model in {folder} takes 1 to {limit} tokens.")
+    context = max_length or limit
+    name = type(model).__name__
+    try:
+        with quiet():
+            conventions = learn(model, positions=context)
+    except ConversionError:
+        raise
+    except Exception as error:  # whatever a model raises that needs more than tokens and positions
+        raise ConversionError(f"{name} does not run on tokens and positions alone: {error}") from error
+    if conventions.positions < context:
+        if max_length is not None:
+            raise SourceError(
+                f"A context of {max_length} was asked for; beyond {conventions.positions} tokens {name} changes its rotary "
+                f"embeddings with the length of the text, which a cache cannot follow. Ask for at most {conventions.positions}."
+            )
+        notes += (
+            f"context: {conventions.positions} of {context} tokens; beyond, the rotary embeddings change with the length",
+        )
+        context = conventions.positions
+    graph = export_causal_lm(model, conventions, context=context)
+    options: dict[str, Json] = {
+        "max_length": context,
+        "pad_token_id": tokenizer.pad_token_id,
+        **_special_tokens(folder, model),
+    }
+    return TextExport(
+        graph=graph,
+        reference=DecoderReference(model),
+        options=options,
+        tokenizer=tokenizer,
+        notes=(*notes, *_summary(conventions), *tokenizer.notes),
+    )
+
+
+def export_causal_lm(model: PreTrainedModel, conventions: Conventions, *, context: int) -> Graph:
+    """The graph of a model whose conventions are known. The model is left as it was. Raises ConversionError."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ConversionError(f"{type(model).__name__} does not say which layer gives its logits.")
+    wrapped = CausalModel(model, head, conventions, context).eval()
+    layers = conventions.attentions
+    example = wrapped.example()
+    cache = {
+        f"past_key_values.{layer}.{kind}": ("batch", call.kv_num_heads, "capacity", call.head_dim)
+        for layer, call in enumerate(layers)
+        for kind in ("key", "value")
+    }
+    shapes = {
+        "input_ids": ("batch", "length"),
+        "past_lengths": ("batch",),
+        "lengths": ("batch",),
+        "logit_indices": ("answers",),
+        **cache,
+    }
+    axes = {
+        "batch": (1, LARGEST_BATCH),
+        "length": (1, context),
+        "answers": (1, LARGEST_AXIS),
+        "capacity": (1, context),
+    }
+    outputs = ["logits", *(name.replace("past_key_values", "present") for name in cache)]
+    with wrapped.emitting():
+        ir_model, _ = trace(
+            wrapped, example, shapes=shapes, axes=axes, outputs=outputs, prefix="model.", name=type(model).__name__
+        )
+    ir_model.graph.opset_imports.setdefault("com.microsoft", 1)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    bounds = {"input_ids": (0, vocabulary - 1), "past_lengths": (0, context), "lengths": (0, context)}
+    signature = Signature(
+        task="text-generation",
+        inputs=tuple(
+            TensorSpec(name=name, dtype=str(example[name].numpy().dtype), shape=shape, bounds=bounds.get(name))
+            for name, shape in shapes.items()
+        ),
+        outputs=tuple(tensor_spec(value) for value in ir_model.graph.outputs),
+        axes=axes,
+    )
+    return Graph(model=ir_model, signature=signature)
+
+
+class CausalModel(torch.nn.Module):
+    """A causal language model with a plain call: the graph's inputs in, a tuple of its outputs out."""
+
+    def __init__(self, model: PreTrainedModel, head: torch.nn.Module, conventions: Conventions, context: int) -> None:
+        super().__init__()
+        self.model = model
+        self._head = [head]  # in a list: it is part of the model already
+        self._conventions = conventions
+        self._context = context
+        self._step: Step | None = None
+        self._answers: torch.Tensor | None = None
+        for index, (cosines, sines) in enumerate(conventions.tables):
+            self.register_buffer(f"rotary_{index}_cos", cosines, persistent=False)
+            self.register_buffer(f"rotary_{index}_sin", sines, persistent=False)
+        self._norm_weights: dict[torch.nn.Module, str] = {}
+        names = {module: name for name, module in model.named_modules()}
+        for module, norm in conventions.norms.items():
+            if norm.offset:
+                name = f"{names[module].replace('.', '_')}_weight"
+                self.register_buffer(name, norm.offset + next(module.parameters()).detach(), persistent=False)
+                self._norm_weights[module] = name
+
+    @contextmanager
+    def emitting(self) -> Iterator[None]:
+        """Let the model emit ONNX Runtime's operators while this lasts."""
+        with ExitStack() as stack:
+            stack.enter_context(decoder_operators(self.model, self._conventions, self._current))
+            stack.enter_context(replaced_forwards({self._head[0]: self._logits}))
+            stack.enter_context(experts_implementation(self.model, _EXPORTED_EXPERTS))
+            yield
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """input_ids, past_lengths, lengths, logit_indices, and key and value of each layer."""
+        input_ids, past_lengths, lengths, self._answers, *past = inputs
+        columns = torch.arange(input_ids.shape[1])
+        # Padding may lie beyond the last position there is; what it gets does not matter.
+        positions = (past_lengths.to(torch.int64)[:, None] + columns[None]).clamp(max=self._context - 1)
+        ends = past_lengths + lengths - 1
+        self._step = Step(
+            positions=positions,
+            ends=ends,
+            total=(ends + 1).amax(0),
+            lengths=lengths,
+            past=list(zip(past[0::2], past[1::2], strict=True)),
+            tables=[
+                (getattr(self, f"rotary_{index}_cos"), getattr(self, f"rotary_{index}_sin"))
+                for index in range(len(self._conventions.tables))
+            ],
+            norm_weights={module: getattr(self, name) for module, name in self._norm_weights.items()},
+        )
+        logits = self.model(
+            input_ids=input_ids, position_ids=positions, attention_mask=None, use_cache=False, return_dict=True
+        ).logits
+        present = self._step.present
+        if len(present) != len(self._conventions.attentions):
+            raise ConversionError("The attention layers of a trace are not those of the forward pass before it.")
+        return (logits, *(tensor for pair in present for tensor in pair))
+
+    def example(self) -> dict[str, torch.Tensor]:
+        """Inputs to trace with: two rows, whose sizes are all different."""
+        batch, length, capacity = 2, min(5, self._context), min(11, self._context)
+        tensors: dict[str, torch.Tensor] = {
+            "input_ids": torch.ones(batch, length, dtype=torch.int64),
+            "past_lengths": torch.tensor([0, 0], dtype=torch.int32),
+            "lengths": torch.tensor([length, length], dtype=torch.int32),
+            "logit_indices": torch.tensor([0, 1, 2], dtype=torch.int64),
+        }
+        for layer, call in enumerate(self._conventions.attentions):
+            shape = (batch, call.kv_num_heads, capacity, call.head_dim)
+            tensors[f"past_key_values.{layer}.key"] = torch.zeros(shape)
+            tensors[f"past_key_values.{layer}.value"] = torch.zeros(shape)
+        return tensors
+
+    def _current(self) -> Step:
+        assert self._step is not None
+        return self._step
+
+    def _logits(self, _: torch.nn.Module, original: Callable[..., torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        """The output layer for the tokens that are asked for: (batch, length, hidden) → (answers, vocabulary)."""
+        assert self._answers is not None
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return original(flat.index_select(0, self._answers))
+
+
+class DecoderReference:
+    """The original language model, answering the graph's inputs with logits: row by row, its own attention, no cache.
+
+    Takes no past: `past_lengths` has to be zero and the cache is not looked at.
+    """
+
+    input_names: tuple[str, ...] = ("input_ids", "past_lengths", "lengths", "logit_indices")
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.module = model
+
+    def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """{"logits": float32 (answers, vocabulary)} of one batch."""
+        assert not np.any(feeds["past_lengths"]), "the reference has no cache"
+        length = feeds["input_ids"].shape[1]
+        answers: dict[int, np.ndarray[Any, Any]] = {}
+        for row, count in enumerate(feeds["lengths"]):
+            wanted = [int(index) for index in feeds["logit_indices"] if index // length == row]
+            if not wanted:
+                continue
+            logits = self.logits(feeds["input_ids"][row, :count], [index % length for index in wanted])
+            answers.update(zip(wanted, logits, strict=True))
+        return {"logits": np.stack([answers[int(index)] for index in feeds["logit_indices"]])}
+
+    def logits(self, ids: np.ndarray[Any, Any], columns: list[int]) -> np.ndarray[Any, Any]:
+        """float32 (columns, vocabulary): what follows the tokens at `columns` of one text."""
+        with torch.inference_mode():
+            keep = torch.tensor(columns)
+            answer = self.module(
+                input_ids=torch.tensor(np.asarray(ids))[None],
+                attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+                use_cache=False,
+                logits_to_keep=keep,
+                return_dict=True,
+            ).logits[0]
+            found: np.ndarray[Any, Any] = answer.float().numpy()
+        return found
+
+
+@contextmanager
+def experts_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Switch how a model computes its mixture of experts, and back; models without one are left alone."""
+    before = getattr(model.config, "_experts_implementation", None)
+    if before is None or not model._can_set_experts_implementation():
+        yield
+        return
+    model.set_experts_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+def _special_tokens(folder: Path, model: PreTrainedModel) -> dict[str, Json]:
+    """bos_token_id, and eos_token_ids: whichever of them ends an answer."""
+    generation = model.generation_config or GenerationConfig.from_model_config(model.config)
+    config = model.config.get_text_config()
+    ends = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
+    begin = generation.bos_token_id if generation.bos_token_id is not None else config.bos_token_id
+    return {
+        "bos_token_id": begin,
+        "eos_token_ids": sorted({ends} if isinstance(ends, int) else set(ends or ())),
+    }
+
+
+def _summary(conventions: Conventions) -> tuple[str, ...]:
+    fused = sum(call is not None for call in conventions.rotaries)
+    windows = sorted({call.window for call in conventions.attentions if call.window is not None})
+    sentence = (
+        f"{len(conventions.attentions)} GroupQueryAttention, {2 * fused} RotaryEmbedding, "
+        f"{len(conventions.norms)} SimplifiedLayerNormalization emitted"
+    )
+    left = len(conventions.rotaries) - fused
+    return (
+        sentence,
+        *((f"{left} rotary embeddings fit no operator and stay as the model computes them",) if left else ()),
+        *((f"sliding windows of {', '.join(map(str, windows))} tokens",) if windows else ()),
+    )

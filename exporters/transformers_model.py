@@ -1,0 +1,145 @@
+"""Loads a transformers model of any architecture from a folder: its config, its weights with the task's head, its limits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from onnxpress.errors import SourceError
+from onnxpress.exporters.pooling import SentencePooling, read_json
+from onnxpress.exporters.quiet import quiet
+from onnxpress.exporters.tasks import Task, heads
+from onnxpress.exporters.tokenizer import Tokenizer
+from onnxpress.graph import Graph
+from onnxpress.manifest import Json, Runnable
+
+_LENGTH_WITHOUT_LIMIT = 512  # for models with relative positions whose tokenizer has no limit either
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextExport:
+    """What the export of a text model gives."""
+
+    graph: Graph
+    reference: Runnable
+    options: Mapping[str, Json]
+    tokenizer: Tokenizer
+    notes: tuple[str, ...]
+
+
+class TextModel(torch.nn.Module):
+    """A model with a plain call: int64 tensors (batch, length) in, a tuple of float32 tensors out."""
+
+    def __init__(
+        self, model: PreTrainedModel, names: tuple[str, ...], task: Task, pooling: SentencePooling | None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+        self.outputs = task.outputs
+        self.pooling = pooling
+        # A decoder would return its cache, which nobody asked for.
+        takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+        self.options: dict[str, bool] = {"use_cache": False} if takes_cache else {}
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """input_ids, attention_mask and, where the model has them, token_type_ids, in the order of `names`."""
+        named = dict(zip(self.names, inputs, strict=True))
+        answer = self.model(**named, **self.options, return_dict=True)
+        outputs = tuple(answer[name] for name in self.outputs)
+        return outputs if self.pooling is None else (self.pooling(outputs[0], named["attention_mask"]),)
+
+
+def load_config(folder: Path, *, trust_remote_code: bool) -> Any:
+    """config.json as transformers reads it. Raises SourceError."""
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # transformers raises ValueError, OSError, KeyError, ImportError… for bad configs
+        raise SourceError(
+            f"{folder / 'config.json'} is not one that transformers understands: {_one_line(error)}"
+            f"{_remote_code_hint(folder, trust_remote_code)}"
+        ) from error
+
+
+def load_model(folder: Path, task: Task, config: Any, *, trust_remote_code: bool) -> PreTrainedModel:
+    """The model in float32, in evaluation mode, with its own attention. Raises SourceError."""
+    try:
+        with quiet():
+            model, report = task.auto_class.from_pretrained(  # type: ignore[attr-defined]
+                folder,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    except Exception as error:  # corrupt files, shapes that do not fit, a config without such a head…
+        raise SourceError(
+            f"The weights in {folder} do not load as a model for {task.name}: {_one_line(error)} This model has heads "
+            f"for {', '.join(heads(tuple(config.architectures or ())))}.{_remote_code_hint(folder, trust_remote_code)}"
+        ) from error
+    model.eval()
+    missing = _used(model, task, report["missing_keys"])
+    if missing:
+        raise SourceError(
+            f"The model in {folder} has no trained weights for {task.name}: {len(missing)} are missing, the first is "
+            f"{missing[0]}. It has heads for {', '.join(heads(tuple(config.architectures or ())))}. Choose one of "
+            f"these tasks, or a model that was trained for {task.name}."
+        )
+    return model
+
+
+def position_limit(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
+    """The longest input that the positions of a model allow."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and name.endswith("position_embeddings"):
+            # A table with a padding row (RoBERTa's and its kin's) counts positions from the row after it.
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            limit = min(limit or module.num_embeddings, module.num_embeddings - first)
+    return int(limit or tokenizer.max_length or _LENGTH_WITHOUT_LIMIT)
+
+
+def longest_input(folder: Path, tokenizer: Tokenizer, *, limit: int, wanted: int | None) -> int:
+    """How many tokens a text may have: the wanted number, or what the folder declares. Raises SourceError."""
+    if wanted is not None:
+        if not 1 <= wanted <= limit:
+            raise SourceError(
+                f"A maximum length of {wanted} was asked for; the model in {folder} takes 1 to {limit} tokens."
+            )
+        return wanted
+    declared = folder / "sentence_bert_config.json"
+    sentence_length = read_json(declared).get("max_seq_length") if declared.is_file() else None
+    return int(min(length for length in (limit, tokenizer.max_length, sentence_length) if length))
+
+
+def _used(model: PreTrainedModel, task: Task, missing: Any) -> list[str]:
+    """Which of the missing parameters the outputs depend on (a pooler that nobody reads may be missing)."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name in set(missing)}
+    if not parameters:
+        return []
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    with torch.enable_grad():
+        outputs = TextModel(model, ("input_ids", "attention_mask"), task, None)(ids, ids)
+        total = torch.stack([output.sum() for output in outputs]).sum()
+        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    return sorted(name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None)
+
+
+def _remote_code_hint(folder: Path, trust_remote_code: bool) -> str:
+    if trust_remote_code or not any(folder.glob("*.py")):
+        return ""
+    return " The folder brings Python code of its own; if you have read and trust it, pass trust_remote_code."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
