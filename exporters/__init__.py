@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from onnxpress.errors import SourceError
@@ -14,10 +14,11 @@ from onnxpress.exporters.source import ModuleSource, resolve
 from onnxpress.exporters.tasks import find_task, infer_task
 from onnxpress.exporters.transformers_decoder import export_decoder
 from onnxpress.exporters.transformers_encoder import export_encoder
-from onnxpress.exporters.transformers_model import load_config
+from onnxpress.exporters.transformers_model import TextExport, load_config
 from onnxpress.exporters.verify import ParityCheck, ParityRow
+from onnxpress.exporters.verify_decoder import DecoderParityCheck
 
-__all__ = ["Exported", "ParityCheck", "ParityRow", "TorchReference", "export"]
+__all__ = ["DecoderParityCheck", "Exported", "ParityCheck", "ParityRow", "TorchReference", "export"]
 
 
 def export(
@@ -58,7 +59,7 @@ def export(
     config = load_config(found.folder, trust_remote_code=trust_remote_code)
     wanted = infer_task(found.folder, tuple(config.architectures or ())) if task is None else find_task(task)
     if wanted.name == "text-generation":
-        exporter = partial(export_decoder, adapter=adapter)
+        exporter: Callable[..., TextExport] = partial(export_decoder, adapter=adapter)
     elif adapter is not None:
         raise SourceError(f"An adapter was given for the task {wanted.name}; adapters go with text-generation.")
     else:

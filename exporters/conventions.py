@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -29,7 +29,7 @@ _HARMLESS = frozenset(
     {"is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"}
     | {"return_dict", "position_embeddings", "past_key_values", "cache", "layer_idx", "output_router_logits"}
 )
-_TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+_TOLERANCE = 1e-5  # relative and absolute
 _ROTARY_STEP = 8  # ONNX Runtime's kernel rotates vectors of so many numbers
 
 
@@ -141,7 +141,7 @@ def rotary_modules(model: PreTrainedModel, replacement: Callable[..., Any]) -> I
 
 
 @contextmanager
-def replaced_forwards(replacements: dict[torch.nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def replaced_forwards(replacements: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Let `replacement(module, original, …)` stand for the forward of each module while this lasts."""
     before = {module: module.__dict__.get("forward") for module in replacements}
     try:
@@ -206,7 +206,7 @@ class _Recorder:
             )
         if not hasattr(attention_mask, "window"):
             raise ConversionError(f"{name} makes an attention mask of its own, which cannot be told from outside.")
-        window = attention_mask.window
+        window: int | None = attention_mask.window  # type: ignore[union-attr]
         if sliding_window is not None and window is not None and int(sliding_window) != window:
             raise ConversionError(f"{name} says that its window is {sliding_window} and masks to {window} tokens.")
         scale = float(query.shape[3] ** -0.5 if scaling is None else scaling)
@@ -240,7 +240,10 @@ class _Recorder:
 
             def table(count: int) -> tuple[torch.Tensor, torch.Tensor]:
                 asked = copy.deepcopy(module)  # some change themselves when they are asked for more
-                return type(module).forward(asked, like[:1], torch.arange(count)[None], *args[2:], **options)
+                answer: tuple[torch.Tensor, torch.Tensor] = type(module).forward(
+                    asked, like[:1], torch.arange(count)[None], *args[2:], **options
+                )
+                return answer
 
             length = _stable_length(table, self.positions)
             self._whole[key] = table(length)
@@ -267,7 +270,9 @@ class _Recorder:
                 if size > q.shape[-1] or size % _ROTARY_STEP or width < half_cos.shape[-1]:
                     continue
                 if all(
-                    torch.allclose(_turn(x, half_cos, half_sin, interleaved=interleaved), found, **_TOLERANCE)
+                    torch.allclose(
+                        _turn(x, half_cos, half_sin, interleaved=interleaved), found, rtol=_TOLERANCE, atol=_TOLERANCE
+                    )
                     for x, found in zip((q, k), turned, strict=True)
                 ):
                     return RotaryCall(table=self._table(source, layout), width=size, interleaved=interleaved)
@@ -359,7 +364,9 @@ def _norms(model: PreTrainedModel) -> dict[torch.nn.Module, Norm]:
             except Exception:  # a module that takes something else is no norm
                 continue
         for offset in (0, 1):
-            if answer.shape == x.shape and torch.allclose(normed * (offset + weight), answer, **_TOLERANCE):
+            if answer.shape == x.shape and torch.allclose(
+                normed * (offset + weight), answer, rtol=_TOLERANCE, atol=_TOLERANCE
+            ):
                 found[module] = Norm(offset=offset, epsilon=float(epsilon))
                 break
     return found

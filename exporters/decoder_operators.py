@@ -157,7 +157,7 @@ def _norm(
     x: torch.Tensor,
 ) -> torch.Tensor:
     weight = current().norm_weights[module] if norm.offset else next(module.parameters())
-    attributes = {"axis": -1, "epsilon": norm.epsilon, "stash_type": 1}
+    attributes: dict[str, Any] = {"axis": -1, "epsilon": norm.epsilon, "stash_type": 1}
     return symbolic("SimplifiedLayerNormalization", (x, weight), attributes, dtype=x.dtype, shape=x.shape, version=1)
 
 

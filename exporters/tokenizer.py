@@ -18,7 +18,7 @@ from onnxpress.exporters.quiet import quiet
 
 # Older forms, which transformers can convert.
 _VOCABULARIES = ("vocab.txt", "vocab.json", "*.model")
-_COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _NO_LIMIT = 10**6  # transformers writes 1e30 for "none"
 
 

@@ -1,4 +1,4 @@
-"""The command line: build, run, bench, verify, inspect, doctor. Each command is one function.
+"""The command line: build, run, generate, chat, bench, verify, inspect, doctor. Each command is one function.
 
 run, verify, bench and doctor work where only the runtime is installed, so nothing heavy is imported at the top.
 Exit codes: 0 done, 1 the artifact is not good enough, 2 wrong use or input.
@@ -95,7 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--column", action="append", default=[], metavar="ROLE=NAME", help="a column of --eval")
     build.add_argument("--only", action="append", metavar="PASS", help="run this pass and no other (repeatable)")
     build.add_argument("--keep-all", action="store_true", default=None, help="keep passes in spite of budget and times")
-    build.add_argument("--max-length", type=int, help="longest input in tokens")
+    build.add_argument("--max-length", type=int, help="longest input in tokens; of a language model, the context")
+    build.add_argument("--adapter", help="folder of a LoRA adapter to merge into a language model")
     build.add_argument("--revision", help="revision on the hub")
     build.add_argument("--trust-remote-code", action="store_true", default=None, help="run code that the model brings")
     build.add_argument("--no-measure", dest="measure", action="store_false", default=None, help="do not time anything")
@@ -109,6 +110,22 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--top-k", type=int, help="how many answers (question-answering, fill-mask)")
     run.add_argument("--json", action="store_true", help="one JSON document")
     _providers(run)
+
+    generate = _command(commands, "generate", _generate, "continue prompts with a language model")
+    generate.add_argument("artifact", type=Path)
+    generate.add_argument("--prompt", action="append", default=[], help="a prompt (repeatable; they run together)")
+    generate.add_argument("--file", type=Path, help="a file that is one prompt; - for standard input")
+    generate.add_argument("--n", type=int, default=1, help="answers to each prompt")
+    generate.add_argument(
+        "--logprobs", type=int, help="with --json: log-probabilities, and of so many likeliest tokens"
+    )
+    generate.add_argument("--json", action="store_true", help="one JSON document: text, token_ids, finish_reason, …")
+    _sampling(generate)
+
+    chat = _command(commands, "chat", _chat, "talk with a language model")
+    chat.add_argument("artifact", type=Path)
+    chat.add_argument("--system", help="the system message")
+    _sampling(chat)
 
     bench = _command(commands, "bench", _bench, "time an artifact")
     bench.add_argument("artifact", type=Path)
@@ -147,12 +164,34 @@ def _providers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-fallback", action="store_true", help="take what loads, and say what it was")
 
 
+def _sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, help="tokens of an answer at most (default 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this probability")
+    parser.add_argument("--min-p", type=float, default=0.0, help="no token below this share of the likeliest one's")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--presence-penalty", type=float, default=0.0)
+    parser.add_argument("--frequency-penalty", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
+    parser.add_argument("--stop", action="append", default=[], help="a string that ends the answer (repeatable)")
+    parser.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's end token")
+    parser.add_argument("--cache-mb", type=int, default=2048, help="most memory for keys and values (default 2048)")
+    _providers(parser)
+
+
+_SAMPLING = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "ignore_eos"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+
+
 def _build(options: argparse.Namespace) -> int:
     from onnxpress import terminal
     from onnxpress.pipeline import build
 
-    keys = ("task", "target", "precision", "name", "budget", "file", "only", "keep_all", "max_length", "revision")
-    chosen = {key: getattr(options, key) for key in (*keys, "trust_remote_code", "measure")}
+    keys = ("task", "target", "precision", "name", "budget", "file", "only", "keep_all", "max_length", "adapter")
+    chosen = {key: getattr(options, key) for key in (*keys, "revision", "trust_remote_code", "measure")}
     if options.column:
         chosen["columns"] = _columns(options.column)
     artifact = build(options.source, out=options.out, quiet=options.json, **chosen)
@@ -171,11 +210,13 @@ def _build(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from onnxpress.inspection import say_fallback
-    from onnxpress.runtime import load
+    from onnxpress.runtime import Generator, ModuleRunner, load
 
     runner = load(options.artifact, providers=options.provider, allow_fallback=options.allow_fallback)
     say_fallback(runner.session)
-    if not hasattr(runner, "answer_texts"):
+    if isinstance(runner, Generator):
+        raise UsageError("This artifact is a language model: use `onnxpress generate` or `onnxpress chat`.")
+    if isinstance(runner, ModuleRunner):
         raise UsageError(
             "This artifact takes named arrays, not text: use Python, onnxpress.load(path).run({name: array})."
         )
@@ -196,6 +237,41 @@ def _run(options: argparse.Namespace) -> int:
         for sample, answer in zip(samples, answers, strict=True):
             print(f"{_shown(sample)}\n  {_answer_line(answer)}")
     return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from onnxpress.conversation import generate
+
+    prompts = list(options.prompt)
+    if options.file is not None:
+        prompts.append(_text(options.file))
+    if not prompts:
+        raise InputError('No prompt was given: use --prompt "…", or --file FILE (- for standard input).')
+    chosen = {name: getattr(options, name) for name in (*_SAMPLING, "n", "logprobs")}
+    return generate(_generator(options), prompts, as_json=options.json, **chosen)
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from onnxpress.conversation import chat
+
+    chosen = {name: getattr(options, name) for name in _SAMPLING}
+    return chat(_generator(options), system=options.system, **chosen)
+
+
+def _generator(options: argparse.Namespace) -> Any:
+    from onnxpress.conversation import open_generator
+    from onnxpress.inspection import say_fallback
+
+    if options.cache_mb < 1:
+        raise UsageError(f"--cache-mb takes a positive whole number, not {options.cache_mb}.")
+    runner = open_generator(
+        options.artifact,
+        providers=options.provider,
+        allow_fallback=options.allow_fallback,
+        cache_bytes=options.cache_mb * 2**20,
+    )
+    say_fallback(runner.session)
+    return runner
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -290,13 +366,16 @@ def _number(text: str, flag: str) -> int:
     return numbers[0]
 
 
-def _lines(path: Path) -> list[str]:
+def _text(path: Path) -> str:
     try:
-        content = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode("utf-8-sig")
+        return (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"The file {path} cannot be read as UTF-8 text: {error}.") from None
+
+
+def _lines(path: Path) -> list[str]:
     # Not splitlines: it also cuts at form feeds and the like, which stand within texts.
-    return [line for line in content.replace("\r\n", "\n").split("\n") if line.strip()]
+    return [line for line in _text(path).replace("\r\n", "\n").split("\n") if line.strip()]
 
 
 def _shown(sample: str | tuple[str, str]) -> str:

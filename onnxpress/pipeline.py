@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from onnxpress import evaluation, terminal
 from onnxpress.artifact import Artifact, ArtifactWriter
 from onnxpress.calibration import Calibration
+from onnxpress.decoder_workload import DecoderWorkload
 from onnxpress.errors import (
     ArtifactError,
     BudgetError,
@@ -31,7 +32,7 @@ from onnxpress.errors import (
     RecipeError,
     SourceError,
 )
-from onnxpress.exporters import Exported, ParityCheck, export
+from onnxpress.exporters import DecoderParityCheck, Exported, ParityCheck, ParityRow, export
 from onnxpress.foreign import open_onnx
 from onnxpress.gate import Gate, repair
 from onnxpress.golden import write_golden
@@ -43,6 +44,8 @@ from onnxpress.optimizers.base import Pass, PassContext
 from onnxpress.optimizers.targets import target as find_target
 from onnxpress.recipe import BuildSection, ModelSection, QualitySection, Recipe, make_recipe, read_recipe
 from onnxpress.report import render_report
+from onnxpress.runtime.cache import KeyValueCache
+from onnxpress.runtime.model_step import ModelStep
 from onnxpress.runtime.session import Session
 from onnxpress.timing import alternate
 from onnxpress.workbench import RowByRow, Workbench, save
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
 MINIMUM_ONNXRUNTIME = "1.30"
 _SLOWER = 1.05  # a pass must not take more than this share of the time before it
 _NOISE_MS = 0.05  # differences below this are the clock's
+_PARITY_CACHE = 2**32  # bytes of keys and values while a graph is compared
 _TORCH_FREE = ("torch", "transformers", "onnx")
 
 
@@ -126,7 +130,7 @@ def _build(recipe: Recipe, folder: Path, given: _Given, report: terminal.Progres
         )
 
         report.step("verify the export against the original")
-        parity = ParityCheck(exported)
+        parity = _Parity(exported)
         try:
             plain = bench.open(exported.graph)
         except ArtifactError as error:
@@ -135,7 +139,7 @@ def _build(recipe: Recipe, folder: Path, given: _Given, report: terminal.Progres
         gate = Gate(workload, exported.reference, budget)
 
         press = _Press(recipe, bench, gate, parity, exported.graph, plain, report)
-        for name in recipe.pass_names():
+        for name in recipe.pass_names(workload.task):
             press.run(make_pass(name, recipe.passes.get(name)))
 
         report.step("golden outputs")
@@ -187,7 +191,7 @@ def _build(recipe: Recipe, folder: Path, given: _Given, report: terminal.Progres
         if recipe.build.measure and bench.on_target:
             report.step("measure")
             measured["latency"] = _latency(
-                workload, {"PyTorch": exported.reference, "export": plain, "artifact": press.session}
+                workload, _timed_systems(workload, exported.reference, {"export": plain, "artifact": press.session})
             )
             if isinstance(workload, TextWorkload) and not press.rows_alone:
                 measured["tokens_per_chunk"] = _fastest_chunk(workload, press.session)
@@ -202,6 +206,27 @@ def _build(recipe: Recipe, folder: Path, given: _Given, report: terminal.Progres
         return writer.publish()
 
 
+class _Parity:
+    """The comparison with the original that suits the task: of single answers, or step by step."""
+
+    def __init__(self, exported: Exported) -> None:
+        self._context = exported.options.get("max_length", 0)
+        self._inner = DecoderParityCheck(exported) if _generates(exported) else ParityCheck(exported)
+        self.notes = self._inner.notes
+
+    def check(self, session: Session) -> list[ParityRow]:
+        """One row a comparison. Raises ParityError."""
+        if isinstance(self._inner, ParityCheck):
+            return self._inner.check(session)
+
+        def with_an_empty_cache() -> ModelStep:
+            return ModelStep(
+                session, KeyValueCache(session.signature.inputs, context=self._context, budget=_PARITY_CACHE)
+            )
+
+        return self._inner.check(with_an_empty_cache)
+
+
 class _Press:
     """The graph as it stands, and what became of each pass."""
 
@@ -210,7 +235,7 @@ class _Press:
         recipe: Recipe,
         bench: Workbench,
         gate: Gate,
-        parity: ParityCheck,
+        parity: _Parity,
         graph: Graph,
         session: Session,
         report: terminal.Progress,
@@ -397,6 +422,7 @@ def _export(recipe: Recipe, given: _Given) -> Exported:
         revision=model.revision,
         max_length=model.max_length,
         trust_remote_code=model.trust_remote_code,
+        adapter=model.adapter,
     )
 
 
@@ -406,8 +432,8 @@ def _workload(recipe: Recipe, exported: Exported, tokenizer_folder: Path, file: 
         if file is not None:
             raise RecipeError("An evaluation file of text does not go with a plain module; leave `file` out.")
         return ModuleWorkload(signature=signature, example=exported.example)
-    return TextWorkload(
-        task=signature.task,
+    kind = DecoderWorkload if _generates(exported) else partial(TextWorkload, task=signature.task)
+    return kind(
         signature=signature,
         options=exported.options,
         tokenizer_folder=tokenizer_folder,
@@ -416,6 +442,15 @@ def _workload(recipe: Recipe, exported: Exported, tokenizer_folder: Path, file: 
         samples=quality.samples,
         calibration_samples=quality.calibration_samples,
     )
+
+
+def _generates(exported: Exported) -> bool:
+    return exported.graph.signature.task == DecoderWorkload.task
+
+
+def _timed_systems(workload: Workload, reference: Runnable, ours: Mapping[str, Runnable]) -> Mapping[str, Runnable]:
+    """What is timed side by side; the original of a language model has no cache, so that its steps would mislead."""
+    return ours if isinstance(workload, DecoderWorkload) else {"PyTorch": reference, **ours}
 
 
 def _copy_tokenizer(exported: Exported, folder: Path) -> None:

@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from onnxpress.errors import RecipeError
 from onnxpress.machine import cpu_target
 from onnxpress.optimizers import make_pass
-from onnxpress.optimizers.targets import target
+from onnxpress.optimizers.targets import GENERATION, target
 
 
 class _Section(BaseModel):
@@ -36,12 +36,13 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """What to export."""
+    """What to export. adapter: a folder with a LoRA adapter, merged into a language model."""
 
     source: str
     task: str | None = None
     revision: str | None = None
     max_length: int | None = Field(default=None, ge=1)
+    adapter: str | None = None
     trust_remote_code: bool = False
 
 
@@ -78,17 +79,16 @@ class Recipe(_Section):
     quality: QualitySection = QualitySection()
     passes: dict[str, dict[str, Any]] = {}
 
-    @property
-    def precision(self) -> str:
-        """The precision asked for, or the target's default."""
-        return self.build.precision or next(iter(target(self.build.target).precisions))
+    def precision(self, task: str) -> str:
+        """The precision asked for, or the target's default for a task."""
+        return self.build.precision or target(self.build.target).default_precision(task)
 
-    def pass_names(self) -> tuple[str, ...]:
-        """The passes that this recipe runs, in order."""
+    def pass_names(self, task: str) -> tuple[str, ...]:
+        """The passes that this recipe runs for a task, in order."""
         if self.build.only:
             return tuple(self.build.only)
         facts = target(self.build.target)
-        return (*facts.lossless, *facts.precisions[self.precision])
+        return (*facts.lossless, *facts.precisions[self.precision(task)])
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -103,6 +103,8 @@ def read_recipe(path: Path) -> Recipe:
     quality, model = recipe.quality, recipe.model
     if quality.file is not None:
         quality = quality.model_copy(update={"file": str(path.parent / quality.file)})
+    if model.adapter is not None:
+        model = model.model_copy(update={"adapter": str(path.parent / model.adapter)})
     if (path.parent / model.source).exists():
         model = model.model_copy(update={"source": str(path.parent / model.source)})
     build = recipe.build
@@ -118,21 +120,22 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
     except ValidationError as error:
         raise RecipeError(f"{where}: " + "; ".join(_explain(item) for item in error.errors()) + ".") from None
     facts = target(recipe.build.target)
-    if recipe.precision not in facts.precisions:
+    if recipe.build.precision not in (None, *facts.precisions):
         raise RecipeError(
-            f"{where}: precision {recipe.precision!r} does not go with target {facts.name!r}; "
+            f"{where}: precision {recipe.build.precision!r} does not go with target {facts.name!r}; "
             f"it takes: {', '.join(facts.precisions)}."
         )
     if recipe.build.only and recipe.build.precision is not None:
         raise RecipeError(f"{where}: `only` names the passes itself; leave `precision` out, or `only`.")
     for name in recipe.build.only:
         make_pass(name)
+    runs = dict.fromkeys(name for task in (recipe.model.task or "", GENERATION) for name in recipe.pass_names(task))
     for name, options in recipe.passes.items():
         make_pass(name, options)
-        if name not in recipe.pass_names():
+        if name not in runs:
             raise RecipeError(
                 f"{where}: [passes.{name}] sets options of a pass that this recipe does not run; "
-                f"it runs: {', '.join(recipe.pass_names())}."
+                f"it runs: {', '.join(runs)}."
             )
     return recipe
 

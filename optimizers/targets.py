@@ -20,12 +20,16 @@ class Fact:
     evidence: str
 
 
+GENERATION = "text-generation"  # the task of language models, whose default precision is another one
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """A kind of machine.
 
     providers: ONNX Runtime execution providers in order. lossless: passes that run by default, in order.
-    precisions: what `--precision` may be, the default first, each with the lossy passes it stands for.
+    precisions: what `--precision` may be, the default first, each with the lossy passes it stands for. generation: the
+    default for language models.
     disabled_optimizers: ONNX Runtime graph optimizers that lose time here. reduce_range: int8 weights are signed and use
     7 bits.
     """
@@ -36,7 +40,12 @@ class Target:
     precisions: Mapping[str, tuple[str, ...]]
     disabled_optimizers: tuple[str, ...]
     facts: tuple[Fact, ...]
+    generation: str
     reduce_range: bool = False
+
+    def default_precision(self, task: str) -> str:
+        """What `--precision` is where it is not given."""
+        return self.generation if task == GENERATION else next(iter(self.precisions))
 
 
 _CLEAN = ("fold", "deduplicate")
@@ -55,6 +64,7 @@ _CPU = Target(
         **_WEIGHT_ONLY,
     },
     disabled_optimizers=("SkipLayerNormFusion",),
+    generation="int4-weights",
     facts=(
         Fact(
             claim="SkipLayerNormalization loses against Add + LayerNormalization, so its fusion is switched off",
@@ -99,6 +109,7 @@ TARGETS: Mapping[str, Target] = {
         providers=("cuda",),
         lossless=(*_CLEAN, *_FUSE),
         precisions={"fp16": ("fp16",), "fp32": (), "bf16": ("bf16",), **_WEIGHT_ONLY},
+        generation="fp16",
         disabled_optimizers=(),
         facts=(
             Fact(
@@ -112,6 +123,7 @@ TARGETS: Mapping[str, Target] = {
         providers=("tensorrt", "cuda"),
         lossless=_CLEAN,
         precisions={"fp16": ("fp16",), "fp32": (), "bf16": ("bf16",)},
+        generation="fp16",
         disabled_optimizers=(),
         facts=(
             Fact(

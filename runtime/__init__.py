@@ -2,6 +2,7 @@
 
 from onnxpress.runtime.embedder import Embedder
 from onnxpress.runtime.fill_mask import FillMask
+from onnxpress.runtime.generator import Generation, Generator, Piece
 from onnxpress.runtime.loading import load
 from onnxpress.runtime.module_runner import ModuleRunner
 from onnxpress.runtime.providers import CPU, CUDA, TensorRT
@@ -16,7 +17,10 @@ __all__ = [
     "CUDA",
     "Embedder",
     "FillMask",
+    "Generation",
+    "Generator",
     "ModuleRunner",
+    "Piece",
     "QuestionAnswerer",
     "Session",
     "TensorRT",

@@ -12,8 +12,10 @@ import numpy as np
 from onnxpress.artifact import Artifact
 from onnxpress.errors import ArtifactError, GoldenError
 from onnxpress.manifest import Runnable
+from onnxpress.runtime.chat_template import ChatTemplate
 from onnxpress.runtime.embedder import Embedder
 from onnxpress.runtime.fill_mask import FillMask
+from onnxpress.runtime.generator import CACHE_BYTES, Generator
 from onnxpress.runtime.module_runner import ModuleRunner
 from onnxpress.runtime.providers import Provider, check_wheel
 from onnxpress.runtime.question_answerer import QuestionAnswerer
@@ -28,7 +30,7 @@ RUNNERS: Mapping[str, type[TextRunner]] = {
     runner.task: runner for runner in (Embedder, TextClassifier, TokenClassifier, QuestionAnswerer, FillMask)
 }
 
-Runner = TextRunner | ModuleRunner
+Runner = TextRunner | Generator | ModuleRunner
 
 
 def load(
@@ -37,31 +39,41 @@ def load(
     providers: Sequence[str | Provider] | None = None,
     allow_fallback: bool = False,
     verify: bool = True,
+    cache_bytes: int = CACHE_BYTES,
 ) -> Runner:
-    """Open an artifact: an Embedder, TextClassifier, TokenClassifier, QuestionAnswerer, FillMask or ModuleRunner.
+    """Open an artifact: Embedder, TextClassifier, TokenClassifier, QuestionAnswerer, FillMask, Generator or ModuleRunner.
 
     providers: e.g. ("cuda", "cpu"), or options such as CPU(threads=2); None is the CPU. verify: check all digests.
-    Raises ArtifactError, ProviderError.
+    cache_bytes: for a language model, the most memory for keys and values. Raises ArtifactError, ProviderError.
     """
-    return load_artifact(Artifact.open(path, verify=verify), providers=providers, allow_fallback=allow_fallback)
+    artifact = Artifact.open(path, verify=verify)
+    return load_artifact(artifact, providers=providers, allow_fallback=allow_fallback, cache_bytes=cache_bytes)
 
 
 def load_artifact(
-    artifact: Artifact, *, providers: Sequence[str | Provider] | None = None, allow_fallback: bool = False
+    artifact: Artifact,
+    *,
+    providers: Sequence[str | Provider] | None = None,
+    allow_fallback: bool = False,
+    cache_bytes: int = CACHE_BYTES,
 ) -> Runner:
     """As `load`, for an artifact that is open."""
     manifest = artifact.manifest
     session = open_session(artifact, providers=providers, allow_fallback=allow_fallback)
     if manifest.task == "module":
         return ModuleRunner(session)
-    if manifest.task not in RUNNERS:
+    if manifest.task not in (*RUNNERS, Generator.task):
         raise ArtifactError(
-            f"{artifact.path} is for the task {manifest.task!r}; this onnxpress runs: {', '.join(RUNNERS)}, module."
+            f"{artifact.path} is for the task {manifest.task!r}; this onnxpress runs: {', '.join(RUNNERS)}, "
+            f"{Generator.task}, module."
         )
     options = manifest.options
     tokenizer = Tokenizer.from_folder(
         artifact.path, max_length=options["max_length"], pad_token_id=options["pad_token_id"]
     )
+    if manifest.task == Generator.task:
+        template = ChatTemplate.from_folder(artifact.path)
+        return Generator(session, tokenizer, options, template, cache_bytes=cache_bytes)
     # What the build found necessary goes before what it found fastest.
     chunk = manifest.session.get("tokens_per_chunk") or artifact.measured.get("tokens_per_chunk") or TOKENS_PER_CHUNK
     if not isinstance(chunk, int) or chunk < 1:

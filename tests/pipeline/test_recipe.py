@@ -16,8 +16,9 @@ MODEL = {"model": {"source": "folder"}}
 
 def test_everything_has_a_default_but_the_model() -> None:
     recipe = make_recipe(MODEL)
-    assert recipe.precision == "int8"
-    assert recipe.pass_names()[-1] == "int8"
+    assert recipe.precision("feature-extraction") == "int8"
+    assert recipe.pass_names("feature-extraction")[-1] == "int8"
+    assert recipe.pass_names("text-generation")[-1] == "int4-weights"
     assert recipe.build.target == cpu_target()
     with pytest.raises(RecipeError, match=r"'model' is missing"):
         make_recipe({})

@@ -1,0 +1,109 @@
+"""`onnxpress generate` and `onnxpress chat`: language models on the terminal, token by token."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from onnxpress.errors import InputError, UsageError
+from onnxpress.manifest import Json
+from onnxpress.runtime import Generation, Generator, load
+from onnxpress.runtime.generator import Piece
+
+_HELP = "/reset forgets the conversation, /undo the last exchange, /exit or Ctrl-D ends; Ctrl-C stops an answer"
+
+
+def open_generator(artifact: Any, **options: Any) -> Generator:
+    """The artifact's Generator. Raises UsageError where it is another task's."""
+    runner = load(artifact, **options)
+    if not isinstance(runner, Generator):
+        raise UsageError(f"{artifact} is for the task {runner.task}, not text-generation: use `onnxpress run`.")
+    return runner
+
+
+def generate(runner: Generator, prompts: list[str], *, as_json: bool, **options: Any) -> int:
+    """Answer prompts: one of them as it comes, several together."""
+    started = time.perf_counter()
+    if as_json or len(prompts) * options.get("n", 1) > 1:
+        generations = runner.generate(prompts, **options)
+        seconds = time.perf_counter() - started
+        if as_json:
+            print(json.dumps([_described(item) for item in generations], ensure_ascii=False, indent=1))
+        else:
+            for index, item in enumerate(generations):
+                print(f"== {prompts[index // options.get('n', 1)]!r}\n{item.text}")
+            tokens = sum(len(item.token_ids) for item in generations)
+            print(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s", file=sys.stderr)
+        return 0
+    _show(runner.stream(prompts, **options), started)
+    return 0
+
+
+def chat(runner: Generator, *, system: str | None, **options: Any) -> int:
+    """A conversation, until the input ends."""
+    if runner.template is None:
+        raise InputError("This model has no chat template, so it cannot chat: use `onnxpress generate`.")
+    first = [] if system is None else [{"role": "system", "content": system}]
+    messages: list[dict[str, Json]] = list(first)
+    print(_HELP, file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            print("\n(/exit or Ctrl-D ends)", file=sys.stderr)
+            continue
+        if line == "/exit":
+            return 0
+        if line in ("/reset", "/undo"):
+            messages = list(first) if line == "/reset" else messages[: max(len(first), len(messages) - 2)]
+            continue
+        if not line:
+            continue
+        messages.append({"role": "user", "content": line})
+        try:
+            answer = _show(runner.stream(messages=messages, **options), time.perf_counter())
+        except InputError as error:  # too long for the context, or refused by the template: the conversation goes on
+            print(f"onnxpress: {error}", file=sys.stderr)
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _show(pieces: Iterator[Piece], started: float) -> str:
+    """Print an answer as it comes, then its speed; what was shown, also where Ctrl-C stopped it."""
+    text, count, first = "", 0, 0.0
+    generation: Generation | None = None
+    try:
+        for piece in pieces:
+            first = first or time.perf_counter()
+            count += 1
+            text += piece.text
+            print(piece.text, end="", flush=True)
+            generation = piece.generation
+    except KeyboardInterrupt:
+        pass
+    print(flush=True)
+    now = time.perf_counter()
+    speed = (count - 1) / (now - first) if count > 1 else 0.0
+    if generation is None:
+        print(f"[stopped; {speed:.1f} tokens/s]", file=sys.stderr)
+    else:
+        print(
+            f"[{generation.finish_reason}; prompt {generation.prompt_tokens} tokens, {generation.cached_tokens} of them known, "
+            f"{first - started:.2f} s; {len(generation.token_ids)} tokens, {speed:.1f} tokens/s]",
+            file=sys.stderr,
+        )
+    return text
+
+
+def _described(generation: Generation) -> Json:
+    content = dataclasses.asdict(generation)
+    if generation.logprobs is None:
+        del content["logprobs"]
+    return content

@@ -1,0 +1,188 @@
+"""What a language model is tried on: texts whose next tokens it predicts, a prompt and a step to time, cases to keep.
+
+The metric is how much of the likelihood of real text is kept: the original's perplexity over the candidate's, 1 where nothing
+is lost, 0.95 where perplexity is 5 % higher. Beside it the Kullback-Leibler divergence of the distributions, and the share of
+equal likeliest tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from onnxpress import evaluation, metrics
+from onnxpress.errors import RecipeError
+from onnxpress.manifest import Arrays, Json, Runnable, Signature
+from onnxpress.runtime.cache import PAST
+from onnxpress.runtime.tokenization import Tokenizer
+from onnxpress.workload import Answers
+
+_KEPT_BYTES = 256 * 2**20  # of the original's logits
+_LEAST_POSITIONS = 8  # of one text
+_WINDOW = 256  # tokens of one piece of a long text
+_PROMPT = 128  # tokens of the prompt that is timed
+_BATCH_TRIAL = 16
+_BATCH = 4
+
+
+class DecoderWorkload:
+    """Texts as token ids, the project's own or the user's (a .txt file cut into windows, or a column of texts)."""
+
+    rows_can_run_alone = False
+    task = "text-generation"
+
+    def __init__(
+        self,
+        *,
+        signature: Signature,
+        options: Mapping[str, Json],
+        tokenizer_folder: Path,
+        file: Path | None = None,
+        columns: Mapping[str, str | int] | None = None,
+        samples: int = 200,
+        calibration_samples: int = 128,
+    ) -> None:
+        self._signature = signature
+        self._context = int(options["max_length"])
+        tokenizer = Tokenizer.from_folder(
+            tokenizer_folder, max_length=self._context, pad_token_id=options["pad_token_id"]
+        )
+        ids = next(spec for spec in signature.inputs if spec.name == "input_ids")
+        assert ids.bounds is not None
+        self._vocabulary = ids.bounds[1] + 1
+        calibration, given, self.notes = evaluation.builtin_samples(self.task, tokenizer)
+        self._calibration = self._windows(tokenizer, [sample.text for sample in calibration])[:calibration_samples]
+        texts = [sample.text for sample in given]
+        if file is not None:
+            texts = _read_texts(file, columns)
+            self._calibration = [window for window in self._calibration if not _occurs(window, texts, tokenizer)]
+        windows = self._windows(tokenizer, texts)
+        if not windows:
+            raise RecipeError(
+                f"{file or 'The built-in texts'}: no text has two tokens, so there is nothing to predict."
+            )
+        most = max(_LEAST_POSITIONS, _KEPT_BYTES // (4 * self._vocabulary))
+        self._evaluation = windows[: min(samples, max(1, most // _LEAST_POSITIONS))]
+        self._positions = max(1, most // len(self._evaluation))
+        self._next = np.concatenate([np.array(window)[self._asked(window) + 1] for window in self._evaluation])
+        self.notes += (f"judged at {len(self._next)} tokens of {len(self._evaluation)} texts",)
+
+    def calibration(self) -> Iterator[Arrays]:
+        """The graph's inputs for one calibration text at a time."""
+        for window in self._calibration:
+            yield self._feeds([window], [np.array([len(window) - 1])])
+
+    def answers(self, runnable: Runnable) -> Answers:
+        """Logits (positions, vocabulary) of each text."""
+        found = []
+        for window in self._evaluation:
+            feeds = self._feeds([window], [self._asked(window)])
+            found.append({"logits": runnable.run({name: feeds[name] for name in runnable.input_names})["logits"]})
+        return found
+
+    def metrics(self, reference: Answers, answers: Answers) -> dict[str, float]:
+        """likelihood_kept, perplexity, kl_mean, top1_agreement, max_abs."""
+        own, original = self._perplexity(answers), self._perplexity(reference)
+        agreement = metrics.choice_metrics(reference, answers, "logits")
+        return {"likelihood_kept": original / own if np.isfinite(own) else 0.0, "perplexity": own, **agreement}
+
+    def score(self, runnable: Runnable) -> dict[str, float]:
+        """No labels: nothing beyond the metrics."""
+        return {}
+
+    def batch_dependence(self, runnable: Runnable) -> float:
+        """Mean cosine between a text's logits alone and beside others of other lengths."""
+        windows = [window[: 8 + 5 * (index % 5)] for index, window in enumerate(self._evaluation[:_BATCH_TRIAL])]
+        alone, together = [], []
+        for start in range(0, len(windows), _BATCH):
+            group = windows[start : start + _BATCH]
+            last = [np.array([len(window) - 1]) for window in group]
+            together += list(runnable.run(self._feeds(group, last))["logits"])
+            alone += [runnable.run(self._feeds([window], [index]))["logits"][0] for window, index in zip(group, last, strict=True)]  # fmt: skip
+        return evaluation.batch_dependence([{"logits": row} for row in alone], [{"logits": row} for row in together])
+
+    def timing(self) -> dict[tuple[int, ...], Arrays]:
+        """A prompt, and a single token after it; keyed by (batch, new tokens)."""
+        length = min(_PROMPT, self._context - 1)
+        random = np.random.default_rng(0)
+        prompt = random.integers(0, self._vocabulary, length).tolist()
+        return {
+            (1, length): self._feeds([prompt], [np.array([length - 1])]),
+            (1, 1): self._feeds([prompt[:1]], [np.array([0])], past=length),
+        }
+
+    def golden(self) -> dict[str, Arrays]:
+        """Two prompts of unequal lengths in a batch, and single tokens after a made-up past."""
+        windows = [window[:12] for window in self._evaluation[:2]]
+        tokens = [window[:1] for window in windows]
+        past = min(8, self._context - 1)
+        return {
+            "prompts": self._feeds(windows, [np.array([len(window) - 1]) for window in windows]),
+            "tokens": self._feeds(tokens, [np.array([0])] * len(tokens), past=past),
+        }
+
+    def _asked(self, window: list[int]) -> np.ndarray:
+        """Evenly spread positions of a text, each with a token after it."""
+        count = min(self._positions, len(window) - 1)
+        return np.unique(np.linspace(0, len(window) - 2, count).round().astype(np.int64))
+
+    def _perplexity(self, answers: Answers) -> float:
+        logits = np.concatenate([answer["logits"] for answer in answers]).astype(np.float64)
+        if not np.isfinite(logits).all():
+            return float("inf")
+        top = logits.max(-1)
+        total = top + np.log(np.exp(logits - top[:, None]).sum(-1))
+        return float(np.exp(np.mean(total - logits[np.arange(len(logits)), self._next])))
+
+    def _feeds(self, rows: list[list[int]], asked: list[np.ndarray], past: int = 0) -> Arrays:
+        """The graph's inputs for new tokens of each row; `past` tokens of random keys and values before them."""
+        length = max(map(len, rows))
+        ids = np.zeros((len(rows), length), np.int64)
+        for row, tokens in enumerate(rows):
+            ids[row, : len(tokens)] = tokens
+        sizes = {"batch": len(rows), "capacity": past + length}
+        random = np.random.default_rng(0)
+        feeds: dict[str, np.ndarray] = {
+            "input_ids": ids,
+            "past_lengths": np.full(len(rows), past, np.int32),
+            "lengths": np.array([len(tokens) for tokens in rows], np.int32),
+            "logit_indices": np.concatenate([row * length + index for row, index in enumerate(asked)]),
+        }
+        for spec in self._signature.inputs:
+            if spec.name.startswith(PAST):
+                shape = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in spec.shape)
+                cache = np.zeros(shape, spec.dtype)
+                cache[:, :, :past] = random.standard_normal((*shape[:2], past, shape[3]))
+                feeds[spec.name] = cache
+        return feeds
+
+    def _windows(self, tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+        """Texts as token ids, long ones in pieces; those of one token are left out."""
+        size = min(_WINDOW, self._context)
+        windows = []
+        for text in texts:
+            ids = [token for token in tokenizer.inner.encode(text).ids if token < self._vocabulary]
+            windows += [ids[start : start + size] for start in range(0, len(ids), size)]
+        return [window for window in windows if len(window) > 1]
+
+
+def _read_texts(file: Path, columns: Mapping[str, str | int] | None) -> list[str]:
+    if file.suffix != ".txt":
+        return [sample.text for sample in evaluation.read_samples(file, "text-generation", columns)]
+    if columns:
+        raise RecipeError(f"{file} is plain text and has no columns.")
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file} cannot be read as UTF-8 text: {error}.") from None
+    if not text.strip():
+        raise RecipeError(f"{file} holds no text.")
+    return [text]
+
+
+def _occurs(window: list[int], texts: list[str], tokenizer: Tokenizer) -> bool:
+    """Whether a calibration text is part of the user's texts."""
+    decoded = tokenizer.inner.decode(window).strip()
+    return any(decoded in text for text in texts)

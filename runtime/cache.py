@@ -1,0 +1,117 @@
+"""The keys and values that a language model has computed: one buffer a layer and kind, one row a sequence.
+
+Holds which tokens each row's numbers belong to, and grows within a budget. Decides nothing about who gets a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxpress.errors import InputError
+from onnxpress.manifest import TensorSpec
+
+_GROWTH = 256  # tokens by which capacity grows at least
+PAST = "past_key_values."  # how the names of past inputs begin
+
+
+class KeyValueCache:
+    """Rows of keys and values.
+
+    specs: the graph's past inputs, (batch, kv_heads, capacity, head_dim) each. context: the most tokens of a row. budget: the
+    most bytes of all rows together. tokens: of each row, the token ids whose keys and values it holds, in order.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec], *, context: int, budget: int) -> None:
+        self.specs = tuple(spec for spec in specs if spec.name.startswith(PAST))
+        self.context = context
+        self.budget = budget
+        self.tokens: list[list[int]] = []
+        self.capacity = 0
+        self.arrays: dict[str, npt.NDArray[np.generic]] = {
+            spec.name: np.zeros(self._shape(spec, 0, 0), spec.dtype) for spec in self.specs
+        }
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return len(self.tokens)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token in one row, all layers together."""
+        return sum(int(np.prod(self._shape(spec, 1, 1))) * np.dtype(spec.dtype).itemsize for spec in self.specs)
+
+    def fits(self, rows: int, capacity: int) -> bool:
+        """Whether so many rows of so many tokens are within the budget."""
+        return rows * min(self._rounded(capacity), self.context) * self.bytes_per_token <= self.budget
+
+    def reserve(self, rows: int, capacity: int) -> None:
+        """Have at least so many rows of at least so many tokens; rows that then exceed the budget go, the last first.
+
+        Raises InputError where the budget does not allow it.
+        """
+        if rows <= self.rows and capacity <= self.capacity:
+            return
+        if not self.fits(rows, capacity):
+            raise InputError(
+                f"{rows} sequences of {capacity} tokens need {rows * capacity * self.bytes_per_token / 2**20:.0f} MiB for keys "
+                f"and values, and the budget is {self.budget / 2**20:.0f} MiB: allow more with cache_bytes, or ask for less."
+            )
+        new_capacity = self.capacity
+        if capacity > self.capacity:
+            generous = max(capacity, self.capacity * 3 // 2)
+            new_capacity = min(self._rounded(generous if self.fits(rows, generous) else capacity), self.context)
+        kept = self.rows
+        while kept > rows and not self.fits(kept, new_capacity):
+            kept -= 1
+        new_rows = max(rows, kept)
+        for spec in self.specs:
+            old = self.arrays[spec.name]
+            new = np.zeros(self._shape(spec, new_rows, new_capacity), spec.dtype)
+            for row in range(min(kept, new_rows)):
+                length = len(self.tokens[row])
+                new[row, :, :length] = old[row, :, :length]
+            self.arrays[spec.name] = new
+        self.tokens = [self.tokens[row] if row < kept else [] for row in range(new_rows)]
+        self.capacity = new_capacity
+
+    def swap(self, one: int, other: int) -> None:
+        """Let two rows change places."""
+        if one == other:
+            return
+        length = max(len(self.tokens[one]), len(self.tokens[other]))
+        for array in self.arrays.values():
+            kept = array[one, :, :length].copy()
+            array[one, :, :length] = array[other, :, :length]
+            array[other, :, :length] = kept
+        self.tokens[one], self.tokens[other] = self.tokens[other], self.tokens[one]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Give a row the first tokens of another."""
+        if source != target:
+            for array in self.arrays.values():
+                array[target, :, :length] = array[source, :, :length]
+        self.tokens[target] = self.tokens[source][:length]
+
+    def clear(self) -> None:
+        """Forget everything; the memory stays reserved."""
+        self.tokens = [[] for _ in self.tokens]
+
+    @staticmethod
+    def _rounded(capacity: int) -> int:
+        return -(-capacity // _GROWTH) * _GROWTH
+
+    @staticmethod
+    def _shape(spec: TensorSpec, rows: int, capacity: int) -> tuple[int, ...]:
+        sizes = {"batch": rows, "capacity": capacity}
+        return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in spec.shape)
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many first tokens two sequences share."""
+    length = min(len(one), len(other))
+    different = np.flatnonzero(np.asarray(one[:length]) != np.asarray(other[:length]))
+    return int(different[0]) if len(different) else length

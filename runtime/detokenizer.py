@@ -1,0 +1,77 @@
+"""Turns tokens into text as they come, whole characters only, and finds stop strings in it.
+
+A character may need several tokens (emoji, Chinese), and a token's text may hang on the one before it (spaces): each
+piece is the difference between two decodings that begin a little earlier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_INCOMPLETE = "�"  # what decoding gives for the bytes of half a character
+_CONTEXT = 6  # prompt tokens that the first piece is decoded with
+
+
+class Detokenizer:
+    """Text of one sequence. inner: a `tokenizers` tokenizer. prompt: the tokens before, which give no text themselves."""
+
+    def __init__(self, inner: Any, prompt: Sequence[int] = ()) -> None:
+        self._inner = inner
+        self._ids = list(prompt[-_CONTEXT:])
+        self._start, self._read = 0, len(self._ids)
+
+    def push(self, token: int) -> str:
+        """The text that one more token completes; may be empty."""
+        self._ids.append(token)
+        whole = self._decode(self._ids[self._start :])
+        known = self._decode(self._ids[self._start : self._read])
+        if len(whole) <= len(known) or whole.endswith(_INCOMPLETE):
+            return ""
+        self._start, self._read = self._read, len(self._ids)
+        return whole[len(known) :]
+
+    def flush(self) -> str:
+        """What is left at the end, without half a character."""
+        whole = self._decode(self._ids[self._start :])
+        known = self._decode(self._ids[self._start : self._read])
+        self._start = self._read = len(self._ids)
+        return whole[len(known) :].rstrip(_INCOMPLETE)
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._inner.decode(ids, skip_special_tokens=True)
+        return text
+
+
+class StopStrings:
+    """Lets text through until one of `stops` comes, holding back what may be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found: str | None = None
+
+    def push(self, text: str) -> str:
+        """The text that can be shown now. After a stop string, nothing."""
+        if self.found is not None:
+            return ""
+        self._held += text
+        hits = [(self._held.find(stop), stop) for stop in self._stops if stop in self._held]
+        if hits:
+            position, self.found = min(hits)
+            shown, self._held = self._held[:position], ""
+            return shown
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        shown = self._held[: len(self._held) - keep]
+        self._held = self._held[len(shown) :]
+        return shown
+
+    def flush(self) -> str:
+        """What was held back, at the end of a text in which no stop string came."""
+        shown, self._held = self._held, ""
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

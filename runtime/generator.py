@@ -1,0 +1,363 @@
+"""Language models: prompts or messages in, text out, in batches of unequal lengths or piece by piece.
+
+Life of a request: tokenize → row of the cache (what it holds of the prompt is not computed again) → the prompt in chunks,
+alone → one token a step, all rows together → detokenize → stop. A row that is done changes places with the last one
+and keeps its tokens, in case the next prompt begins with them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from onnxpress.errors import InputError
+from onnxpress.manifest import Json
+from onnxpress.runtime.cache import KeyValueCache, common_prefix
+from onnxpress.runtime.chat_template import ChatTemplate
+from onnxpress.runtime.detokenizer import Detokenizer, StopStrings
+from onnxpress.runtime.model_step import ModelStep
+from onnxpress.runtime.sampler import Sampler, Sampling, top_logprobs
+from onnxpress.runtime.session import Session
+from onnxpress.runtime.tokenization import Tokenizer
+
+DEFAULT_NEW_TOKENS = 256
+CACHE_BYTES = 2 * 2**30
+MOST_ROWS = 16  # sequences that are generated together
+PROMPT_CHUNK = 512  # prompt tokens of one step
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Json]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """A chosen token's log-probability in nats by the model itself, and those of the likeliest tokens."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """An answer.
+
+    finish_reason: "stop" (an end token or a stop string), "length" (max_new_tokens) or "context" (the model's limit).
+    token_ids: all that were generated, the end token not. prompt_tokens: of the prompt; cached_tokens: how many of these were
+    in the cache. logprobs: one a token, where they were asked for.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Part of an answer. index: which answer of the batch. text: may be empty. generation: the whole, in its last piece."""
+
+    index: int
+    text: str
+    generation: Generation | None = None
+
+
+@dataclass(kw_only=True)
+class _Sequence:
+    """A request on its way."""
+
+    index: int
+    prompt: list[int]
+    limit: int  # new tokens at most
+    limit_reason: str
+    sampler: Sampler
+    detokenizer: Detokenizer
+    stops: StopStrings
+    ends: frozenset[int]
+    logprobs: int | None
+    answer: list[int] = field(default_factory=list)
+    text: str = ""
+    cached: int = 0
+    probabilities: list[TokenLogprob] = field(default_factory=list)
+
+    def take(self, logits: np.ndarray[Any, np.dtype[np.float32]]) -> Piece:
+        """Choose a token and say what it gives."""
+        token = self.sampler.pick(logits)
+        if token in self.ends:
+            return self._last("stop")
+        if self.logprobs is not None:
+            own, top = top_logprobs(logits, token, self.logprobs)
+            self.probabilities.append(TokenLogprob(token_id=token, logprob=own, top=top))
+        self.answer.append(token)
+        shown = self.stops.push(self.detokenizer.push(token))
+        if self.stops.found is not None:
+            return self._last("stop", shown)
+        if len(self.answer) == self.limit:
+            return self._last(self.limit_reason, shown)
+        self.text += shown
+        return Piece(index=self.index, text=shown)
+
+    def _last(self, reason: str, shown: str = "") -> Piece:
+        shown += self.stops.push(self.detokenizer.flush()) + self.stops.flush()
+        self.text += shown
+        generation = Generation(
+            text=self.text,
+            token_ids=self.answer,
+            finish_reason=reason,
+            prompt_tokens=len(self.prompt),
+            cached_tokens=self.cached,
+            logprobs=self.probabilities if self.logprobs is not None else None,
+        )
+        return Piece(index=self.index, text=shown, generation=generation)
+
+
+class Generator:
+    """Generates text. cache_bytes: the most memory for keys and values. One call at a time; others wait.
+
+    Greedy unless a temperature is given. The same seed gives the same text, whatever else is in the batch.
+    """
+
+    task: ClassVar[str] = "text-generation"
+
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: Tokenizer,
+        options: Mapping[str, Json],
+        template: ChatTemplate | None = None,
+        *,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.session = session
+        self.tokenizer = tokenizer
+        self.options = options
+        self.template = template
+        self.context = int(options["max_length"])
+        self._cache = KeyValueCache(session.signature.inputs, context=self.context, budget=cache_bytes)
+        self._step = ModelStep(session, self._cache)
+        self._ends = frozenset(options.get("eos_token_ids", ()))
+        self._lock = threading.Lock()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt] | None = None,
+        *,
+        messages: Messages | Sequence[Messages] | None = None,
+        **options: Any,
+    ) -> list[Generation]:
+        """Answers to prompts or to messages, in their order; n of each where n is given, side by side.
+
+        prompts: texts or lists of token ids, or one of them. messages: a conversation, or a list of them. options: those of
+        `stream`. Raises InputError.
+        """
+        finished = {
+            piece.index: piece.generation
+            for piece in self.stream(prompts, messages=messages, **options)
+            if piece.generation is not None
+        }
+        return [finished[index] for index in sorted(finished)]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt] | None = None,
+        *,
+        messages: Messages | Sequence[Messages] | None = None,
+        max_new_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        n: int = 1,
+        logprobs: int | None = None,
+        template_variables: Mapping[str, Json] | None = None,
+        **sampling: Any,
+    ) -> Iterator[Piece]:
+        """Pieces of the answers as they come; the last of each carries the whole.
+
+        max_new_tokens: 256 where None, or what the context leaves. stop: strings that end an answer and are not part of it.
+        stop_token_ids: beside the model's own end tokens, which ignore_eos switches off. n: answers to each prompt. logprobs: how
+        many of the likeliest tokens to name beside the chosen one. template_variables: for the chat template. sampling: the
+        fields of `Sampling`. Raises InputError at once, before anything is generated.
+        """
+        known = set(Sampling.__dataclass_fields__)
+        if unknown := sorted(set(sampling) - known):
+            raise InputError(f"Unknown option {unknown[0]!r}; sampling options are: {', '.join(sorted(known))}.")
+        ids = self._tokens(prompts, messages, template_variables or {})
+        _check_count("n", n)
+        if max_new_tokens is not None:
+            _check_count("max_new_tokens", max_new_tokens)
+        if logprobs is not None and (not isinstance(logprobs, int) or logprobs < 0):
+            raise InputError(f"logprobs is {logprobs!r}; it takes a whole number from 0 on.")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(item, str) and item for item in stops):
+            raise InputError("stop takes strings that are not empty.")
+        chosen = Sampling(**sampling)
+        ends = frozenset(stop_token_ids) | (frozenset() if ignore_eos else self._ends)
+        sequences: list[_Sequence] = []
+        for prompt in ids:
+            limit, reason = self._limit(len(prompt), max_new_tokens)
+            for sample in range(n):
+                sequences.append(
+                    _Sequence(
+                        index=len(sequences),
+                        prompt=prompt,
+                        limit=limit,
+                        limit_reason=reason,
+                        sampler=Sampler(chosen, prompt, vocabulary=self._step.vocabulary, sample=sample),
+                        detokenizer=Detokenizer(self.tokenizer.inner, prompt),
+                        stops=StopStrings(stops),
+                        ends=ends,
+                        logprobs=logprobs,
+                    )
+                )
+        for sequence in sequences:
+            self._check_budget(sequence)
+        return self._run(sequences)
+
+    def reset(self) -> None:
+        """Forget all prompts and answers that are in the cache."""
+        with self._lock:
+            self._cache.clear()
+
+    def _run(self, sequences: Iterable[_Sequence]) -> Iterator[Piece]:
+        with self._lock:
+            waiting, active = deque(sequences), list[_Sequence]()
+            while waiting or active:
+                while waiting and self._has_room(active, waiting[0]):
+                    piece = self._begin(waiting.popleft(), active)
+                    yield piece
+                if not active:
+                    continue
+                logits = self._step.run(0, [[sequence.answer[-1]] for sequence in active])
+                pieces = [sequence.take(row) for sequence, row in zip(active, logits, strict=True)]
+                for row in reversed(range(len(active))):
+                    if pieces[row].generation is not None:
+                        self._cache.swap(row, len(active) - 1)
+                        active[row] = active[-1]
+                        active.pop()
+                yield from pieces
+
+    def _begin(self, sequence: _Sequence, active: list[_Sequence]) -> Piece:
+        """Read a prompt into the row after the active ones; the sequence joins them unless its first token is its last."""
+        cache, row, prompt = self._cache, len(active), sequence.prompt
+        cache.reserve(row + 1, max(map(_longest, [*active, sequence])))
+        known = [common_prefix(tokens, prompt[:-1]) for tokens in cache.tokens]
+        best = int(np.argmax(known))
+        if best > row:  # nobody's: it may be moved
+            cache.swap(row, best)
+            best = row
+        sequence.cached = known[best] if best < row else common_prefix(cache.tokens[row], prompt[:-1])
+        cache.copy(best, row, sequence.cached)
+        rest = prompt[sequence.cached :]
+        for start in range(0, len(rest), PROMPT_CHUNK):
+            logits = self._step.run(row, [rest[start : start + PROMPT_CHUNK]])
+        piece = sequence.take(logits[0])
+        if piece.generation is None:
+            active.append(sequence)
+        return piece
+
+    def _has_room(self, active: list[_Sequence], sequence: _Sequence) -> bool:
+        if not active:
+            return True
+        longest = max(map(_longest, [*active, sequence]))
+        return len(active) < MOST_ROWS and self._cache.fits(len(active) + 1, longest)
+
+    def _check_budget(self, sequence: _Sequence) -> None:
+        longest = _longest(sequence)
+        if not self._cache.fits(1, longest):
+            needed, budget = longest * self._cache.bytes_per_token / 2**20, self._cache.budget / 2**20
+            raise InputError(
+                f"A prompt of {len(sequence.prompt)} tokens and {sequence.limit} new ones need {needed:.1f} MiB for keys and "
+                f"values, and the budget is {budget:.1f} MiB: raise cache_bytes, or ask for fewer tokens."
+            )
+
+    def _limit(self, prompt_tokens: int, wanted: int | None) -> tuple[int, str]:
+        room = self.context - prompt_tokens
+        if room < 1:
+            raise InputError(
+                f"The prompt has {prompt_tokens} tokens, and the model's context is {self.context}, the answer included: "
+                "shorten the prompt."
+            )
+        if wanted is not None and wanted > room:
+            raise InputError(
+                f"{wanted} new tokens were asked for after a prompt of {prompt_tokens}; the model's context of {self.context} "
+                f"leaves {room}."
+            )
+        if wanted is None and room < DEFAULT_NEW_TOKENS:
+            return room, "context"
+        return wanted or DEFAULT_NEW_TOKENS, "length"
+
+    def _tokens(self, prompts: Any, messages: Any, variables: Mapping[str, Json]) -> list[list[int]]:
+        if (prompts is None) == (messages is None):
+            raise InputError("Give either prompts or messages.")
+        if messages is not None:
+            one = isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], Mapping)
+            conversations = [messages] if one else messages
+            return [self._encode_messages(conversation, variables) for conversation in conversations]
+        if variables:
+            raise InputError("template_variables go with messages.")
+        if isinstance(prompts, str) or (_is_ids(prompts) and len(prompts)):
+            prompts = [prompts]
+        if not isinstance(prompts, Sequence) or not prompts:
+            raise InputError("No prompt was given.")
+        return [self._encode(index, prompt) for index, prompt in enumerate(prompts)]
+
+    def _encode(self, index: int, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise InputError(f"Prompt {index} is empty.")
+            try:
+                prompt.encode()
+            except UnicodeEncodeError:
+                raise InputError(f"Prompt {index} holds half a character (a lone surrogate).") from None
+            ids = list(self.tokenizer.inner.encode(prompt).ids)
+        elif _is_ids(prompt):
+            ids = [int(token) for token in prompt]
+        else:
+            raise InputError(f"Prompt {index} is a {type(prompt).__name__}; a text or a list of token ids is expected.")
+        if not ids:
+            raise InputError(f"Prompt {index} has no tokens.")
+        outside = [token for token in ids if not 0 <= token < self._step.vocabulary]
+        if outside:
+            raise InputError(
+                f"Prompt {index} has the token id {outside[0]}; the model has 0 to {self._step.vocabulary - 1}."
+            )
+        return ids
+
+    def _encode_messages(self, conversation: Any, variables: Mapping[str, Json]) -> list[int]:
+        if self.template is None:
+            raise InputError(
+                "This model has no chat template, so it takes prompts and not messages: give `prompts`, in the form that it was "
+                "trained on."
+            )
+        text = self.template.render(conversation, **variables)
+        ids = list(self.tokenizer.inner.encode(text, add_special_tokens=False).ids)
+        if not ids:
+            raise InputError("The chat template made an empty prompt of these messages.")
+        return ids
+
+
+def _longest(sequence: _Sequence) -> int:
+    """Tokens of a sequence at its end; the last one is never read."""
+    return len(sequence.prompt) + sequence.limit - 1
+
+
+def _is_ids(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.ndim == 1 and np.issubdtype(value.dtype, np.integer)
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and all(isinstance(item, int | np.integer) and not isinstance(item, bool) for item in value)
+    )
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} is {value!r}; it takes a whole number from 1 on.")
