@@ -2,6 +2,7 @@
 
 Transpose(weight) → MatMul        →   MatMul with the weight stored as (in, out), as a view of the same memory
 Reshape(Reshape(x)) of x's shape  →   x
+Transpose(Transpose(x)), the second undoing the first  →   x
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ def clean(model: ir.Model, *, inputs: Mapping[str, Sequence[int | str]], prefix:
     _name_axes(model.graph, inputs)
     _name_weights(model.graph, prefix)
     _store_weights_transposed(model.graph)
+    # What is plainly idle goes first: the optimizer tries each of its patterns at every node that is left.
+    _drop_noop_transposes(model.graph)
+    _drop_noop_reshapes(model.graph)
+    RemoveUnusedNodesPass()(model)
     # Folding a transposed weight that is tied to an embedding would store it twice.
     optimizer.optimize_ir(model, should_fold=lambda node: False if _transposes_weight(node) else None)
     _drop_noop_reshapes(model.graph)
@@ -97,6 +102,20 @@ def _transposes_weight(node: ir.Node) -> bool:
         and len(source.shape) == 2
         and not node.outputs[0].is_graph_output()
     )
+
+
+def _drop_noop_transposes(graph: ir.Graph) -> None:
+    for node in list(graph):
+        if node.op_type != "Transpose" or node.domain != "" or node.outputs[0].is_graph_output():
+            continue
+        source = node.inputs[0]
+        before = None if source is None else source.producer()
+        if before is None or before.op_type != "Transpose" or before.domain != "":
+            continue
+        first, second = (list(item.attributes["perm"].as_ints()) for item in (before, node))
+        original = before.inputs[0]
+        if original is not None and [first[axis] for axis in second] == list(range(len(first))):
+            ir.convenience.replace_all_uses_with(node.outputs[0], original)
 
 
 def _drop_noop_reshapes(graph: ir.Graph) -> None:

@@ -1,0 +1,69 @@
+"""Writes language models of real shapes with random weights: speed does not depend on the weights, quality would.
+
+    python benchmarks/language_shapes.py --tokenizer FOLDER --out FOLDER
+
+Writes OUT/smollm2-135m and OUT/qwen2.5-0.5b, the shapes of these models' published configs, as transformers saves them. FOLDER
+holds any tokenizer of fewer tokens than theirs: benchmarks/train_language_model.py makes one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+SHAPES: dict[str, tuple[Any, Any]] = {
+    "smollm2-135m": (
+        LlamaForCausalLM,
+        LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            max_position_embeddings=8192,
+            rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+    ),
+    "qwen2.5-0.5b": (
+        Qwen2ForCausalLM,
+        Qwen2Config(
+            vocab_size=151936,
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=24,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            max_position_embeddings=32768,
+            rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", choices=SHAPES)
+    arguments = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    for name, (kind, config) in SHAPES.items():
+        if arguments.only in (None, name):
+            torch.manual_seed(0)
+            kind(config).save_pretrained(arguments.out / name)
+            tokenizer.save_pretrained(arguments.out / name)
+
+
+if __name__ == "__main__":
+    main()
