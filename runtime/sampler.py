@@ -6,7 +6,7 @@ Each sequence has its own sampler with its own random numbers, so that its text 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,18 +41,22 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more")
-        _check("top_k", self.top_k, isinstance(self.top_k, int) and self.top_k >= 0, "a whole number, 0 for all tokens")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "over 0 and at most 1")
-        _check("min_p", self.min_p, 0 <= self.min_p < 1, "from 0 to under 1")
-        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "over 0")
+        _check("temperature", self.temperature, lambda value: value >= 0, "0 (greedy) or more")
+        _check("top_k", self.top_k, lambda value: isinstance(value, int) and value >= 0, "a whole number, 0 for all")
+        _check("top_p", self.top_p, lambda value: 0 < value <= 1, "over 0 and at most 1")
+        _check("min_p", self.min_p, lambda value: 0 <= value < 1, "from 0 to under 1")
+        _check("repetition_penalty", self.repetition_penalty, lambda value: value > 0, "over 0")
         for name in ("presence_penalty", "frequency_penalty"):
-            _check(name, getattr(self, name), True, "a finite number")
+            _check(name, getattr(self, name), lambda _: True, "a finite number")
         for token, bias in self.logit_bias.items():
-            _check(f"logit_bias of token {token}", bias, not isinstance(token, bool), "a finite number")
+            _check(f"logit_bias of token {token}", bias, lambda _: True, "a finite number")
         if self.seed is not None:
-            whole = isinstance(self.seed, int) and 0 <= self.seed <= _LARGEST_SEED
-            _check("seed", self.seed, whole, f"a whole number from 0 to {_LARGEST_SEED}")
+            _check(
+                "seed",
+                self.seed,
+                lambda value: isinstance(value, int) and 0 <= value <= _LARGEST_SEED,
+                f"a whole number from 0 to {_LARGEST_SEED}",
+            )
 
 
 class Sampler:
@@ -137,6 +141,7 @@ def _largest(values: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int6
     return found[np.lexsort((found, -values[found]))]
 
 
-def _check(name: str, value: Any, holds: bool, allowed: str) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or not holds:
+def _check(name: str, value: Any, holds: Callable[[Any], bool], allowed: str) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not holds(value):
         raise InputError(f"{name} is {value!r}; it takes {allowed}.")

@@ -1,0 +1,86 @@
+"""LoRA adapters: merged as peft would, or refused with the model unchanged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_decoders import make_model
+
+from onnxpress.errors import SourceError
+from onnxpress.exporters.adapter import merge_adapter
+
+LAYER = "model.layers.1.self_attn.q_proj"
+
+
+def save_adapter(folder: Path, layer: str = LAYER, *, width: int = 64, rank: int = 4, **config: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(1)
+    weights = {
+        f"base_model.model.{layer}.lora_A.weight": torch.randn(rank, width, generator=generator),
+        f"base_model.model.{layer}.lora_B.weight": torch.randn(64, rank, generator=generator),
+    }
+    save_file(weights, folder / "adapter_model.safetensors")
+    content = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "bias": "none", **config}
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(("stabilized", "scale"), [(False, 2.0), (True, 4.0)])
+def test_the_merged_model_answers_as_base_and_adapter_side_by_side(
+    tmp_path: Path, stabilized: bool, scale: float
+) -> None:
+    adapter = save_adapter(tmp_path / "adapter", use_rslora=stabilized)
+    base, merged = make_model("llama"), make_model("llama")
+    note = merge_adapter(merged, adapter)
+    assert note == "LoRA adapter of rank 4 merged into 1 layers"
+
+    from safetensors.torch import load_file
+
+    down, up = load_file(adapter / "adapter_model.safetensors").values()
+
+    def beside(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return output + scale * (inputs[0] @ down.T @ up.T)
+
+    ids = torch.arange(30)[None]
+    with torch.no_grad(), base.get_submodule(LAYER).register_forward_hook(beside):
+        expected = base(input_ids=ids).logits
+    with torch.no_grad():
+        assert torch.allclose(merged(input_ids=ids).logits, expected, atol=2e-5, rtol=1e-5)
+        assert not torch.allclose(make_model("llama")(input_ids=ids).logits, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"layer": "model.layers.7.self_attn.q_proj"}, "LlamaForCausalLM has no layer 'model.layers.7.self_attn.q_proj'"),
+        ({"width": 32}, r"has a weight of \(64, 64\), the adapter adds \(64, 32\)"),
+        ({"use_dora": True}, "asks for use_dora, which is not merged here"),
+        ({"bias": "all"}, "asks for bias"),
+        ({"peft_type": "IA3"}, "of type 'IA3'; LORA is merged"),
+        ({"lora_alpha": "much"}, "lora_alpha is 'much'"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(tmp_path: Path, given: dict[str, Any], message: str) -> None:
+    model = make_model("llama")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(SourceError, match=message):
+        merge_adapter(model, save_adapter(tmp_path / "adapter", **given))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_folders_that_are_no_adapter_are_refused(tmp_path: Path) -> None:
+    model = make_model("llama")
+    with pytest.raises(SourceError, match="is no adapter folder"):
+        merge_adapter(model, tmp_path)
+    adapter = save_adapter(tmp_path / "adapter")
+    (adapter / "adapter_model.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(SourceError, match="cannot be read"):
+        merge_adapter(model, adapter)
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(SourceError, match="safetensors alone"):
+        merge_adapter(model, adapter)

@@ -1,0 +1,138 @@
+"""What is found out by numbers: norms, rotary embeddings, windows; and what is refused because it fits no operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from tiny_decoders import CONTEXT, VOCABULARY, make_model
+
+from onnxpress.errors import ConversionError
+from onnxpress.exporters import conventions as conventions_module
+from onnxpress.exporters.conventions import learn
+from onnxpress.exporters.transformers_decoder import export_causal_lm
+
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "pad_token_id": 0,
+}
+
+
+def from_config(config: Any) -> Any:
+    torch.manual_seed(0)
+    return tf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+def test_windows_and_softcaps_are_those_of_each_layer() -> None:
+    first, second = learn(make_model("gemma2"), positions=CONTEXT).attentions
+    assert (first.window, second.window) == (6, None)
+    assert (first.softcap, second.softcap) == (50.0, 50.0)
+    assert first.scale == pytest.approx(24**-0.5)
+    assert (first.num_heads, first.kv_num_heads, first.head_dim) == (4, 2, 16)
+
+
+def test_a_window_that_holds_the_whole_context_is_none() -> None:
+    assert learn(make_model("mistral"), positions=6).attentions[0].window is None
+    assert learn(make_model("mistral"), positions=7).attentions[0].window == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "interleaved"),
+    [("llama", 16, False), ("phi4-partial-rotary", 8, False), ("glm4", 8, True), ("cohere", 16, True), ("stablelm", 8, False)],
+)  # fmt: skip
+def test_rotary_embeddings_are_told_apart(name: str, width: int, interleaved: bool) -> None:
+    for call in learn(make_model(name), positions=CONTEXT).rotaries:
+        assert call is not None
+        assert (call.width, call.interleaved) == (width, interleaved)
+
+
+def test_layers_with_frequencies_of_their_own_have_tables_of_their_own() -> None:
+    assert len(learn(make_model("gemma3"), positions=CONTEXT).tables) == 2
+    assert len(learn(make_model("llama"), positions=CONTEXT).tables) == 1
+
+
+def test_norms_are_told_by_their_offset() -> None:
+    def offsets(name: str) -> set[int]:
+        return {norm.offset for norm in learn(make_model(name), positions=CONTEXT).norms.values()}
+
+    assert offsets("gemma2") == {1}
+    assert offsets("llama") == {0}
+
+
+def test_frequencies_that_change_with_the_length_limit_the_context() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    config = tf.Phi3Config(
+        **_BASE, original_max_position_embeddings=64, rope_parameters={**rope, "original_max_position_embeddings": 64}
+    )
+    found = learn(from_config(config), positions=CONTEXT)
+    assert found.positions == 64
+    assert found.tables[0][0].shape == (64, 8)
+
+
+def test_a_head_too_narrow_for_the_operator_keeps_the_models_own_rotary_embedding() -> None:
+    assert learn(from_config(tf.StableLmConfig(**_BASE)), positions=CONTEXT).rotaries == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            tf.GptOssConfig(**_BASE, head_dim=16, num_local_experts=4, num_experts_per_tok=2),
+            "GptOssAttention asks its attention for s_aux",
+        ),
+        (tf.Llama4TextConfig(**_BASE, head_dim=16, attention_chunk_size=8), "chunked attention is not exported"),
+        (
+            tf.DeepseekV3Config(
+                **{**_BASE, "num_key_value_heads": 4},
+                q_lora_rank=16,
+                kv_lora_rank=16,
+                qk_rope_head_dim=8,
+                qk_nope_head_dim=8,
+                v_head_dim=8,
+                n_routed_experts=4,
+                first_k_dense_replace=2,
+            ),
+            "GroupQueryAttention takes one size",
+        ),
+        (tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4), "by itself"),
+        (tf.MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2), "by itself"),
+    ],
+    ids=["gpt-oss", "llama4", "deepseek", "bloom", "mamba"],
+)
+def test_what_fits_no_operator_is_named(config: Any, message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        learn(from_config(config), positions=CONTEXT)
+
+
+def test_a_mask_that_looks_ahead_is_refused() -> None:
+    config = tf.LlamaConfig(**_BASE)
+    config.is_causal = False
+    with pytest.raises(ConversionError, match="does not look at the tokens up to the present one alone"):
+        learn(from_config(config), positions=CONTEXT)
+
+
+def test_the_model_is_as_before_when_the_export_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("gemma3")
+    ids = torch.arange(20)[None]
+    before = model(input_ids=ids).logits
+    found = learn(model, positions=CONTEXT)
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("in the middle of a trace")
+
+    monkeypatch.setattr("onnxpress.exporters.decoder_operators.symbolic_multi_out", broken)
+    with pytest.raises(ConversionError, match="in the middle of a trace"):
+        export_causal_lm(model, found, context=CONTEXT)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert model.config._attn_implementation == "eager"
+    names = vars(__import__(type(model).__module__, fromlist=["x"]))
+    assert names["apply_rotary_pos_emb"].__module__ != conventions_module.__name__

@@ -1,0 +1,71 @@
+"""Every architecture that uses the attention interface exports without code of its own, and answers like PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_decoders import ARCHITECTURES, CONTEXT, make_model
+
+from onnxpress.exporters import DecoderParityCheck, Exported
+from onnxpress.exporters.conventions import learn
+from onnxpress.exporters.transformers_decoder import DecoderReference, export_causal_lm
+from onnxpress.graph import Graph
+from onnxpress.runtime.cache import KeyValueCache
+from onnxpress.runtime.model_step import ModelStep
+from onnxpress.runtime.session import Session
+from onnxpress.workbench import save
+
+# What is emitted for each: attentions, rotary embeddings (query and key), norms. Two layers each.
+EMITTED = {
+    "llama": (2, 4, 5),
+    "qwen3": (2, 4, 9),  # norms of queries and keys too
+    "gemma3": (2, 4, 13),
+    "smollm3-nope": (2, 2, 5),  # the second layer has no rotary embedding
+    "phi4-partial-rotary": (2, 4, 5),
+    "glm4": (2, 4, 9),
+    "cohere": (2, 4, 0),  # norms that subtract the mean
+    "gpt2": (2, 0, 0),
+}
+
+
+def step_on(graph: Graph, folder: Path) -> ModelStep:
+    save(graph, folder / "model.onnx")
+    session = Session(folder / "model.onnx", signature=graph.signature)
+    cache = KeyValueCache(graph.signature.inputs, context=graph.signature.axes["length"][1], budget=2**28)
+    return ModelStep(session, cache)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_prompts_chunks_and_steps_answer_like_pytorch(name: str, tmp_path: Path) -> None:
+    model = make_model(name)
+    ids = torch.arange(40).reshape(2, 20)
+    before = model(input_ids=ids).logits
+    conventions = learn(model, positions=CONTEXT)
+    graph = export_causal_lm(model, conventions, context=CONTEXT)
+    assert torch.equal(model(input_ids=ids).logits, before), "the export changed the model"
+
+    exported = Exported(name=name, graph=graph, reference=DecoderReference(model), options={})
+    rows = DecoderParityCheck(exported).check(lambda: step_on(graph, tmp_path))
+    assert [row.case for row in rows] == [
+        "prompt of 33 tokens, 17 steps",
+        "prompt of 20 tokens, 18 steps",
+        "prompt of 1 tokens, 18 steps",
+        "prompt of 124 tokens, 3 steps",
+    ]
+    operators = graph.operators()
+    kinds = ("com.microsoft::GroupQueryAttention", "com.microsoft::RotaryEmbedding", "SimplifiedLayerNormalization")
+    assert tuple(operators.get(kind, 0) for kind in kinds) == EMITTED.get(
+        name, tuple(operators.get(k, 0) for k in kinds)
+    )
+    assert operators["com.microsoft::GroupQueryAttention"] == 2
+    assert "Transpose" not in operators or name in ("stablelm", "gpt-neox", "gpt2", "mixtral", "qwen3-moe"), operators
+
+
+def test_tied_embeddings_are_stored_once() -> None:
+    model = make_model("qwen3")
+    graph = export_causal_lm(model, learn(model, positions=CONTEXT), context=CONTEXT)
+    weights = sum(parameter.numel() for parameter in model.parameters()) * 4
+    tables = 2 * CONTEXT * 24 // 2 * 4  # cosines and sines
+    assert weights <= graph.weight_bytes() <= weights + tables + 1024

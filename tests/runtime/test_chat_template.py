@@ -1,0 +1,82 @@
+"""Chat templates: rendered as transformers does, and kept in their sandbox."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_decoders import save_byte_tokenizer
+from transformers import AutoTokenizer
+
+from onnxpress.errors import ArtifactError, InputError
+from onnxpress.runtime.chat_template import ChatTemplate
+
+CHATML = """{{ bos_token }}{% for message in messages %}
+    {% if message['role'] not in ('system', 'user', 'assistant') %}{{ raise_exception('unknown role ' ~ message['role']) }}{% endif %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>\\n' }}
+{% endfor %}
+{% if tools %}{{ tools | tojson }}{% endif %}
+{% if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Ünïcode & <tags>? "}]
+
+
+@pytest.mark.parametrize("answer", [True, False])
+@pytest.mark.parametrize("variables", [{}, {"tools": [{"name": "ä", "n": 1}]}])
+def test_the_prompt_is_the_one_that_transformers_makes(tmp_path: Path, answer: bool, variables: dict[str, Any]) -> None:
+    save_byte_tokenizer(tmp_path, CHATML)
+    template = ChatTemplate.from_folder(tmp_path)
+    assert template is not None
+    expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        MESSAGES, tokenize=False, add_generation_prompt=answer, **variables
+    )
+    assert template.render(MESSAGES, answer=answer, **variables) == expected
+
+
+def test_a_template_in_the_tokenizers_config_is_found(tmp_path: Path) -> None:
+    config = {"chat_template": "{{ bos_token }}{{ messages[0].content }}", "bos_token": {"content": "<s>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = ChatTemplate.from_folder(tmp_path)
+    assert template is not None
+    assert template.render([{"role": "user", "content": "hi"}]) == "<s>hi"
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    template = ChatTemplate.from_folder(tmp_path)
+    assert template is not None
+    assert template.render([{"role": "user", "content": "hi"}]) == "yes"
+
+
+def test_a_folder_without_a_template_has_none(tmp_path: Path) -> None:
+    assert ChatTemplate.from_folder(tmp_path) is None
+    save_byte_tokenizer(tmp_path)
+    assert ChatTemplate.from_folder(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{{ messages.append({'role': 'user', 'content': 'x'}) }}",
+        "{{ self.__init__.__globals__ }}",
+        "{{ (messages | attr('__class__')).__mro__ }}",
+        "{% for i in range(999999999) %}x{% endfor %}",
+        "{{ cycler.__init__.__globals__.os.system('id') }}",
+    ],
+)
+def test_a_template_cannot_leave_its_sandbox(source: str) -> None:
+    with pytest.raises(InputError, match="chat template"):
+        ChatTemplate(source, {}).render([{"role": "user", "content": "x"}])
+
+
+def test_errors_are_in_plain_words() -> None:
+    template = ChatTemplate(CHATML, {"bos_token": "<s>"})
+    with pytest.raises(InputError, match="unknown role judge"):
+        template.render([{"role": "judge", "content": "x"}])
+    with pytest.raises(ArtifactError, match="not valid"):
+        ChatTemplate("{% for %}", {})
+    for messages in ("text", [], [{"content": "x"}], [{"role": "user"}], [3]):
+        with pytest.raises(InputError, match=r"[Mm]essage"):
+            template.render(messages)

@@ -1,0 +1,76 @@
+"""Text token by token: no half characters, nothing lost, and stop strings that come in pieces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny_decoders import save_byte_tokenizer
+from tokenizers import Tokenizer, decoders, models
+
+from onnxpress.runtime.detokenizer import Detokenizer, StopStrings
+
+
+@pytest.fixture(scope="module")
+def inner(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_byte_tokenizer(folder)
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    "text", ["the end", "héllo wörld", "你好,世界", "👩‍👩‍👧 family 🇫🇷!", "a\n\n b\t c", "  two  spaces  "]
+)
+def test_pieces_are_whole_characters_and_add_up(inner: Any, text: str) -> None:
+    detokenizer = Detokenizer(inner)
+    pieces = [detokenizer.push(token) for token in inner.encode(text).ids]
+    assert not any("�" in piece for piece in pieces)
+    assert "".join(pieces) + detokenizer.flush() == text
+    assert len([piece for piece in pieces if piece]) > 1  # it did come in pieces
+
+
+def test_half_a_character_at_the_end_is_not_shown(inner: Any) -> None:
+    ids = inner.encode("ok 👍").ids[:-1]
+    detokenizer = Detokenizer(inner)
+    assert "".join(detokenizer.push(token) for token in ids) + detokenizer.flush() == "ok "
+
+
+def test_bytes_that_never_become_a_character_do_not_swallow_what_follows(inner: Any) -> None:
+    lone = inner.encode("é").ids[0]
+    detokenizer = Detokenizer(inner)
+    text = "".join(detokenizer.push(token) for token in [lone, *inner.encode("abc").ids])
+    assert text.endswith("abc")
+
+
+def test_special_tokens_give_no_text(inner: Any) -> None:
+    detokenizer = Detokenizer(inner)
+    assert detokenizer.push(0) == ""
+    assert detokenizer.push(inner.encode("x").ids[0]) == "x"
+
+
+def test_a_space_that_hangs_on_the_token_before_is_kept() -> None:
+    """SentencePiece-like tokenizers drop the space of a text's first word: an answer's first word follows the prompt's."""
+    inner = Tokenizer(models.BPE({"<unk>": 0, "▁Hello": 1, "▁world": 2, "s": 3}, [], unk_token="<unk>"))
+    inner.decoder = decoders.Metaspace()
+    assert inner.decode([2]) == "world"
+    detokenizer = Detokenizer(inner, prompt=[1])
+    assert [detokenizer.push(token) for token in (2, 3)] == [" world", "s"]
+
+
+def test_stop_strings_are_held_back_and_cut() -> None:
+    stops = StopStrings(["END", "\n\n"])
+    assert [stops.push(piece) for piece in ["ab", "cE", "N", "xy", "\n", "E", "ND more"]] == ["ab", "c", "", "ENxy", "", "\n", ""]  # fmt: skip
+    assert stops.found == "END"
+    assert stops.push("nothing after it") == ""
+
+
+def test_the_first_of_several_stop_strings_counts() -> None:
+    stops = StopStrings(["later", "now"])
+    assert stops.push("right now, not later") == "right "
+    assert stops.found == "now"
+
+
+def test_what_was_held_back_comes_at_the_end() -> None:
+    stops = StopStrings(["STOP"])
+    assert stops.push("a ST") == "a "
+    assert stops.flush() == "ST"

@@ -1,0 +1,244 @@
+"""Generation on a tiny language model, against PyTorch's own `generate` and against itself in other company."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_decoders import CONTEXT, save_decoder
+from transformers import AutoModelForCausalLM
+
+import onnxpress
+from onnxpress.errors import ArtifactError, InputError
+from onnxpress.runtime import Generator
+from onnxpress.runtime.generator import Piece
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+PROMPTS = ["the end of the thing", "x", "in and in", "a man in the land and then some"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Mistral with a window of 6 tokens: most of what is generated lies beyond it."""
+    return save_decoder(tmp_path_factory.mktemp("model") / "tiny", "mistral", template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def artifact(folder: Path) -> Path:
+    return onnxpress.build(folder, precision="fp32", measure=False, out=folder.with_name("artifact")).path
+
+
+@pytest.fixture(scope="module")
+def shared(artifact: Path) -> Generator:
+    runner = onnxpress.load(artifact)
+    assert isinstance(runner, Generator)
+    return runner
+
+
+@pytest.fixture
+def generator(shared: Generator) -> Generator:
+    shared.reset()
+    return shared
+
+
+def ids_of(generator: Generator, text: str) -> list[int]:
+    return list(generator.tokenizer.inner.encode(text).ids)
+
+
+def test_greedy_text_is_pytorchs(generator: Generator, folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    for prompt, found in zip(PROMPTS, generator.generate(PROMPTS, max_new_tokens=60, ignore_eos=True), strict=True):
+        ids = ids_of(generator, prompt)
+        expected = model.generate(
+            torch.tensor([ids]), max_new_tokens=60, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert found.token_ids == expected[0, len(ids) :].tolist()
+        assert (found.finish_reason, found.prompt_tokens) == ("length", len(ids))
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "seed": 7, "top_p": 0.9, "repetition_penalty": 1.1}])
+def test_a_batch_answers_as_each_prompt_alone(generator: Generator, options: dict[str, Any]) -> None:
+    """More prompts than rows, of unequal lengths, that end at different times: rows change places on the way."""
+    prompts = [prompt + "!" * (index % 5) for index, prompt in enumerate(PROMPTS * 6)]
+    limits = {"max_new_tokens": 30, "stop": ["a", "b"], **options}
+    together = generator.generate(prompts, **limits)
+    assert len({len(item.token_ids) for item in together}) > 3
+    for prompt, found in zip(prompts, together, strict=True):
+        generator.reset()
+        alone = generator.generate(prompt, **limits)[0]
+        assert (found.text, found.token_ids, found.finish_reason) == (alone.text, alone.token_ids, alone.finish_reason)
+
+
+def test_streaming_gives_the_same_in_pieces(generator: Generator) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 25, "temperature": 1.0, "seed": 3}
+    whole = generator.generate(PROMPTS, **options)
+    texts = [""] * len(PROMPTS)
+    last: dict[int, Piece] = {}
+    for piece in generator.stream(PROMPTS, **options):
+        assert piece.index not in last or last[piece.index].generation is None
+        texts[piece.index] += piece.text
+        last[piece.index] = piece
+    assert texts == [item.text for item in whole]
+    assert all(last[index].generation is not None for index in range(len(PROMPTS)))
+
+
+def test_several_samples_differ_and_repeat(generator: Generator) -> None:
+    options: dict[str, Any] = {"n": 3, "temperature": 2.0, "seed": 5, "max_new_tokens": 20}
+    first = [item.token_ids for item in generator.generate("the", **options)]
+    assert len({tuple(ids) for ids in first}) == 3
+    assert [item.token_ids for item in generator.generate(["x", "the"], **options)][3:] == first
+
+
+def test_a_prompt_that_is_in_the_cache_is_not_computed_again(generator: Generator) -> None:
+    prompt = ids_of(generator, "the man in the land and the thing in the end")
+    first = generator.generate([prompt], max_new_tokens=8, ignore_eos=True)[0]
+    assert first.cached_tokens == 0
+    turn = [*prompt, *first.token_ids, *ids_of(generator, " and then")]
+    again = generator.generate([turn], max_new_tokens=12)[0]
+    assert again.cached_tokens == len(prompt) + 7  # the last token of the answer was never read
+    other = generator.generate([[*prompt[:10], 5, 6]], max_new_tokens=4)[0]
+    assert other.cached_tokens == 10
+    generator.reset()
+    fresh = generator.generate([turn], max_new_tokens=12)[0]
+    assert fresh.cached_tokens == 0
+    assert fresh.token_ids == again.token_ids
+
+
+def test_chat_turns_know_the_conversation(generator: Generator) -> None:
+    messages = [{"role": "user", "content": "the man"}]
+    answer = generator.generate(messages=messages, max_new_tokens=10)[0]
+    messages += [{"role": "assistant", "content": answer.text}, {"role": "user", "content": "and then?"}]
+    turn = generator.generate(messages=messages, max_new_tokens=10)[0]
+    assert turn.cached_tokens >= len(ids_of(generator, "[user]the man\n[assistant]")) - 1
+    several = generator.generate(messages=[messages, messages[:1]], max_new_tokens=10)
+    assert [item.token_ids for item in several] == [turn.token_ids, answer.token_ids]
+
+
+def test_stops_are_not_part_of_the_answer(generator: Generator) -> None:
+    whole = generator.generate("the end", max_new_tokens=40, ignore_eos=True)[0]
+    middle = whole.text[len(whole.text) // 2 :][:3]
+    cut = generator.generate("the end", max_new_tokens=40, ignore_eos=True, stop=middle)[0]
+    assert cut.finish_reason == "stop"
+    assert cut.text == whole.text[: whole.text.index(middle)]
+    token = whole.token_ids[5]
+    ended = generator.generate("the end", max_new_tokens=40, stop_token_ids=[token], ignore_eos=True)[0]
+    assert ended.token_ids == whole.token_ids[: whole.token_ids.index(token)]
+    assert ended.finish_reason == "stop"
+
+
+def test_logprobs_are_those_of_the_tokens(generator: Generator) -> None:
+    found = generator.generate("the", max_new_tokens=6, logprobs=2, ignore_eos=True)[0]
+    assert found.logprobs is not None
+    assert [item.token_id for item in found.logprobs] == found.token_ids
+    for item in found.logprobs:
+        assert item.top[0] == (item.token_id, item.logprob)  # greedy
+        assert item.logprob > item.top[1][1]
+
+
+def test_the_context_ends_an_answer(generator: Generator) -> None:
+    prompt = [5] * (CONTEXT - 10)
+    found = generator.generate([prompt], ignore_eos=True)[0]
+    assert (found.finish_reason, len(found.token_ids)) == ("context", 10)
+    with pytest.raises(InputError, match=rf"context of {CONTEXT} leaves 10"):
+        generator.generate([prompt], max_new_tokens=11)
+    with pytest.raises(InputError, match=rf"The prompt has {CONTEXT} tokens, and the model's context is {CONTEXT}"):
+        generator.generate([[5] * CONTEXT])
+
+
+def test_a_budget_bounds_the_cache(artifact: Path) -> None:
+    whole = onnxpress.load(artifact)
+    assert isinstance(whole, Generator)
+    small = onnxpress.load(artifact, cache_bytes=3 * 128 * whole._cache.bytes_per_token)
+    assert isinstance(small, Generator)
+    answers = small.generate(PROMPTS * 2, max_new_tokens=40)
+    assert small._cache.rows == 3
+    assert [item.token_ids for item in answers] == [
+        item.token_ids for item in whole.generate(PROMPTS * 2, max_new_tokens=40)
+    ]
+    tiny = onnxpress.load(artifact, cache_bytes=1000)
+    assert isinstance(tiny, Generator)
+    with pytest.raises(InputError, match="raise cache_bytes, or ask for fewer tokens"):
+        tiny.generate("the")
+
+
+def test_an_answer_that_nobody_waits_for_leaves_the_generator_whole(generator: Generator) -> None:
+    expected = generator.generate("the end", max_new_tokens=20)[0]
+    stream = generator.stream(["the end", "x"], max_new_tokens=20)
+    next(stream)
+    stream.close()
+    assert generator.generate("the end", max_new_tokens=20)[0].token_ids == expected.token_ids
+
+
+def test_threads_wait_for_each_other(generator: Generator) -> None:
+    expected = [item.token_ids for item in generator.generate(PROMPTS, max_new_tokens=15)]
+    found: dict[int, list[int]] = {}
+
+    def work(index: int) -> None:
+        found[index] = generator.generate(PROMPTS[index], max_new_tokens=15)[0].token_ids
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(PROMPTS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[index] for index in range(len(PROMPTS))] == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((), {}, "Give either prompts or messages"),
+        (("x",), {"messages": [{"role": "user", "content": "x"}]}, "Give either prompts or messages"),
+        (("",), {}, "Prompt 0 is empty"),
+        (([],), {}, "No prompt was given"),
+        ((["ok", ""],), {}, "Prompt 1 is empty"),
+        (([[]],), {}, "Prompt 0 has no tokens"),
+        (([[1, 320]],), {}, "token id 320; the model has 0 to 319"),
+        (([[-1]],), {}, "token id -1"),
+        (([3.5],), {}, "Prompt 0 is a float"),
+        ((["ok", None],), {}, "Prompt 1 is a NoneType"),
+        (("\ud83d",), {}, "half a character"),
+        (("x",), {"temperature": -1}, "temperature is -1; it takes 0"),
+        (("x",), {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        (("x",), {"n": 0}, "n is 0"),
+        (("x",), {"stop": [""]}, "stop takes strings"),
+        (("x",), {"logprobs": -1}, "logprobs is -1"),
+        (("x",), {"warmth": 1}, "Unknown option 'warmth'"),
+        (("x",), {"logit_bias": {400: 1.0}}, "logit_bias names the token 400"),
+        (("x",), {"template_variables": {"tools": []}}, "go with messages"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(
+    generator: Generator, arguments: tuple[Any, ...], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        generator.stream(*arguments, **options)
+
+
+def test_a_model_without_a_template_says_so(artifact: Path) -> None:
+    runner = onnxpress.load(artifact)
+    assert isinstance(runner, Generator)
+    runner.template = None
+    with pytest.raises(InputError, match="has no chat template"):
+        runner.generate(messages=[{"role": "user", "content": "x"}])
+
+
+def test_an_artifact_without_a_tokenizer_says_so(artifact: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(artifact, copy)
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json is missing"):
+        onnxpress.load(copy)
+
+
+def test_ids_may_be_an_array(generator: Generator) -> None:
+    ids = ids_of(generator, "the end")
+    one, other, third = generator.generate([np.array(ids), ids, "the end"], max_new_tokens=5)
+    assert one.token_ids == other.token_ids == third.token_ids
+    assert generator.generate(np.array(ids), max_new_tokens=5)[0].token_ids == one.token_ids

@@ -1,0 +1,111 @@
+"""Tiny random language models of many architectures, and folders of them with a byte-level tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+from tiny_models import spread_weights
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+VOCABULARY = 320
+CONTEXT = 128
+EOS = "<|end|>"
+
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+}
+_MIXED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+_LEARNED: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}
+
+
+def _rope(kind: str, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
+
+
+ARCHITECTURES: dict[str, Callable[..., Any]] = {
+    "llama": lambda **more: tf.LlamaConfig(**{**_BASE, **more}),
+    "llama3-rope": lambda **more: tf.LlamaConfig(
+        **_BASE,
+        **_rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
+    ),
+    "linear-rope": lambda **more: tf.LlamaConfig(**_BASE, **_rope("linear", factor=4.0)),
+    "yarn-rope": lambda **more: tf.Qwen2Config(
+        **_BASE, **_rope("yarn", factor=4.0, original_max_position_embeddings=32)
+    ),
+    "qwen2": lambda **more: tf.Qwen2Config(**_BASE),
+    "qwen3": lambda **more: tf.Qwen3Config(**_BASE, head_dim=24, tie_word_embeddings=True),
+    "qwen3-moe": lambda **more: tf.Qwen3MoeConfig(
+        **_BASE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16
+    ),
+    "mistral": lambda **more: tf.MistralConfig(**_BASE, sliding_window=6),
+    "mixtral": lambda **more: tf.MixtralConfig(**_BASE, num_local_experts=4),
+    "gemma2": lambda **more: tf.Gemma2Config(**_BASE, head_dim=16, query_pre_attn_scalar=24, **_MIXED),
+    "gemma3": lambda **more: tf.Gemma3TextConfig(**_BASE, head_dim=16, query_pre_attn_scalar=24, **_MIXED),
+    "phi3": lambda **more: tf.Phi3Config(**_BASE),
+    "phi4-partial-rotary": lambda **more: tf.Phi3Config(**_BASE, partial_rotary_factor=0.5),
+    "smollm3-nope": lambda **more: tf.SmolLM3Config(**_BASE, no_rope_layers=[1, 0]),
+    "olmo2": lambda **more: tf.Olmo2Config(**_BASE),
+    "granite": lambda **more: tf.GraniteConfig(**_BASE, embedding_multiplier=3.0, logits_scaling=2.0),
+    "glm4": lambda **more: tf.Glm4Config(**_BASE, head_dim=16),
+    "starcoder2": lambda **more: tf.Starcoder2Config(**_BASE),
+    "stablelm": lambda **more: tf.StableLmConfig(**{**_BASE, "hidden_size": 128}),  # a quarter of each head is turned
+    "gpt2": lambda **more: tf.GPT2Config(**_LEARNED, n_embd=64, n_layer=2, n_head=4, n_positions=CONTEXT),
+    "opt": lambda **more: tf.OPTConfig(
+        **_LEARNED,
+        hidden_size=64,
+        word_embed_proj_dim=64,
+        ffn_dim=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+    ),
+    "gpt-neox": lambda **more: tf.GPTNeoXConfig(**{**_BASE, "hidden_size": 128, "num_key_value_heads": 4}),
+    "cohere": lambda **more: tf.CohereConfig(**_BASE),
+    "phi": lambda **more: tf.PhiConfig(**_BASE),
+}
+
+
+def make_model(name: str, **more: Any) -> Any:
+    """A model with weights large enough that all of them count; `more` changes Llama's config."""
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(ARCHITECTURES[name](**more), attn_implementation="eager").eval()
+    spread_weights(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter *= 0.5
+    return model
+
+
+def save_decoder(folder: Path, name: str = "llama", *, template: str | None = None, **more: Any) -> Path:
+    """A model folder with a byte-level tokenizer (every text has tokens) and, where given, a chat template."""
+    make_model(name, **more).save_pretrained(folder)
+    save_byte_tokenizer(folder, template)
+    return folder
+
+
+def save_byte_tokenizer(folder: Path, template: str | None = None) -> None:
+    """Tokens 0 and 1 are special, the next 256 are bytes, then come a few merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("a", "n")]
+    tokens = [EOS, "<|begin|>", *alphabet, *("".join(pair) for pair in merges)]
+    inner = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    fast = tf.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<|begin|>", eos_token=EOS, pad_token=EOS)
+    if template is not None:
+        fast.chat_template = template
+    fast.save_pretrained(folder)
