@@ -12,9 +12,12 @@ from onnxpress.optimizers.fold import Fold
 from onnxpress.optimizers.fuse_attention import FuseAttention
 from onnxpress.optimizers.fuse_gelu import FuseGelu
 from onnxpress.optimizers.fuse_layer_norm import FuseLayerNorm
+from onnxpress.optimizers.fuse_rotary import FuseRotary
+from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.half import BFloat16, Float16
 from onnxpress.optimizers.int8 import Int8
 from onnxpress.optimizers.int8_dynamic import Int8Dynamic
+from onnxpress.optimizers.pack_projections import PackProjections
 from onnxpress.optimizers.weights import WeightsInt4, WeightsInt8
 
 PASSES: Mapping[str, type[Pass]] = {
@@ -23,6 +26,9 @@ PASSES: Mapping[str, type[Pass]] = {
     "fuse-gelu": FuseGelu,
     "fuse-layer-norm": FuseLayerNorm,
     "fuse-attention": FuseAttention,
+    "fuse-skip-norm": FuseSkipNorm,
+    "fuse-rotary": FuseRotary,
+    "pack-projections": PackProjections,
     "fp16": Float16,
     "bf16": BFloat16,
     "int8": Int8,

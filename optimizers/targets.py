@@ -50,13 +50,14 @@ class Target:
 
 _CLEAN = ("fold", "deduplicate")
 _FUSE = ("fuse-gelu", "fuse-layer-norm", "fuse-attention")
+_DECODER = ("fuse-skip-norm", "fuse-rotary", "pack-projections")
 
 _WEIGHT_ONLY = {"int8-weights": ("int8-weights",), "int4-weights": ("int4-weights",)}
 
 _CPU = Target(
     name="cpu",
     providers=("cpu",),
-    lossless=(*_CLEAN, *_FUSE),
+    lossless=(*_CLEAN, *_FUSE, *_DECODER),
     precisions={
         "int8": ("int8",),
         "fp32": (),
@@ -107,7 +108,7 @@ TARGETS: Mapping[str, Target] = {
     "cuda": Target(
         name="cuda",
         providers=("cuda",),
-        lossless=(*_CLEAN, *_FUSE),
+        lossless=(*_CLEAN, *_FUSE, *_DECODER),
         precisions={"fp16": ("fp16",), "fp32": (), "bf16": ("bf16",), **_WEIGHT_ONLY},
         generation="fp16",
         disabled_optimizers=(),
