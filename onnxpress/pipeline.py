@@ -306,7 +306,7 @@ class _Press:
                 mended = repair(result.touched, lambda kept: self._gate.judge(apply(kept)[1]), self._report.detail)
                 if mended is None:
                     row["quality"] = _rounded(judgement.value)
-                    half = "" if len(result.touched) == 1 else " even with half in float"
+                    half = "" if len(result.touched) == 1 else f" even with half {result.kept_as}"
                     self._record(row, status="undone", reason=f"over the budget{half}: {reason}")
                     self._refuse(step, row)
                     return
@@ -314,7 +314,7 @@ class _Press:
                 result, session = apply(keep)
                 row |= {"changes": result.changes, "notes": list(result.notes)}
                 status = "repaired"
-                reason = f"{len(keep)} places stay in float ({', '.join(sorted(keep))}): {judgement.sentence()}"
+                reason = f"{len(keep)} places stay {result.kept_as} ({', '.join(sorted(keep))}): {judgement.sentence()}"
         row["quality"] = _rounded(judgement.value)
         row["batch_cosine"] = _rounded(judgement.batch_cosine)
         row["metrics"] = {name: _rounded(value) for name, value in judgement.metrics.items()}

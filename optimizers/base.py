@@ -42,13 +42,15 @@ class PassContext:
 class PassResult:
     """The graph after a pass, how many places changed, remarks for the ledger, and the changed nodes' names.
 
-    touched lists, for lossy passes, the names by which each changed place can be put in `PassContext.keep`.
+    touched lists, for lossy passes, the names by which each changed place can be put in `PassContext.keep`; kept_as says what
+    becomes of places that are put there.
     """
 
     graph: Graph
     changes: int
     notes: tuple[str, ...] = ()
     touched: tuple[str, ...] = field(default=())
+    kept_as: str = "in float"
 
 
 class Pass(Protocol):

@@ -19,6 +19,7 @@ from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.coverage import Miss, coverage
 from onnxpress.optimizers.linear import attribute
 
+_TABLE_STEP = 8
 _COSINES, _SINES, _POSITIONS = 7, 8, 9  # inputs of GroupQueryAttention
 
 
@@ -67,6 +68,10 @@ def _obstacle(query: ir.Node | None, key: ir.Node | None) -> str:
     assert key is not None
     if list(query.inputs[1:]) != list(key.inputs[1:]):
         return "query and key are turned by different tables or positions"
+    tables = query.inputs[2]
+    width = None if tables is None or tables.shape is None else tables.shape[1]
+    if not isinstance(width, int) or width % _TABLE_STEP:
+        return f"its tables are {width} wide; the attention takes multiples of {_TABLE_STEP}"
     if attribute(query, "interleaved", 0) != attribute(key, "interleaved", 0):
         return "query and key are turned in different ways"
     return ""

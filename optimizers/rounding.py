@@ -1,14 +1,20 @@
 """Rounds float weights to integers: per output channel, or in blocks along the input axis.
 
-Round-to-nearest on symmetric ranges. Layouts are those of ONNX Runtime's operators (named at each function).
+Round-to-nearest; the ranges of blocks may be searched for the least squared error. Layouts are those of ONNX Runtime's
+operators (named at each function).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 Float = npt.NDArray[np.float32]
+_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a block's range that a search tries
+_ELEMENTS_AT_ONCE = 1 << 20  # of a weight; bounds the memory of a search
+
 Integers = npt.NDArray[np.int8] | npt.NDArray[np.uint8]
 
 
@@ -37,25 +43,89 @@ def activation_uint8(low: float, high: float) -> tuple[Float, npt.NDArray[np.uin
     return np.array(scale, np.float32), np.array(np.clip(round(-low / scale), 0, 255), np.uint8)
 
 
-def blocks(weight: Float, *, bits: int, block_size: int) -> tuple[npt.NDArray[np.uint8], Float]:
-    """Symmetric integers in blocks along the input axis, zero point 2^(bits-1).
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Integers in blocks along the input axis, as com.microsoft MatMulNBits reads them.
 
-    weight: (out, in), `in` divisible by block_size. Returns the packed bytes (out, in / block_size,
-    block_size * bits / 8) and scales (out, in / block_size): the layout of com.microsoft MatMulNBits, and, reshaped to
-    (out, in * bits / 8), of GatherBlockQuantized. The value of largest magnitude of each block maps to the end of the
-    range exactly.
+    packed: uint8 (out, in / block_size, block_size * bits / 8), lower bits first; reshaped to (out, in * bits / 8) it is
+    GatherBlockQuantized's layout. scales: float32 (out, in / block_size). zero_points: uint8 (out, ceil(in / block_size * bits
+    / 8)), packed alike, or None where all are 2^(bits-1).
+    """
+
+    packed: npt.NDArray[np.uint8]
+    scales: Float
+    zero_points: npt.NDArray[np.uint8] | None
+
+
+def blocks(weight: Float, *, bits: int, block_size: int, search: bool = False, symmetric: bool = True) -> Blocks:
+    """Round in blocks. weight: (out, in), `in` divisible by block_size.
+
+    Symmetric: a block's value of largest magnitude maps to the end of the range exactly. Otherwise its smallest and largest
+    value map to the two ends, 0 being among the integers' values. search: of several smaller ranges, which cut outliers
+    off, each block takes the one of the least squared error.
     """
     assert bits in (4, 8)
     rows, columns = weight.shape
     assert columns % block_size == 0
+    count = columns // block_size
+    integers = np.empty((rows, count, block_size), np.uint8)
+    scales = np.empty((rows, count), np.float32)
+    zeros = np.empty((rows, count), np.uint8)
+    at_once = max(1, _ELEMENTS_AT_ONCE // columns)
+    for start in range(0, rows, at_once):
+        part = slice(start, start + at_once)
+        values = weight[part].reshape(-1, count, block_size)
+        integers[part], scales[part], zeros[part] = _rounded(values, bits, search=search, symmetric=symmetric)
+    return Blocks(
+        packed=_packed(integers, bits), scales=scales, zero_points=None if symmetric else _packed(zeros, bits)
+    )
+
+
+def _rounded(
+    values: Float, bits: int, *, search: bool, symmetric: bool
+) -> tuple[npt.NDArray[np.uint8], Float, npt.NDArray[np.uint8]]:
+    """Integers like `values` (rows, blocks, block_size), scales and zero points (rows, blocks)."""
+    best: tuple[npt.NDArray[np.uint8], Float, npt.NDArray[np.uint8]] | None = None
+    least = np.full(values.shape[:2], np.inf, np.float32)
+    for share in _SHARES if search else _SHARES[:1]:
+        scale, zero = (_symmetric if symmetric else _asymmetric)(values, bits, share)
+        integers = np.clip(np.rint(values / scale[..., None]) + zero[..., None], 0, (1 << bits) - 1)
+        if best is None:
+            best = integers.astype(np.uint8), scale, zero.astype(np.uint8)
+        if not search:
+            break
+        error = np.square((integers - zero[..., None]) * scale[..., None] - values).sum(-1)
+        better = error < least
+        least[better] = error[better]
+        kept_integers, kept_scale, kept_zero = best
+        kept_integers[better] = integers[better].astype(np.uint8)
+        kept_scale[better] = scale[better]
+        kept_zero[better] = zero[better].astype(np.uint8)
+    assert best is not None
+    return best
+
+
+def _symmetric(values: Float, bits: int, share: float) -> tuple[Float, Float]:
     half = 1 << (bits - 1)
-    blocked = weight.reshape(rows, columns // block_size, block_size)
-    extreme = np.take_along_axis(blocked, np.abs(blocked).argmax(-1, keepdims=True), -1)
-    scales = np.where(extreme != 0, extreme / -half, 1).astype(np.float32)
-    integers = np.clip(np.rint(blocked / scales) + half, 0, 2 * half - 1).astype(np.uint8)
-    if bits == 4:
-        integers = integers[..., 0::2] | (integers[..., 1::2] << 4)
-    return np.ascontiguousarray(integers), scales[..., 0]
+    extreme = np.take_along_axis(values, np.abs(values).argmax(-1, keepdims=True), -1)[..., 0]
+    scale = np.where(extreme != 0, extreme * np.float32(share) / -half, 1).astype(np.float32)
+    return scale, np.full(scale.shape, half, np.float32)
+
+
+def _asymmetric(values: Float, bits: int, share: float) -> tuple[Float, Float]:
+    largest = (1 << bits) - 1
+    low, high = np.minimum(values.min(-1), 0) * share, np.maximum(values.max(-1), 0) * share
+    scale = np.where(high > low, (high - low) / largest, 1).astype(np.float32)
+    return scale, np.clip(np.rint(-low / scale), 0, largest).astype(np.float32)
+
+
+def _packed(integers: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    """Two 4-bit integers a byte along the last axis, the first in the lower half; a missing last one is 0."""
+    if bits == 8:
+        return np.ascontiguousarray(integers)
+    if integers.shape[-1] % 2:
+        integers = np.concatenate([integers, np.zeros_like(integers[..., :1])], axis=-1)
+    return np.ascontiguousarray(integers[..., 0::2] | (integers[..., 1::2] << 4))
 
 
 def block_size_for(columns: int, *, preferred: int) -> int | None:

@@ -35,42 +35,60 @@ _SMALLEST_TABLE = 16384  # elements; below this a table's bytes do not matter
 
 @dataclass(frozen=True, kw_only=True)
 class _WeightOnly:
-    """block_size: the preferred block, a power of two from 16 on. minimum_elements: smaller weights stay in float."""
+    """block_size: the preferred block, a power of two from 16 on. minimum_elements: smaller weights stay in float.
+
+    search: each block's range is the one of the least squared error. symmetric: all zero points are the middle of the range;
+    otherwise each block of a linear layer that shares no table has its own.
+    """
 
     lossless: ClassVar[bool] = False
     bits: ClassVar[int]
+    kept_bits: ClassVar[int | None] = None  # of the places in `context.keep`; None is float
 
     block_size: int = 128
     minimum_elements: int = 1024
+    search: bool = True
+    symmetric: bool = True
 
     def __post_init__(self) -> None:
         if self.block_size < 16 or self.block_size & (self.block_size - 1):
             raise RecipeError(f"A block size is a power of two from 16 on, not {self.block_size}.")
 
     def apply(self, graph: Graph, context: PassContext) -> PassResult:
-        """Quantize the weights of every linear layer and embedding table but those in `context.keep`."""
-        tied, touched = quantize_embeddings(graph, bits=self.bits, preferred_block=self.block_size, keep=context.keep)
+        """Quantize the weights of every linear layer and embedding table; those in `context.keep` less, or not at all."""
+
+        def bits(name: str) -> int | None:
+            return self.kept_bits if name in context.keep else self.bits
+
+        tied, touched = quantize_embeddings(
+            graph, bits=self.bits, preferred_block=self.block_size, keep=context.keep, search=self.search
+        )
         notes = list(tied.notes)
         count = 0
         for layer in linears(graph):
             tensor = layer.weight.const_value
-            if layer.name in context.keep or tensor is None or tensor.size < self.minimum_elements:
+            wanted = bits(layer.name)
+            if wanted is None or tensor is None or tensor.size < self.minimum_elements:
                 continue
             weight = np.ascontiguousarray(layer.weight_array().T)  # (out, in)
             size = block_size_for(weight.shape[1], preferred=self.block_size)
             if size is None:
                 notes.append(f"{layer.name}: no block size divides its input width {weight.shape[1]}; kept in float")
                 continue
-            packed, scales = blocks(weight, bits=self.bits, block_size=size)
-            packed_value = add_constant(graph, f"{layer.name}_weight_blocks", packed)
-            scales_value = add_constant(graph, f"{layer.name}_weight_scales", scales)
-            _use_blocks(graph, layer, packed_value, scales_value, bits=self.bits, block_size=size)
+            found = blocks(weight, bits=wanted, block_size=size, search=self.search, symmetric=self.symmetric)
+            packed_value = add_constant(graph, f"{layer.name}_weight_blocks", found.packed)
+            scales_value = add_constant(graph, f"{layer.name}_weight_scales", found.scales)
+            zeros = None
+            if found.zero_points is not None:
+                zeros = add_constant(graph, f"{layer.name}_weight_zero_points", found.zero_points)
+            _use_blocks(graph, layer, packed_value, scales_value, zeros, bits=wanted, block_size=size)
             touched += (layer.name,)
             count += 1
         drop_unused_constants(graph)
         graph.model.graph.opset_imports.setdefault("com.microsoft", 1)
         summary = f"{count} linear layers, {tied.tables} embedding tables at {self.bits} bits"
-        return PassResult(graph=graph, changes=len(touched), notes=(summary, *notes), touched=touched)
+        kept_as = "in float" if self.kept_bits is None else f"at {self.kept_bits} bits"
+        return PassResult(graph=graph, changes=len(touched), notes=(summary, *notes), touched=touched, kept_as=kept_as)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +101,11 @@ class WeightsInt8(_WeightOnly):
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsInt4(_WeightOnly):
-    """4-bit weights; smaller blocks, since 16 levels leave more to lose."""
+    """4-bit weights; smaller blocks, since 16 levels leave more to lose. Where that is too much, 8 bits."""
 
     name: ClassVar[str] = "int4-weights"
     bits: ClassVar[int] = 4
+    kept_bits: ClassVar[int | None] = 8
 
     block_size: int = 32
 
@@ -100,7 +119,7 @@ class TiedTables:
 
 
 def quantize_embeddings(
-    graph: Graph, *, bits: int, preferred_block: int, keep: frozenset[str]
+    graph: Graph, *, bits: int, preferred_block: int, keep: frozenset[str], search: bool = False
 ) -> tuple[TiedTables, tuple[str, ...]]:
     """Quantize the embedding tables, and the linear layers that share a weight with one. Returns touched names."""
     touched: list[str] = []
@@ -119,9 +138,9 @@ def quantize_embeddings(
         key = str(table.name)
         if key not in stored:
             array = table.const_value.numpy().astype(np.float32)  # (rows, width)
-            packed, scales = blocks(array, bits=bits, block_size=size)
-            rows = add_constant(graph, f"{key}_blocks", packed.reshape(len(array), -1))
-            stored[key] = (table, rows, add_constant(graph, f"{key}_scales", scales), size)
+            found = blocks(array, bits=bits, block_size=size, search=search)
+            rows = add_constant(graph, f"{key}_blocks", found.packed.reshape(len(array), -1))
+            stored[key] = (table, rows, add_constant(graph, f"{key}_scales", found.scales), size)
         _, rows, scale_value, size = stored[key]
         new = ir.node(
             "GatherBlockQuantized",
@@ -137,10 +156,10 @@ def quantize_embeddings(
         graph.model.graph.remove(node, safe=True)
         touched.append(name)
     for layer in linears(graph):
-        found = stored.get(str(layer.weight.name))
-        if found is None or not layer.transposed or layer.name in keep:
+        shared = stored.get(str(layer.weight.name))
+        if shared is None or not layer.transposed or layer.name in keep:
             continue
-        _, rows, scale_value, size = found
+        _, rows, scale_value, size = shared
         assert layer.weight.const_value is not None
         out_features, width = layer.weight.const_value.shape.numpy()
         shape = add_constant(
@@ -148,22 +167,31 @@ def quantize_embeddings(
         )
         reshape = ir.node("Reshape", [rows, shape], name=f"{layer.name}_blocks_view")
         graph.model.graph.insert_before(layer.nodes[-1], reshape)
-        _use_blocks(graph, layer, reshape.outputs[0], scale_value, bits=bits, block_size=size)
+        _use_blocks(graph, layer, reshape.outputs[0], scale_value, None, bits=bits, block_size=size)
         touched.append(layer.name)
         notes.append(f"{layer.name} shares its weight with an embedding table: stored once")
     graph.model.graph.opset_imports.setdefault("com.microsoft", 1)
     return TiedTables(tables=len(stored), notes=tuple(notes)), tuple(touched)
 
 
-def _use_blocks(graph: Graph, layer: Linear, packed: ir.Value, scales: ir.Value, *, bits: int, block_size: int) -> None:
+def _use_blocks(
+    graph: Graph,
+    layer: Linear,
+    packed: ir.Value,
+    scales: ir.Value,
+    zeros: ir.Value | None,
+    *,
+    bits: int,
+    block_size: int,
+) -> None:
     tensor = layer.weight.const_value
     assert tensor is not None
     in_features, out_features = tensor.shape.numpy()
     if layer.transposed:
         in_features, out_features = out_features, in_features
-    inputs: list[ir.Value | None] = [layer.x, packed, scales]
-    if layer.bias is not None:
-        inputs += [None, None, layer.bias]
+    inputs: list[ir.Value | None] = [layer.x, packed, scales, zeros, None, layer.bias]
+    while inputs[-1] is None:
+        inputs.pop()
     attributes = {
         "K": in_features,
         "N": out_features,

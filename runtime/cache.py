@@ -46,7 +46,7 @@ class KeyValueCache:
 
     def fits(self, rows: int, capacity: int) -> bool:
         """Whether so many rows of so many tokens are within the budget."""
-        return rows * min(self._rounded(capacity), self.context) * self.bytes_per_token <= self.budget
+        return rows * self._rounded(capacity) * self.bytes_per_token <= self.budget
 
     def reserve(self, rows: int, capacity: int) -> None:
         """Have at least so many rows of at least so many tokens; rows that then exceed the budget go, the last first.
@@ -62,8 +62,8 @@ class KeyValueCache:
             )
         new_capacity = self.capacity
         if capacity > self.capacity:
-            generous = max(capacity, self.capacity * 3 // 2)
-            new_capacity = min(self._rounded(generous if self.fits(rows, generous) else capacity), self.context)
+            generous = max(capacity, min(self.capacity * 3 // 2, self.context))
+            new_capacity = self._rounded(generous if self.fits(rows, generous) else capacity)
         kept = self.rows
         while kept > rows and not self.fits(kept, new_capacity):
             kept -= 1
@@ -100,9 +100,9 @@ class KeyValueCache:
         """Forget everything; the memory stays reserved."""
         self.tokens = [[] for _ in self.tokens]
 
-    @staticmethod
-    def _rounded(capacity: int) -> int:
-        return -(-capacity // _GROWTH) * _GROWTH
+    def _rounded(self, capacity: int) -> int:
+        """Up to the next step of growth, but not beyond the context without need: padding may reach a little further."""
+        return max(capacity, min(-(-capacity // _GROWTH) * _GROWTH, self.context))
 
     @staticmethod
     def _shape(spec: TensorSpec, rows: int, capacity: int) -> tuple[int, ...]:

@@ -45,7 +45,8 @@ class ModelStep:
         longest = max(before + len(new) for before, new in zip(past, tokens, strict=True))
         if longest > self.cache.context:
             raise InputError(f"{longest} tokens were given; the model's context is {self.cache.context}.")
-        self.cache.reserve(first + rows, longest)
+        # The kernel wants room for the padding of every row, too.
+        self.cache.reserve(first + rows, max(past) + length)
         counts = [1] * rows if answers is None else list(answers)
         self._bind(first, rows, length, sum(counts))
         inputs = self._inputs

@@ -49,9 +49,9 @@ def test_prompts_chunks_and_steps_answer_like_pytorch(name: str, tmp_path: Path)
     exported = Exported(name=name, graph=graph, reference=DecoderReference(model), options={})
     rows = DecoderParityCheck(exported).check(lambda: step_on(graph, tmp_path))
     assert [row.case for row in rows] == [
-        "prompt of 33 tokens, 17 steps",
-        "prompt of 20 tokens, 18 steps",
-        "prompt of 1 tokens, 18 steps",
+        "prompt of 33 tokens, 18 steps",
+        "prompt of 20 tokens, 19 steps",
+        "prompt of 1 tokens, 19 steps",
         "prompt of 124 tokens, 3 steps",
     ]
     operators = graph.operators()
@@ -60,7 +60,8 @@ def test_prompts_chunks_and_steps_answer_like_pytorch(name: str, tmp_path: Path)
         name, tuple(operators.get(k, 0) for k in kinds)
     )
     assert operators["com.microsoft::GroupQueryAttention"] == 2
-    assert "Transpose" not in operators or name in ("stablelm", "gpt-neox", "gpt2", "mixtral", "qwen3-moe"), operators
+    if name in ("llama", "qwen2", "mistral"):  # nothing between the projections and the operators
+        assert "Transpose" not in operators
 
 
 def test_tied_embeddings_are_stored_once() -> None:

@@ -1,0 +1,103 @@
+"""Passes over a language model's attentions and norms: operators before and after, equal answers, and what is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_decoders import CONTEXT, make_model
+
+from onnxpress.exporters.conventions import learn
+from onnxpress.exporters.transformers_decoder import export_causal_lm
+from onnxpress.graph import Graph
+from onnxpress.optimizers import make_pass
+from onnxpress.optimizers.base import PassContext, PassResult
+from onnxpress.optimizers.targets import target
+from onnxpress.runtime.cache import KeyValueCache
+from onnxpress.runtime.model_step import ModelStep
+from onnxpress.runtime.session import Session
+from onnxpress.workbench import save
+
+ATTENTION = "com.microsoft::GroupQueryAttention"
+
+
+@cache
+def exported(name: str) -> Graph:
+    model = make_model(name)
+    return export_causal_lm(model, learn(model, positions=CONTEXT), context=CONTEXT)
+
+
+def pressed(name: str, *passes: str) -> list[PassResult]:
+    results, graph = [], exported(name).clone()
+    for step in passes:
+        results.append(make_pass(step).apply(graph, PassContext(target=target("cpu"))))
+        graph = results[-1].graph.clone()
+    return results
+
+
+def logits(graph: Graph, folder: Path) -> np.ndarray[Any, Any]:
+    """After unequal prompts, after unequal further parts up to the last position, and after single tokens."""
+    save(graph, folder / "model.onnx")
+    session = Session(folder / "model.onnx", signature=graph.signature)
+    step = ModelStep(session, KeyValueCache(graph.signature.inputs, context=CONTEXT, budget=2**28))
+    random = np.random.default_rng(0)
+    found = [step.run(0, [random.integers(0, 300, count).tolist() for count in counts]).copy()
+             for counts in ((20, 3, 110), (5, 30, 16), (1, 1, 1))]  # fmt: skip
+    return np.concatenate(found)
+
+
+def counts(graph: Graph, *names: str) -> tuple[int, ...]:
+    operators: Mapping[str, int] = graph.operators()
+    return tuple(operators.get(name, 0) for name in names)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "phi4-partial-rotary", "glm4", "cohere", "stablelm"])
+def test_answers_stay_as_they_were(name: str, tmp_path: Path) -> None:
+    before = logits(exported(name), tmp_path)
+    for result in pressed(name, "fuse-skip-norm", "fuse-rotary", "pack-projections"):
+        after = logits(result.graph, tmp_path)
+        np.testing.assert_allclose(after, before, atol=2e-5 * np.abs(before).max())
+
+
+def test_sums_and_norms_become_one_operator() -> None:
+    (result,) = pressed("llama", "fuse-skip-norm")
+    names = ("SimplifiedLayerNormalization", "com.microsoft::SkipSimplifiedLayerNormalization")
+    assert counts(exported("llama"), *names) == (5, 0)
+    assert counts(result.graph, *names) == (1, 4)  # the first norms the embeddings, which are no sum
+    assert result.changes == 4
+    assert any("its input is no sum" in note for note in result.notes)
+
+
+def test_a_sum_that_broadcasts_is_left_alone() -> None:
+    """Norms of queries and keys stand on reshaped values, norms with a mean are another operator."""
+    (result,) = pressed("qwen3", "fuse-skip-norm")
+    assert result.changes == 4
+    assert pressed("gpt2", "fuse-skip-norm")[0].changes == 0
+
+
+def test_rotary_embeddings_and_projections_go_into_the_attention() -> None:
+    rotary, packed = pressed("qwen2", "fuse-rotary", "pack-projections")
+    assert (rotary.changes, packed.changes) == (2, 2)
+    assert counts(rotary.graph, "com.microsoft::RotaryEmbedding", "MatMul") == (0, 14)
+    assert counts(packed.graph, "MatMul", ATTENTION) == (10, 2)
+    attention = next(node for node in packed.graph.model.graph if node.op_type == "GroupQueryAttention")
+    assert attention.inputs[1] is None
+    assert attention.inputs[2] is None
+    names = set(packed.graph.model.graph.initializers)
+    assert "model.layers.0.self_attn.qkv_proj.weight" in names
+    assert "model.layers.0.self_attn.q_proj.weight" not in names
+
+
+def test_attentions_that_do_not_fit_say_why() -> None:
+    rotary, packed = pressed("gpt2", "fuse-rotary", "pack-projections")
+    assert (rotary.changes, packed.changes) == (0, 0)
+    assert any("not turned by a RotaryEmbedding" in note for note in rotary.notes)
+    rotary, packed = pressed("qwen3", "fuse-rotary", "pack-projections")
+    assert (rotary.changes, packed.changes) == (2, 0)
+    assert any("do not come from linear layers directly" in note for note in packed.notes)
+    (packed,) = pressed("llama", "pack-projections")  # without fuse-rotary first
+    assert packed.changes == 0
