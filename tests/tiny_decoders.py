@@ -46,7 +46,7 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
         **_BASE, **_rope("yarn", factor=4.0, original_max_position_embeddings=32)
     ),
     "qwen2": lambda **more: tf.Qwen2Config(**_BASE),
-    "qwen3": lambda **more: tf.Qwen3Config(**_BASE, head_dim=24, tie_word_embeddings=True),
+    "qwen3": lambda **more: tf.Qwen3Config(**_BASE, head_dim=32, tie_word_embeddings=True),
     "qwen3-moe": lambda **more: tf.Qwen3MoeConfig(
         **_BASE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16
     ),
