@@ -46,7 +46,9 @@ def main() -> None:
             same = found.text.lstrip().startswith(TEXT)
             quality = artifact.manifest.ledger[-1]["quality"]
             rows[precision] = {"text": found.text, "as_published": same, "likelihood_kept": quality}
-            print(f"{precision}: {'as published' if same else 'DIFFERENT'}, likelihood kept {quality}: {found.text[:100]!r}")
+            print(
+                f"{precision}: {'as published' if same else 'DIFFERENT'}, likelihood kept {quality}: {found.text[:100]!r}"
+            )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
     if not rows["fp32"]["as_published"] or not rows["int8-weights"]["as_published"]:
@@ -145,7 +147,10 @@ def tokenizer(path: Path, vocabulary: int) -> PreTrainedTokenizerFast:
     inner.decoder = decoders.Sequence([decoders.Metaspace(), decoders.ByteFallback(), decoders.Fuse()])
     special = [piece for piece, _ in pieces[:3]]
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token=special[0], bos_token=special[1].strip("▁\n"), eos_token=special[2].strip("▁\n")
+        tokenizer_object=inner,
+        unk_token=special[0],
+        bos_token=special[1].strip("▁\n"),
+        eos_token=special[2].strip("▁\n"),
     )
 
 

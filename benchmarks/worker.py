@@ -5,6 +5,7 @@ timed. The first answer, {"ready": …, "versions": …}, comes without a reques
 
     {"cmd": "shape", "batch": 1, "length": 32, "repeats": 30}  ->  {"median_ms": …, "min_ms": …, "setting": …}
     {"cmd": "texts", "path": "texts.json", "batch_size": 32}   ->  {"sentences_per_second": …}
+    {"cmd": "generate", "prompt": [5, 7], "count": 64}         ->  {"prompt_seconds": …, "token_seconds": …}
     {"cmd": "quit"}                                            ->  the process ends
 
     python worker.py MODULE:VARIANT --model FOLDER --cache FOLDER --artifact FOLDER --calibration FILE
@@ -25,6 +26,7 @@ from typing import Any
 from measure import Setting, milliseconds
 
 PACKAGES = ("onnxpress", "torch", "transformers", "sentence-transformers", "onnxruntime", "openvino", "nncf")
+PACKAGES += ("llama_cpp_python", "onnxruntime-genai", "openvino-genai", "optimum-intel")
 
 
 def main() -> None:
@@ -45,7 +47,10 @@ def main() -> None:
         request = json.loads(line)
         if request["cmd"] == "quit":
             return
-        answer = time_shape(peer, **request) if request["cmd"] == "shape" else time_texts(peer, warm, **request)
+        if request["cmd"] == "generate":
+            answer = peer.generate(request["prompt"], request["count"])
+        else:
+            answer = time_shape(peer, **request) if request["cmd"] == "shape" else time_texts(peer, warm, **request)
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -74,11 +74,15 @@ class DecoderWorkload:
         for window in self._calibration:
             yield self._feeds([window], [np.array([len(window) - 1])])
 
+    def questions(self) -> list[tuple[list[int], np.ndarray]]:
+        """The evaluation texts as token ids, each with the positions whose next tokens are asked for."""
+        return [(window, self._asked(window)) for window in self._evaluation]
+
     def answers(self, runnable: Runnable) -> Answers:
         """Logits (positions, vocabulary) of each text."""
         found = []
-        for window in self._evaluation:
-            feeds = self._feeds([window], [self._asked(window)])
+        for window, asked in self.questions():
+            feeds = self._feeds([window], [asked])
             found.append({"logits": runnable.run({name: feeds[name] for name in runnable.input_names})["logits"]})
         return found
 
