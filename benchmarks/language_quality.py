@@ -93,7 +93,7 @@ def main() -> None:
                 "--out",
                 str(out),
             ]
-            subprocess.run(command, check=True)
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             with np.load(out) as saved:
                 answers = [
                     {"logits": saved[str(index)][asked]} for index, (_, asked) in enumerate(workload.questions())

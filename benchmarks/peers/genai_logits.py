@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from genai_decoder import built
+from peers.genai_decoder import built
 
 parser = argparse.ArgumentParser()
 parser.add_argument("kind")
@@ -23,10 +23,12 @@ for name in ("model", "cache", "windows", "out"):
 arguments = parser.parse_args()
 folder = built(arguments.model, arguments.cache)
 session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+config = json.loads((arguments.model / "config.json").read_text())
+head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 past = {
-    item.name: np.zeros((1, item.shape[1], 0, item.shape[3]), np.float32)
+    item.name: np.zeros((1, item.shape[1], 0, head), np.float32)
     for item in session.get_inputs()
-    if item.name.startswith("past")
+    if item.name.startswith("past_key_values")
 }
 logits = {}
 for index, window in enumerate(json.loads(arguments.windows.read_text())):

@@ -6,9 +6,10 @@ import ctypes
 import time
 from pathlib import Path
 
-import gguf_file
 import llama_cpp
 from measure import THREADS, Setting
+
+from peers import gguf_file
 
 _KINDS = {"q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, "q4_k_m": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M}
 _CONTEXT = 2048

@@ -11,7 +11,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llama_cpp import Llama
-from llama_cpp_decoder import quantized
+
+from peers.llama_cpp_decoder import quantized
 
 parser = argparse.ArgumentParser()
 parser.add_argument("kind")
