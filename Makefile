@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := $(VENV)/bin
 DEMO_TEXT := A small model that answers like the large one is worth more than a large one that waits.
 
-.PHONY: help setup demo build test test-oldest check bench bench-peers clean
+.PHONY: help setup demo build test test-oldest check bench bench-language bench-peers clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -69,6 +69,9 @@ bench-peers: $(VENV)/.dev ## environments for the tools that benchmarks compare 
 
 bench: bench-peers ## MiniLM side by side with other tools (DATA=folder with stsb/ adds quality and mixed lengths)
 	@bash benchmarks/run.sh "$(BIN)/python" "$(OUT)" "$(ROUNDS)" "$(DATA)"
+
+bench-language: bench-peers ## language models side by side (DATA=folder with lm_wikitext2/, lm_tinyshakespeare/, model_stories260K/)
+	@bash benchmarks/language.sh "$(BIN)/python" "$(OUT)" "$(ROUNDS)" "$(DATA)"
 
 clean: ## remove environments, artifacts and caches
 	rm -rf .venv .venv-oldest .venv-peers .bench-cache $(OUT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -21,13 +21,10 @@ from onnxpress.exporters.pooling import read_json
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _UNSUPPORTED = (
-    "use_dora",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "trainable_token_indices",
-    "layer_replication",
+    *("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices", "layer_replication"),
+    *("alora_invocation_tokens", "target_parameters"),
 )
+_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # the others train against a changed base
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> str:
@@ -47,6 +44,15 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> str:
         delta = scale * (up.float() @ down.float())
         if isinstance(module, Conv1D):  # stores (in, out)
             delta = delta.T
+        if any(other is not module and getattr(other, "weight", None) is weight for other in modules.values()):
+            raise SourceError(
+                f"The adapter {folder} changes {name!r}, whose weight is tied to another layer's, which it would change too: "
+                "untie them and save the merged model with peft."
+            )
+        if down.shape[0] != config["r"]:
+            raise SourceError(
+                f"The adapter {folder} says that its rank is {config['r']}; {name!r} has {down.shape[0]}."
+            )
         if delta.shape != weight.shape:
             raise SourceError(
                 f"The adapter {folder} does not fit its base: layer {name!r} has a weight of {tuple(weight.shape)}, the "
@@ -69,6 +75,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     asked = [name for name in _UNSUPPORTED if config.get(name)]
     if config.get("bias", "none") != "none":
         asked.append("bias")
+    if config.get("init_lora_weights") not in _PLAIN_STARTS:
+        asked.append(f"init_lora_weights = {config['init_lora_weights']!r}")
     if asked:
         raise SourceError(
             f"{path} asks for {', '.join(asked)}, which is not merged here; merge it with peft, and save."

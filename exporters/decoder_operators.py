@@ -68,7 +68,7 @@ def decoder_operators(model: PreTrainedModel, conventions: Conventions, step: Ca
         stack.enter_context(attention_implementation(model, _NAME))
         stack.enter_context(rotary_functions(model, partial(_rotary, conventions, step)))
         stack.enter_context(replaced_forwards(norms))
-        if None not in conventions.rotaries:  # then nobody looks at what these modules answer
+        if conventions.rotaries and None not in conventions.rotaries:  # then nobody looks at what these modules answer
             stack.enter_context(rotary_modules(model, _no_rotary))
         yield
 

@@ -67,7 +67,11 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             name="text-generation",
-            architectures=("ForCausalLM", "LMHeadModel"),
+            architectures=(
+                "ForCausalLM",
+                "GPT2LMHeadModel",
+                "OpenAIGPTLMHeadModel",
+            ),  # XLMWithLMHeadModel is a masked one
             outputs=("logits",),
             synonyms=("causal-lm", "chat"),
         ),

@@ -17,6 +17,7 @@ from onnxpress.artifact import Artifact
 from onnxpress.errors import OutputError, UsageError
 from onnxpress.inspection import say_fallback
 from onnxpress.manifest import Arrays, Json, Manifest, Signature
+from onnxpress.runtime.generator import Generator
 from onnxpress.runtime.loading import load_artifact
 from onnxpress.runtime.text_runner import TextRunner
 from onnxpress.timing import alternate, random_tokens
@@ -75,6 +76,8 @@ def _artifact(folder: Path, providers: Sequence[str] | None, allow_fallback: boo
     artifact = Artifact.open(folder)
     runner = load_artifact(artifact, providers=providers, allow_fallback=allow_fallback)
     say_fallback(runner.session)
+    if isinstance(runner, Generator):
+        raise UsageError(f"{folder} is a language model; `onnxpress generate` says how many tokens a second it gives.")
     if not isinstance(runner, TextRunner):
         raise UsageError(f"{folder} takes named arrays of any shape; bench times models that read token ids.")
     return f"{artifact.manifest.name} {artifact.manifest.precision}", runner.run_rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import sys
 import time
@@ -77,6 +78,8 @@ def chat(runner: Generator, *, system: str | None, **options: Any) -> int:
 
 def _show(pieces: Iterator[Piece], started: float) -> str:
     """Print an answer as it comes, then its speed; what was shown, also where Ctrl-C stopped it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character shows a question mark
+        sys.stdout.reconfigure(errors="replace")
     text, count, first = "", 0, 0.0
     generation: Generation | None = None
     try:

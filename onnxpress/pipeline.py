@@ -45,6 +45,8 @@ from onnxpress.optimizers.targets import target as find_target
 from onnxpress.recipe import BuildSection, ModelSection, QualitySection, Recipe, make_recipe, read_recipe
 from onnxpress.report import render_report
 from onnxpress.runtime.cache import KeyValueCache
+from onnxpress.runtime.chat_template import ChatTemplate
+from onnxpress.runtime.loading import check_onnxruntime
 from onnxpress.runtime.model_step import ModelStep
 from onnxpress.runtime.session import Session
 from onnxpress.timing import alternate
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     import torch
 
 MINIMUM_ONNXRUNTIME = "1.30"
+_MINIMUM_FOR_GENERATION = "1.32"  # GroupQueryAttention with query_seqlens
 _SLOWER = 1.05  # a pass must not take more than this share of the time before it
 _NOISE_MS = 0.05  # differences below this are the clock's
 _PARITY_CACHE = 2**32  # bytes of keys and values while a graph is compared
@@ -130,6 +133,9 @@ def _build(recipe: Recipe, folder: Path, given: _Given, report: terminal.Progres
         )
 
         report.step("verify the export against the original")
+        if _generates(exported):
+            check_onnxruntime(_MINIMUM_FOR_GENERATION, "A language model")
+            ChatTemplate.from_folder(writer.folder)  # one that is not valid is said now
         parity = _Parity(exported)
         try:
             plain = bench.open(exported.graph)
@@ -175,7 +181,7 @@ def _build(recipe: Recipe, folder: Path, given: _Given, report: terminal.Progres
                 *press.ledger,
             ),
             versions=_versions(),
-            minimum_onnxruntime=MINIMUM_ONNXRUNTIME,
+            minimum_onnxruntime=_MINIMUM_FOR_GENERATION if _generates(exported) else MINIMUM_ONNXRUNTIME,
             operators=press.graph.operators(),
             files={},
         )

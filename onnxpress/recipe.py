@@ -129,7 +129,8 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
         raise RecipeError(f"{where}: `only` names the passes itself; leave `precision` out, or `only`.")
     for name in recipe.build.only:
         make_pass(name)
-    runs = dict.fromkeys(name for task in (recipe.model.task or "", GENERATION) for name in recipe.pass_names(task))
+    tasks = ("", GENERATION) if recipe.model.task is None else (recipe.model.task,)
+    runs = dict.fromkeys(name for task in tasks for name in recipe.pass_names(task))
     for name, options in recipe.passes.items():
         make_pass(name, options)
         if name not in runs:

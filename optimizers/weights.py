@@ -61,7 +61,12 @@ class _WeightOnly:
             return self.kept_bits if name in context.keep else self.bits
 
         tied, touched = quantize_embeddings(
-            graph, bits=self.bits, preferred_block=self.block_size, keep=context.keep, search=self.search
+            graph,
+            bits=self.bits,
+            preferred_block=self.block_size,
+            keep=context.keep,
+            kept_bits=self.kept_bits,
+            search=self.search,
         )
         notes = list(tied.notes)
         count = 0
@@ -119,16 +124,31 @@ class TiedTables:
 
 
 def quantize_embeddings(
-    graph: Graph, *, bits: int, preferred_block: int, keep: frozenset[str], search: bool = False
+    graph: Graph,
+    *,
+    bits: int,
+    preferred_block: int,
+    keep: frozenset[str],
+    kept_bits: int | None = None,
+    search: bool = False,
 ) -> tuple[TiedTables, tuple[str, ...]]:
-    """Quantize the embedding tables, and the linear layers that share a weight with one. Returns touched names."""
+    """Quantize the embedding tables, and the linear layers that share a weight with one. Returns touched names.
+
+    What is in `keep` stays in float; or, where kept_bits is given, the whole table has so many bits, for all who read it.
+    """
     touched: list[str] = []
     notes: list[str] = []
-    stored: dict[str, tuple[ir.Value, ir.Value, ir.Value, int]] = {}
+    stored: dict[str, tuple[ir.Value, ir.Value, int, int]] = {}
+    readers: dict[str, set[str]] = {}
+    for node in embeddings(graph, minimum_elements=_SMALLEST_TABLE):
+        readers.setdefault(_name_of(node.inputs[0]), set()).add(node.name or _name_of(node.outputs[0]))
+    for layer in linears(graph):
+        if layer.transposed and layer.weight.name in readers:
+            readers[str(layer.weight.name)].add(layer.name)
     for node in embeddings(graph, minimum_elements=_SMALLEST_TABLE):
         name = node.name or str(node.outputs[0].name)
         table = node.inputs[0]
-        if name in keep or table is None or table.const_value is None:
+        if (name in keep and kept_bits is None) or table is None or table.const_value is None:
             continue
         width = table.const_value.shape.numpy()[1]
         size = block_size_for(width, preferred=preferred_block)
@@ -138,14 +158,15 @@ def quantize_embeddings(
         key = str(table.name)
         if key not in stored:
             array = table.const_value.numpy().astype(np.float32)  # (rows, width)
-            found = blocks(array, bits=bits, block_size=size, search=search)
+            wanted = kept_bits if kept_bits is not None and readers[key] & keep else bits
+            found = blocks(array, bits=wanted, block_size=size, search=search)
             rows = add_constant(graph, f"{key}_blocks", found.packed.reshape(len(array), -1))
-            stored[key] = (table, rows, add_constant(graph, f"{key}_scales", found.scales), size)
-        _, rows, scale_value, size = stored[key]
+            stored[key] = (rows, add_constant(graph, f"{key}_scales", found.scales), size, wanted)
+        rows, scale_value, size, wanted = stored[key]
         new = ir.node(
             "GatherBlockQuantized",
             [rows, node.inputs[1], scale_value],
-            {"gather_axis": 0, "quantize_axis": 1, "block_size": size, "bits": bits},
+            {"gather_axis": 0, "quantize_axis": 1, "block_size": size, "bits": wanted},
             domain="com.microsoft",
             name=name,
         )
@@ -157,21 +178,26 @@ def quantize_embeddings(
         touched.append(name)
     for layer in linears(graph):
         shared = stored.get(str(layer.weight.name))
-        if shared is None or not layer.transposed or layer.name in keep:
+        if shared is None or not layer.transposed or (layer.name in keep and kept_bits is None):
             continue
-        _, rows, scale_value, size = shared
+        rows, scale_value, size, wanted = shared
         assert layer.weight.const_value is not None
         out_features, width = layer.weight.const_value.shape.numpy()
         shape = add_constant(
-            graph, f"{layer.name}_blocks_shape", np.array([out_features, width // size, size * bits // 8], np.int64)
+            graph, f"{layer.name}_blocks_shape", np.array([out_features, width // size, size * wanted // 8], np.int64)
         )
         reshape = ir.node("Reshape", [rows, shape], name=f"{layer.name}_blocks_view")
         graph.model.graph.insert_before(layer.nodes[-1], reshape)
-        _use_blocks(graph, layer, reshape.outputs[0], scale_value, None, bits=bits, block_size=size)
+        _use_blocks(graph, layer, reshape.outputs[0], scale_value, None, bits=wanted, block_size=size)
         touched.append(layer.name)
         notes.append(f"{layer.name} shares its weight with an embedding table: stored once")
     graph.model.graph.opset_imports.setdefault("com.microsoft", 1)
     return TiedTables(tables=len(stored), notes=tuple(notes)), tuple(touched)
+
+
+def _name_of(value: ir.Value | None) -> str:
+    assert value is not None
+    return str(value.name)
 
 
 def _use_blocks(

@@ -61,40 +61,45 @@ class KeyValueCache:
                 f"and values, and the budget is {self.budget / 2**20:.0f} MiB: allow more with cache_bytes, or ask for less."
             )
         new_capacity = self.capacity
-        if capacity > self.capacity:
+        if not self.fits(rows, new_capacity):  # more rows than before, and room for one long one no more
+            new_capacity = self._rounded(capacity)
+        elif capacity > self.capacity:
             generous = max(capacity, min(self.capacity * 3 // 2, self.context))
             new_capacity = self._rounded(generous if self.fits(rows, generous) else capacity)
         kept = self.rows
         while kept > rows and not self.fits(kept, new_capacity):
             kept -= 1
         new_rows = max(rows, kept)
+        tokens = [self.tokens[row][:new_capacity] if row < kept else [] for row in range(new_rows)]
+        grown = {}
         for spec in self.specs:
-            old = self.arrays[spec.name]
-            new = np.zeros(self._shape(spec, new_rows, new_capacity), spec.dtype)
-            for row in range(min(kept, new_rows)):
-                length = len(self.tokens[row])
-                new[row, :, :length] = old[row, :, :length]
-            self.arrays[spec.name] = new
-        self.tokens = [self.tokens[row] if row < kept else [] for row in range(new_rows)]
-        self.capacity = new_capacity
+            grown[spec.name] = new = np.zeros(self._shape(spec, new_rows, new_capacity), spec.dtype)
+            for row, held in enumerate(tokens[:kept]):
+                new[row, :, : len(held)] = self.arrays[spec.name][row, :, : len(held)]
+        # All at once: an interrupt before leaves everything as it was.
+        self.arrays, self.tokens, self.capacity = grown, tokens, new_capacity
 
     def swap(self, one: int, other: int) -> None:
         """Let two rows change places."""
         if one == other:
             return
-        length = max(len(self.tokens[one]), len(self.tokens[other]))
+        first, second = self.tokens[one], self.tokens[other]
+        length = max(len(first), len(second))
+        self.tokens[one] = self.tokens[other] = []  # until all layers have changed places, neither row holds anything
         for array in self.arrays.values():
             kept = array[one, :, :length].copy()
             array[one, :, :length] = array[other, :, :length]
             array[other, :, :length] = kept
-        self.tokens[one], self.tokens[other] = self.tokens[other], self.tokens[one]
+        self.tokens[one], self.tokens[other] = second, first
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give a row the first tokens of another."""
+        tokens = self.tokens[source][:length]
         if source != target:
+            self.tokens[target] = []
             for array in self.arrays.values():
                 array[target, :, :length] = array[source, :, :length]
-        self.tokens[target] = self.tokens[source][:length]
+        self.tokens[target] = tokens
 
     def clear(self) -> None:
         """Forget everything; the memory stays reserved."""

@@ -10,13 +10,14 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from onnxpress.errors import ArtifactError, InputError
 from onnxpress.manifest import Json
 
 _FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+_RESERVED = frozenset({"messages", "add_generation_prompt", "self", "raise_exception", "strftime_now"})
 _LONGEST = 10_000_000  # characters
 
 
@@ -28,7 +29,9 @@ class ChatTemplate:
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _generation_blocks()]
+        )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = _now
@@ -66,17 +69,35 @@ class ChatTemplate:
             },
         )
 
-    def render(self, messages: Sequence[Mapping[str, Json]], *, answer: bool = True, **variables: Any) -> str:
-        """The prompt for messages ({"role": …, "content": …} each). answer: the model's turn follows. Raises InputError."""
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Json]],
+        *,
+        answer: bool = True,
+        variables: Mapping[str, Json] | None = None,
+    ) -> str:
+        """The prompt for messages ({"role": …, "content": …} each). Raises InputError.
+
+        answer: the model's turn follows. variables: further ones that the template knows, tools for instance.
+        """
         import jinja2
 
         check_messages(messages)
+        variables = {} if variables is None else variables
+        if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+            raise InputError("template_variables takes values by name.")
+        if taken := sorted(set(variables) & _RESERVED):
+            raise InputError(f"template_variables cannot set {taken[0]!r}, which is the template's own.")
         try:
             text = self._template.render(
-                **self._tokens,
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=answer,
-                **{"tools": None, "documents": None, **variables},
+                {
+                    **self._tokens,
+                    "tools": None,
+                    "documents": None,
+                    **variables,
+                    "messages": [dict(message) for message in messages],
+                    "add_generation_prompt": answer,
+                }
             )
         except jinja2.exceptions.SecurityError as error:
             raise InputError(f"The chat template tries to leave its sandbox, and was stopped: {error}.") from None
@@ -98,8 +119,28 @@ def check_messages(messages: Any) -> None:
             raise InputError(f"Message {index} has no content.")
 
 
-def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _generation_blocks() -> Any:
+    """{% generation %} … {% endgeneration %} marks answers for training; here its content is all that counts."""
+    from jinja2.ext import Extension
+
+    class GenerationBlocks(Extension):
+        tags: ClassVar[set[str]] = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return GenerationBlocks
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> None:

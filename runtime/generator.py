@@ -121,7 +121,9 @@ class _Sequence:
 class Generator:
     """Generates text. cache_bytes: the most memory for keys and values. One call at a time; others wait.
 
-    Greedy unless a temperature is given. The same seed gives the same text, whatever else is in the batch.
+    Greedy unless a temperature is given. A sequence's random numbers are its own, so that the same seed gives the same text in
+    other company too; but quantized kernels round a little differently for one row than for several, which can tip a choice
+    between tokens that are nearly as likely.
     """
 
     task: ClassVar[str] = "text-generation"
@@ -144,6 +146,7 @@ class Generator:
         self._step = ModelStep(session, self._cache)
         self._ends = frozenset(options.get("eos_token_ids", ()))
         self._lock = threading.Lock()
+        self._owner: int | None = None  # the thread whose stream is running
 
     def generate(
         self,
@@ -194,10 +197,12 @@ class Generator:
             _check_count("max_new_tokens", max_new_tokens)
         if logprobs is not None and (not isinstance(logprobs, int) or logprobs < 0):
             raise InputError(f"logprobs is {logprobs!r}; it takes a whole number from 0 on.")
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Sequence) else (stop,)
         if not all(isinstance(item, str) and item for item in stops):
             raise InputError("stop takes strings that are not empty.")
         chosen = Sampling(**sampling)
+        if not isinstance(stop_token_ids, Sequence) or not (_is_ids(stop_token_ids) or not len(stop_token_ids)):
+            raise InputError("stop_token_ids takes a list of token ids.")
         ends = frozenset(stop_token_ids) | (frozenset() if ignore_eos else self._ends)
         sequences: list[_Sequence] = []
         for prompt in ids:
@@ -222,26 +227,38 @@ class Generator:
 
     def reset(self) -> None:
         """Forget all prompts and answers that are in the cache."""
+        self._refuse_own_stream()
         with self._lock:
             self._cache.clear()
 
+    def _refuse_own_stream(self) -> None:
+        if self._owner == threading.get_ident():  # waiting for oneself would take for ever
+            raise InputError("A stream of this generator is still open in this thread: finish it, or close() it.")
+
     def _run(self, sequences: Iterable[_Sequence]) -> Iterator[Piece]:
+        self._refuse_own_stream()
         with self._lock:
-            waiting, active = deque(sequences), list[_Sequence]()
-            while waiting or active:
-                while waiting and self._has_room(active, waiting[0]):
-                    piece = self._begin(waiting.popleft(), active)
-                    yield piece
-                if not active:
-                    continue
-                logits = self._step.run(0, [[sequence.answer[-1]] for sequence in active])
-                pieces = [sequence.take(row) for sequence, row in zip(active, logits, strict=True)]
-                for row in reversed(range(len(active))):
-                    if pieces[row].generation is not None:
-                        self._cache.swap(row, len(active) - 1)
-                        active[row] = active[-1]
-                        active.pop()
-                yield from pieces
+            self._owner = threading.get_ident()
+            try:
+                yield from self._pieces(deque(sequences))
+            finally:
+                self._owner = None
+
+    def _pieces(self, waiting: deque[_Sequence]) -> Iterator[Piece]:
+        active: list[_Sequence] = []
+        while waiting or active:
+            while waiting and self._has_room(active, waiting[0]):
+                yield self._begin(waiting.popleft(), active)
+            if not active:
+                continue
+            logits = self._step.run(0, [[sequence.answer[-1]] for sequence in active])
+            pieces = [sequence.take(row) for sequence, row in zip(active, logits, strict=True)]
+            for row in reversed(range(len(active))):
+                if pieces[row].generation is not None:
+                    self._cache.swap(row, len(active) - 1)
+                    active[row] = active[-1]
+                    active.pop()
+            yield from pieces
 
     def _begin(self, sequence: _Sequence, active: list[_Sequence]) -> Piece:
         """Read a prompt into the row after the active ones; the sequence joins them unless its first token is its last."""
@@ -297,9 +314,13 @@ class Generator:
         if (prompts is None) == (messages is None):
             raise InputError("Give either prompts or messages.")
         if messages is not None:
-            one = isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], Mapping)
-            conversations = [messages] if one else messages
-            return [self._encode_messages(conversation, variables) for conversation in conversations]
+            if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+                raise InputError('Messages are a list that is not empty, of {"role": "user", "content": "…"}.')
+            conversations = [messages] if isinstance(messages[0], Mapping) else messages
+            return [
+                self._encode_messages(index, conversation, variables)
+                for index, conversation in enumerate(conversations)
+            ]
         if variables:
             raise InputError("template_variables go with messages.")
         if isinstance(prompts, str) or (_is_ids(prompts) and len(prompts)):
@@ -312,15 +333,21 @@ class Generator:
         if isinstance(prompt, str):
             if not prompt:
                 raise InputError(f"Prompt {index} is empty.")
-            try:
-                prompt.encode()
-            except UnicodeEncodeError:
-                raise InputError(f"Prompt {index} holds half a character (a lone surrogate).") from None
-            ids = list(self.tokenizer.inner.encode(prompt).ids)
+            ids = self._text_ids(index, prompt, special=True)
         elif _is_ids(prompt):
             ids = [int(token) for token in prompt]
         else:
             raise InputError(f"Prompt {index} is a {type(prompt).__name__}; a text or a list of token ids is expected.")
+        return self._checked(index, ids)
+
+    def _text_ids(self, index: int, text: str, *, special: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"Prompt {index} holds half a character (a lone surrogate).") from None
+        return list(self.tokenizer.inner.encode(text, add_special_tokens=special).ids)
+
+    def _checked(self, index: int, ids: list[int]) -> list[int]:
         if not ids:
             raise InputError(f"Prompt {index} has no tokens.")
         outside = [token for token in ids if not 0 <= token < self._step.vocabulary]
@@ -330,17 +357,14 @@ class Generator:
             )
         return ids
 
-    def _encode_messages(self, conversation: Any, variables: Mapping[str, Json]) -> list[int]:
+    def _encode_messages(self, index: int, conversation: Any, variables: Mapping[str, Json]) -> list[int]:
         if self.template is None:
             raise InputError(
                 "This model has no chat template, so it takes prompts and not messages: give `prompts`, in the form that it was "
                 "trained on."
             )
-        text = self.template.render(conversation, **variables)
-        ids = list(self.tokenizer.inner.encode(text, add_special_tokens=False).ids)
-        if not ids:
-            raise InputError("The chat template made an empty prompt of these messages.")
-        return ids
+        text = self.template.render(conversation, variables=variables)
+        return self._checked(index, self._text_ids(index, text, special=False))
 
 
 def _longest(sequence: _Sequence) -> int:
@@ -353,7 +377,7 @@ def _is_ids(value: Any) -> bool:
         return value.ndim == 1 and np.issubdtype(value.dtype, np.integer)
     return (
         isinstance(value, Sequence)
-        and not isinstance(value, str)
+        and not isinstance(value, str | bytes)
         and all(isinstance(item, int | np.integer) and not isinstance(item, bool) for item in value)
     )
 

@@ -86,7 +86,7 @@ def open_session(
 ) -> Session:
     """The artifact's graph, without a runner. Raises ArtifactError, ProviderError."""
     manifest = artifact.manifest
-    _check_version(artifact)
+    check_onnxruntime(manifest.minimum_onnxruntime, artifact.path)
     return Session(
         artifact.file("model.onnx"),
         signature=manifest.signature,
@@ -97,15 +97,15 @@ def open_session(
     )
 
 
-def _check_version(artifact: Artifact) -> None:
+def check_onnxruntime(needed: str, what: object) -> None:
+    """Raise ArtifactError where the ONNX Runtime that is installed is older than `what` needs."""
     check_wheel()
     import onnxruntime
 
-    needed = artifact.manifest.minimum_onnxruntime
     if _numbers(onnxruntime.__version__) < _numbers(needed):
         raise ArtifactError(
-            f"{artifact.path} needs ONNX Runtime {needed} or newer; {onnxruntime.__version__} is installed: pip install "
-            "--upgrade onnxruntime (or onnxruntime-gpu)."
+            f"{what} needs ONNX Runtime {needed} or newer; {onnxruntime.__version__} is installed: pip install --upgrade "
+            "onnxruntime (or onnxruntime-gpu)."
         )
 
 

@@ -45,8 +45,10 @@ class ModelStep:
         longest = max(before + len(new) for before, new in zip(past, tokens, strict=True))
         if longest > self.cache.context:
             raise InputError(f"{longest} tokens were given; the model's context is {self.cache.context}.")
-        # The kernel wants room for the padding of every row, too.
-        self.cache.reserve(first + rows, max(past) + length)
+        needed = max(past) + length  # the kernel wants room for the padding of every row, too
+        if needed > self.cache.capacity:
+            self._key, self._binding = (), None  # a binding would keep the smaller buffers alive
+        self.cache.reserve(first + rows, needed)
         counts = [1] * rows if answers is None else list(answers)
         self._bind(first, rows, length, sum(counts))
         inputs = self._inputs
@@ -80,7 +82,7 @@ class ModelStep:
         key = (first, rows, length, answers, some.shape, some.ctypes.data)
         if key == self._key:
             return
-        self._key = key
+        self._key = ()  # until everything is bound
         self._inputs = {
             "input_ids": np.zeros((rows, length), np.int64),
             "past_lengths": np.zeros(rows, np.int32),
@@ -96,3 +98,4 @@ class ModelStep:
             view = array[first : first + rows]
             binding.bind_input(name, view)
             binding.bind_output(name.replace("past_key_values", "present"), view)
+        self._key = key

@@ -1,6 +1,6 @@
 """Chooses the next token from logits: greedy, or drawn after penalties, temperature, top-k, top-p and min-p.
 
-Each sequence has its own sampler with its own random numbers, so that its text does not hang on what else is generated.
+Each sequence has its own sampler with its own random numbers: none are used up by what else is generated.
 """
 
 from __future__ import annotations
@@ -48,8 +48,12 @@ class Sampling:
         _check("repetition_penalty", self.repetition_penalty, lambda value: value > 0, "over 0")
         for name in ("presence_penalty", "frequency_penalty"):
             _check(name, getattr(self, name), lambda _: True, "a finite number")
+        if not isinstance(self.logit_bias, Mapping):
+            raise InputError(f"logit_bias is a {type(self.logit_bias).__name__}; it takes numbers by token id.")
         for token, bias in self.logit_bias.items():
-            _check(f"logit_bias of token {token}", bias, lambda _: True, "a finite number")
+            if not isinstance(token, int) or isinstance(token, bool):
+                raise InputError(f"logit_bias names the token {token!r}; it takes numbers by token id.")
+            _check(f"logit_bias of token {token}", bias, lambda value: abs(value) <= 1e6, "a number from -1e6 to 1e6")
         if self.seed is not None:
             _check(
                 "seed",
@@ -109,7 +113,7 @@ class Sampler:
             tokens = np.arange(len(scaled))
             return int(tokens[self._chosen(np.exp(scaled))])
         whole = float(np.exp(scaled).sum()) if count == len(scaled) else 0.0
-        size = min(count, _FIRST_CANDIDATES)
+        size = min(count, _FIRST_CANDIDATES) if whole else count
         while True:
             tokens = _largest(scaled, size)
             shares = np.exp(scaled[tokens])
@@ -117,7 +121,7 @@ class Sampler:
             enough = size == count or shares.sum() >= sampling.top_p or shares[-1] < sampling.min_p * shares[0]
             if enough:
                 break
-            size = count if whole else min(count, size * 8)
+            size = count
         kept = (np.cumsum(shares) - shares < sampling.top_p) & (shares >= sampling.min_p * shares[0])
         return int(tokens[kept][self._chosen(shares[kept])])
 
@@ -131,8 +135,8 @@ def top_logprobs(logits: npt.NDArray[np.float32], token: int, count: int) -> tup
     """The model's own log-probability of a token, and of the `count` likeliest ones, in nats."""
     values = logits.astype(np.float64)
     total = float(values.max() + np.log(np.exp(values - values.max()).sum()))
-    best = [(int(index), float(values[index] - total)) for index in _largest(values, min(count, len(values)))]
-    return float(values[token] - total), best if count else []
+    likeliest = _largest(values, min(count, len(values))) if count else []
+    return float(values[token] - total), [(int(index), float(values[index] - total)) for index in likeliest]
 
 
 def _largest(values: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:

@@ -61,6 +61,8 @@ def test_the_merged_model_answers_as_base_and_adapter_side_by_side(
         ({"width": 32}, r"has a weight of \(64, 64\), the adapter adds \(64, 32\)"),
         ({"use_dora": True}, "asks for use_dora, which is not merged here"),
         ({"bias": "all"}, "asks for bias"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+        ({"r": 8}, "says that its rank is 8"),
         ({"peft_type": "IA3"}, "of type 'IA3'; LORA is merged"),
         ({"lora_alpha": "much"}, "lora_alpha is 'much'"),
     ],
@@ -71,6 +73,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, given: dict[str, Any], mes
     with pytest.raises(SourceError, match=message):
         merge_adapter(model, save_adapter(tmp_path / "adapter", **given))
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_tied_weight_is_not_changed_behind_the_other_layers_back(tmp_path: Path) -> None:
+    model = make_model("llama", tie_word_embeddings=True, vocab_size=64)
+    with pytest.raises(SourceError, match="tied to another layer's"):
+        merge_adapter(model, save_adapter(tmp_path / "adapter", "lm_head"))
 
 
 def test_folders_that_are_no_adapter_are_refused(tmp_path: Path) -> None:

@@ -52,6 +52,15 @@ def test_rows_that_nobody_asked_for_go_when_the_budget_is_short() -> None:
     assert holds(cache, 0, [1])
 
 
+def test_many_short_rows_after_a_long_one_stay_within_the_budget() -> None:
+    cache = KeyValueCache(SPECS, context=5000, budget=4096 * TOKEN)
+    cache.reserve(1, 4096)
+    filled(cache, 0, [*range(300)])
+    cache.reserve(16, 256)
+    assert sum(array.nbytes for array in cache.arrays.values()) <= cache.budget
+    assert holds(cache, 0, [*range(256)])
+
+
 def test_over_the_budget_is_refused_and_changes_nothing() -> None:
     cache = KeyValueCache(SPECS, context=1000, budget=600 * TOKEN)
     cache.reserve(2, 10)

@@ -17,7 +17,7 @@ CHATML = """{{ bos_token }}{% for message in messages %}
     {% if message['role'] not in ('system', 'user', 'assistant') %}{{ raise_exception('unknown role ' ~ message['role']) }}{% endif %}
     {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>\\n' }}
 {% endfor %}
-{% if tools %}{{ tools | tojson }}{% endif %}
+{% if tools %}{{ tools | tojson(indent=2, sort_keys=true) }}{% generation %}!{% endgeneration %}{% endif %}
 {% if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Ünïcode & <tags>? "}]
 
@@ -31,7 +31,7 @@ def test_the_prompt_is_the_one_that_transformers_makes(tmp_path: Path, answer: b
     expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
         MESSAGES, tokenize=False, add_generation_prompt=answer, **variables
     )
-    assert template.render(MESSAGES, answer=answer, **variables) == expected
+    assert template.render(MESSAGES, answer=answer, variables=variables) == expected
 
 
 def test_a_template_in_the_tokenizers_config_is_found(tmp_path: Path) -> None:
@@ -73,6 +73,9 @@ def test_a_template_cannot_leave_its_sandbox(source: str) -> None:
 
 def test_errors_are_in_plain_words() -> None:
     template = ChatTemplate(CHATML, {"bos_token": "<s>"})
+    for variables in ({"messages": []}, {"self": 1}, {"add_generation_prompt": False}):
+        with pytest.raises(InputError, match="cannot set"):
+            template.render(MESSAGES, variables=variables)
     with pytest.raises(InputError, match="unknown role judge"):
         template.render([{"role": "judge", "content": "x"}])
     with pytest.raises(ArtifactError, match="not valid"):

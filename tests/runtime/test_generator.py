@@ -173,6 +173,37 @@ def test_an_answer_that_nobody_waits_for_leaves_the_generator_whole(generator: G
     assert generator.generate("the end", max_new_tokens=20)[0].token_ids == expected.token_ids
 
 
+def test_an_open_stream_is_not_waited_for_by_its_own_thread(generator: Generator) -> None:
+    stream = generator.stream("the end", max_new_tokens=20)
+    next(stream)
+    for call in (lambda: generator.generate("x"), generator.reset):
+        with pytest.raises(InputError, match="still open in this thread"):
+            call()
+    stream.close()
+    assert generator.generate("x", max_new_tokens=3)
+
+
+def test_an_interrupt_between_layers_gives_no_wrong_prefix(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = ([*range(5, 25)], [*range(30, 50)])
+    expected = [item.token_ids for item in generator.generate([first, second], max_new_tokens=6, ignore_eos=True)]
+    cache = generator._cache
+
+    class Interrupting(dict):  # type: ignore[type-arg]
+        def values(self) -> Any:
+            yield next(iter(super().values()))
+            raise KeyboardInterrupt
+
+    whole = cache.arrays
+    monkeypatch.setattr(cache, "arrays", Interrupting(whole))
+    with pytest.raises(KeyboardInterrupt):
+        cache.swap(0, 1)
+    monkeypatch.setattr(cache, "arrays", whole)
+    again = [generator.generate([prompt], max_new_tokens=6, ignore_eos=True)[0] for prompt in (first, second)]
+    assert [item.token_ids for item in again] == expected
+
+
 def test_threads_wait_for_each_other(generator: Generator) -> None:
     expected = [item.token_ids for item in generator.generate(PROMPTS, max_new_tokens=15)]
     found: dict[int, list[int]] = {}
@@ -210,6 +241,13 @@ def test_threads_wait_for_each_other(generator: Generator) -> None:
         (("x",), {"warmth": 1}, "Unknown option 'warmth'"),
         (("x",), {"logit_bias": {400: 1.0}}, "logit_bias names the token 400"),
         (("x",), {"template_variables": {"tools": []}}, "go with messages"),
+        (("x",), {"stop": 5}, "stop takes strings"),
+        (("x",), {"stop_token_ids": 5}, "stop_token_ids takes a list"),
+        (("x",), {"stop_token_ids": ["a"]}, "stop_token_ids takes a list"),
+        ((b"hello",), {}, "Prompt 0 is a int"),
+        ((), {"messages": 5}, "Messages are a list"),
+        ((), {"messages": []}, "Messages are a list"),
+        ((), {"messages": [{"role": "user", "content": "\ud83d"}]}, "half a character"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(

@@ -49,6 +49,7 @@ def test_draws_follow_the_distribution(temperature: float) -> None:
         ({"min_p": 0.1}, {0, 1, 2}),
         ({"top_k": 3, "top_p": 0.75}, {1, 2}),
         ({"top_k": 5}, {0, 1, 2, 3, 4}),
+        ({"top_k": 5, "top_p": 0.7}, {1, 2}),
     ],
 )
 def test_cuts_keep_exactly_what_they_say(options: dict[str, Any], allowed: set[int]) -> None:
@@ -61,6 +62,8 @@ def test_a_large_vocabulary_is_cut_where_a_small_one_would_be() -> None:
     tokens = set(drawn(300, flat, top_p=0.5))
     assert max(tokens) < 25_100
     assert len({token // 5000 for token in tokens}) == 5
+    tokens = set(drawn(300, flat, top_k=40_000, top_p=0.9))  # of the 40,000 likeliest
+    assert 30_000 < max(tokens) < 36_100
     peaked = np.zeros(50_000, np.float32)
     peaked[[7, 40_000]] = 30.0
     assert set(drawn(100, peaked, top_p=0.9)) == {7, 40_000}
@@ -124,6 +127,9 @@ def test_logits_that_are_no_numbers_are_refused() -> None:
         {"seed": -1},
         {"seed": True},
         {"logit_bias": {3: float("nan")}},
+        {"logit_bias": {3: 1e39}},
+        {"logit_bias": {"3": 1.0}},
+        {"logit_bias": [3]},
     ],
 )
 def test_values_that_mean_nothing_are_refused(options: dict[str, Any]) -> None:

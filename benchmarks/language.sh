@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# All benchmarks of language models: PYTHON OUT ROUNDS DATA. Training the small model takes half an hour on two cores, once.
+# Figures go to .bench-cache/*.json, tables to standard output.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=$1 out=$2 rounds=$3 data=${4:-}
+[ -n "$data" ] || { echo "DATA=FOLDER is needed: lm_wikitext2/, lm_tinyshakespeare/, model_stories260K/" >&2; exit 2; }
+mkdir -p .bench-cache
+[ -f .bench-cache/lm/training.json ] ||
+  "$python" benchmarks/train_language_model.py --data "$data" --out .bench-cache/lm --steps 600
+[ -f .bench-cache/shapes/qwen2.5-0.5b/model.safetensors ] ||
+  "$python" benchmarks/language_shapes.py --tokenizer .bench-cache/lm --out .bench-cache/shapes
+"$python" benchmarks/stories.py --data "$data/model_stories260K" --json .bench-cache/stories.json
+"$python" benchmarks/language_quality.py --model .bench-cache/lm --json .bench-cache/language_quality.json
+for shape in smollm2-135m qwen2.5-0.5b; do
+  artifacts=()
+  for precision in int4-weights int8-dynamic; do
+    [ -f "$out/$shape-$precision/manifest.json" ] ||
+      "$(dirname "$python")/onnxpress" build ".bench-cache/shapes/$shape" --precision "$precision" --keep-all --no-measure \
+        --out "$out/$shape-$precision"
+    artifacts+=("$precision=$out/$shape-$precision")
+  done
+  "$python" benchmarks/language_speed.py --model ".bench-cache/shapes/$shape" --artifact "${artifacts[@]}" \
+    --rounds "$rounds" --json ".bench-cache/language_speed_$shape.json"
+done

