@@ -135,7 +135,7 @@ def top_logprobs(logits: npt.NDArray[np.float32], token: int, count: int) -> tup
     """The model's own log-probability of a token, and of the `count` likeliest ones, in nats."""
     values = logits.astype(np.float64)
     total = float(values.max() + np.log(np.exp(values - values.max()).sum()))
-    likeliest = _largest(values, min(count, len(values))) if count else []
+    likeliest = _largest(values, min(count, len(values))) if count else np.empty(0, np.int64)
     return float(values[token] - total), [(int(index), float(values[index] - total)) for index in likeliest]
 
 
