@@ -17,6 +17,8 @@ from onnxpress.runtime.model_step import ModelStep
 from onnxpress.runtime.session import Session
 from onnxpress.workbench import save
 
+pytestmark = pytest.mark.newest
+
 # What is emitted for each: attentions, rotary embeddings (query and key), norms. Two layers each.
 EMITTED = {
     "llama": (2, 4, 5),

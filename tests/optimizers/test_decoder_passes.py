@@ -22,6 +22,8 @@ from onnxpress.runtime.model_step import ModelStep
 from onnxpress.runtime.session import Session
 from onnxpress.workbench import save
 
+pytestmark = pytest.mark.newest
+
 ATTENTION = "com.microsoft::GroupQueryAttention"
 
 

@@ -19,6 +19,8 @@ from onnxpress.decoder_workload import DecoderWorkload
 from onnxpress.errors import RecipeError, SourceError
 from onnxpress.runtime import Generator
 
+pytestmark = pytest.mark.newest
+
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 
 

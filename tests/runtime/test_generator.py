@@ -17,6 +17,8 @@ from onnxpress.errors import ArtifactError, InputError
 from onnxpress.runtime import Generator
 from onnxpress.runtime.generator import Piece
 
+pytestmark = pytest.mark.newest
+
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 PROMPTS = ["the end of the thing", "x", "in and in", "a man in the land and then some"]
 
