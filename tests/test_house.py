@@ -53,7 +53,7 @@ def test_public_names() -> None:
 # Which packages a room may import, beside the standard library.
 SHARED = {"onnxpress.errors", "onnxpress.manifest"}
 ALLOWED = {
-    "runtime": {"numpy", "onnxruntime", "tokenizers", "tqdm", "onnxpress.runtime", "onnxpress.artifact", *SHARED},
+    "runtime": {"jinja2", "numpy", "onnxruntime", "tokenizers", "tqdm", "onnxpress.runtime", "onnxpress.artifact", *SHARED},
     "optimizers": {"numpy", "onnx_ir", "onnx", "onnxscript", "ml_dtypes", "onnxpress.optimizers", "onnxpress.graph", *SHARED},
     "exporters": {
         "numpy", "torch", "tokenizers", "transformers", "huggingface_hub", "safetensors", "optimum", "onnx_ir", "onnxscript",
