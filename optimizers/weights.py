@@ -37,7 +37,8 @@ _SMALLEST_TABLE = 16384  # elements; below this a table's bytes do not matter
 class _WeightOnly:
     """block_size: the preferred block, a power of two from 16 on. minimum_elements: smaller weights stay in float.
 
-    search: each block's range is the one of the least squared error. symmetric: all zero points are the middle of the range;
+    search: each block's range is the one of the least squared error (it did not pay where it was measured,
+    docs/decisions/0011). symmetric: all zero points are the middle of the range;
     otherwise each block of a linear layer that shares no table has its own.
     """
 
@@ -47,7 +48,7 @@ class _WeightOnly:
 
     block_size: int = 128
     minimum_elements: int = 1024
-    search: bool = True
+    search: bool = False
     symmetric: bool = True
 
     def __post_init__(self) -> None:

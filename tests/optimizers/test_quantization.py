@@ -357,7 +357,7 @@ def test_the_operator_reads_blocks_as_they_were_written(bits: int, symmetric: bo
     graph = linear_graph(weight.T)
     step = make_pass(f"int{bits}-weights", {"block_size": 32, "symmetric": symmetric, "minimum_elements": 1})
     result = step.apply(graph, PassContext(target=CPU))
-    expected = restored(blocks(weight, bits=bits, block_size=32, search=True, symmetric=symmetric), bits, 32)
+    expected = restored(blocks(weight, bits=bits, block_size=32, symmetric=symmetric), bits, 32)
     found = run(result.graph, {"x": np.eye(32 * count, dtype=np.float32)}, tmp_path)[0]
     np.testing.assert_allclose(found, expected.T, rtol=2e-2, atol=1e-6)  # one value is read back in int8 by the kernel
 
