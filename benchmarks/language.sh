@@ -15,9 +15,14 @@ mkdir -p .bench-cache
 for shape in smollm2-135m qwen2.5-0.5b; do
   artifacts=()
   for precision in int4-weights int8-dynamic; do
+    recipe=.bench-cache/$shape-$precision.toml
+    printf '[model]\nsource = "shapes/%s"\n[build]\nprecision = "%s"\nkeep_all = true\nmeasure = false\n' \
+      "$shape" "$precision" > "$recipe"
+    if [ "$precision" = int4-weights ]; then
+      printf '[passes.int4-weights]\nblock_size = 128\n' >> "$recipe"
+    fi
     [ -f "$out/$shape-$precision/manifest.json" ] ||
-      "$(dirname "$python")/onnxpress" build ".bench-cache/shapes/$shape" --precision "$precision" --keep-all --no-measure \
-        --out "$out/$shape-$precision"
+      "$(dirname "$python")/onnxpress" build "$recipe" --out "$out/$shape-$precision"
     artifacts+=("$precision=$out/$shape-$precision")
   done
   "$python" benchmarks/language_speed.py --model ".bench-cache/shapes/$shape" --artifact "${artifacts[@]}" \
