@@ -120,8 +120,13 @@ def test_task_names(tmp_path):
         find_task("cooking")
     assert infer_task(tmp_path, ("ElectraForPreTraining",)).name == "feature-extraction"
     assert infer_task(tmp_path, ("BertForTokenClassification",)).name == "token-classification"
-    with pytest.raises(SourceError, match="was saved as LlamaForCausalLM, from which onnxpress cannot tell the task"):
-        infer_task(tmp_path, ("LlamaForCausalLM",))
+    assert infer_task(tmp_path, ("LlamaForCausalLM",)).name == "text-generation"
+    assert infer_task(tmp_path, ("GPT2LMHeadModel",)).name == "text-generation"
+    assert infer_task(tmp_path, ("LlamaModel",)).name == "feature-extraction"
+    with pytest.raises(
+        SourceError, match="was saved as PatchTSTForPrediction, from which onnxpress cannot tell the task"
+    ):
+        infer_task(tmp_path, ("PatchTSTForPrediction",))
     with pytest.raises(SourceError, match="does not say what it was saved as"):
         infer_task(tmp_path, ())
 

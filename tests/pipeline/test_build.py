@@ -140,7 +140,7 @@ def test_a_lossy_pass_is_repaired(encoder: Path, tmp_path: Path) -> None:
     )
     row = built.manifest.ledger[-1]
     assert row["status"] == "repaired"
-    assert "stay in float" in row["reason"]
+    assert "places stay at 8 bits" in row["reason"]
     assert row["quality"] >= 1 - 0.7 * loss
     operators = built.manifest.operators
     assert operators["com.microsoft::MatMulNBits"] >= 1

@@ -355,10 +355,17 @@ def test_every_task_has_a_budget() -> None:
         "token-classification": ("top1_agreement", 0.98),
         "question-answering": ("span_agreement", 0.95),
         "fill-mask": ("top1_agreement", 0.95),
+        "text-generation": ("likelihood_kept", 0.95),
         "module": ("variance_kept", 0.99),
     }
     assert budget_for("text-classification", None, labelled=False, problem_type="regression").metric == "variance_kept"
-    judged_by_choice = {"text-classification", "token-classification", "question-answering", "fill-mask"}
+    judged_by_choice = {
+        "text-classification",
+        "token-classification",
+        "question-answering",
+        "fill-mask",
+        "text-generation",
+    }
     assert {task for task, budget in BUDGETS.items() if math.isfinite(budget.divergence)} == judged_by_choice
     assert {budget.kind for budget in LABELLED_BUDGETS.values()} == {"drop"}
 

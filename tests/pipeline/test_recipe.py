@@ -50,7 +50,8 @@ def test_everything_has_a_default_but_the_model() -> None:
         ),
         ({**MODEL, "passes": {"int8": {"minimum_elements": -5}}}, r"minimum_elements is -5"),
         ({**MODEL, "build": {"name": "../evil"}}, r"'build.name': .* not '../evil'"),
-        ({**MODEL, "passes": {"int4-weights": {}}}, r"a pass that this recipe does not run"),
+        ({**MODEL, "passes": {"fp16": {}}}, r"a pass that this recipe does not run"),
+        ({"model": {"source": "m", "task": "ner"}, "passes": {"int4-weights": {}}}, r"this recipe does not run"),
     ],
 )
 def test_mistakes_are_named(content: dict[str, Any], said: str) -> None:
