@@ -57,7 +57,7 @@ def counts(graph: Graph, *names: str) -> tuple[int, ...]:
     return tuple(operators.get(name, 0) for name in names)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "phi4-partial-rotary", "glm4", "cohere", "stablelm"])
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "glm4", "cohere"])
 def test_answers_stay_as_they_were(name: str, tmp_path: Path) -> None:
     before = logits(exported(name), tmp_path)
     for result in pressed(name, "fuse-skip-norm", "fuse-rotary", "pack-projections"):
