@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import onnxpress
 from onnxpress.runtime import Generator
 
 TEXT = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
-PRECISIONS = {"fp32": (), "int8-weights": (), "int8-dynamic": (), "int4-weights": ()}
+PRECISIONS = ("fp32", "int8-weights", "int8-dynamic", "int4-weights")
 
 
 def main() -> None:
@@ -141,8 +141,6 @@ def tokenizer(path: Path, vocabulary: int) -> PreTrainedTokenizerFast:
         if piece[:cut] in index and piece[cut:] in index and not piece.startswith("<")
     ]
     inner = Tokenizer(models.BPE(index, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    from tokenizers import pre_tokenizers
-
     inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     inner.decoder = decoders.Sequence([decoders.Metaspace(), decoders.ByteFallback(), decoders.Fuse()])
     special = [piece for piece, _ in pieces[:3]]

@@ -262,12 +262,11 @@ class _Recorder:
         source = getattr(cos, "source", None)
         if source is None or cos.dim() != 3 or q.dim() != 4:
             return None
-        width = cos.shape[-1]
         for interleaved in (False, True):
             for layout, take in _LAYOUTS.items():
                 half_cos, half_sin = take(cos), take(sin)
                 size = 2 * half_cos.shape[-1]
-                if size > q.shape[-1] or size % _ROTARY_STEP or width < half_cos.shape[-1]:
+                if size > q.shape[-1] or size % _ROTARY_STEP:
                     continue
                 if all(
                     torch.allclose(

@@ -15,7 +15,7 @@ VOCABULARY = 320
 CONTEXT = 128
 EOS = "<|end|>"
 
-_BASE: dict[str, Any] = {
+BASE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -36,32 +36,32 @@ def _rope(kind: str, **more: Any) -> dict[str, Any]:
 
 
 ARCHITECTURES: dict[str, Callable[..., Any]] = {
-    "llama": lambda **more: tf.LlamaConfig(**{**_BASE, **more}),
+    "llama": lambda **more: tf.LlamaConfig(**{**BASE, **more}),
     "llama3-rope": lambda **more: tf.LlamaConfig(
-        **_BASE,
+        **BASE,
         **_rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
     ),
-    "linear-rope": lambda **more: tf.LlamaConfig(**_BASE, **_rope("linear", factor=4.0)),
+    "linear-rope": lambda **more: tf.LlamaConfig(**BASE, **_rope("linear", factor=4.0)),
     "yarn-rope": lambda **more: tf.Qwen2Config(
-        **_BASE, **_rope("yarn", factor=4.0, original_max_position_embeddings=32)
+        **BASE, **_rope("yarn", factor=4.0, original_max_position_embeddings=32)
     ),
-    "qwen2": lambda **more: tf.Qwen2Config(**_BASE),
-    "qwen3": lambda **more: tf.Qwen3Config(**_BASE, head_dim=32, tie_word_embeddings=True),
+    "qwen2": lambda **more: tf.Qwen2Config(**BASE),
+    "qwen3": lambda **more: tf.Qwen3Config(**BASE, head_dim=32, tie_word_embeddings=True),
     "qwen3-moe": lambda **more: tf.Qwen3MoeConfig(
-        **_BASE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16
+        **BASE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16
     ),
-    "mistral": lambda **more: tf.MistralConfig(**_BASE, sliding_window=6),
-    "mixtral": lambda **more: tf.MixtralConfig(**_BASE, num_local_experts=4),
-    "gemma2": lambda **more: tf.Gemma2Config(**_BASE, head_dim=16, query_pre_attn_scalar=24, **_MIXED),
-    "gemma3": lambda **more: tf.Gemma3TextConfig(**_BASE, head_dim=16, query_pre_attn_scalar=24, **_MIXED),
-    "phi3": lambda **more: tf.Phi3Config(**_BASE),
-    "phi4-partial-rotary": lambda **more: tf.Phi3Config(**_BASE, partial_rotary_factor=0.5),
-    "smollm3-nope": lambda **more: tf.SmolLM3Config(**_BASE, no_rope_layers=[1, 0]),
-    "olmo2": lambda **more: tf.Olmo2Config(**_BASE),
-    "granite": lambda **more: tf.GraniteConfig(**_BASE, embedding_multiplier=3.0, logits_scaling=2.0),
-    "glm4": lambda **more: tf.Glm4Config(**_BASE, head_dim=16),
-    "starcoder2": lambda **more: tf.Starcoder2Config(**_BASE),
-    "stablelm": lambda **more: tf.StableLmConfig(**{**_BASE, "hidden_size": 128}),  # a quarter of each head is turned
+    "mistral": lambda **more: tf.MistralConfig(**BASE, sliding_window=6),
+    "mixtral": lambda **more: tf.MixtralConfig(**BASE, num_local_experts=4),
+    "gemma2": lambda **more: tf.Gemma2Config(**BASE, head_dim=16, query_pre_attn_scalar=24, **_MIXED),
+    "gemma3": lambda **more: tf.Gemma3TextConfig(**BASE, head_dim=16, query_pre_attn_scalar=24, **_MIXED),
+    "phi3": lambda **more: tf.Phi3Config(**BASE),
+    "phi4-partial-rotary": lambda **more: tf.Phi3Config(**BASE, partial_rotary_factor=0.5),
+    "smollm3-nope": lambda **more: tf.SmolLM3Config(**BASE, no_rope_layers=[1, 0]),
+    "olmo2": lambda **more: tf.Olmo2Config(**BASE),
+    "granite": lambda **more: tf.GraniteConfig(**BASE, embedding_multiplier=3.0, logits_scaling=2.0),
+    "glm4": lambda **more: tf.Glm4Config(**BASE, head_dim=16),
+    "starcoder2": lambda **more: tf.Starcoder2Config(**BASE),
+    "stablelm": lambda **more: tf.StableLmConfig(**{**BASE, "hidden_size": 128}),  # a quarter of each head is turned
     "gpt2": lambda **more: tf.GPT2Config(**_LEARNED, n_embd=64, n_layer=2, n_head=4, n_positions=CONTEXT),
     "opt": lambda **more: tf.OPTConfig(
         **_LEARNED,
@@ -72,9 +72,9 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
         num_attention_heads=4,
         max_position_embeddings=CONTEXT,
     ),
-    "gpt-neox": lambda **more: tf.GPTNeoXConfig(**{**_BASE, "hidden_size": 128, "num_key_value_heads": 4}),
-    "cohere": lambda **more: tf.CohereConfig(**_BASE),
-    "phi": lambda **more: tf.PhiConfig(**_BASE),
+    "gpt-neox": lambda **more: tf.GPTNeoXConfig(**{**BASE, "hidden_size": 128, "num_key_value_heads": 4}),
+    "cohere": lambda **more: tf.CohereConfig(**BASE),
+    "phi": lambda **more: tf.PhiConfig(**BASE),
 }
 
 

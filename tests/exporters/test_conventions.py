@@ -7,23 +7,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from tiny_decoders import CONTEXT, VOCABULARY, make_model
+from tiny_decoders import BASE, CONTEXT, VOCABULARY, make_model
 
 from onnxpress.errors import ConversionError
 from onnxpress.exporters import conventions as conventions_module
 from onnxpress.exporters.conventions import learn
 from onnxpress.exporters.transformers_decoder import export_causal_lm
-
-_BASE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT,
-    "pad_token_id": 0,
-}
 
 
 def from_config(config: Any) -> Any:
@@ -70,7 +59,7 @@ def test_norms_are_told_by_their_offset() -> None:
 def test_frequencies_that_change_with_the_length_limit_the_context() -> None:
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     config = tf.Phi3Config(
-        **_BASE, original_max_position_embeddings=64, rope_parameters={**rope, "original_max_position_embeddings": 64}
+        **BASE, original_max_position_embeddings=64, rope_parameters={**rope, "original_max_position_embeddings": 64}
     )
     found = learn(from_config(config), positions=CONTEXT)
     assert found.positions == 64
@@ -78,20 +67,20 @@ def test_frequencies_that_change_with_the_length_limit_the_context() -> None:
 
 
 def test_a_head_too_narrow_for_the_operator_keeps_the_models_own_rotary_embedding() -> None:
-    assert learn(from_config(tf.StableLmConfig(**_BASE)), positions=CONTEXT).rotaries == (None, None)
+    assert learn(from_config(tf.StableLmConfig(**BASE)), positions=CONTEXT).rotaries == (None, None)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (
-            tf.GptOssConfig(**_BASE, head_dim=16, num_local_experts=4, num_experts_per_tok=2),
+            tf.GptOssConfig(**BASE, head_dim=16, num_local_experts=4, num_experts_per_tok=2),
             "GptOssAttention asks its attention for s_aux",
         ),
-        (tf.Llama4TextConfig(**_BASE, head_dim=16, attention_chunk_size=8), "chunked attention is not exported"),
+        (tf.Llama4TextConfig(**BASE, head_dim=16, attention_chunk_size=8), "chunked attention is not exported"),
         (
             tf.DeepseekV3Config(
-                **{**_BASE, "num_key_value_heads": 4},
+                **{**BASE, "num_key_value_heads": 4},
                 q_lora_rank=16,
                 kv_lora_rank=16,
                 qk_rope_head_dim=8,
@@ -113,7 +102,7 @@ def test_what_fits_no_operator_is_named(config: Any, message: str) -> None:
 
 
 def test_a_mask_that_looks_ahead_is_refused() -> None:
-    config = tf.LlamaConfig(**_BASE)
+    config = tf.LlamaConfig(**BASE)
     config.is_causal = False
     with pytest.raises(ConversionError, match="does not look at the tokens up to the present one alone"):
         learn(from_config(config), positions=CONTEXT)
