@@ -56,6 +56,7 @@ class Worker:
             )
         greeting = self._read()
         self.description: str = greeting["ready"]
+        self.seconds: float = greeting["seconds"]
         self.versions: dict[str, str] = greeting["versions"]
 
     def ask(self, cmd: str, **request: Any) -> dict[str, Any]:

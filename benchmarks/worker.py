@@ -1,11 +1,13 @@
 """One system under test, as a process of its own in its own environment.
 
 Speaks JSON lines, requests on standard input and answers on standard output; blocked on its input while others are
-timed. The first answer, {"ready": …, "versions": …}, comes without a request.
+timed. The first answer, {"ready": …, "seconds": …, "versions": …}, comes without a request; the seconds are those of importing and
+opening.
 
     {"cmd": "shape", "batch": 1, "length": 32, "repeats": 30}  ->  {"median_ms": …, "min_ms": …, "setting": …}
     {"cmd": "texts", "path": "texts.json", "batch_size": 32}   ->  {"sentences_per_second": …}
     {"cmd": "generate", "prompt": [5, 7], "count": 64}         ->  {"prompt_seconds": …, "token_seconds": …}
+    {"cmd": "memory"}                                          ->  {"resident_bytes": …}, of which files: "mapped_bytes"
     {"cmd": "quit"}                                            ->  the process ends
 
     python worker.py MODULE:VARIANT --model FOLDER --cache FOLDER --artifact FOLDER --calibration FILE
@@ -40,14 +42,18 @@ def main() -> None:
     # What libraries print must not get between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    start = time.perf_counter()
     peer = import_module(f"peers.{module}").open_peer(variant, Setting(**arguments))
-    print(json.dumps({"ready": peer.description, "versions": versions()}), file=answers, flush=True)
+    seconds = time.perf_counter() - start
+    print(json.dumps({"ready": peer.description, "seconds": seconds, "versions": versions()}), file=answers, flush=True)
     warm: set[str] = set()
     for line in sys.stdin:
         request = json.loads(line)
         if request["cmd"] == "quit":
             return
-        if request["cmd"] == "generate":
+        if request["cmd"] == "memory":
+            answer = memory()
+        elif request["cmd"] == "generate":
             answer = peer.generate(request["prompt"], request["count"])
         else:
             answer = time_shape(peer, **request) if request["cmd"] == "shape" else time_texts(peer, warm, **request)
@@ -68,6 +74,13 @@ def time_texts(peer: Any, warm: set[str], *, cmd: str, path: str, batch_size: in
     start = time.perf_counter()
     peer.embed(texts, batch_size)
     return {"sentences_per_second": len(texts) / (time.perf_counter() - start)}
+
+
+def memory() -> dict[str, Any]:
+    """Of this process, as Linux counts it."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    resident, mapped = (1024 * int(status[name].split()[0]) for name in ("VmRSS", "RssFile"))
+    return {"resident_bytes": resident, "mapped_bytes": mapped}
 
 
 def versions() -> dict[str, str]:

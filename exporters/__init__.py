@@ -29,14 +29,15 @@ def export(
     revision: str | None = None,
     max_length: int | None = None,
     adapter: str | os.PathLike[str] | None = None,
+    hidden_states: bool = False,
     example_inputs: object = None,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
 ) -> Exported:
     """Export a model; the original is left exactly as it was.
 
     source: a folder, a hub id, "package.module:factory", or a torch.nn.Module. task: e.g. text-classification; told
-    from the model where None. max_length: the longest text in tokens. adapter: a
-    folder with a LoRA adapter to merge into a language model. For a module: example_inputs, a tuple of
+    from the model where None. max_length: the longest text in tokens. Of language models: adapter, a folder with a LoRA adapter to
+    merge; hidden_states, whether the states that the logits come from are a second output. For a module: example_inputs, a tuple of
     tensors in the order of forward's parameters or a dict by their names, and dynamic_axes, {input: {axis: name}}
     (without them axis 0 is taken for the batch, and tried).
 
@@ -59,9 +60,11 @@ def export(
     config = load_config(found.folder, trust_remote_code=trust_remote_code)
     wanted = infer_task(found.folder, tuple(config.architectures or ())) if task is None else find_task(task)
     if wanted.name == "text-generation":
-        exporter: Callable[..., TextExport] = partial(export_decoder, adapter=adapter)
+        exporter: Callable[..., TextExport] = partial(export_decoder, adapter=adapter, hidden_states=hidden_states)
     elif adapter is not None:
         raise SourceError(f"An adapter was given for the task {wanted.name}; adapters go with text-generation.")
+    elif hidden_states:
+        raise SourceError(f"hidden_states goes with text-generation; the task {wanted.name} was asked for.")
     else:
         exporter = export_encoder
     result = exporter(found.folder, wanted, config, trust_remote_code=trust_remote_code, max_length=max_length)

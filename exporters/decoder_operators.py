@@ -1,10 +1,11 @@
 """Emits ONNX Runtime's operators for language models from any transformers model that uses the attention interface.
 
-    softmax(q kᵀ · scale + mask) v over past and new tokens   →   GroupQueryAttention(q, k, v, past, …) → out, present
+    softmax(q kᵀ · scale + mask) v over past and new tokens   →   GroupQueryAttention(q, k, v, …) → out
     q · cos + rotate(q) · sin                                 →   RotaryEmbedding(q, positions, cos, sin)
     x / sqrt(mean(x²) + ε) · w                                →   SimplifiedLayerNormalization(x, w)
 
-Which convention the model follows was found by conventions.py. The cache stays outside the model: no Cache object.
+Which convention the model follows was found by conventions.py. No Cache object is made, and the tracer sees no cache: past
+and present, which nothing but the attention reads, are added to the graph by `add_cache`.
 Source of the operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
 
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import onnx_ir as ir
 import torch
-from torch.onnx.ops import symbolic, symbolic_multi_out
+from torch.onnx.ops import symbolic
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from onnxpress.exporters.attention import attention_implementation
@@ -31,6 +33,7 @@ from onnxpress.exporters.conventions import (
 )
 
 _NAME = "onnxpress_grouped_query"
+_LAYER = "onnxpress_layer"  # attribute of an attention node until it has its cache
 
 
 @dataclass
@@ -38,19 +41,17 @@ class Step:
     """What one forward pass reads and writes beside the model's own inputs.
 
     positions: int64 (batch, length). ends: int32 (batch,), index of each row's last token. total: int32 (), the longest row's
-    tokens. lengths: int32 (batch,), new tokens. past: (key, value) of each layer, (batch, kv_heads, capacity, head_dim).
-    present is filled in the order of the layers. tables: (cosines, sines) as conventions number them. norm_weights: of the
-    norms whose weight is not a parameter as it stands.
+    tokens. lengths: int32 (batch,), new tokens. tables: (cosines, sines) as conventions number them. norm_weights: of the
+    norms whose weight is not a parameter as it stands. attentions, rotaries: how many calls there were so far.
     """
 
     positions: torch.Tensor
     ends: torch.Tensor
     total: torch.Tensor
     lengths: torch.Tensor
-    past: list[tuple[torch.Tensor, torch.Tensor]]
     tables: list[tuple[torch.Tensor, torch.Tensor]]
     norm_weights: dict[torch.nn.Module, torch.Tensor]
-    present: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    attentions: int = 0
     rotaries: int = 0
 
 
@@ -84,26 +85,28 @@ def _attention(
     **_: Any,  # all of it was looked at when it was learned
 ) -> tuple[torch.Tensor, None]:
     step = current()
-    layer = len(step.present)
-    call: AttentionCall = conventions.attentions[layer]
-    past_key, past_value = step.past[layer]
+    call: AttentionCall = conventions.attentions[step.attentions]
     batch, heads, length, head_dim = query.shape
-    attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": call.kv_num_heads, "scale": call.scale}
+    attributes: dict[str, Any] = {
+        "num_heads": heads,
+        "kv_num_heads": call.kv_num_heads,
+        "scale": call.scale,
+        _LAYER: step.attentions,
+    }
+    step.attentions += 1
     if call.window is not None:
         attributes["local_window_size"] = call.window
     if call.softcap is not None:
         attributes["softcap"] = call.softcap
-    inputs = [_joined(query), _joined(key), _joined(value), past_key, past_value, step.ends, step.total]
-    out, present_key, present_value = symbolic_multi_out(
+    out = symbolic(
         "com.microsoft::GroupQueryAttention",
-        # cos, sin, positions, bias, sink, scales and norms of q and k are not given; the row's new tokens come last
-        [*inputs, *[None] * 9, step.lengths],
+        # past follows later; cos, sin, positions, bias, sink, scales and norms of q and k are not given; then the row's new tokens
+        [_joined(query), _joined(key), _joined(value), None, None, step.ends, step.total, *[None] * 9, step.lengths],
         attributes,
-        dtypes=(query.dtype,) * 3,
-        shapes=((batch, length, heads * head_dim), past_key.shape, past_value.shape),
+        dtype=query.dtype,
+        shape=(batch, length, heads * head_dim),
         version=1,
     )
-    step.present.append((present_key, present_value))
     return out.reshape(batch, length, heads, head_dim), None
 
 
@@ -165,3 +168,22 @@ def _joined(heads: torch.Tensor) -> torch.Tensor:
     """(batch, heads, length, head_dim) → (batch, length, heads · head_dim)."""
     batch, count, length, head_dim = heads.shape
     return heads.transpose(1, 2).reshape(batch, length, count * head_dim)
+
+
+def add_cache(model: ir.Model, conventions: Conventions) -> None:
+    """Give the attention of each layer its past and present: inputs and outputs past_key_values.N.key and so on."""
+    graph = model.graph
+    nodes = {}
+    for node in graph:
+        if _LAYER in node.attributes:
+            nodes[node.attributes.pop(_LAYER).as_int()] = node
+    for layer, call in enumerate(conventions.attentions):
+        shape = ir.Shape(["batch", call.kv_num_heads, "capacity", call.head_dim])
+        nodes[layer].resize_outputs(3)
+        for index, kind in enumerate(("key", "value")):
+            past = ir.Value(name=f"past_key_values.{layer}.{kind}", shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
+            graph.inputs.append(past)
+            nodes[layer].replace_input_with(3 + index, past)
+            present = nodes[layer].outputs[1 + index]
+            present.name, present.shape, present.type = f"present.{layer}.{kind}", ir.Shape(shape), past.type
+            graph.outputs.append(present)

@@ -6,6 +6,7 @@
     logit_indices    int64 (answers,)           which tokens to answer, as row · length + column
     past_key_values.N.key, .value               float32 (batch, kv_heads, capacity, head_dim)
     → logits         float32 (answers, vocabulary)
+    → hidden_states  float32 (answers, hidden), where asked for: what the logits are a projection of
     → present.N.key, .value                     as the past, with the new tokens written in
 
 Rows are independent: each has its own past and its own number of new tokens, so that prompts, parts of prompts and single
@@ -29,14 +30,14 @@ from transformers import GenerationConfig, PreTrainedModel
 from onnxpress.errors import ConversionError, SourceError
 from onnxpress.exporters.adapter import merge_adapter
 from onnxpress.exporters.conventions import Conventions, learn, replaced_forwards
-from onnxpress.exporters.decoder_operators import Step, decoder_operators
+from onnxpress.exporters.decoder_operators import Step, add_cache, decoder_operators
 from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.tasks import Task
 from onnxpress.exporters.tokenizer import read_tokenizer
 from onnxpress.exporters.trace import LARGEST_AXIS, LARGEST_BATCH, tensor_spec, trace
 from onnxpress.exporters.transformers_model import TextExport, load_model, position_limit
 from onnxpress.graph import Graph
-from onnxpress.manifest import Arrays, Json, Signature, TensorSpec
+from onnxpress.manifest import Arrays, Json, Signature
 
 _EXPORTED_EXPERTS = "batched_mm"  # the one form of a mixture of experts whose shapes do not hang on the routing
 
@@ -49,10 +50,12 @@ def export_decoder(
     trust_remote_code: bool,
     max_length: int | None,
     adapter: str | os.PathLike[str] | None,
+    hidden_states: bool,
 ) -> TextExport:
     """Export the language model in a folder. Raises SourceError and ConversionError.
 
     max_length: the longest context in tokens, prompt and answer together. adapter: a LoRA folder, merged first.
+    hidden_states: whether they are an output.
     """
     model = load_model(folder, wanted, config, trust_remote_code=trust_remote_code)
     tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
@@ -81,7 +84,7 @@ def export_decoder(
             f"context: {conventions.positions} of {context} tokens; beyond, the rotary embeddings change with the length",
         )
         context = conventions.positions
-    graph = export_causal_lm(model, conventions, context=context)
+    graph = export_causal_lm(model, conventions, context=context, hidden_states=hidden_states)
     options: dict[str, Json] = {
         "max_length": context,
         "pad_token_id": tokenizer.pad_token_id,
@@ -96,25 +99,20 @@ def export_decoder(
     )
 
 
-def export_causal_lm(model: PreTrainedModel, conventions: Conventions, *, context: int) -> Graph:
+def export_causal_lm(
+    model: PreTrainedModel, conventions: Conventions, *, context: int, hidden_states: bool = False
+) -> Graph:
     """The graph of a model whose conventions are known. The model is left as it was. Raises ConversionError."""
     head = model.get_output_embeddings()
     if head is None:
         raise ConversionError(f"{type(model).__name__} does not say which layer gives its logits.")
-    wrapped = CausalModel(model, head, conventions, context).eval()
-    layers = conventions.attentions
+    wrapped = CausalModel(model, head, conventions, context, hidden_states=hidden_states).eval()
     example = wrapped.example()
-    cache = {
-        f"past_key_values.{layer}.{kind}": ("batch", call.kv_num_heads, "capacity", call.head_dim)
-        for layer, call in enumerate(layers)
-        for kind in ("key", "value")
-    }
     shapes = {
         "input_ids": ("batch", "length"),
         "past_lengths": ("batch",),
         "lengths": ("batch",),
         "logit_indices": ("answers",),
-        **cache,
     }
     axes = {
         "batch": (1, LARGEST_BATCH),
@@ -122,20 +120,18 @@ def export_causal_lm(model: PreTrainedModel, conventions: Conventions, *, contex
         "answers": (1, LARGEST_AXIS),
         "capacity": (1, context),
     }
-    outputs = ["logits", *(name.replace("past_key_values", "present") for name in cache)]
+    outputs = ["logits", "hidden_states"] if hidden_states else ["logits"]
     with wrapped.emitting():
         ir_model, _ = trace(
             wrapped, example, shapes=shapes, axes=axes, outputs=outputs, prefix="model.", name=type(model).__name__
         )
+    add_cache(ir_model, conventions)
     ir_model.graph.opset_imports.setdefault("com.microsoft", 1)
     vocabulary = int(model.config.get_text_config().vocab_size)
     bounds = {"input_ids": (0, vocabulary - 1), "past_lengths": (0, context), "lengths": (0, context)}
     signature = Signature(
         task="text-generation",
-        inputs=tuple(
-            TensorSpec(name=name, dtype=str(example[name].numpy().dtype), shape=shape, bounds=bounds.get(name))
-            for name, shape in shapes.items()
-        ),
+        inputs=tuple(tensor_spec(value, bounds=bounds.get(str(value.name))) for value in ir_model.graph.inputs),
         outputs=tuple(tensor_spec(value) for value in ir_model.graph.outputs),
         axes=axes,
     )
@@ -145,7 +141,15 @@ def export_causal_lm(model: PreTrainedModel, conventions: Conventions, *, contex
 class CausalModel(torch.nn.Module):
     """A causal language model with a plain call: the graph's inputs in, a tuple of its outputs out."""
 
-    def __init__(self, model: PreTrainedModel, head: torch.nn.Module, conventions: Conventions, context: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        head: torch.nn.Module,
+        conventions: Conventions,
+        context: int,
+        *,
+        hidden_states: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self._head = [head]  # in a list: it is part of the model already
@@ -153,6 +157,8 @@ class CausalModel(torch.nn.Module):
         self._context = context
         self._step: Step | None = None
         self._answers: torch.Tensor | None = None
+        self._gives_hidden = hidden_states
+        self._hidden: torch.Tensor | None = None
         for index, (cosines, sines) in enumerate(conventions.tables):
             self.register_buffer(f"rotary_{index}_cos", cosines, persistent=False)
             self.register_buffer(f"rotary_{index}_sin", sines, persistent=False)
@@ -174,8 +180,8 @@ class CausalModel(torch.nn.Module):
             yield
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """input_ids, past_lengths, lengths, logit_indices, and key and value of each layer."""
-        input_ids, past_lengths, lengths, self._answers, *past = inputs
+        """input_ids, past_lengths, lengths and logit_indices in, logits and perhaps hidden states out."""
+        input_ids, past_lengths, lengths, self._answers = inputs
         columns = torch.arange(input_ids.shape[1])
         # Padding may lie beyond the last position there is; what it gets does not matter.
         positions = (past_lengths.to(torch.int64)[:, None] + columns[None]).clamp(max=self._context - 1)
@@ -185,7 +191,6 @@ class CausalModel(torch.nn.Module):
             ends=ends,
             total=(ends + 1).amax(0),
             lengths=lengths,
-            past=list(zip(past[0::2], past[1::2], strict=True)),
             tables=[
                 (getattr(self, f"rotary_{index}_cos"), getattr(self, f"rotary_{index}_sin"))
                 for index in range(len(self._conventions.tables))
@@ -195,25 +200,22 @@ class CausalModel(torch.nn.Module):
         logits = self.model(
             input_ids=input_ids, position_ids=positions, attention_mask=None, use_cache=False, return_dict=True
         ).logits
-        present = self._step.present
-        if len(present) != len(self._conventions.attentions):
+        if self._step.attentions != len(self._conventions.attentions):
             raise ConversionError("The attention layers of a trace are not those of the forward pass before it.")
-        return (logits, *(tensor for pair in present for tensor in pair))
+        if not self._gives_hidden:
+            return (logits,)
+        assert self._hidden is not None, "the output layer was called"
+        return logits, self._hidden
 
     def example(self) -> dict[str, torch.Tensor]:
         """Inputs to trace with: two rows, whose sizes are all different."""
-        batch, length, capacity = 2, min(5, self._context), min(11, self._context)
-        tensors: dict[str, torch.Tensor] = {
+        batch, length = 2, min(5, self._context)
+        return {
             "input_ids": torch.ones(batch, length, dtype=torch.int64),
             "past_lengths": torch.tensor([0, 0], dtype=torch.int32),
             "lengths": torch.tensor([length, length], dtype=torch.int32),
             "logit_indices": torch.tensor([0, 1, 2], dtype=torch.int64),
         }
-        for layer, call in enumerate(self._conventions.attentions):
-            shape = (batch, call.kv_num_heads, capacity, call.head_dim)
-            tensors[f"past_key_values.{layer}.key"] = torch.zeros(shape)
-            tensors[f"past_key_values.{layer}.value"] = torch.zeros(shape)
-        return tensors
 
     def _current(self) -> Step:
         assert self._step is not None
@@ -222,8 +224,8 @@ class CausalModel(torch.nn.Module):
     def _logits(self, _: torch.nn.Module, original: Callable[..., torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         """The output layer for the tokens that are asked for: (batch, length, hidden) → (answers, vocabulary)."""
         assert self._answers is not None
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        return original(flat.index_select(0, self._answers))
+        self._hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._answers)
+        return original(self._hidden)
 
 
 class DecoderReference:

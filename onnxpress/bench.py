@@ -1,16 +1,21 @@
 """Times artifacts side by side on random token ids: taking turns, medians of several rounds.
 
-Needs only the runtime, but for --against torch and onnx, which take the original from the artifact's recipe.
+Models that answer a text are timed in milliseconds a batch, language models in tokens a second: those of the prompts until every
+answer has begun, then new tokens. Needs only the runtime, but for --against torch and onnx, which take the original from the artifact's recipe.
 For comparisons with other tools see the benchmarks folder of the repository.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from onnxpress import machine
 from onnxpress.artifact import Artifact
@@ -23,24 +28,32 @@ from onnxpress.runtime.text_runner import TextRunner
 from onnxpress.timing import alternate, random_tokens
 
 System = Callable[[Arrays], object]
+_BATCHES, _LENGTHS = (1, 32), (32, 128)
+_PROMPT_BATCHES, _PROMPT_LENGTHS, _NEW_TOKENS = (1, 4), (128, 1024), 64
 
 
 def bench(
     path: Path,
     *,
     against: Sequence[str],
-    batches: Sequence[int],
-    lengths: Sequence[int],
+    batches: Sequence[int] | None,
+    lengths: Sequence[int] | None,
     rounds: int,
     json_file: Path | None,
     providers: Sequence[str] | None,
     allow_fallback: bool,
 ) -> int:
-    """Print a table of median milliseconds; returns the exit code.
+    """Print a table of medians; returns the exit code.
 
-    against: folders of other artifacts, "torch" (the original in float32), "onnx" (its plain export on ONNX Runtime).
+    against: folders of other artifacts, "torch" (the original in float32), "onnx" (its plain export on ONNX Runtime), the latter
+    two not for language models. batches, lengths: of the inputs, or of the prompts; None is a choice that suits the task.
+    Raises UsageError and InputError.
     """
     signature = Artifact.open(path).manifest.signature
+    if signature.task == Generator.task:
+        rows = _time_generators((str(path), *against), batches, lengths, rounds, providers, allow_fallback)
+        _write(json_file, rows)
+        return 0
     with tempfile.TemporaryDirectory(prefix="onnxpress-bench-") as scratch:
         systems: dict[str, System] = {}
         for item in (str(path), *against):
@@ -49,13 +62,78 @@ def bench(
             else:
                 label, system = _artifact(Path(item), providers, allow_fallback)
                 systems[label if label not in systems else item] = system
-        rows = _time(systems, signature, batches, lengths, rounds)
-    if json_file is not None:
-        try:
-            json_file.write_text(json.dumps({"machine": machine.describe(), "rows": rows}, indent=1), encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"The figures cannot be written to {json_file}: {error.strerror}.") from None
+        rows = _time(systems, signature, batches or _BATCHES, lengths or _LENGTHS, rounds)
+    _write(json_file, rows)
     return 0
+
+
+def _write(json_file: Path | None, rows: list[dict[str, Json]]) -> None:
+    if json_file is None:
+        return
+    try:
+        json_file.write_text(json.dumps({"machine": machine.describe(), "rows": rows}, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"The figures cannot be written to {json_file}: {error.strerror}.") from None
+
+
+def _time_generators(
+    folders: Sequence[str],
+    batches: Sequence[int] | None,
+    lengths: Sequence[int] | None,
+    rounds: int,
+    providers: Sequence[str] | None,
+    allow_fallback: bool,
+) -> list[dict[str, Json]]:
+    systems: dict[str, Generator] = {}
+    for folder in folders:
+        if folder in ("torch", "onnx"):
+            raise UsageError(f"--against {folder} is not for language models: give folders of other artifacts.")
+        artifact = Artifact.open(Path(folder))
+        runner = load_artifact(artifact, providers=providers, allow_fallback=allow_fallback)
+        if not isinstance(runner, Generator):
+            raise UsageError(
+                f"{folder} is for the task {runner.task}; beside a language model only others can be timed."
+            )
+        say_fallback(runner.session)
+        label = f"{artifact.manifest.name} {artifact.manifest.precision}"
+        systems[label if label not in systems else folder] = runner
+    context = min(runner.context for runner in systems.values())
+    chosen = lengths or sorted({min(length, context // 2) for length in _PROMPT_LENGTHS})
+    random = np.random.default_rng(0)
+    rows: list[dict[str, Json]] = []
+    for batch in batches or _PROMPT_BATCHES:
+        for length in chosen:
+            speeds: dict[str, list[tuple[float, float]]] = {label: [] for label in systems}
+            for number in range(rounds + 1):
+                for label, runner in systems.items():
+                    prompts = random.integers(0, runner.vocabulary, (batch, length)).tolist()
+                    speed = _tokens_a_second(runner, prompts)
+                    if number:  # the first is not counted
+                        speeds[label].append(speed)
+            for label, found in speeds.items():
+                prompt, new = (round(statistics.median(values), 2) for values in zip(*found, strict=True))
+                rows.append({"system": label, "batch": batch, "length": length, "prompt": prompt, "new": new})
+                print(
+                    f"{label:40} batch {batch:4} length {length:5} {prompt:10.1f} prompt tokens/s {new:10.1f} new tokens/s",
+                    flush=True,
+                )
+    return rows
+
+
+def _tokens_a_second(runner: Generator, prompts: list[list[int]]) -> tuple[float, float]:
+    """Of prompts, until all answers have begun, and of new tokens after that."""
+    count = min(_NEW_TOKENS, runner.context - len(prompts[0]))
+    begun: set[int] = set()
+    runner.reset()
+    start = time.perf_counter()
+    first, tokens = start, 0
+    for piece in runner.stream(prompts, max_new_tokens=max(count, 2), ignore_eos=True):
+        if len(begun) == len(prompts):
+            tokens += 1
+        elif piece.index not in begun:
+            begun.add(piece.index)
+            first = time.perf_counter()
+    return sum(map(len, prompts)) / (first - start), tokens / (time.perf_counter() - first)
 
 
 def _time(
@@ -77,7 +155,7 @@ def _artifact(folder: Path, providers: Sequence[str] | None, allow_fallback: boo
     runner = load_artifact(artifact, providers=providers, allow_fallback=allow_fallback)
     say_fallback(runner.session)
     if isinstance(runner, Generator):
-        raise UsageError(f"{folder} is a language model; `onnxpress generate` says how many tokens a second it gives.")
+        raise UsageError(f"{folder} is a language model; it can be timed beside other language models only.")
     if not isinstance(runner, TextRunner):
         raise UsageError(f"{folder} takes named arrays of any shape; bench times models that read token ids.")
     return f"{artifact.manifest.name} {artifact.manifest.precision}", runner.run_rows

@@ -92,11 +92,16 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--name", help="name of the artifact")
     build.add_argument("--budget", help='what quality it may cost: "0.5%%" (relative) or "0.99" (absolute)')
     build.add_argument("--eval", dest="file", help="your samples: csv, tsv or jsonl, with or without labels")
+    build.add_argument("--calibration", help="other samples, for passes that calibrate; .npy: token ids")
     build.add_argument("--column", action="append", default=[], metavar="ROLE=NAME", help="a column of --eval")
+    build.add_argument(
+        "--pass-option", action="append", default=[], metavar="PASS.NAME=VALUE", help="e.g. int4-weights.method=gptq"
+    )
     build.add_argument("--only", action="append", metavar="PASS", help="run this pass and no other (repeatable)")
     build.add_argument("--keep-all", action="store_true", default=None, help="keep passes in spite of budget and times")
     build.add_argument("--max-length", type=int, help="longest input in tokens; of a language model, the context")
     build.add_argument("--adapter", help="folder of a LoRA adapter to merge into a language model")
+    build.add_argument("--hidden-states", action="store_true", default=None, help="a language model answers these too")
     build.add_argument("--revision", help="revision on the hub")
     build.add_argument("--trust-remote-code", action="store_true", default=None, help="run code that the model brings")
     build.add_argument("--no-measure", dest="measure", action="store_false", default=None, help="do not time anything")
@@ -130,8 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     bench = _command(commands, "bench", _bench, "time an artifact")
     bench.add_argument("artifact", type=Path)
     bench.add_argument("--against", default="", help="also time, by commas: torch, onnx, folders of other artifacts")
-    bench.add_argument("--batch", default="1,32", help="batch sizes (default 1,32)")
-    bench.add_argument("--length", default="32,128", help="lengths in tokens (default 32,128)")
+    bench.add_argument("--batch", help="batch sizes (default 1,32; language models: 1,4 answers at once)")
+    bench.add_argument("--length", help="lengths in tokens (default 32,128; language models: prompts of 128,1024)")
     bench.add_argument("--rounds", default="5", help="rounds of which medians are taken (default 5)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file")
     _providers(bench)
@@ -176,13 +181,16 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
     parser.add_argument("--stop", action="append", default=[], help="a string that ends the answer (repeatable)")
     parser.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's end token")
+    parser.add_argument(
+        "--prompt-lookup", type=int, default=0, help="guess so many tokens at a time from the text so far (default 0)"
+    )
     parser.add_argument("--cache-mb", type=int, default=2048, help="most memory for keys and values (default 2048)")
     _providers(parser)
 
 
 _SAMPLING = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "ignore_eos"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "prompt_lookup"),
 )
 
 
@@ -190,8 +198,13 @@ def _build(options: argparse.Namespace) -> int:
     from onnxpress import terminal
     from onnxpress.pipeline import build
 
-    keys = ("task", "target", "precision", "name", "budget", "file", "only", "keep_all", "max_length", "adapter")
-    chosen = {key: getattr(options, key) for key in (*keys, "revision", "trust_remote_code", "measure")}
+    keys = (
+        *("task", "target", "precision", "name", "budget", "file", "calibration", "only", "keep_all", "max_length"),
+        *("adapter", "hidden_states", "revision", "trust_remote_code", "measure"),
+    )
+    chosen = {key: getattr(options, key) for key in keys}
+    if options.pass_option:
+        chosen["passes"] = _pass_options(options.pass_option)
     if options.column:
         chosen["columns"] = _columns(options.column)
     artifact = build(options.source, out=options.out, quiet=options.json, **chosen)
@@ -280,8 +293,8 @@ def _bench(options: argparse.Namespace) -> int:
     return bench(
         options.artifact,
         against=[item for item in options.against.split(",") if item],
-        batches=_numbers(options.batch, "--batch"),
-        lengths=_numbers(options.length, "--length"),
+        batches=None if options.batch is None else _numbers(options.batch, "--batch"),
+        lengths=None if options.length is None else _numbers(options.length, "--length"),
         rounds=_number(options.rounds, "--rounds"),
         json_file=options.json,
         providers=options.provider,
@@ -347,6 +360,23 @@ def _columns(items: Sequence[str]) -> dict[str, str | int]:
             raise UsageError(f"--column {item!r} is not of the form ROLE=NAME, e.g. text=sentence or label=2.")
         columns[role] = int(name) if name.isdigit() else name
     return columns
+
+
+def _pass_options(items: Sequence[str]) -> dict[str, dict[str, Json]]:
+    found: dict[str, dict[str, Json]] = {}
+    for item in items:
+        where, separator, text = item.partition("=")
+        step, dot, name = where.partition(".")
+        if not separator or not dot or not step or not name:
+            raise UsageError(
+                f"--pass-option {item!r} is not of the form PASS.NAME=VALUE, e.g. int4-weights.block_size=64."
+            )
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text  # a word
+        found.setdefault(step, {})[name] = value
+    return found
 
 
 def _numbers(text: str, flag: str) -> list[int]:

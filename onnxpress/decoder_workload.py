@@ -21,6 +21,7 @@ from onnxpress.workload import Answers
 
 _KEPT_BYTES = 256 * 2**20  # of the original's logits
 _LEAST_POSITIONS = 8  # of one text
+_CALIBRATED_ANSWERS = 16  # positions of a calibration text whose logits are asked for
 _WINDOW = 256  # tokens of one piece of a long text
 _PROMPT = 128  # tokens of the prompt that is timed
 _BATCH_TRIAL = 16
@@ -40,6 +41,7 @@ class DecoderWorkload:
         options: Mapping[str, Json],
         tokenizer_folder: Path,
         file: Path | None = None,
+        calibration: Path | None = None,
         columns: Mapping[str, str | int] | None = None,
         samples: int = 200,
         calibration_samples: int = 128,
@@ -52,12 +54,19 @@ class DecoderWorkload:
         ids = next(spec for spec in signature.inputs if spec.name == "input_ids")
         assert ids.bounds is not None
         self._vocabulary = ids.bounds[1] + 1
-        calibration, given, self.notes = evaluation.builtin_samples(self.task, tokenizer)
-        self._calibration = self._windows(tokenizer, [sample.text for sample in calibration])[:calibration_samples]
+        own, given, self.notes = evaluation.builtin_samples(self.task, tokenizer)
+        if calibration is None:
+            self._calibration = self._windows(tokenizer, [sample.text for sample in own])[:calibration_samples]
+        else:
+            found = self._windows_of_file(tokenizer, calibration, columns)
+            self._calibration = found[:: max(1, len(found) // calibration_samples)][:calibration_samples]
         texts = [sample.text for sample in given]
         if file is not None:
             texts = _read_texts(file, columns)
-            self._calibration = [window for window in self._calibration if not _occurs(window, texts, tokenizer)]
+            apart = [window for window in self._calibration if not _occurs(window, texts, tokenizer)]
+            if calibration is not None and len(apart) < len(self._calibration):
+                raise RecipeError(evaluation.overlap(calibration, file, len(self._calibration) - len(apart)))
+            self._calibration = apart
         windows = self._windows(tokenizer, texts)
         if not windows:
             raise RecipeError(
@@ -72,7 +81,8 @@ class DecoderWorkload:
     def calibration(self) -> Iterator[Arrays]:
         """The graph's inputs for one calibration text at a time."""
         for window in self._calibration:
-            yield self._feeds([window], [np.array([len(window) - 1])])
+            asked = np.unique(np.linspace(0, len(window) - 1, _CALIBRATED_ANSWERS).round().astype(np.int64))
+            yield self._feeds([window], [asked])
 
     def questions(self) -> list[tuple[list[int], np.ndarray]]:
         """The evaluation texts as token ids, each with the positions whose next tokens are asked for."""
@@ -162,13 +172,38 @@ class DecoderWorkload:
                 feeds[spec.name] = cache
         return feeds
 
+    def _windows_of_file(
+        self, tokenizer: Tokenizer, path: Path, columns: Mapping[str, str | int] | None
+    ) -> list[list[int]]:
+        """The texts of a file, or the token ids of a .npy file: one row, or one text a row."""
+        if path.suffix != ".npy":
+            windows = self._windows(tokenizer, _read_texts(path, columns))
+        else:
+            try:
+                ids = np.load(path, allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise RecipeError(f"{path} cannot be read as an array of token ids: {error}.") from None
+            if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer):
+                raise RecipeError(
+                    f"{path} holds {ids.dtype} {list(ids.shape)}; token ids are integers, one or two axes."
+                )
+            if ids.size and not 0 <= ids.min() <= ids.max() < self._vocabulary:
+                raise RecipeError(
+                    f"{path} has token ids from {ids.min()} to {ids.max()}; the model has 0 to {self._vocabulary - 1}."
+                )
+            windows = self._pieces(np.atleast_2d(ids).tolist())
+        if not windows:
+            raise RecipeError(f"{path}: no text has two tokens, so there is nothing to calibrate on.")
+        return windows
+
     def _windows(self, tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
         """Texts as token ids, long ones in pieces; those of one token are left out."""
+        encoded = [tokenizer.inner.encode(text).ids for text in texts]
+        return self._pieces([[token for token in ids if token < self._vocabulary] for ids in encoded])
+
+    def _pieces(self, texts: list[list[int]]) -> list[list[int]]:
         size = min(_WINDOW, self._context)
-        windows = []
-        for text in texts:
-            ids = [token for token in tokenizer.inner.encode(text).ids if token < self._vocabulary]
-            windows += [ids[start : start + size] for start in range(0, len(ids), size)]
+        windows = [ids[start : start + size] for ids in texts for start in range(0, len(ids), size)]
         return [window for window in windows if len(window) > 1]
 
 

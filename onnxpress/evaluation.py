@@ -230,6 +230,11 @@ def read_samples(path: Path, task: str, columns: Mapping[str, str | int] | None 
     return samples
 
 
+def overlap(calibration: Path, file: Path, count: int) -> str:
+    """What to say where calibration texts are evaluation texts too."""
+    return f"{count} texts of {calibration} are in {file} too: what a pass has calibrated on cannot judge it. Take them out."
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Row:
     line: int

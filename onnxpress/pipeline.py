@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from onnxpress import evaluation, terminal
+from onnxpress.activation_stream import ActivationStream
 from onnxpress.artifact import Artifact, ArtifactWriter
 from onnxpress.calibration import Calibration
 from onnxpress.decoder_workload import DecoderWorkload
@@ -78,8 +79,9 @@ def build(
     source: a recipe (file or object), a model folder, a hub id, "package.module:factory", an .onnx file, or a
     torch.nn.Module with example_inputs (a tuple or dict of tensors) and perhaps dynamic_axes ({input: {axis: name}};
     without it axis 0 is tried as the batch). out: the artifact's folder (default artifacts/NAME). options: any key of a
-    recipe's sections: task, revision, max_length, trust_remote_code, name, target, precision, only, keep_all,
-    measure, budget, file, columns, samples, calibration_samples; they overrule the recipe's. quiet: no progress.
+    recipe's sections: task, revision, max_length, trust_remote_code, adapter, hidden_states, name, target, precision, only, keep_all,
+    measure, budget, file, calibration, columns, samples, calibration_samples, and passes, a dict of each pass's options; they
+    overrule the recipe's. quiet: no progress.
 
     Raises RecipeError, SourceError, ConversionError, ParityError, BudgetError, OutputError.
     """
@@ -115,7 +117,8 @@ class _Given(NamedTuple):
 def _build(recipe: Recipe, folder: Path, given: _Given, report: terminal.Progress) -> Artifact:
     started = time.perf_counter()
     facts = find_target(recipe.build.target)
-    evaluation_file = workload_file(recipe.quality.file)
+    evaluation_file = workload_file(recipe.quality.file, "evaluation")
+    calibration_file = workload_file(recipe.quality.calibration, "calibration")
     with ArtifactWriter(folder) as writer:
         work = writer.folder / ".work"
         work.mkdir()
@@ -124,7 +127,7 @@ def _build(recipe: Recipe, folder: Path, given: _Given, report: terminal.Progres
         report.step("export")
         exported = _export(recipe, given)
         _copy_tokenizer(exported, writer.folder)
-        workload = _workload(recipe, exported, writer.folder, evaluation_file)
+        workload = _workload(recipe, exported, writer.folder, evaluation_file, calibration_file)
         budget = evaluation.budget_for(
             workload.task,
             recipe.quality.budget,
@@ -285,11 +288,15 @@ class _Press:
         self._take(row, result.graph, session, status="kept", reason=reason)
 
     def _run_lossy(self, step: Pass) -> None:
-        calibration = Calibration(self._bench.open, self._gate.workload.calibration)
+        inputs = self._gate.workload.calibration
+        calibration = Calibration(self._bench.open, inputs)
+        stream = partial(ActivationStream, open_session=self._bench.open, inputs=inputs)
         keep: frozenset[str] = frozenset()
 
         def apply(kept: frozenset[str]) -> tuple[Any, Session]:
-            context = PassContext(target=self._target, observe=calibration, keep=kept)
+            context = PassContext(
+                target=self._target, observe=calibration, stream=stream, keep=kept, progress=self._report.detail
+            )
             outcome = step.apply(self.graph.clone(), context)
             return outcome, self._bench.open(outcome.graph)
 
@@ -397,9 +404,15 @@ def _with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     for key, value in options.items():
         if value is None:
             continue
+        if key == "passes":
+            before = content.get("passes", {})
+            if not isinstance(value, Mapping) or not all(isinstance(given, Mapping) for given in value.values()):
+                raise RecipeError(f"passes is {value!r}; it takes the options of each pass by its name.")
+            content["passes"] = before | {name: before.get(name, {}) | dict(given) for name, given in value.items()}
+            continue
         section = next((name for name, keys in sections.items() if key in keys), None)
         if section is None or key == "source":
-            allowed = sorted(set().union(*sections.values()) - {"source"})
+            allowed = sorted(set().union(*sections.values()) - {"source"} | {"passes"})
             raise RecipeError(f"Unknown option {key!r}; the options are: {', '.join(allowed)}.")
         content.setdefault(section, {})[key] = list(value) if isinstance(value, tuple) else value
     return make_recipe(content)
@@ -429,14 +442,17 @@ def _export(recipe: Recipe, given: _Given) -> Exported:
         max_length=model.max_length,
         trust_remote_code=model.trust_remote_code,
         adapter=model.adapter,
+        hidden_states=model.hidden_states,
     )
 
 
-def _workload(recipe: Recipe, exported: Exported, tokenizer_folder: Path, file: Path | None) -> Workload:
+def _workload(
+    recipe: Recipe, exported: Exported, tokenizer_folder: Path, file: Path | None, calibration: Path | None
+) -> Workload:
     signature, quality = exported.graph.signature, recipe.quality
     if signature.task == "module":
-        if file is not None:
-            raise RecipeError("An evaluation file of text does not go with a plain module; leave `file` out.")
+        if file is not None or calibration is not None:
+            raise RecipeError("A file of text does not go with a plain module; leave `file` and `calibration` out.")
         return ModuleWorkload(signature=signature, example=exported.example)
     kind = DecoderWorkload if _generates(exported) else partial(TextWorkload, task=signature.task)
     return kind(
@@ -444,6 +460,7 @@ def _workload(recipe: Recipe, exported: Exported, tokenizer_folder: Path, file: 
         options=exported.options,
         tokenizer_folder=tokenizer_folder,
         file=file,
+        calibration=calibration,
         columns=quality.columns,
         samples=quality.samples,
         calibration_samples=quality.calibration_samples,

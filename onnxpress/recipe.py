@@ -11,6 +11,7 @@ precision = "int8"
 [quality]
 budget = "0.99"
 file = "sentences.csv"
+calibration = "other.csv"
 
 [passes.int8]
 minimum_elements = 4096
@@ -36,13 +37,18 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """What to export. adapter: a folder with a LoRA adapter, merged into a language model."""
+    """What to export.
+
+    Of language models: adapter, a folder with a LoRA adapter to merge; hidden_states, whether the last layer's states are a second
+    output.
+    """
 
     source: str
     task: str | None = None
     revision: str | None = None
     max_length: int | None = Field(default=None, ge=1)
     adapter: str | None = None
+    hidden_states: bool = False
     trust_remote_code: bool = False
 
 
@@ -62,10 +68,15 @@ class BuildSection(_Section):
 
 
 class QualitySection(_Section):
-    """What it may cost. file holds the user's samples (csv, tsv, jsonl); budget "0.5%" is relative, 0.99 absolute."""
+    """What it may cost.
+
+    file holds the user's samples (csv, tsv, jsonl); budget "0.5%" is relative, 0.99 absolute. calibration: a file of other
+    samples, which passes that calibrate look at in the place of the built-in ones.
+    """
 
     budget: str | float | int | None = None
     file: str | None = None
+    calibration: str | None = None
     columns: dict[str, str | int] = {}
     samples: int = Field(default=200, ge=8)
     calibration_samples: int = Field(default=128, ge=1)
@@ -101,8 +112,10 @@ def read_recipe(path: Path) -> Recipe:
         raise RecipeError(f"The recipe {path} is not valid TOML: {error}.") from None
     recipe = make_recipe(content, where=str(path))
     quality, model = recipe.quality, recipe.model
-    if quality.file is not None:
-        quality = quality.model_copy(update={"file": str(path.parent / quality.file)})
+    files = {"file": quality.file, "calibration": quality.calibration}
+    quality = quality.model_copy(
+        update={key: str(path.parent / name) for key, name in files.items() if name is not None}
+    )
     if model.adapter is not None:
         model = model.model_copy(update={"adapter": str(path.parent / model.adapter)})
     if (path.parent / model.source).exists():

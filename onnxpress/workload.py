@@ -79,6 +79,7 @@ class TextWorkload:
         options: Mapping[str, Json],
         tokenizer_folder: Path,
         file: Path | None = None,
+        calibration: Path | None = None,
         columns: Mapping[str, str | int] | None = None,
         samples: int = 200,
         calibration_samples: int = 128,
@@ -93,6 +94,8 @@ class TextWorkload:
             task, self._tokenizer, mask_token=options.get("mask_token")
         )
         self._evaluation = self._evaluation[:samples]
+        if calibration is not None:
+            self._calibration = evaluation.read_samples(calibration, task, columns)
         self._calibration = self._calibration[:calibration_samples]
         self._labelled: list[Sample] = []
         if file is not None:
@@ -102,9 +105,10 @@ class TextWorkload:
                 self._labelled = given
             else:
                 self._evaluation = given[:samples]
-            self._calibration = [
-                item for item in self._calibration if not {item.text, item.text_pair} & (seen - {None})
-            ]
+            apart = [item for item in self._calibration if not {item.text, item.text_pair} & (seen - {None})]
+            if calibration is not None and len(apart) < len(self._calibration):
+                raise RecipeError(evaluation.overlap(calibration, file, len(self._calibration) - len(apart)))
+            self._calibration = apart
             mask = options.get("mask_token")
             if mask is not None and any(mask not in sample.text for sample in given):
                 raise RecipeError(f"{file}: texts for fill-mask need a mask each: write {mask} in the place of a word.")
@@ -278,10 +282,10 @@ def _inputs(samples: Sequence[Sample]) -> list[str | tuple[str, str]]:
     return [sample.text if sample.text_pair is None else (sample.text, sample.text_pair) for sample in samples]
 
 
-def workload_file(path: str | None) -> Path | None:
-    """The evaluation file, which has to exist. Raises RecipeError."""
+def workload_file(path: str | None, purpose: str) -> Path | None:
+    """The evaluation or calibration file, which has to exist. Raises RecipeError."""
     if path is None:
         return None
     if not Path(path).is_file():
-        raise RecipeError(f"The evaluation file {path!r} does not exist; give a csv, tsv or jsonl file.")
+        raise RecipeError(f"The {purpose} file {path!r} does not exist; give a csv, tsv or jsonl file.")
     return Path(path)

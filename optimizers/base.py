@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from onnxpress.graph import Graph
 from onnxpress.optimizers.targets import Target
@@ -21,6 +22,18 @@ class ChannelRange:
     high: npt.NDArray[np.float32]
 
 
+class Stream(Protocol):
+    """Walks a graph with calibration inputs while a pass changes what is ahead; see onnxpress.activation_stream."""
+
+    def second_moments(self, value: ir.Value) -> npt.NDArray[np.float32]:
+        """Mean of x xᵀ over all vectors x along the last axis of a value, float32 (width, width)."""
+        ...
+
+    def divide(self, value: ir.Value, by: npt.NDArray[np.float32]) -> None:
+        """Say that `value`, whose second moments were asked for, is now divided by `by` along its last axis."""
+        ...
+
+
 Observe = Callable[[Graph, Sequence[str]], Mapping[str, ChannelRange]]
 
 
@@ -29,13 +42,15 @@ class PassContext:
     """What a pass may ask for.
 
     target: facts about the machine the graph is for. observe: runs the calibration inputs through a graph and
-    returns the ranges of the named values (None where no calibration data is at hand). keep: names of nodes that
-    stay in floating point; lossy passes leave them alone.
+    returns the ranges of the named values; stream: begins to walk a graph with them (both None where no calibration data is at
+    hand). keep: names of nodes that stay in floating point; lossy passes leave them alone. progress: says what a long pass is at.
     """
 
     target: Target
     observe: Observe | None = None
+    stream: Callable[[Graph], Stream] | None = None
     keep: frozenset[str] = frozenset()
+    progress: Callable[[str], None] = lambda _: None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,45 +64,77 @@ def blocks(weight: Float, *, bits: int, block_size: int, search: bool = False, s
     value map to the two ends, 0 being among the integers' values. search: of several smaller ranges, which cut outliers
     off, each block takes the one of the least squared error.
     """
+    scales, zeros = ranges(weight, bits=bits, block_size=block_size, search=search, symmetric=symmetric)
+    integers = np.empty((*scales.shape, block_size), np.uint8)
+    for part in _parts(weight):
+        values = weight[part].reshape(-1, scales.shape[1], block_size)
+        integers[part] = _rounded(values, scales[part], zeros[part], bits)
+    return pack(integers, scales, None if symmetric else zeros, bits=bits)
+
+
+def ranges(
+    weight: Float,
+    *,
+    bits: int,
+    block_size: int,
+    search: bool = False,
+    symmetric: bool = True,
+    importance: Float | None = None,
+) -> tuple[Float, Float]:
+    """Scales and zero points, both float32 (out, in / block_size), that `blocks` rounds with.
+
+    importance: (in,), what the squared errors of a search weigh; all the same where None.
+    """
     assert bits in (4, 8)
     rows, columns = weight.shape
     assert columns % block_size == 0
     count = columns // block_size
-    integers = np.empty((rows, count, block_size), np.uint8)
-    scales = np.empty((rows, count), np.float32)
-    zeros = np.empty((rows, count), np.uint8)
-    at_once = max(1, _ELEMENTS_AT_ONCE // columns)
-    for start in range(0, rows, at_once):
-        part = slice(start, start + at_once)
+    scales, zeros = np.empty((rows, count), np.float32), np.empty((rows, count), np.float32)
+    find = _symmetric if symmetric else _asymmetric
+    weighs = np.ones(columns, np.float32) if importance is None else importance
+    for part in _parts(weight):
         values = weight[part].reshape(-1, count, block_size)
-        integers[part], scales[part], zeros[part] = _rounded(values, bits, search=search, symmetric=symmetric)
-    return Blocks(
-        packed=_packed(integers, bits), scales=scales, zero_points=None if symmetric else _packed(zeros, bits)
-    )
+        scales[part], zeros[part] = find(values, bits, 1.0)
+        least = np.full(values.shape[:2], np.inf, np.float32)
+        for share in _SHARES if search else ():
+            scale, zero = find(values, bits, share)
+            errors = (_rounded(values, scale, zero, bits) - zero[..., None]) * scale[..., None] - values
+            error = (np.square(errors) * weighs.reshape(count, block_size)).sum(-1)
+            better = error < least
+            least[better] = error[better]
+            scales[part][better], zeros[part][better] = scale[better], zero[better]
+    return scales, zeros
 
 
-def _rounded(
-    values: Float, bits: int, *, search: bool, symmetric: bool
-) -> tuple[npt.NDArray[np.uint8], Float, npt.NDArray[np.uint8]]:
-    """Integers like `values` (rows, blocks, block_size), scales and zero points (rows, blocks)."""
-    best: tuple[npt.NDArray[np.uint8], Float, npt.NDArray[np.uint8]] | None = None
-    least = np.full(values.shape[:2], np.inf, np.float32)
-    for share in _SHARES if search else _SHARES[:1]:
-        scale, zero = (_symmetric if symmetric else _asymmetric)(values, bits, share)
-        integers = np.clip(np.rint(values / scale[..., None]) + zero[..., None], 0, (1 << bits) - 1)
-        if best is None:
-            best = integers.astype(np.uint8), scale, zero.astype(np.uint8)
-        if not search:
-            break
-        error = np.square((integers - zero[..., None]) * scale[..., None] - values).sum(-1)
-        better = error < least
-        least[better] = error[better]
-        kept_integers, kept_scale, kept_zero = best
-        kept_integers[better] = integers[better].astype(np.uint8)
-        kept_scale[better] = scale[better]
-        kept_zero[better] = zero[better].astype(np.uint8)
-    assert best is not None
-    return best
+def pack(integers: npt.NDArray[np.uint8], scales: Float, zeros: Float | None, *, bits: int) -> Blocks:
+    """Blocks of integers (out, in / block_size, block_size), scales and zero points (out, in / block_size)."""
+    packed_zeros = None if zeros is None else _packed(zeros.astype(np.uint8), bits)
+    return Blocks(packed=_packed(integers, bits), scales=scales, zero_points=packed_zeros)
+
+
+def unpack(found: Blocks, *, bits: int, block_size: int) -> Float:
+    """The weights (out, in) that blocks stand for."""
+    rows, count = found.scales.shape
+    integers = _unpacked(found.packed, bits)
+    if found.zero_points is None:
+        zeros = np.full((rows, count), 1 << (bits - 1), np.uint8)
+    else:
+        zeros = _unpacked(found.zero_points, bits)[:, :count]
+    values: Float = (integers.astype(np.float32) - zeros[..., None]) * found.scales[..., None]
+    return values.reshape(rows, count * block_size)
+
+
+def _parts(weight: Float) -> list[slice]:
+    """Rows that are worked on at a time."""
+    rows, columns = weight.shape
+    at_once = max(1, _ELEMENTS_AT_ONCE // columns)
+    return [slice(start, start + at_once) for start in range(0, rows, at_once)]
+
+
+def _rounded(values: Float, scale: Float, zero: Float, bits: int) -> Float:
+    """Integers like `values` (rows, blocks, block_size); scale and zero point (rows, blocks)."""
+    found: Float = np.clip(np.rint(values / scale[..., None]) + zero[..., None], 0, (1 << bits) - 1)
+    return found
 
 
 def _symmetric(values: Float, bits: int, share: float) -> tuple[Float, Float]:
@@ -126,6 +158,12 @@ def _packed(integers: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]
     if integers.shape[-1] % 2:
         integers = np.concatenate([integers, np.zeros_like(integers[..., :1])], axis=-1)
     return np.ascontiguousarray(integers[..., 0::2] | (integers[..., 1::2] << 4))
+
+
+def _unpacked(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    if bits == 8:
+        return packed
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
 def block_size_for(columns: int, *, preferred: int) -> int | None:

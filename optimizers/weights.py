@@ -6,11 +6,16 @@
 A table that is also an output layer's weight (tied weights) is stored once and read by both. The block size is the
 largest power of two, up to the preferred one, that divides the input width. accuracy_level 4 lets the kernel
 multiply in int8, which is 4 times faster on CPUs than level 0.
+
+Methods: "rtn" rounds to the nearest; "gptq" and "awq" look at what calibration inputs bring to each layer, behind layers that are
+rounded already (error_feedback.py); "awq-gptq" does both. awq scales the inputs of layers that read a norm, into whose weight the
+scales go. Tables are always rounded to the nearest.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -18,7 +23,8 @@ import onnx_ir as ir
 
 from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
-from onnxpress.optimizers.base import PassContext, PassResult
+from onnxpress.optimizers.base import PassContext, PassResult, Stream
+from onnxpress.optimizers.error_feedback import blocks_with_feedback, channel_scales
 from onnxpress.optimizers.linear import (
     Linear,
     add_constant,
@@ -28,8 +34,17 @@ from onnxpress.optimizers.linear import (
     replace,
     replace_value,
 )
-from onnxpress.optimizers.rounding import block_size_for, blocks
+from onnxpress.optimizers.rounding import Blocks, Float, block_size_for, blocks
 
+METHODS = ("rtn", "gptq", "awq", "awq-gptq")
+# Constants that a norm's answers are proportional to, as places among its inputs.
+_NORMS = {
+    "SimplifiedLayerNormalization": (1,),
+    "SkipSimplifiedLayerNormalization": (2,),
+    "RMSNormalization": (1,),
+    "LayerNormalization": (1, 2),
+    "SkipLayerNormalization": (2, 3),
+}
 _SMALLEST_TABLE = 16384  # elements; below this a table's bytes do not matter
 
 
@@ -37,64 +52,135 @@ _SMALLEST_TABLE = 16384  # elements; below this a table's bytes do not matter
 class _WeightOnly:
     """block_size: the preferred block, a power of two from 16 on. minimum_elements: smaller weights stay in float.
 
-    search: each block's range is the one of the least squared error (it did not pay where it was measured,
-    docs/decisions/0011). symmetric: all zero points are the middle of the range;
-    otherwise each block of a linear layer that shares no table has its own.
+    method: of METHODS. search: each block's range is the one of the least squared error (docs/decisions/0011 says when it pays).
+    symmetric: all zero points are the middle of the range; otherwise each block of a linear layer that shares no table has its
+    own. table_bits: of embedding tables and the output layers that share them; 0 is as many as elsewhere.
     """
 
+    name: ClassVar[str]
     lossless: ClassVar[bool] = False
     bits: ClassVar[int]
     kept_bits: ClassVar[int | None] = None  # of the places in `context.keep`; None is float
 
     block_size: int = 128
     minimum_elements: int = 1024
+    method: str = "rtn"
     search: bool = False
     symmetric: bool = True
+    table_bits: int = 0
 
     def __post_init__(self) -> None:
         if self.block_size < 16 or self.block_size & (self.block_size - 1):
             raise RecipeError(f"A block size is a power of two from 16 on, not {self.block_size}.")
+        if self.method not in METHODS:
+            raise RecipeError(f"The pass {self.name} has the methods {', '.join(METHODS)}, not {self.method!r}.")
+        if self.table_bits not in (0, 4, 8):
+            raise RecipeError(f"table_bits is 4 or 8, or 0 for as many as elsewhere, not {self.table_bits}.")
 
     def apply(self, graph: Graph, context: PassContext) -> PassResult:
-        """Quantize the weights of every linear layer and embedding table; those in `context.keep` less, or not at all."""
+        """Quantize the weights of every linear layer and embedding table; those in `context.keep` less, or not at all.
 
-        def bits(name: str) -> int | None:
-            return self.kept_bits if name in context.keep else self.bits
-
+        Raises RecipeError where the method needs calibration inputs and the context has none.
+        """
         tied, touched = quantize_embeddings(
             graph,
-            bits=self.bits,
+            bits=self.table_bits or self.bits,
             preferred_block=self.block_size,
             keep=context.keep,
             kept_bits=self.kept_bits,
             search=self.search,
         )
         notes = list(tied.notes)
-        count = 0
+        calibrated = None if self.method == "rtn" else _Calibrated(self, graph, context)
+        count = scaled = 0
         for layer in linears(graph):
             tensor = layer.weight.const_value
-            wanted = bits(layer.name)
-            if wanted is None or tensor is None or tensor.size < self.minimum_elements:
+            bits = self.kept_bits if layer.name in context.keep else self.bits
+            if bits is None or tensor is None or tensor.size < self.minimum_elements:
                 continue
-            weight = np.ascontiguousarray(layer.weight_array().T)  # (out, in)
-            size = block_size_for(weight.shape[1], preferred=self.block_size)
+            width = tensor.shape.numpy()[1 if layer.transposed else 0]
+            size = block_size_for(width, preferred=self.block_size)
             if size is None:
-                notes.append(f"{layer.name}: no block size divides its input width {weight.shape[1]}; kept in float")
+                notes.append(f"{layer.name}: no block size divides its input width {width}; kept in float")
                 continue
-            found = blocks(weight, bits=wanted, block_size=size, search=self.search, symmetric=self.symmetric)
+            moments: Float | None = None
+            if calibrated is not None:
+                context.progress(f"{self.method}, {layer.name}")
+                scaled += calibrated.scale(layer, bits=bits, block_size=size)
+                moments = calibrated.moments(layer.x) if "gptq" in self.method else None
+            weight = np.ascontiguousarray(layer.weight_array().T)  # (out, in)
+            found = self.rounded(weight, moments, bits=bits, block_size=size)
             packed_value = add_constant(graph, f"{layer.name}_weight_blocks", found.packed)
             scales_value = add_constant(graph, f"{layer.name}_weight_scales", found.scales)
             zeros = None
             if found.zero_points is not None:
                 zeros = add_constant(graph, f"{layer.name}_weight_zero_points", found.zero_points)
-            _use_blocks(graph, layer, packed_value, scales_value, zeros, bits=wanted, block_size=size)
+            _use_blocks(graph, layer, packed_value, scales_value, zeros, bits=bits, block_size=size)
             touched += (layer.name,)
             count += 1
+        if "awq" in self.method:
+            notes.append(f"{scaled} norms carry scales of the channels behind them")
         drop_unused_constants(graph)
         graph.model.graph.opset_imports.setdefault("com.microsoft", 1)
-        summary = f"{count} linear layers, {tied.tables} embedding tables at {self.bits} bits"
+        summary = f"{count} linear layers at {self.bits} bits, {tied.tables} embedding tables at {self.table_bits or self.bits}"
         kept_as = "in float" if self.kept_bits is None else f"at {self.kept_bits} bits"
         return PassResult(graph=graph, changes=len(touched), notes=(summary, *notes), touched=touched, kept_as=kept_as)
+
+    def rounded(self, weight: Float, moments: Float | None, *, bits: int, block_size: int) -> Blocks:
+        """A weight (out, in) in blocks, with error feedback where the second moments of its inputs are given."""
+        if moments is None:
+            return blocks(weight, bits=bits, block_size=block_size, search=self.search, symmetric=self.symmetric)
+        return blocks_with_feedback(
+            weight, moments, bits=bits, block_size=block_size, search=self.search, symmetric=self.symmetric
+        )
+
+
+class _Calibrated:
+    """What calibration inputs say about the layers of a graph that is being quantized, from its first layer to its last."""
+
+    def __init__(self, options: _WeightOnly, graph: Graph, context: PassContext) -> None:
+        if context.stream is None:
+            raise RecipeError(
+                f"The method {options.method} needs calibration inputs, and none are at hand: choose the method rtn."
+            )
+        self._options = options
+        self._graph = graph
+        self._stream: Stream = context.stream(graph)
+        self._x: ir.Value | None = None
+        self._moments: Float = np.empty((0, 0), np.float32)
+
+    def scale(self, layer: Linear, *, bits: int, block_size: int) -> bool:
+        """Scale the inputs of a layer, and of all others that read the same, where that pays and a norm can carry it."""
+        x, norm = layer.x, layer.x.producer()
+        if "awq" not in self._options.method or x is self._x or norm is None or x is not norm.outputs[0]:
+            return False
+        readers = [other for other in linears(self._graph) if other.x is x]
+        carriers = [norm.inputs[place] for place in _NORMS.get(norm.op_type, ()) if place < len(norm.inputs)]
+        fixed = [carrier for carrier in carriers if carrier is not None and carrier.const_value is not None]
+        shared = any(len(reader.weight.uses()) > 1 for reader in readers)
+        if len(x.uses()) != len(readers) or not fixed or len(fixed) != len(carriers) or shared:
+            return False
+        weights = np.concatenate([reader.weight_array().T for reader in readers])
+        rounder = partial(self._options.rounded, moments=None, bits=bits, block_size=block_size)
+        scales = channel_scales(weights, self.moments(x), rounder, bits=bits, block_size=block_size)
+        if scales is None:
+            return False
+        for reader in readers:
+            weight = reader.weight_array() * scales[:, None]
+            reader.weight.const_value = ir.tensor(weight.T if reader.transposed else weight, name=reader.weight.name)
+        for place, carrier in zip(_NORMS[norm.op_type], fixed, strict=False):
+            assert carrier.const_value is not None
+            new = add_constant(self._graph, f"{carrier.name}_scaled", carrier.const_value.numpy() / scales)
+            norm.replace_input_with(place, new)
+        self._stream.divide(x, scales)
+        self._moments = self._moments / np.outer(scales, scales)
+        return True
+
+    def moments(self, x: ir.Value) -> Float:
+        """Second moments of a layer's inputs; those of the layer before where it reads the same."""
+        if x is not self._x:
+            self._moments, self._x = self._stream.second_moments(x), x
+        return self._moments
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,6 +101,10 @@ class KeyValueCache:
                 array[target, :, :length] = array[source, :, :length]
         self.tokens[target] = tokens
 
+    def truncate(self, row: int, length: int) -> None:
+        """Let a row forget its tokens from `length` on."""
+        del self.tokens[row][length:]
+
     def clear(self) -> None:
         """Forget everything; the memory stays reserved."""
         self.tokens = [[] for _ in self.tokens]

@@ -1,7 +1,7 @@
 """Language models: prompts or messages in, text out, in batches of unequal lengths or piece by piece.
 
 Life of a request: tokenize → row of the cache (what it holds of the prompt is not computed again) → the prompt in chunks,
-alone → one token a step, all rows together → detokenize → stop. A row that is done changes places with the last one
+alone → one token a step, all rows together, or several where their guesses come true → detokenize → stop. A row that is done changes places with the last one
 and keeps its tokens, in case the next prompt begins with them.
 """
 
@@ -21,6 +21,7 @@ from onnxpress.runtime.cache import KeyValueCache, common_prefix
 from onnxpress.runtime.chat_template import ChatTemplate
 from onnxpress.runtime.detokenizer import Detokenizer, StopStrings
 from onnxpress.runtime.model_step import ModelStep
+from onnxpress.runtime.prompt_lookup import LONGEST_GUESS, PromptLookup
 from onnxpress.runtime.sampler import Sampler, Sampling, top_logprobs
 from onnxpress.runtime.session import Session
 from onnxpress.runtime.tokenization import Tokenizer
@@ -82,6 +83,7 @@ class _Sequence:
     stops: StopStrings
     ends: frozenset[int]
     logprobs: int | None
+    lookup: PromptLookup | None
     answer: list[int] = field(default_factory=list)
     text: str = ""
     cached: int = 0
@@ -96,6 +98,8 @@ class _Sequence:
             own, top = top_logprobs(logits, token, self.logprobs)
             self.probabilities.append(TokenLogprob(token_id=token, logprob=own, top=top))
         self.answer.append(token)
+        if self.lookup is not None:
+            self.lookup.push(token)
         shown = self.stops.push(self.detokenizer.push(token))
         if self.stops.found is not None:
             return self._last("stop", shown)
@@ -148,6 +152,11 @@ class Generator:
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread whose stream is running
 
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids there are."""
+        return self._step.vocabulary
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt] | None = None,
@@ -178,6 +187,7 @@ class Generator:
         ignore_eos: bool = False,
         n: int = 1,
         logprobs: int | None = None,
+        prompt_lookup: int = 0,
         template_variables: Mapping[str, Json] | None = None,
         **sampling: Any,
     ) -> Iterator[Piece]:
@@ -185,8 +195,9 @@ class Generator:
 
         max_new_tokens: 256 where None, or what the context leaves. stop: strings that end an answer and are not part of it.
         stop_token_ids: beside the model's own end tokens, which ignore_eos switches off. n: answers to each prompt. logprobs: how
-        many of the likeliest tokens to name beside the chosen one. template_variables: for the chat template. sampling: the
-        fields of `Sampling`. Raises InputError at once, before anything is generated.
+        many of the likeliest tokens to name beside the chosen one. prompt_lookup: how many tokens to guess at a time from what the
+        text holds already, 0 for none; while a single answer is generated. template_variables: for the chat template. sampling:
+        the fields of `Sampling`. Raises InputError at once, before anything is generated.
         """
         known = set(Sampling.__dataclass_fields__)
         if unknown := sorted(set(sampling) - known):
@@ -197,6 +208,8 @@ class Generator:
             _check_count("max_new_tokens", max_new_tokens)
         if logprobs is not None and (not isinstance(logprobs, int) or logprobs < 0):
             raise InputError(f"logprobs is {logprobs!r}; it takes a whole number from 0 on.")
+        if type(prompt_lookup) is not int or not 0 <= prompt_lookup <= LONGEST_GUESS:
+            raise InputError(f"prompt_lookup is {prompt_lookup!r}; it takes a whole number from 0 to {LONGEST_GUESS}.")
         stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Sequence) else (stop,)
         if not all(isinstance(item, str) and item for item in stops):
             raise InputError("stop takes strings that are not empty.")
@@ -214,16 +227,30 @@ class Generator:
                         prompt=prompt,
                         limit=limit,
                         limit_reason=reason,
-                        sampler=Sampler(chosen, prompt, vocabulary=self._step.vocabulary, sample=sample),
+                        sampler=Sampler(chosen, prompt, vocabulary=self.vocabulary, sample=sample),
                         detokenizer=Detokenizer(self.tokenizer.inner, prompt),
                         stops=StopStrings(stops),
                         ends=ends,
                         logprobs=logprobs,
+                        lookup=PromptLookup(prompt, prompt_lookup) if prompt_lookup else None,
                     )
                 )
         for sequence in sequences:
             self._check_budget(sequence)
         return self._run(sequences)
+
+    def hidden_states(self, prompt: Prompt) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """float32 (tokens, hidden): the states that each of a prompt's logits are a projection of; nothing is kept.
+
+        Raises InputError, also for an artifact that was built without `hidden_states`.
+        """
+        if "hidden_states" not in self.session.output_names:
+            raise InputError("This artifact answers no hidden states: build it again with --hidden-states.")
+        ids = self._encode(0, prompt)
+        cache = KeyValueCache(self._cache.specs, context=self.context, budget=self._cache.budget)
+        step = ModelStep(self.session, cache, output="hidden_states")
+        parts = [ids[start : start + PROMPT_CHUNK] for start in range(0, len(ids), PROMPT_CHUNK)]
+        return np.concatenate([step.run(0, [part], answers=[len(part)]).copy() for part in parts])
 
     def reset(self) -> None:
         """Forget all prompts and answers that are in the cache."""
@@ -251,14 +278,35 @@ class Generator:
                 yield self._begin(waiting.popleft(), active)
             if not active:
                 continue
-            logits = self._step.run(0, [[sequence.answer[-1]] for sequence in active])
-            pieces = [sequence.take(row) for sequence, row in zip(active, logits, strict=True)]
+            if len(active) == 1:
+                pieces = self._step_alone(active[0])
+                yield from pieces[:-1]
+                pieces = pieces[-1:]
+            else:
+                logits = self._step.run(0, [[sequence.answer[-1]] for sequence in active])
+                pieces = [sequence.take(row) for sequence, row in zip(active, logits, strict=True)]
             for row in reversed(range(len(active))):
                 if pieces[row].generation is not None:
                     self._cache.swap(row, len(active) - 1)
                     active[row] = active[-1]
                     active.pop()
             yield from pieces
+
+    def _step_alone(self, sequence: _Sequence) -> list[Piece]:
+        """The next token of the only sequence, and those after it that were guessed."""
+        guess = sequence.lookup.guess() if sequence.lookup is not None else []
+        guess = guess[: sequence.limit - len(sequence.answer) - 1]
+        known = len(sequence.prompt) + len(sequence.answer) - 1
+        logits = self._step.run(0, [[sequence.answer[-1], *guess]], answers=[1 + len(guess)])
+        pieces = [sequence.take(logits[0])]
+        while pieces[-1].generation is None and len(pieces) <= len(guess):
+            if sequence.answer[-1] != guess[len(pieces) - 1]:
+                break
+            pieces.append(sequence.take(logits[len(pieces)]))
+        self._cache.truncate(0, known + len(pieces))
+        if sequence.lookup is not None and guess:
+            sequence.lookup.judge(len(guess), len(pieces) - 1)
+        return pieces
 
     def _begin(self, sequence: _Sequence, active: list[_Sequence]) -> Piece:
         """Read a prompt into the row after the active ones; the sequence joins them unless its first token is its last."""
@@ -350,11 +398,9 @@ class Generator:
     def _checked(self, index: int, ids: list[int]) -> list[int]:
         if not ids:
             raise InputError(f"Prompt {index} has no tokens.")
-        outside = [token for token in ids if not 0 <= token < self._step.vocabulary]
+        outside = [token for token in ids if not 0 <= token < self.vocabulary]
         if outside:
-            raise InputError(
-                f"Prompt {index} has the token id {outside[0]}; the model has 0 to {self._step.vocabulary - 1}."
-            )
+            raise InputError(f"Prompt {index} has the token id {outside[0]}; the model has 0 to {self.vocabulary - 1}.")
         return ids
 
     def _encode_messages(self, index: int, conversation: Any, variables: Mapping[str, Json]) -> list[int]:

@@ -17,9 +17,12 @@ from onnxpress.runtime.session import Binding, Session
 
 
 class ModelStep:
-    """Runs a language model's graph with past and present in the cache's own buffers. Not for several threads at once."""
+    """Runs a language model's graph with past and present in the cache's own buffers. Not for several threads at once.
 
-    def __init__(self, session: Session, cache: KeyValueCache) -> None:
+    output: what `run` answers with, "logits" or "hidden_states".
+    """
+
+    def __init__(self, session: Session, cache: KeyValueCache, *, output: str = "logits") -> None:
         specs = {spec.name: spec for spec in session.signature.inputs}
         bounds = specs["input_ids"].bounds
         assert bounds is not None
@@ -28,13 +31,14 @@ class ModelStep:
         self._session = session
         self._key: tuple[Any, ...] = ()
         self._inputs: dict[str, npt.NDArray[Any]] = {}
-        self._logits: npt.NDArray[np.float32] = np.empty((0, 0), np.float32)
+        self._output = next(spec for spec in session.signature.outputs if spec.name == output)
+        self._answers: npt.NDArray[np.float32] = np.empty((0, 0), np.float32)
         self._binding: Binding | None = None
 
     def run(
         self, first: int, tokens: Sequence[Sequence[int]], answers: Sequence[int] | None = None
     ) -> npt.NDArray[np.float32]:
-        """Logits (answers, vocabulary) after new tokens of the rows first, first + 1, …, whose cache they join.
+        """Logits (answers, vocabulary), or hidden states, after new tokens of the rows first, first + 1, …, whose cache they join.
 
         answers: after how many of each row's last tokens to answer; one where None. The array is valid until the next
         step. Raises InputError for tokens that the model does not have, and beyond its context.
@@ -74,7 +78,7 @@ class ModelStep:
         self._binding.run(check=False)  # checked above, and the cache is our own
         for row, new in enumerate(tokens):
             self.cache.tokens[first + row].extend(new)
-        return self._logits
+        return self._answers
 
     def _bind(self, first: int, rows: int, length: int, answers: int) -> None:
         """Buffers for a step of this shape; those of the step before are used again where they fit."""
@@ -89,11 +93,11 @@ class ModelStep:
             "lengths": np.zeros(rows, np.int32),
             "logit_indices": np.zeros(answers, np.int64),
         }
-        self._logits = np.zeros((answers, self.vocabulary), np.float32)
+        self._answers = np.zeros((answers, int(self._output.shape[-1])), np.float32)
         self._binding = binding = self._session.binding()
         for name, array in self._inputs.items():
             binding.bind_input(name, array)
-        binding.bind_output("logits", self._logits)
+        binding.bind_output(self._output.name, self._answers)
         for name, array in self.cache.arrays.items():
             view = array[first : first + rows]
             binding.bind_input(name, view)

@@ -117,7 +117,7 @@ def test_the_model_is_as_before_when_the_export_fails(monkeypatch: pytest.Monkey
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("in the middle of a trace")
 
-    monkeypatch.setattr("onnxpress.exporters.decoder_operators.symbolic_multi_out", broken)
+    monkeypatch.setattr("onnxpress.exporters.decoder_operators.symbolic", broken)
     with pytest.raises(ConversionError, match="in the middle of a trace"):
         export_causal_lm(model, found, context=CONTEXT)
     assert torch.equal(model(input_ids=ids).logits, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_decoders import ARCHITECTURES, CONTEXT, make_model
@@ -64,6 +65,20 @@ def test_prompts_chunks_and_steps_answer_like_pytorch(name: str, tmp_path: Path)
     assert operators["com.microsoft::GroupQueryAttention"] == 2
     if name in ("llama", "qwen2", "mistral"):  # nothing between the projections and the operators
         assert "Transpose" not in operators
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "cohere"])
+def test_hidden_states_are_those_of_the_last_layer(name: str, tmp_path: Path) -> None:
+    model = make_model(name)
+    graph = export_causal_lm(model, learn(model, positions=CONTEXT), context=CONTEXT, hidden_states=True)
+    save(graph, tmp_path / "model.onnx")
+    session = Session(tmp_path / "model.onnx", signature=graph.signature)
+    cache = KeyValueCache(graph.signature.inputs, context=CONTEXT, budget=2**28)
+    ids = list(range(2, 30))
+    step = ModelStep(session, cache, output="hidden_states")
+    found = np.concatenate([step.run(0, [part], [len(part)]).copy() for part in (ids[:20], ids[20:])])
+    expected = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0].detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 
 def test_tied_embeddings_are_stored_once() -> None:

