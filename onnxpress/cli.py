@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     build.add_argument("--precision", help="fp32, int8, int8-dynamic, int8-weights, int4-weights, fp16, bf16")
     build.add_argument("--out", type=Path, help="folder of the artifact (default: artifacts/NAME)")
+    build.add_argument("--cache", choices=("fp32", "int8"), help="of a language model's keys and values (default fp32)")
     build.add_argument("--name", help="name of the artifact")
     build.add_argument("--budget", help='what quality it may cost: "0.5%%" (relative) or "0.99" (absolute)')
     build.add_argument("--eval", dest="file", help="your samples: csv, tsv or jsonl, with or without labels")
@@ -199,7 +200,19 @@ def _build(options: argparse.Namespace) -> int:
     from onnxpress.pipeline import build
 
     keys = (
-        *("task", "target", "precision", "name", "budget", "file", "calibration", "only", "keep_all", "max_length"),
+        *(
+            "task",
+            "target",
+            "precision",
+            "cache",
+            "name",
+            "budget",
+            "file",
+            "calibration",
+            "only",
+            "keep_all",
+            "max_length",
+        ),
         *("adapter", "hidden_states", "revision", "trust_remote_code", "measure"),
     )
     chosen = {key: getattr(options, key) for key in keys}

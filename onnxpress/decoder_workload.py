@@ -16,6 +16,7 @@ from onnxpress import evaluation, metrics
 from onnxpress.errors import RecipeError
 from onnxpress.manifest import Arrays, Json, Runnable, Signature
 from onnxpress.runtime.cache import PAST
+from onnxpress.runtime.session import Session
 from onnxpress.runtime.tokenization import Tokenizer
 from onnxpress.workload import Answers
 
@@ -92,7 +93,7 @@ class DecoderWorkload:
         """Logits (positions, vocabulary) of each text."""
         found = []
         for window, asked in self.questions():
-            feeds = self._feeds([window], [asked])
+            feeds = self._feeds([window], [asked], runnable)
             found.append({"logits": runnable.run({name: feeds[name] for name in runnable.input_names})["logits"]})
         return found
 
@@ -113,28 +114,28 @@ class DecoderWorkload:
         for start in range(0, len(windows), _BATCH):
             group = windows[start : start + _BATCH]
             last = [np.array([len(window) - 1]) for window in group]
-            together += list(runnable.run(self._feeds(group, last))["logits"])
-            alone += [runnable.run(self._feeds([window], [index]))["logits"][0] for window, index in zip(group, last, strict=True)]  # fmt: skip
+            together += list(runnable.run(self._feeds(group, last, runnable))["logits"])
+            alone += [runnable.run(self._feeds([window], [index], runnable))["logits"][0] for window, index in zip(group, last, strict=True)]  # fmt: skip
         return evaluation.batch_dependence([{"logits": row} for row in alone], [{"logits": row} for row in together])
 
-    def timing(self) -> dict[tuple[int, ...], Arrays]:
+    def timing(self, runnable: Runnable) -> dict[tuple[int, ...], Arrays]:
         """A prompt, and a single token after it; keyed by (batch, new tokens)."""
         length = min(_PROMPT, self._context - 1)
         random = np.random.default_rng(0)
         prompt = random.integers(0, self._vocabulary, length).tolist()
         return {
-            (1, length): self._feeds([prompt], [np.array([length - 1])]),
-            (1, 1): self._feeds([prompt[:1]], [np.array([0])], past=length),
+            (1, length): self._feeds([prompt], [np.array([length - 1])], runnable),
+            (1, 1): self._feeds([prompt[:1]], [np.array([0])], runnable, past=length),
         }
 
-    def golden(self) -> dict[str, Arrays]:
+    def golden(self, runnable: Runnable) -> dict[str, Arrays]:
         """Two prompts of unequal lengths in a batch, and single tokens after a made-up past."""
         windows = [window[:12] for window in self._evaluation[:2]]
         tokens = [window[:1] for window in windows]
         past = min(8, self._context - 1)
         return {
-            "prompts": self._feeds(windows, [np.array([len(window) - 1]) for window in windows]),
-            "tokens": self._feeds(tokens, [np.array([0])] * len(tokens), past=past),
+            "prompts": self._feeds(windows, [np.array([len(window) - 1]) for window in windows], runnable),
+            "tokens": self._feeds(tokens, [np.array([0])] * len(tokens), runnable, past=past),
         }
 
     def _asked(self, window: list[int]) -> np.ndarray:
@@ -150,8 +151,13 @@ class DecoderWorkload:
         total = top + np.log(np.exp(logits - top[:, None]).sum(-1))
         return float(np.exp(np.mean(total - logits[np.arange(len(logits)), self._next])))
 
-    def _feeds(self, rows: list[list[int]], asked: list[np.ndarray], past: int = 0) -> Arrays:
-        """The graph's inputs for new tokens of each row; `past` tokens of random keys and values before them."""
+    def _feeds(
+        self, rows: list[list[int]], asked: list[np.ndarray], runnable: Runnable | None = None, past: int = 0
+    ) -> Arrays:
+        """The graph's inputs for new tokens of each row; `past` tokens of random keys and values before them.
+
+        runnable: whose cache they suit, the export's where None.
+        """
         length = max(map(len, rows))
         ids = np.zeros((len(rows), length), np.int64)
         for row, tokens in enumerate(rows):
@@ -164,11 +170,13 @@ class DecoderWorkload:
             "lengths": np.array([len(tokens) for tokens in rows], np.int32),
             "logit_indices": np.concatenate([row * length + index for row, index in enumerate(asked)]),
         }
-        for spec in self._signature.inputs:
+        signature = runnable.signature if isinstance(runnable, Session) else self._signature
+        for spec in signature.inputs:
             if spec.name.startswith(PAST):
                 shape = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in spec.shape)
                 cache = np.zeros(shape, spec.dtype)
-                cache[:, :, :past] = random.standard_normal((*shape[:2], past, shape[3]))
+                numbers = random.standard_normal((*shape[:2], past, shape[3]))
+                cache[:, :, :past] = numbers if cache.dtype.kind == "f" else (32 * numbers).clip(-127, 127)
                 feeds[spec.name] = cache
         return feeds
 

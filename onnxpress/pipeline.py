@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 
 MINIMUM_ONNXRUNTIME = "1.30"
 _MINIMUM_FOR_GENERATION = "1.32"  # GroupQueryAttention with query_seqlens
+_INT8_CACHE = "int8-cache"  # of the lossy passes the one that leaves the weights alone
 _SLOWER = 1.05  # a pass must not take more than this share of the time before it
 _NOISE_MS = 0.05  # differences below this are the clock's
 _PARITY_CACHE = 2**32  # bytes of keys and values while a graph is compared
@@ -127,6 +128,8 @@ def _build(recipe: Recipe, folder: Path, given: _Given, report: terminal.Progres
         report.step("export")
         exported = _export(recipe, given)
         _copy_tokenizer(exported, writer.folder)
+        if recipe.build.cache != "fp32" and not _generates(exported):
+            raise RecipeError(f"A cache of {recipe.build.cache} was asked for; {exported.name} is no language model.")
         workload = _workload(recipe, exported, writer.folder, evaluation_file, calibration_file)
         budget = evaluation.budget_for(
             workload.task,
@@ -154,7 +157,7 @@ def _build(recipe: Recipe, folder: Path, given: _Given, report: terminal.Progres
         report.step("golden outputs")
         save(press.graph, writer.folder / "model.onnx")
         tolerance = write_golden(
-            writer.folder / "golden.safetensors", press.session, workload.golden(), exact=press.exact
+            writer.folder / "golden.safetensors", press.session, workload.golden(press.session), exact=press.exact
         )
         options: dict[str, Json] = {**exported.options, "golden_tolerance": tolerance}
         session_options: dict[str, Json] = {"disabled_optimizers": list(facts.disabled_optimizers)}
@@ -332,20 +335,22 @@ class _Press:
         row["batch_cosine"] = _rounded(judgement.batch_cosine)
         row["metrics"] = {name: _rounded(value) for name, value in judgement.metrics.items()}
         slower = self._slower(step, RowByRow(session) if rows_alone else session)
-        if slower and not self._explicit:
+        if slower and not self._explicit(step):
             self._record(row, status="undone", reason=slower)
             return
         self._take(row, result.graph, session, status=status, reason=f"{reason}; {slower}" if slower else reason)
-        self.precision, self.exact, self.rows_alone = step.name, False, rows_alone
+        self.exact, self.rows_alone = False, rows_alone
+        if step.name != _INT8_CACHE:
+            self.precision = step.name
 
-    @property
-    def _explicit(self) -> bool:
+    def _explicit(self, step: Pass) -> bool:
+        """Whether the recipe asks for a lossy pass by name."""
         build = self._recipe.build
-        return build.keep_all or build.precision is not None or bool(build.only)
+        return build.keep_all or build.precision is not None or bool(build.only) or step.name == _INT8_CACHE
 
     def _refuse(self, step: Pass, row: Mapping[str, Json]) -> None:
         """A precision that was asked for by name is never left out in silence."""
-        if self._explicit:
+        if self._explicit(step):
             why = "; ".join([row["reason"], *row["notes"]])
             raise BudgetError(
                 f"The pass {step.name} was asked for and cannot be kept: {why}. Allow more with --budget, choose "
@@ -356,7 +361,7 @@ class _Press:
         """Why a pass does not pay, or nothing. Records the times."""
         if not self._recipe.build.measure or not self._bench.on_target:
             return ""
-        rows = self._bench.compare(self.session, session, self._gate.workload.timing())
+        rows = self._bench.compare(self.session, session, self._gate.workload.timing)
         before = sum(times[0] for times in rows.values())
         after = sum(times[1] for times in rows.values())
         self.measured.append(
@@ -487,8 +492,9 @@ def _is_labelled(workload: Workload) -> bool:
 
 def _latency(workload: Workload, systems: Mapping[str, Runnable]) -> list[dict[str, Json]]:
     rows: list[dict[str, Json]] = []
-    for shape, feeds in workload.timing().items():
-        times = alternate({name: partial(runnable.run, feeds) for name, runnable in systems.items()}, rounds=3)
+    given = {name: (runnable, workload.timing(runnable)) for name, runnable in systems.items()}
+    for shape in next(iter(given.values()))[1]:
+        times = alternate({name: partial(item.run, feeds[shape]) for name, (item, feeds) in given.items()}, rounds=3)
         for name, milliseconds in times.items():
             row = {"system": name, "batch": shape[0], "length": shape[1] if len(shape) > 1 else None}
             rows.append({**row, "shape": list(shape), "median_ms": round(milliseconds, 4)})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -64,12 +64,13 @@ class Workbench:
         return session
 
     def compare(
-        self, before: Runnable, after: Runnable, inputs: Mapping[tuple[int, ...], Arrays]
+        self, before: Runnable, after: Runnable, inputs: Callable[[Runnable], Mapping[tuple[int, ...], Arrays]]
     ) -> dict[tuple[int, ...], tuple[float, float]]:
         """Median milliseconds (before, after) of each input, the two taking turns."""
         rows = {}
-        for shape, feeds in inputs.items():
-            tasks = {"before": partial(before.run, feeds), "after": partial(after.run, feeds)}
+        given = {"before": (before, inputs(before)), "after": (after, inputs(after))}
+        for shape in inputs(before):
+            tasks = {name: partial(runnable.run, feeds[shape]) for name, (runnable, feeds) in given.items()}
             times = alternate(tasks)
             rows[shape] = (times["before"], times["after"])
         return rows

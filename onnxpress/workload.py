@@ -57,12 +57,12 @@ class Workload(Protocol):
         """Mean cosine between answers alone and in batches."""
         ...
 
-    def timing(self) -> dict[tuple[int, ...], Arrays]:
-        """Inputs to time, by (batch, length) or another shape that tells them apart."""
+    def timing(self, runnable: Runnable) -> dict[tuple[int, ...], Arrays]:
+        """Inputs to time a runnable with, by (batch, length) or another shape that tells them apart."""
         ...
 
-    def golden(self) -> dict[str, Arrays]:
-        """Inputs that the artifact keeps with their outputs."""
+    def golden(self, runnable: Runnable) -> dict[str, Arrays]:
+        """Inputs that the artifact keeps with the runnable's outputs."""
         ...
 
 
@@ -162,13 +162,13 @@ class TextWorkload:
         regression = self._options.get("problem_type") == "regression"
         return evaluation.batch_dependence(alone, batched, numbers=regression)
 
-    def timing(self) -> dict[tuple[int, ...], Arrays]:
+    def timing(self, runnable: Runnable) -> dict[tuple[int, ...], Arrays]:
         """Token ids of a few batches and lengths, no padding, as far as the model's maximum allows."""
         longest = min(int(self._options["max_length"]), self._signature.axes["length"][1])
         shapes = dict.fromkeys((batch, min(length, longest)) for batch, length in _SHAPES)
         return {shape: random_tokens(self._signature, *shape) for shape in shapes}
 
-    def golden(self) -> dict[str, Arrays]:
+    def golden(self, runnable: Runnable) -> dict[str, Arrays]:
         """One sample alone, and the next four, of unequal lengths, in a padded batch."""
         first, others = self._evaluation[:1], self._evaluation[1:5]
         return {"single": self._feeds(first)} | ({"batch": self._feeds(others)} if others else {})
@@ -242,12 +242,12 @@ class ModuleWorkload:
         batched = [{name: array[row] for name, array in together.items()} for row in range(rows)]
         return evaluation.batch_dependence(alone, batched, numbers=True)
 
-    def timing(self) -> dict[tuple[int, ...], Arrays]:
+    def timing(self, runnable: Runnable) -> dict[tuple[int, ...], Arrays]:
         """The example's own shape."""
         first = next(iter(self._example.values()))
         return {tuple(first.shape): self._draw(0)}
 
-    def golden(self) -> dict[str, Arrays]:
+    def golden(self, runnable: Runnable) -> dict[str, Arrays]:
         """Two random inputs."""
         return {"first": self._draw(0), "second": self._draw(1)}
 

