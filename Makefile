@@ -48,16 +48,16 @@ build: $(VENV)/.demo ## build models/MODEL/recipe.toml into OUT/MODEL
 	@test -f models/$(MODEL)/recipe.toml || { echo "models/$(MODEL)/recipe.toml does not exist; there are: $$(ls models)"; exit 2; }
 	@$(BIN)/onnxpress build models/$(MODEL)/recipe.toml --out $(OUT)/$(MODEL)
 
-test: $(VENV)/.dev ## all tests
+test: $(VENV)/.dev ## all tests, the files side by side on all cores
 	@echo "== pytest"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-oldest: ## all tests with the oldest supported versions, in an environment of their own
 	@test -n "$(PYTHON)" || { echo "onnxpress needs Python 3.11 or newer"; exit 2; }
 	@echo "== making .venv-oldest"
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	@.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[build,cpu,demo,dev]'
-	@.venv-oldest/bin/python -m pytest -m "not venv and not newest"
+	@.venv-oldest/bin/python -m pytest -n auto --dist loadfile -m "not venv and not newest"
 
 check: $(VENV)/.dev ## ruff and mypy
 	@$(BIN)/ruff check .

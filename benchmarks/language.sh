@@ -27,6 +27,8 @@ for shape in smollm2-135m qwen2.5-0.5b; do
   done
   "$python" benchmarks/language_speed.py --model ".bench-cache/shapes/$shape" --artifact "${artifacts[@]}" \
     --rounds "$rounds" --json ".bench-cache/language_speed_$shape.json"
+  "$python" benchmarks/language_load.py --model ".bench-cache/shapes/$shape" --artifact "${artifacts[@]}" \
+    --rounds "$rounds" --json ".bench-cache/language_load_$shape.json"
 done
 "$python" benchmarks/language_serving.py --artifact "$out/qwen2.5-0.5b-int4-weights" --rounds "$rounds" \
   --json .bench-cache/language_serving.json

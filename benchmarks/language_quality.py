@@ -2,8 +2,8 @@
 
     python benchmarks/language_quality.py --model FOLDER [--json FILE]
 
-FOLDER is what benchmarks/train_language_model.py writes, its held_out.txt included. Every form of our passes is applied to
-one export and judged against the original in fp32, beside llama.cpp's Q4_0 and Q4_K_M and onnxruntime-genai's int4 of the
+FOLDER is what benchmarks/train_language_model.py writes, its held_out.txt and calibration.txt (part of what it was trained on)
+included. Every form of our passes is applied to one export and judged against the original in fp32, beside llama.cpp's Q4_0 and Q4_K_M and onnxruntime-genai's int4 of the
 same model, which answer the same tokens in their own environments.
 """
 
@@ -12,7 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import sys
 import tempfile
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ import numpy as np
 import report
 import turns
 
+from onnxpress.activation_stream import ActivationStream
+from onnxpress.calibration import Calibration
 from onnxpress.decoder_workload import DecoderWorkload
 from onnxpress.exporters import export
 from onnxpress.machine import cpu_target
@@ -29,18 +34,31 @@ from onnxpress.optimizers.targets import target
 from onnxpress.workbench import Workbench
 
 LOSSLESS = ("fuse-skip-norm", "fuse-rotary", "pack-projections")
-FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "int8-dynamic": ("int8-dynamic", {}),
-    "int8-weights, block 128": ("int8-weights", {"block_size": 128}),
+_INT4: dict[str, dict[str, Any]] = {
+    "rtn": {},
+    "gptq": {"method": "gptq"},
+    "rtn, table at 8 bits": {"table_bits": 8},
+    "gptq, table at 8 bits": {"method": "gptq", "table_bits": 8},
+}
+_ALSO: dict[str, dict[str, Any]] = {  # at the smallest and the largest block
+    "rtn, searched": {"search": True},
+    "rtn, zero points": {"symmetric": False},
+    "awq": {"method": "awq"},
+    "awq-gptq": {"method": "awq-gptq"},
+    "gptq, searched": {"method": "gptq", "search": True},
+    "gptq, zero points": {"method": "gptq", "symmetric": False},
+}
+_CACHE = ("int8-cache", dict[str, Any]())
+FORMS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "int8-dynamic": [("int8-dynamic", {})],
+    "int8-weights, block 128": [("int8-weights", {"block_size": 128})],
     **{
-        f"int4-weights, block {size}, {'searched' if search else 'plain'}, {'symmetric' if symmetric else 'zero points'}": (
-            "int4-weights",
-            {"block_size": size, "search": search, "symmetric": symmetric},
-        )
+        f"int4-weights, block {size}, {name}": [("int4-weights", {"block_size": size, **options})]
         for size in (32, 64, 128)
-        for search in (False, True)
-        for symmetric in (True, False)
+        for name, options in (_INT4 if size == 64 else {**_INT4, **_ALSO}).items()
     },
+    "fp32, int8 cache": [_CACHE],
+    "int4-weights, block 32, rtn, int8 cache": [("int4-weights", {"block_size": 32}), _CACHE],
 }
 PEERS = {
     "llama.cpp Q4_0": ("llama_cpp", "llama_cpp_logits.py", "q4_0"),
@@ -64,6 +82,7 @@ def main() -> None:
         options=exported.options,
         tokenizer_folder=arguments.model,
         file=arguments.model / "held_out.txt",
+        calibration=arguments.model / "calibration.txt",
         samples=64,
     )
     reference = workload.answers(exported.reference)
@@ -74,8 +93,16 @@ def main() -> None:
         graph = exported.graph.clone()
         for name in LOSSLESS:
             graph = make_pass(name).apply(graph, context).graph
-        for name, (step, options) in FORMS.items():
-            pressed = make_pass(step, options).apply(graph.clone(), context).graph
+        context = PassContext(
+            target=context.target,
+            observe=Calibration(bench.open, workload.calibration),
+            stream=partial(ActivationStream, open_session=bench.open, inputs=workload.calibration),
+        )
+        for name, steps in FORMS.items():
+            started, pressed = time.perf_counter(), graph.clone()
+            for step, options in steps:
+                pressed = make_pass(step, options).apply(pressed, context).graph
+            print(f"{name}: {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
             found[name] = workload.metrics(reference, workload.answers(bench.open(pressed)))
             found[name]["MB"] = pressed.weight_bytes() / 1e6
         for name, (environment, script, kind) in PEERS.items():

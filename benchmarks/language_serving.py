@@ -1,15 +1,17 @@
-"""A language model's artifact alone: load time and memory, batches of unequal prompts, and the second turn of a chat.
+"""A language model's artifact alone: batches of unequal prompts, the second turn of a chat, and steps of several tokens.
 
     python benchmarks/language_serving.py --artifact DIR [--rounds 5] [--json FILE]
 
 Batches: 4 and 16 prompts of 16 to 128 random tokens in one call, 32 new tokens each, against the same prompts one after the other;
 total new tokens a second, and how many answers are the same token for token. Second turn: the time to the first token after a
-history of 900 tokens and 20 new ones, with the history in the cache and without.
+history of 900 tokens and 20 new ones, with the history in the cache and without. Steps: what one over several tokens of a text takes,
+beside one over a single token, 128 tokens into the text: what guesses (prompt lookup) cost, and could gain if all came true.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,8 @@ import report
 
 import onnxpress
 from onnxpress.runtime import Generator
+from onnxpress.runtime.cache import KeyValueCache
+from onnxpress.runtime.model_step import ModelStep
 
 NEW, HISTORY, TURN = 32, 900, 20
 
@@ -31,13 +35,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     machine = report.facts()
-    before, started = resident(), time.perf_counter()
     generator = onnxpress.load(arguments.artifact, verify=False)
     assert isinstance(generator, Generator), f"{arguments.artifact} is no language model"
-    loaded = time.perf_counter() - started
     generator.generate([[5, 6, 7]], max_new_tokens=2)
     rows: dict[str, list[float]] = {}
-    memory = resident() - before
     random = np.random.default_rng(0)
     same: dict[int, list[int]] = {4: [], 16: []}
     for _ in range(arguments.rounds):
@@ -63,16 +64,14 @@ def main() -> None:
         seconds, answers = timed(lambda turn=turn: generator.generate([turn], max_new_tokens=1, ignore_eos=True))
         assert answers[0].cached_tokens == HISTORY
         rows.setdefault("second turn, history in the cache, s", []).append(seconds)
+        for count, seconds in steps(generator, history[:128]).items():
+            rows.setdefault(f"step of {count} tokens, ms", []).append(1000 * seconds)
     table = {name: [report.spread(values)] for name, values in rows.items()}
-    table["load, s"] = [f"{loaded:.2f}"]
-    table["memory after loading and one answer, MiB"] = [f"{memory:.0f}"]
     for count, equal in same.items():
         table[f"{count} prompts: equal answers, together and alone"] = [f"{sum(equal)} of {count * len(equal)}"]
     report.show(arguments.artifact.name, table, [""])
     report.show_machine(machine)
-    report.save(
-        arguments.json, {"machine": machine, "rounds": rows, "loaded": loaded, "memory_mib": memory, "equal": same}
-    )
+    report.save(arguments.json, {"machine": machine, "rounds": rows, "equal": same})
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -83,12 +82,21 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, answer
 
 
-def resident() -> float:
-    """Resident memory of this process in MiB (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) / 1024
-    return 0.0
+def steps(generator: Generator, prompt: list[int]) -> dict[int, float]:
+    """Median seconds of a step of so many tokens, each of them answered, after the prompt."""
+    cache = KeyValueCache(generator.session.signature.inputs, context=generator.context, budget=2**30)
+    step = ModelStep(generator.session, cache)
+    step.run(0, [prompt])
+    found: dict[int, float] = {}
+    for count in (1, 2, 3, 5, 9):
+        times = []
+        for _ in range(12):
+            start = time.perf_counter()
+            step.run(0, [prompt[:count]], [count])
+            times.append(time.perf_counter() - start)
+            cache.truncate(0, len(prompt))
+        found[count] = statistics.median(times[2:])
+    return found
 
 
 if __name__ == "__main__":

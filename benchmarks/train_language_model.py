@@ -3,7 +3,7 @@
     python benchmarks/train_language_model.py --data FOLDER --out FOLDER [--steps 1500]
 
 The folder has lm_wikitext2/valid.txt and lm_tinyshakespeare/input.txt. Of each the last tenth is kept from training, as
-FOLDER/held_out.txt. 14.7 M parameters, a byte-level BPE tokenizer of 4,096 tokens trained on the same text, fixed seeds. Rerun
+held_out.txt; calibration.txt is part of what it is trained on. 14.7 M parameters, a byte-level BPE tokenizer of 4,096 tokens trained on the same text, fixed seeds. Rerun
 with the same arguments it goes on from its last checkpoint.
 """
 
@@ -34,6 +34,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     train_text, held_out = split_texts([arguments.data / name for name in FILES])
     (arguments.out / "held_out.txt").write_text(held_out, encoding="utf-8")
+    (arguments.out / "calibration.txt").write_text(excerpts(train_text), encoding="utf-8")
     tokenizer = train_tokenizer(train_text)
     tokenizer.save_pretrained(arguments.out)
     tokens = torch.tensor(tokenizer(train_text)["input_ids"])
@@ -65,6 +66,12 @@ def split_texts(paths: list[Path]) -> tuple[str, str]:
         train += text[:cut]
         held_out += text[cut:]
     return train, held_out
+
+
+def excerpts(text: str) -> str:
+    """Forty pieces of 5,000 characters from all over a text, each from the beginning of a line."""
+    starts = [text.index("\n", len(text) * part // 41) + 1 for part in range(40)]
+    return "".join(text[start : start + 5000] for start in starts)
 
 
 def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
