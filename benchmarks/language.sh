@@ -30,5 +30,6 @@ for shape in smollm2-135m qwen2.5-0.5b; do
   "$python" benchmarks/language_load.py --model ".bench-cache/shapes/$shape" --artifact "${artifacts[@]}" \
     --rounds "$rounds" --json ".bench-cache/language_load_$shape.json"
 done
+"$python" benchmarks/language_roofline.py --artifact "$out/qwen2.5-0.5b-int4-weights" --json .bench-cache/language_roofline.json
 "$python" benchmarks/language_serving.py --artifact "$out/qwen2.5-0.5b-int4-weights" --rounds "$rounds" \
   --json .bench-cache/language_serving.json

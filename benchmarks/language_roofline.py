@@ -1,0 +1,128 @@
+"""How near decoding comes to the memory's bandwidth, and what takes the time: one language model's artifact alone.
+
+    python benchmarks/language_roofline.py --artifact DIR [--past 128 1024] [--json FILE]
+
+The roof is how fast this machine's threads read memory that no cache holds (numpy's maximum over 256 MiB, the best of 20). A step of
+decoding has to read every weight once (but for a table that only embeds, and is not the output layer too): bytes of the weights over
+the step's time is its bandwidth. ONNX Runtime's profiler then says
+how the time is spent; it adds some.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import report
+from measure import THREADS
+
+from onnxpress.artifact import Artifact
+from onnxpress.runtime.cache import KeyValueCache
+from onnxpress.runtime.loading import open_session
+from onnxpress.runtime.model_step import ModelStep
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--artifact", type=Path, required=True)
+    parser.add_argument("--past", type=int, nargs="+", default=(128, 1024))
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    machine = report.facts()
+    artifact = Artifact.open(arguments.artifact)
+    weights = sum(entry.size for name, entry in artifact.manifest.files.items() if name.startswith("model.onnx"))
+    roof = read_bandwidth()
+    session = open_session(artifact)
+    figures: dict[str, Any] = {"roof": roof, "weight_bytes": weights}
+    rows: dict[str, list[str]] = {"reading memory": ["", f"{roof / 1e9:.1f}", ""]}
+    for past in arguments.past:
+        cache = KeyValueCache(session.signature.inputs, context=session.signature.axes["length"][1], budget=2**31)
+        step = ModelStep(session, cache)
+        step.run(0, [np.random.default_rng(0).integers(5, 4000, past).tolist()])
+        time.sleep(0.3)
+        seconds = statistics.median(timed(step, cache, past) for _ in range(30))
+        figures[f"step after {past}"] = seconds
+        rows[f"step after {past} tokens"] = [
+            f"{1000 * seconds:.2f}",
+            f"{weights / seconds / 1e9:.1f}",
+            f"{weights / seconds / roof:.0%}",
+        ]
+    report.show(f"{arguments.artifact.name}, {weights / 1e6:.0f} MB of weights", rows, ["ms", "GB/s", "of the roof"])
+    for past in arguments.past:
+        spent = profile(artifact, past)
+        figures[f"profile after {past}"] = spent
+        total = sum(spent.values())
+        shown = {name: [f"{value:.2f}", f"{value / total:.0%}"] for name, value in list(spent.items())[:6]}
+        report.show(f"after {past} tokens, under the profiler", shown, ["ms", "share"])
+    report.show_machine(machine)
+    report.save(arguments.json, {"machine": machine, **figures})
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that all threads together read."""
+    array = np.ones(2**26, np.float32)
+    parts = np.array_split(array, THREADS)
+    best = float("inf")
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in range(20):
+            start = time.perf_counter()
+            list(pool.map(np.max, parts))
+            best = min(best, time.perf_counter() - start)
+    return array.nbytes / best
+
+
+def timed(step: ModelStep, cache: KeyValueCache, past: int) -> float:
+    start = time.perf_counter()
+    step.run(0, [[7]])
+    seconds = time.perf_counter() - start
+    cache.truncate(0, past)
+    return seconds
+
+
+def profile(artifact: Artifact, past: int) -> dict[str, float]:
+    """Milliseconds of a step by operator, the longest first; means of 30 steps."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    options.enable_profiling = True
+    options.profile_file_prefix = str(Path(tempfile.gettempdir()) / "onnxpress-roofline")
+    inner = onnxruntime.InferenceSession(artifact.file("model.onnx"), options, providers=["CPUExecutionProvider"])
+    feeds = {
+        "input_ids": np.full((1, 1), 7),
+        "past_lengths": np.full(1, past, np.int32),
+        "lengths": np.ones(1, np.int32),
+        "logit_indices": np.zeros(1, np.int64),
+    }
+    binding = inner.io_binding()
+    for name, array in feeds.items():
+        binding.bind_cpu_input(name, array)
+    binding.bind_output("logits")
+    for spec in artifact.manifest.signature.inputs:
+        if spec.name not in feeds:
+            shape = [{"batch": 1, "capacity": past + 1}.get(str(axis), axis) for axis in spec.shape]
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, spec.dtype))
+            binding.bind_ortvalue_input(spec.name, value)
+            binding.bind_ortvalue_output(spec.name.replace("past_key_values", "present"), value)
+    steps = 30
+    for _ in range(steps):
+        inner.run_with_iobinding(binding)
+    file = Path(inner.end_profiling())
+    events = json.loads(file.read_text())
+    file.unlink()
+    spent: Counter[str] = Counter()
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("kernel_time"):
+            spent[event["args"]["op_name"]] += event["dur"]
+    return {name: duration / steps / 1000 for name, duration in spent.most_common()}
+
+
+if __name__ == "__main__":
+    main()
