@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Runnable, Signature, TensorSpec
 
@@ -36,7 +37,10 @@ class ActivationStream:
         self._done: set[ir.Node] = set()
 
     def second_moments(self, value: ir.Value) -> Float:
-        """Mean of x xᵀ over all vectors x along the last axis of a value, (width, width): runs the graph up to there."""
+        """Mean of x xᵀ over all vectors x along the last axis of a value, (width, width): runs the graph up to there.
+
+        Raises RecipeError where there are no calibration inputs.
+        """
         name = str(value.name)
         if value.is_graph_input():
             arrays = [feeds[name] for feeds in self._inputs()]
@@ -51,7 +55,10 @@ class ActivationStream:
             product = vectors.T @ vectors
             moments = product if moments is None else moments + product
             count += len(vectors)
-        assert moments is not None, "a build has calibration inputs"
+        if moments is None:
+            raise RecipeError(
+                "No calibration inputs are left beside the evaluation texts: give others with `calibration`."
+            )
         return moments / np.float32(max(count, 1))
 
     def divide(self, value: ir.Value, by: Float) -> None:

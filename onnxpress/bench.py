@@ -22,7 +22,7 @@ from onnxpress.artifact import Artifact
 from onnxpress.errors import OutputError, UsageError
 from onnxpress.inspection import say_fallback
 from onnxpress.manifest import Arrays, Json, Manifest, Signature
-from onnxpress.runtime.generator import Generator
+from onnxpress.runtime.generator import MOST_ROWS, Generator
 from onnxpress.runtime.loading import load_artifact
 from onnxpress.runtime.text_runner import TextRunner
 from onnxpress.timing import alternate, random_tokens
@@ -98,9 +98,19 @@ def _time_generators(
         label = f"{artifact.manifest.name} {artifact.manifest.precision}"
         systems[label if label not in systems else folder] = runner
     context = min(runner.context for runner in systems.values())
-    chosen = lengths or sorted({min(length, context // 2) for length in _PROMPT_LENGTHS})
+    chosen = lengths or sorted({max(1, min(length, context // 2)) for length in _PROMPT_LENGTHS})
     random = np.random.default_rng(0)
     rows: list[dict[str, Json]] = []
+    longest = context - 2  # two new tokens, so that there is a time between them
+    if max(chosen) > longest:
+        raise UsageError(
+            f"--length {max(chosen)}: with a context of {context} tokens, prompts of at most {longest} can be timed."
+        )
+    most = max(batches or _PROMPT_BATCHES)
+    if not all(runner.fits(most, min(context, max(chosen) + _NEW_TOKENS)) for runner in systems.values()):
+        raise UsageError(
+            f"--batch {most}: so many answers are not generated together; at most {MOST_ROWS} are, as memory allows."
+        )
     for batch in batches or _PROMPT_BATCHES:
         for length in chosen:
             speeds: dict[str, list[tuple[float, float]]] = {label: [] for label in systems}
@@ -127,7 +137,7 @@ def _tokens_a_second(runner: Generator, prompts: list[list[int]]) -> tuple[float
     runner.reset()
     start = time.perf_counter()
     first, tokens = start, 0
-    for piece in runner.stream(prompts, max_new_tokens=max(count, 2), ignore_eos=True):
+    for piece in runner.stream(prompts, max_new_tokens=count, ignore_eos=True):
         if len(begun) == len(prompts):
             tokens += 1
         elif piece.index not in begun:

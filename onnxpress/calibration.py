@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Runnable
 from onnxpress.optimizers.base import ChannelRange
@@ -27,7 +28,10 @@ class Calibration:
         self._known: dict[str, ChannelRange] = {}
 
     def __call__(self, graph: Graph, names: Sequence[str]) -> Mapping[str, ChannelRange]:
-        """Ranges of the named values; values seen before, by name, are not measured again."""
+        """Ranges of the named values; values seen before, by name, are not measured again.
+
+        Raises RecipeError where there are no calibration inputs.
+        """
         missing = [name for name in names if name not in self._known]
         if missing:
             self._known.update(self._measure(graph, missing))
@@ -52,4 +56,8 @@ class Calibration:
                 minimum, maximum = flat.min(axis=0), flat.max(axis=0)
                 low[name] = np.minimum(low.get(name, minimum), minimum)
                 high[name] = np.maximum(high.get(name, maximum), maximum)
+        if len(low) < len(names):
+            raise RecipeError(
+                "No calibration inputs are left beside the evaluation texts: give others with `calibration`."
+            )
         return {name: ChannelRange(low=low[name], high=high[name]) for name in names}

@@ -92,9 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--cache", choices=("fp32", "int8"), help="of a language model's keys and values (default fp32)")
     build.add_argument("--name", help="name of the artifact")
     build.add_argument("--budget", help='what quality it may cost: "0.5%%" (relative) or "0.99" (absolute)')
-    build.add_argument("--eval", dest="file", help="your samples: csv, tsv or jsonl, with or without labels")
-    build.add_argument("--calibration", help="other samples, for passes that calibrate; .npy: token ids")
-    build.add_argument("--column", action="append", default=[], metavar="ROLE=NAME", help="a column of --eval")
+    build.add_argument("--eval", dest="file", help="your samples: csv, tsv or jsonl, with or without labels; or .txt")
+    build.add_argument("--calibration", help="other samples, for passes that calibrate; or .npy, token ids")
+    build.add_argument("--column", action="append", default=[], metavar="ROLE=NAME", help="a column of these")
     build.add_argument(
         "--pass-option", action="append", default=[], metavar="PASS.NAME=VALUE", help="e.g. int4-weights.method=gptq"
     )

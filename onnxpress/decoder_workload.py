@@ -59,15 +59,15 @@ class DecoderWorkload:
         if calibration is None:
             self._calibration = self._windows(tokenizer, [sample.text for sample in own])[:calibration_samples]
         else:
-            found = self._windows_of_file(tokenizer, calibration, columns)
+            found = self._windows_of_file(tokenizer, calibration, None if calibration.suffix == ".txt" else columns)
             self._calibration = found[:: max(1, len(found) // calibration_samples)][:calibration_samples]
         texts = [sample.text for sample in given]
         if file is not None:
             texts = _read_texts(file, columns)
-            apart = [window for window in self._calibration if not _occurs(window, texts, tokenizer)]
-            if calibration is not None and len(apart) < len(self._calibration):
-                raise RecipeError(evaluation.overlap(calibration, file, len(self._calibration) - len(apart)))
-            self._calibration = apart
+            both = _shared(self._calibration, texts, tokenizer)
+            if calibration is not None and (long := [text for text in both.values() if len(text) >= evaluation.LONG]):
+                raise RecipeError(evaluation.overlap(calibration, file, len(long)))
+            self._calibration = [window for index, window in enumerate(self._calibration) if index not in both]
         windows = self._windows(tokenizer, texts)
         if not windows:
             raise RecipeError(
@@ -188,9 +188,12 @@ class DecoderWorkload:
             windows = self._windows(tokenizer, _read_texts(path, columns))
         else:
             try:
-                ids = np.load(path, allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise RecipeError(f"{path} cannot be read as an array of token ids: {error}.") from None
+                with path.open("rb") as file:
+                    ids = np.load(file, allow_pickle=False)
+            except Exception:  # numpy raises half a dozen kinds for files that are something else
+                ids = None
+            if not isinstance(ids, np.ndarray):
+                raise RecipeError(f"{path} is no .npy file of an array of integers, as token ids are.")
             if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer):
                 raise RecipeError(
                     f"{path} holds {ids.dtype} {list(ids.shape)}; token ids are integers, one or two axes."
@@ -229,7 +232,19 @@ def _read_texts(file: Path, columns: Mapping[str, str | int] | None) -> list[str
     return [text]
 
 
-def _occurs(window: list[int], texts: list[str], tokenizer: Tokenizer) -> bool:
-    """Whether a calibration text is part of the user's texts."""
-    decoded = tokenizer.inner.decode(window).strip()
-    return any(decoded in text for text in texts)
+def _shared(windows: list[list[int]], texts: list[str], tokenizer: Tokenizer) -> dict[int, str]:
+    """Windows that are part of the texts, or that hold one of them, by their place; each with what is shared."""
+
+    def plain(text: str) -> str:
+        return " ".join(text.strip("\ufffd").split())  # where a window cuts a character, half of it is left
+
+    given = [plain(text) for text in texts]
+    whole = "\n".join(given)
+    found: dict[int, str] = {}
+    for index, window in enumerate(windows):
+        text = plain(tokenizer.inner.decode(window))
+        if text and text in whole:
+            found[index] = text
+        elif within := [one for one in given if len(one) >= evaluation.LONG and one in text]:
+            found[index] = within[0]
+    return found

@@ -230,7 +230,10 @@ def read_samples(path: Path, task: str, columns: Mapping[str, str | int] | None 
     return samples
 
 
-def overlap(calibration: Path, file: Path, count: int) -> str:
+LONG = 30  # characters that calibration and evaluation do not share by chance
+
+
+def overlap(calibration: Path, file: Path | None, count: int) -> str:
     """What to say where calibration texts are evaluation texts too."""
     return f"{count} texts of {calibration} are in {file} too: what a pass has calibrated on cannot judge it. Take them out."
 

@@ -38,6 +38,8 @@ def open_onnx(path: Path, *, task: str | None, max_length: int | None) -> Export
         raise SourceError(str(error)) from None
     except Exception as error:  # the protobuf parser's errors have no common base
         raise SourceError(f"{path} is not a readable ONNX model: {error}") from None
+    for value in [value for value in model.graph.inputs if value.name in model.graph.initializers]:
+        model.graph.inputs.remove(value)  # old exporters list weights as inputs with a default
     signature = _signature(model)
     example = _example_that_runs(reference, signature, path)
     return Exported(
@@ -52,8 +54,7 @@ def open_onnx(path: Path, *, task: str | None, max_length: int | None) -> Export
 
 
 def _signature(model: ir.Model) -> Signature:
-    initializers = set(model.graph.initializers)
-    inputs = tuple(_spec(value) for value in model.graph.inputs if value.name not in initializers)
+    inputs = tuple(_spec(value) for value in model.graph.inputs)
     outputs = tuple(_spec(value) for value in model.graph.outputs)
     leading = _leading_axes(inputs)
     names = sorted({axis for spec in inputs for axis in spec.shape if isinstance(axis, str)})

@@ -80,9 +80,9 @@ def build(
     source: a recipe (file or object), a model folder, a hub id, "package.module:factory", an .onnx file, or a
     torch.nn.Module with example_inputs (a tuple or dict of tensors) and perhaps dynamic_axes ({input: {axis: name}};
     without it axis 0 is tried as the batch). out: the artifact's folder (default artifacts/NAME). options: any key of a
-    recipe's sections: task, revision, max_length, trust_remote_code, adapter, hidden_states, name, target, precision, only, keep_all,
-    measure, budget, file, calibration, columns, samples, calibration_samples, and passes, a dict of each pass's options; they
-    overrule the recipe's. quiet: no progress.
+    recipe's sections: task, revision, max_length, trust_remote_code, adapter, hidden_states, name, target, precision, cache, only,
+    keep_all, measure, budget, file, calibration, columns, samples, calibration_samples, and passes, a dict of each pass's options;
+    they overrule the recipe's. quiet: no progress.
 
     Raises RecipeError, SourceError, ConversionError, ParityError, BudgetError, OutputError.
     """
@@ -352,9 +352,10 @@ class _Press:
         """A precision that was asked for by name is never left out in silence."""
         if self._explicit(step):
             why = "; ".join([row["reason"], *row["notes"]])
+            instead = "leave out --cache int8" if step.name == _INT8_CACHE else "choose another --precision"
             raise BudgetError(
-                f"The pass {step.name} was asked for and cannot be kept: {why}. Allow more with --budget, choose "
-                "another --precision, or keep it in spite of the budget with --keep-all."
+                f"The pass {step.name} was asked for and cannot be kept: {why}. Allow more with --budget, {instead}, or "
+                "keep it in spite of the budget with --keep-all."
             )
 
     def _slower(self, step: Pass, session: Runnable) -> str:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,8 +143,18 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
         )
     if recipe.build.only and recipe.build.precision is not None:
         raise RecipeError(f"{where}: `only` names the passes itself; leave `precision` out, or `only`.")
-    for name in recipe.build.only:
-        make_pass(name)
+    if recipe.build.only and recipe.build.cache != "fp32":
+        raise RecipeError(
+            f"{where}: `only` names the passes itself; leave `cache` out, or put int8-cache last in `only`."
+        )
+    order = [make_pass(name) for name in recipe.build.only]
+    for step, later in pairwise(order):
+        if later.lossless and not step.lossless:
+            raise RecipeError(
+                f"{where}: `only` has {later.name} after {step.name}; lossless passes go before lossy ones."
+            )
+        if step.name == "int8-cache":
+            raise RecipeError(f"{where}: `only` has {later.name} after int8-cache, which goes last.")
     tasks = ("", GENERATION) if recipe.model.task is None else (recipe.model.task,)
     runs = dict.fromkeys(name for task in tasks for name in recipe.pass_names(task))
     for name, options in recipe.passes.items():

@@ -106,8 +106,9 @@ class TextWorkload:
             else:
                 self._evaluation = given[:samples]
             apart = [item for item in self._calibration if not {item.text, item.text_pair} & (seen - {None})]
-            if calibration is not None and len(apart) < len(self._calibration):
-                raise RecipeError(evaluation.overlap(calibration, file, len(self._calibration) - len(apart)))
+            both = [item for item in self._calibration if item not in apart and len(item.text) >= evaluation.LONG]
+            if calibration is not None and both:
+                raise RecipeError(evaluation.overlap(calibration, file, len(both)))
             self._calibration = apart
             mask = options.get("mask_token")
             if mask is not None and any(mask not in sample.text for sample in given):
@@ -287,5 +288,7 @@ def workload_file(path: str | None, purpose: str) -> Path | None:
     if path is None:
         return None
     if not Path(path).is_file():
-        raise RecipeError(f"The {purpose} file {path!r} does not exist; give a csv, tsv or jsonl file.")
+        raise RecipeError(
+            f"The {purpose} file {path!r} is no file that exists; give a csv, tsv or jsonl file, or text."
+        )
     return Path(path)

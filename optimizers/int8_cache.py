@@ -24,6 +24,7 @@ from onnxpress.optimizers.linear import add_constant
 _PAST = {"key": 3, "value": 4}  # inputs of GroupQueryAttention
 _PRESENT = {"key": 1, "value": 2}  # its outputs
 _SCALE = {"key": 12, "value": 13}
+_INT8 = ir.DataType.INT8
 _PROBE = "onnxpress_probe_"
 
 
@@ -37,7 +38,7 @@ class Int8Cache:
     def apply(self, graph: Graph, context: PassContext) -> PassResult:
         """Quantize the cache of every layer but those in `context.keep`.
 
-        Raises RecipeError when the context has no calibration data.
+        Raises RecipeError when the context has no calibration data, and for a cache of another kind than float32.
         """
         if context.observe is None:
             raise RecipeError("The pass int8-cache needs calibration inputs to measure ranges, and none are at hand.")
@@ -46,7 +47,13 @@ class Int8Cache:
             for node in graph.model.graph
             if node.op_type == "GroupQueryAttention" and node.domain == "com.microsoft"
         }
-        chosen = {name: node for name, node in layers.items() if name not in context.keep}
+        kinds = {name: node.outputs[1].dtype for name, node in layers.items()}
+        chosen = {name: node for name, node in layers.items() if name not in context.keep and kinds[name] != _INT8}
+        if other := {kinds[name] for name in chosen} - {ir.DataType.FLOAT}:
+            raise RecipeError(
+                f"The pass int8-cache takes a cache of float32, and this one is {', '.join(map(str, other))}: it goes with weights "
+                "of fewer bits, not with fp16 or bf16."
+            )
         if not chosen:
             return PassResult(graph=graph, changes=0)
         probed = _with_probes(graph, chosen)
@@ -66,7 +73,7 @@ class Int8Cache:
                 node.resize_inputs(max(len(node.inputs), _SCALE[kind] + 1))
                 node.replace_input_with(_SCALE[kind], add_constant(graph, f"{past.name}_scale", scales))
                 for value in (past, present):
-                    value.type = ir.TensorType(ir.DataType.INT8)
+                    value.type = ir.TensorType(_INT8)
                     changed.add(str(value.name))
             for key, setting in (
                 ("k_quant_type", "PER_CHANNEL"),

@@ -157,8 +157,16 @@ class _Calibrated:
         readers = [other for other in linears(self._graph) if other.x is x]
         carriers = [norm.inputs[place] for place in _NORMS.get(norm.op_type, ()) if place < len(norm.inputs)]
         fixed = [carrier for carrier in carriers if carrier is not None and carrier.const_value is not None]
-        shared = any(len(reader.weight.uses()) > 1 for reader in readers)
-        if len(x.uses()) != len(readers) or not fixed or len(fixed) != len(carriers) or shared:
+        of_readers = {reader.weight for reader in readers}
+        with_these = [other for other in linears(self._graph) if other.weight in of_readers]
+        if (
+            x.is_graph_output()
+            or len(x.uses()) != len(readers)
+            or not fixed
+            or len(fixed) != len(carriers)
+            or len(with_these) != len(of_readers)
+            or any(len(weight.uses()) > 1 or weight.is_graph_output() for weight in of_readers)
+        ):
             return False
         weights = np.concatenate([reader.weight_array().T for reader in readers])
         rounder = partial(self._options.rounded, moments=None, bits=bits, block_size=block_size)

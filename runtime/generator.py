@@ -157,6 +157,10 @@ class Generator:
         """How many token ids there are."""
         return self._step.vocabulary
 
+    def fits(self, rows: int, tokens: int) -> bool:
+        """Whether so many sequences of so many tokens each, prompt and answer together, are generated together."""
+        return rows <= MOST_ROWS and self._cache.fits(rows, tokens)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt] | None = None,
@@ -247,6 +251,10 @@ class Generator:
         if "hidden_states" not in self.session.output_names:
             raise InputError("This artifact answers no hidden states: build it again with --hidden-states.")
         ids = self._encode(0, prompt)
+        if len(ids) > self.context:
+            raise InputError(
+                f"The prompt has {len(ids)} tokens, and the model's context is {self.context}: shorten it."
+            )
         cache = KeyValueCache(self._cache.specs, context=self.context, budget=self._cache.budget)
         step = ModelStep(self.session, cache, output="hidden_states")
         parts = [ids[start : start + PROMPT_CHUNK] for start in range(0, len(ids), PROMPT_CHUNK)]
@@ -331,7 +339,7 @@ class Generator:
         if not active:
             return True
         longest = max(map(_longest, [*active, sequence]))
-        return len(active) < MOST_ROWS and self._cache.fits(len(active) + 1, longest)
+        return self.fits(len(active) + 1, longest)
 
     def _check_budget(self, sequence: _Sequence) -> None:
         longest = _longest(sequence)

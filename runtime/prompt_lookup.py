@@ -1,7 +1,7 @@
 """Guesses the next tokens of a text from an earlier place where the same tokens stood (prompt lookup decoding).
 
 A model reads several guessed tokens in one step and answers after each of them; those that it would have chosen itself are kept.
-So the text is the one without guesses. It pays where answers repeat what was said before: code, quotations, extraction. Source of
+So the text is the one without guesses, but for what quantized kernels round otherwise over several tokens than over one. It pays where answers repeat what was said before: code, quotations, extraction. Source of
 the method: https://github.com/apoorvumang/prompt-lookup-decoding
 """
 
@@ -49,7 +49,10 @@ class PromptLookup:
         for count in _MATCHES:
             before = self._ends.get(tuple(self._tokens[-count:])) if end > count else None
             if before is not None:
-                return self._tokens[before : before + self._most]
+                guess = self._tokens[before : before + self._most]
+                while len(guess) < self._most:  # the text ends in a repetition, which goes on
+                    guess += guess[: self._most - len(guess)]
+                return guess
         return []
 
     def judge(self, guessed: int, came_true: int) -> None:

@@ -156,6 +156,15 @@ def test_layers_that_are_kept_have_a_float_cache(tmp_path: Path) -> None:
     assert np.isfinite(logits(result.graph, tmp_path)).all()
 
 
+def test_a_cache_of_another_kind_stays(tmp_path: Path) -> None:
+    once = cached_in_int8("llama", tmp_path)
+    context = PassContext(target=target("cpu"), observe=lambda *_: {})
+    assert make_pass("int8-cache").apply(once.graph, context).changes == 0
+    half = make_pass("fp16").apply(exported("llama").clone(), PassContext(target=target("cuda"))).graph
+    with pytest.raises(RecipeError, match="takes a cache of float32"):
+        make_pass("int8-cache").apply(half, context)
+
+
 def test_a_cache_of_int8_needs_calibration_inputs() -> None:
     with pytest.raises(RecipeError, match="needs calibration inputs"):
         make_pass("int8-cache").apply(exported("llama").clone(), PassContext(target=target("cpu")))

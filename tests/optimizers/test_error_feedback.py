@@ -175,20 +175,42 @@ def test_a_pass_that_calibrates_loses_less(method: str, tmp_path: Path) -> None:
         assert any("2 norms carry scales" in note for note in done.notes)
 
 
-def test_a_norm_that_others_read_carries_no_scales(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("body", "outputs"),
+    [
+        ("n = LayerNormalization(x, g) a = MatMul(n, w) y = Add(n, a)", "float[batch,length,32] y"),
+        (
+            "n = LayerNormalization(x, g) y = MatMul(n, w)",
+            "float[batch,length,32] y, float[batch,length,32] n",
+        ),
+        (
+            "n = LayerNormalization(x, g) t = Transpose <perm = [1, 0]> (w) a = MatMul(n, t) b = MatMul(n, t) y = Mul(a, b)",
+            "float[batch,length,32] y",
+        ),
+        (
+            "n = LayerNormalization(x, g) a = MatMul(n, w) b = MatMul(x, w) y = Add(a, b)",
+            "float[batch,length,32] y",
+        ),
+    ],
+    ids=["read by a sum", "an output", "weight shared through a transpose", "weight shared with another input"],
+)
+def test_a_norm_that_others_read_carries_no_scales(body: str, outputs: str, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
+    weights = {"g": random.lognormal(0, 1.5, 32), "w": random.standard_normal((32, 32))}
     graph = small_graph(
-        "n = LayerNormalization(x, g) a = MatMul(n, w) y = Add(n, a)",
-        weights={
-            "g": random.lognormal(0, 1.5, 32).astype(np.float32),
-            "w": random.standard_normal((32, 32)).astype(np.float32),
-        },
+        body, outputs=outputs, weights={name: array.astype(np.float32) for name, array in weights.items()}
     )
     context = PassContext(
         target=CPU, stream=partial(ActivationStream, open_session=Workbench(tmp_path, CPU).open, inputs=inputs)
     )
     done = make_pass("int4-weights", {"method": "awq"}).apply(graph, context)
     assert any("0 norms carry scales" in note for note in done.notes)
+
+
+def test_no_calibration_inputs_are_one_clear_error(tmp_path: Path) -> None:
+    stream = partial(ActivationStream, open_session=Workbench(tmp_path, CPU).open, inputs=lambda: iter(()))
+    with pytest.raises(RecipeError, match="No calibration inputs are left"):
+        make_pass("int4-weights", {"method": "gptq"}).apply(norms_and_layers(), PassContext(target=CPU, stream=stream))
 
 
 def test_methods_that_calibrate_need_inputs() -> None:

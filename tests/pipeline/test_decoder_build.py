@@ -107,6 +107,8 @@ def test_chat_keeps_the_conversation_and_survives_what_is_refused(artifact: Path
         (["run", "ARTIFACT", "--text", "x"], "use `onnxpress generate`"),
         (["generate", "ARTIFACT", "--prompt", "x", "--prompt-lookup", "17"], "from 0 to 16"),
         (["bench", "ARTIFACT", "--against", "torch"], "not for language models"),
+        (["bench", "ARTIFACT", "--batch", "17"], "at most 16"),
+        (["bench", "ARTIFACT", "--length", "127"], "prompts of at most 126"),
         (["generate", "nowhere", "--prompt", "x"], "nowhere does not exist"),
     ],
 )
@@ -159,6 +161,7 @@ def test_bench_gives_tokens_a_second(artifact: Path, tmp_path: Path) -> None:
         (np.zeros(9), "token ids are integers"),
         (np.array([1, 999]), "token ids from 1 to 999"),
         (np.array([5]), "no text has two tokens"),
+        (np.array([{}], object), "no .npy file of an array of integers"),
     ],
 )
 def test_calibration_tokens_that_are_none(folder: Path, tmp_path: Path, ids: np.ndarray, message: str) -> None:
@@ -166,6 +169,13 @@ def test_calibration_tokens_that_are_none(folder: Path, tmp_path: Path, ids: np.
     np.save(tmp_path / "ids.npy", ids)
     with pytest.raises(RecipeError, match=message):
         judged_on(exported, folder, calibration=tmp_path / "ids.npy")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00\x10\x00{'descr': '<i8' (((\n", b"text"])
+def test_calibration_files_that_are_no_arrays(folder: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "ids.npy").write_bytes(content)
+    with pytest.raises(RecipeError, match=r"no \.npy file of an array of integers"):
+        judged_on(export(str(folder)), folder, calibration=tmp_path / "ids.npy")
 
 
 def test_calibration_files(folder: Path, tmp_path: Path) -> None:
@@ -183,8 +193,12 @@ def test_calibration_files(folder: Path, tmp_path: Path) -> None:
     assert lengths["ids.npy"] == [100, 100]
     assert set(lengths["own.txt"][:-1]) == {CONTEXT}
     judged_on(exported, folder, calibration=tmp_path / "own.txt", file=tmp_path / "eval.txt")
-    with pytest.raises(RecipeError, match="what a pass has calibrated on cannot judge it"):
-        judged_on(exported, folder, calibration=tmp_path / "own.txt", file=tmp_path / "own.txt")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "in the house in the house in the house in"}) + "\n")
+    (tmp_path / "short.jsonl").write_text(json.dumps({"text": "in the house"}) + "\n")
+    for name in ("own.txt", "rows.jsonl"):
+        with pytest.raises(RecipeError, match="what a pass has calibrated on cannot judge it"):
+            judged_on(exported, folder, calibration=tmp_path / "own.txt", file=tmp_path / name)
+    judged_on(exported, folder, calibration=tmp_path / "own.txt", file=tmp_path / "short.jsonl")
 
 
 def judged_on(exported: Exported, folder: Path, **files: Path) -> DecoderWorkload:

@@ -43,6 +43,9 @@ def test_everything_has_a_default_but_the_model() -> None:
         ),
         ({**MODEL, "build": {"only": ["int9"]}}, r"Unknown pass 'int9'; the passes are: fold"),
         ({**MODEL, "build": {"only": ["fold"], "precision": "int8"}}, r"`only` names the passes itself"),
+        ({**MODEL, "build": {"only": ["fold"], "cache": "int8"}}, r"leave `cache` out, or put int8-cache last"),
+        ({**MODEL, "build": {"only": ["int8", "fold"]}}, r"lossless passes go before lossy ones"),
+        ({**MODEL, "build": {"only": ["int8-cache", "int8-weights"]}}, r"after int8-cache, which goes last"),
         ({**MODEL, "passes": {"int8": {"bits": 3}}}, r"Pass 'int8' does not take 'bits'; its options are"),
         (
             {**MODEL, "passes": {"int8": {"minimum_elements": "lots"}}},

@@ -94,7 +94,7 @@ def test_guessed_tokens_change_nothing_but_the_steps(
     generator.reset()
     guessed = generator.generate(PROMPTS[0], prompt_lookup=4, **options)[0]
     assert guessed.token_ids == plain.token_ids
-    assert set(steps[1:]) > {1, 5}
+    assert set(steps[1:]) >= {1, 5}
     assert len(steps) < 75
     monkeypatch.undo()
     follows = generator.generate(

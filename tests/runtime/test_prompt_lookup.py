@@ -18,14 +18,15 @@ def test_nothing_where_the_end_is_new() -> None:
     assert PromptLookup([], most=4).guess() == []
 
 
-def test_a_text_that_repeats_one_token() -> None:
-    assert PromptLookup([5, 5, 5], most=4).guess() == [5]  # as far as the text goes
+def test_a_text_that_ends_in_a_repetition() -> None:
+    assert PromptLookup([5, 5, 5], most=4).guess() == [5, 5, 5, 5]
+    assert PromptLookup([9, 1, 2, 1, 2], most=5).guess() == [1, 2, 1, 2, 1]
 
 
 def test_guesses_pause_where_they_do_not_come_true() -> None:
     lookup = PromptLookup([1, 2, 3, 1, 2], most=8)
     for _ in range(4):
-        assert lookup.guess() == [3, 1, 2]
+        assert lookup.guess() == [3, 1, 2, 3, 1, 2, 3, 1]
         lookup.judge(8, 3)
     assert lookup.guess() == []
     for _ in range(32):
@@ -38,4 +39,4 @@ def test_guesses_go_on_where_they_come_true() -> None:
     lookup = PromptLookup([1, 2, 3, 1, 2], most=8)
     for _ in range(40):
         lookup.judge(8, 5)
-    assert lookup.guess() == [3, 1, 2]
+    assert lookup.guess() == [3, 1, 2, 3, 1, 2, 3, 1]
