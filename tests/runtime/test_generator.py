@@ -95,7 +95,7 @@ def test_guessed_tokens_change_nothing_but_the_steps(
     guessed = generator.generate(PROMPTS[0], prompt_lookup=4, **options)[0]
     assert guessed.token_ids == plain.token_ids
     assert set(steps[1:]) >= {1, 5}
-    assert len(steps) < 75
+    assert len(steps) < 80
     monkeypatch.undo()
     follows = generator.generate(
         ids_of(generator, PROMPTS[0]) + plain.token_ids[:40], **options | {"max_new_tokens": 20}
