@@ -1,6 +1,6 @@
 """What quantization costs a trained language model: perplexity, divergence and top-1 agreement on text it never saw.
 
-    python benchmarks/language_quality.py --model FOLDER [--json FILE]
+    python benchmarks/language_quality.py --model FOLDER [--only NAME …] [--json FILE]
 
 FOLDER is what benchmarks/train_language_model.py writes, its held_out.txt and calibration.txt (part of what it was trained on)
 included. Every form of our passes is applied to one export and judged against the original in fp32, beside llama.cpp's Q4_0 and Q4_K_M and onnxruntime-genai's int4 of the
@@ -71,6 +71,7 @@ COLUMNS = ("perplexity", "kl_mean", "top1_agreement", "MB")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="forms and peers whose names contain one of these")
     parser.add_argument("--cache", type=Path, default=turns.ROOT / ".bench-cache")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -98,7 +99,10 @@ def main() -> None:
             observe=Calibration(bench.open, workload.calibration),
             stream=partial(ActivationStream, open_session=bench.open, inputs=workload.calibration),
         )
+        wanted = arguments.only or [""]
         for name, steps in FORMS.items():
+            if not any(part in name for part in wanted):
+                continue
             started, pressed = time.perf_counter(), graph.clone()
             for step, options in steps:
                 pressed = make_pass(step, options).apply(pressed, context).graph
@@ -106,6 +110,8 @@ def main() -> None:
             found[name] = workload.metrics(reference, workload.answers(bench.open(pressed)))
             found[name]["MB"] = pressed.weight_bytes() / 1e6
         for name, (environment, script, kind) in PEERS.items():
+            if not any(part in name for part in wanted):
+                continue
             windows = Path(folder) / "windows.json"
             windows.write_text(json.dumps([window for window, _ in workload.questions()]))
             out = Path(folder) / "logits.npz"

@@ -2,7 +2,7 @@
 
     GroupQueryAttention(…, past float32, …)   →   GroupQueryAttention(…, past int8, …, k_scale, v_scale)
 
-One scale for each channel of each head, found on the calibration inputs; rounding is symmetric. What is written into the cache is
+One scale for each channel of each head, for half as much again as the calibration inputs' range; rounding is symmetric. What is written into the cache is
 rounded by the kernel, attention reads integers. Source of the form: ONNX Runtime's ContribOperators.md, GroupQueryAttention.
 """
 
@@ -25,6 +25,7 @@ _PAST = {"key": 3, "value": 4}  # inputs of GroupQueryAttention
 _PRESENT = {"key": 1, "value": 2}  # its outputs
 _SCALE = {"key": 12, "value": 13}
 _INT8 = ir.DataType.INT8
+_MARGIN = 1.5  # other texts go beyond the calibration's ranges, and what is cut off costs more than coarser steps
 _PROBE = "onnxpress_probe_"
 
 
@@ -69,7 +70,7 @@ class Int8Cache:
                 assert isinstance(size, int)
                 found = ranges[f"{_PROBE}{name}_{kind}"]
                 largest = np.maximum(np.abs(found.low), np.abs(found.high)).reshape(heads, 1, size)
-                scales = (np.where(largest > 0, largest, 1) / 127).astype(np.float32)
+                scales = (np.where(largest > 0, _MARGIN * largest, 1) / 127).astype(np.float32)
                 node.resize_inputs(max(len(node.inputs), _SCALE[kind] + 1))
                 node.replace_input_with(_SCALE[kind], add_constant(graph, f"{past.name}_scale", scales))
                 for value in (past, present):
