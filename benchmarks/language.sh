@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 python=$1 out=$2 rounds=$3 data=${4:-}
 [ -n "$data" ] || { echo "DATA=FOLDER is needed: lm_wikitext2/, lm_tinyshakespeare/, model_stories260K/" >&2; exit 2; }
 mkdir -p .bench-cache
-[ -f .bench-cache/lm/training.json ] ||
+[ -f .bench-cache/lm/training.json ] && [ -f .bench-cache/lm/calibration.txt ] ||
   "$python" benchmarks/train_language_model.py --data "$data" --out .bench-cache/lm --steps 600
 [ -f .bench-cache/shapes/qwen2.5-0.5b/model.safetensors ] ||
   "$python" benchmarks/language_shapes.py --tokenizer .bench-cache/lm --out .bench-cache/shapes

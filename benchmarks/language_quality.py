@@ -23,8 +23,7 @@ import numpy as np
 import report
 import turns
 
-from onnxpress.activation_stream import ActivationStream
-from onnxpress.calibration import Calibration
+from onnxpress.calibration import ActivationStream, Calibration
 from onnxpress.decoder_workload import DecoderWorkload
 from onnxpress.exporters import export
 from onnxpress.machine import cpu_target

@@ -1,23 +1,27 @@
-"""Runs calibration inputs through a graph, one at a time, and keeps the range of chosen values for each channel.
-
-Memory stays bounded: an activation is reduced to its minimum and maximum as soon as it is there.
-"""
+"""Runs calibration inputs through a graph: for the ranges of chosen values, or along with a pass that changes layer after layer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
-from onnxpress.manifest import Arrays, Runnable
+from onnxpress.manifest import Arrays, Runnable, Signature, TensorSpec
 from onnxpress.optimizers.base import ChannelRange
+from onnxpress.optimizers.rounding import Float
+
+_NO_INPUTS = "No calibration inputs are left beside the evaluation texts: give others with `calibration`."
 
 
 class Calibration:
     """Ranges of values, measured once and reused: call it as a pass's `observe`.
+
+    An activation is reduced to its minimum and maximum for each channel as soon as it is there.
 
     open_session: opens a graph; inputs: gives the calibration inputs anew at each call.
     """
@@ -57,7 +61,123 @@ class Calibration:
                 low[name] = np.minimum(low.get(name, minimum), minimum)
                 high[name] = np.maximum(high.get(name, maximum), maximum)
         if len(low) < len(names):
-            raise RecipeError(
-                "No calibration inputs are left beside the evaluation texts: give others with `calibration`."
-            )
+            raise RecipeError(_NO_INPUTS)
         return {name: ChannelRange(low=low[name], high=high[name]) for name in names}
+
+
+class ActivationStream:
+    """Walks a graph from its inputs to its outputs, one part at a time, while a pass changes what is ahead.
+
+    It stands at some place of `graph`, all of whose nodes before that place have run and must not change any more. What later parts
+    need of them is kept, everything else dropped: each layer is calibrated on what the layers before it really answer, already
+    changed ones included, every node runs once, and memory holds one layer's activations.
+
+    open_session: opens a graph; inputs: gives the calibration inputs anew at each call, the same each time.
+    """
+
+    def __init__(
+        self, graph: Graph, open_session: Callable[[Graph], Runnable], inputs: Callable[[], Iterable[Arrays]]
+    ) -> None:
+        self._body = graph.model.graph
+        self._model = graph.model
+        self._open = open_session
+        self._inputs = inputs
+        self._live: dict[str, list[npt.NDArray[Any]]] = {}
+        self._done: set[ir.Node] = set()
+
+    def second_moments(self, value: ir.Value) -> Float:
+        """Mean of x xᵀ over all vectors x along the last axis of a value, (width, width): runs the graph up to there.
+
+        Raises RecipeError where there are no calibration inputs.
+        """
+        name = str(value.name)
+        if value.is_graph_input():
+            arrays = [feeds[name] for feeds in self._inputs()]
+        else:
+            if name not in self._live:
+                self._advance(value)
+            arrays = self._live[name]
+        moments: Float | None = None
+        count = 0
+        for array in arrays:
+            vectors = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
+            product = vectors.T @ vectors
+            moments = product if moments is None else moments + product
+            count += len(vectors)
+        if moments is None:
+            raise RecipeError(_NO_INPUTS)
+        return moments / np.float32(max(count, 1))
+
+    def divide(self, value: ir.Value, by: Float) -> None:
+        """Say that `value`, whose second moments were asked for, is now divided by `by` along its last axis."""
+        self._live[str(value.name)] = [array / by for array in self._live[str(value.name)]]
+
+    def _advance(self, value: ir.Value) -> None:
+        """Run the nodes up to and including the one that gives `value`."""
+        given = {str(item.name) for item in self._body.inputs}
+        part: list[ir.Node] = []
+        for node in self._body:
+            if node not in self._done:
+                part.append(node)
+            if node is value.producer():
+                break
+        inside = set(part)
+        needed = dict.fromkeys(
+            source
+            for node in part
+            for source in _sources(node)
+            if source.producer() not in inside and (str(source.name) in self._live or str(source.name) in given)
+        )
+        outputs = [
+            output
+            for node in part
+            for output in node.outputs
+            if output is value or any(use.node not in inside for use in output.uses())
+        ]
+        kept: dict[str, list[npt.NDArray[Any]]] = {str(output.name): [] for output in outputs}
+        session: Runnable | None = None
+        for index, feeds in enumerate(self._inputs()):
+            feeds = {name: feeds[name] if name in given else self._live[name][index] for name in map(_name, needed)}
+            session = session or self._open(self._cut(list(needed), outputs, feeds))
+            answers = session.run(feeds)
+            for name, arrays in kept.items():
+                arrays.append(answers[name])
+        self._done |= inside
+        self._live.update(kept)
+        ahead = {source for node in self._body if node not in self._done for source in map(_name, _sources(node))}
+        self._live = {name: arrays for name, arrays in self._live.items() if name in ahead}
+
+    def _cut(self, inputs: list[ir.Value], outputs: list[ir.Value], feeds: Arrays) -> Graph:
+        """The nodes between as a graph of their own."""
+        body = ir.convenience.extract(self._body, inputs, outputs)
+        for value in body.inputs:
+            array = feeds[str(value.name)]
+            value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
+            value.shape = ir.Shape([f"{value.name}_{axis}" for axis in range(array.ndim)])
+        for node in body:  # shapes that passes left behind may not hold for a part
+            for output in node.outputs:
+                output.shape = None
+        specs = tuple(
+            TensorSpec(
+                name=str(value.name),
+                dtype=feeds[str(value.name)].dtype.name,
+                shape=tuple(f"{value.name}_{axis}" for axis in range(feeds[str(value.name)].ndim)),
+            )
+            for value in body.inputs
+        )
+        named = tuple(TensorSpec(name=str(value.name), dtype="float32", shape=()) for value in body.outputs)
+        model = ir.Model(body, ir_version=self._model.ir_version)
+        return Graph(model=model, signature=Signature(task="module", inputs=specs, outputs=named))
+
+
+def _sources(node: ir.Node) -> list[ir.Value]:
+    """What a node reads, its subgraphs included."""
+    nodes = [node]
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            nodes += attribute.as_graph().all_nodes()
+    return [value for item in nodes for value in item.inputs if value is not None]
+
+
+def _name(value: ir.Value) -> str:
+    return str(value.name)

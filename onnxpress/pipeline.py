@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from onnxpress import evaluation, terminal
-from onnxpress.activation_stream import ActivationStream
 from onnxpress.artifact import Artifact, ArtifactWriter
-from onnxpress.calibration import Calibration
+from onnxpress.calibration import ActivationStream, Calibration
 from onnxpress.decoder_workload import DecoderWorkload
 from onnxpress.errors import (
     ArtifactError,

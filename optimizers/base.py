@@ -23,7 +23,7 @@ class ChannelRange:
 
 
 class Stream(Protocol):
-    """Walks a graph with calibration inputs while a pass changes what is ahead; see onnxpress.activation_stream."""
+    """Walks a graph with calibration inputs while a pass changes what is ahead; see onnxpress.calibration."""
 
     def second_moments(self, value: ir.Value) -> npt.NDArray[np.float32]:
         """Mean of x xᵀ over all vectors x along the last axis of a value, float32 (width, width)."""

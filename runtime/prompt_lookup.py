@@ -1,8 +1,9 @@
 """Guesses the next tokens of a text from an earlier place where the same tokens stood (prompt lookup decoding).
 
 A model reads several guessed tokens in one step and answers after each of them; those that it would have chosen itself are kept.
-So the text is the one without guesses, but for what quantized kernels round otherwise over several tokens than over one. It pays where answers repeat what was said before: code, quotations, extraction. Source of
-the method: https://github.com/apoorvumang/prompt-lookup-decoding
+So the text is the one without guesses, but for what quantized kernels round otherwise over several tokens than over one. It pays
+where answers repeat what was said before: code, quotations, extraction. Source of the method:
+https://github.com/apoorvumang/prompt-lookup-decoding
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ from collections.abc import Sequence
 LONGEST_GUESS = 16
 _MATCHES = (4, 3, 2)  # how many tokens have to be the same; the most first
 _JUDGED = 32  # guessed tokens after which it is decided whether guessing pays
-_LEAST_SHARE = (
-    0.5  # of guesses that come true; a step of n tokens takes about n / 2 times as long as one of a single token
-)
+_LEAST_SHARE = 0.5  # of guesses that come true; a step of n tokens takes about n / 2 times one of a single token
 _PAUSE = 64  # tokens without guesses where it does not pay
 
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 from small_graphs import small_graph
 
-from onnxpress.activation_stream import ActivationStream
+from onnxpress.calibration import ActivationStream
 from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.optimizers import make_pass
