@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
+
+import torch
 
 from onnxpress.errors import SourceError
 from onnxpress.exporters.exported import Exported
 from onnxpress.exporters.module import export_module
 from onnxpress.exporters.reference import TorchReference
+from onnxpress.exporters.resized import resized
 from onnxpress.exporters.source import ModuleSource, resolve
 from onnxpress.exporters.tasks import find_task, infer_task
 from onnxpress.exporters.transformers_decoder import export_decoder
@@ -18,7 +22,7 @@ from onnxpress.exporters.transformers_model import TextExport, load_config
 from onnxpress.exporters.verify import ParityCheck, ParityRow
 from onnxpress.exporters.verify_decoder import DecoderParityCheck
 
-__all__ = ["DecoderParityCheck", "Exported", "ParityCheck", "ParityRow", "TorchReference", "export"]
+__all__ = ["DecoderParityCheck", "Exported", "ParityCheck", "ParityRow", "TorchReference", "export", "resized"]
 
 
 def export(
@@ -32,6 +36,7 @@ def export(
     hidden_states: bool = False,
     example_inputs: object = None,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+    instead: torch.nn.Module | None = None,
 ) -> Exported:
     """Export a model; the original is left exactly as it was.
 
@@ -39,13 +44,16 @@ def export(
     from the model where None. max_length: the longest text in tokens. Of language models: adapter, a folder with a LoRA adapter to
     merge; hidden_states, whether the states that the logits come from are a second output. For a module: example_inputs, a tuple of
     tensors in the order of forward's parameters or a dict by their names, and dynamic_axes, {input: {axis: name}}
-    (without them axis 0 is taken for the batch, and tried).
+    (without them axis 0 is taken for the batch, and tried). instead: a module of the same call to export in the place of the one
+    that the source gives, whose tokenizer, options and example stay: a pruned one (`resized`).
 
     Raises SourceError where the model cannot be had, ConversionError where it does not convert. Whether the graph
     answers like the original is not checked here, but by `ParityCheck`.
     """
     found = resolve(source, revision=revision, example_inputs=example_inputs, dynamic_axes=dynamic_axes)
     if isinstance(found, ModuleSource):
+        if instead is not None:
+            found = dataclasses.replace(found, module=instead)
         if task not in (None, "module"):
             raise SourceError(f"The task {task!r} was given for a plain module, whose only task is 'module'.")
         module = export_module(found)
@@ -67,7 +75,14 @@ def export(
         raise SourceError(f"hidden_states goes with text-generation; the task {wanted.name} was asked for.")
     else:
         exporter = export_encoder
-    result = exporter(found.folder, wanted, config, trust_remote_code=trust_remote_code, max_length=max_length)
+    result = exporter(
+        found.folder,
+        wanted,
+        config,
+        trust_remote_code=trust_remote_code,
+        max_length=max_length,
+        instead=instead,
+    )
     return Exported(
         name=found.name,
         graph=result.graph,

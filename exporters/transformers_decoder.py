@@ -51,16 +51,17 @@ def export_decoder(
     max_length: int | None,
     adapter: str | os.PathLike[str] | None,
     hidden_states: bool,
+    instead: torch.nn.Module | None = None,
 ) -> TextExport:
     """Export the language model in a folder. Raises SourceError and ConversionError.
 
     max_length: the longest context in tokens, prompt and answer together. adapter: a LoRA folder, merged first.
-    hidden_states: whether they are an output.
+    hidden_states: whether they are an output. instead: the model to export in the place of the folder's.
     """
-    model = load_model(folder, wanted, config, trust_remote_code=trust_remote_code)
+    model: Any = instead or load_model(folder, wanted, config, trust_remote_code=trust_remote_code)
     tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
     notes: tuple[str, ...] = ()
-    if adapter is not None:
+    if adapter is not None and instead is None:
         notes += (merge_adapter(model, Path(adapter)),)
     limit = position_limit(model, tokenizer)
     if max_length is not None and not 1 <= max_length <= limit:

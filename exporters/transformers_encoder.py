@@ -29,10 +29,16 @@ from onnxpress.manifest import Json, Signature, TensorSpec
 
 
 def export_encoder(
-    folder: Path, wanted: Task, config: Any, *, trust_remote_code: bool, max_length: int | None
+    folder: Path,
+    wanted: Task,
+    config: Any,
+    *,
+    trust_remote_code: bool,
+    max_length: int | None,
+    instead: torch.nn.Module | None = None,
 ) -> TextExport:
-    """Export the model in a folder, whose config is given. Raises SourceError and ConversionError."""
-    model = load_model(folder, wanted, config, trust_remote_code=trust_remote_code)
+    """Export the model in a folder, whose config is given, or one `instead` of it. Raises SourceError and ConversionError."""
+    model: Any = instead or load_model(folder, wanted, config, trust_remote_code=trust_remote_code)
     pooling = read_pooling(folder) if wanted.name == "feature-extraction" else None
     tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
     limit = position_limit(model, tokenizer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,19 +42,9 @@ class Calibration:
         return {name: self._known[name] for name in names}
 
     def _measure(self, graph: Graph, names: Sequence[str]) -> dict[str, ChannelRange]:
-        observed = graph.clone()
-        body = observed.model.graph
-        values: dict[str, ir.Value] = {str(value.name): value for value in body.inputs}
-        for node in body:
-            values.update({str(value.name): value for value in node.outputs})
-        inputs = {str(value.name) for value in body.inputs}
-        outputs = {str(value.name) for value in body.outputs}
-        body.outputs.extend(values[name] for name in names if name not in outputs | inputs)
-        session = self._open(observed)
         low: dict[str, np.ndarray] = {}
         high: dict[str, np.ndarray] = {}
-        for feeds in self._inputs():
-            answers = {**feeds, **session.run(feeds)}
+        for answers in activations(graph, names, open_session=self._open, inputs=self._inputs):
             for name in names:
                 flat = answers[name].reshape(-1, answers[name].shape[-1])
                 minimum, maximum = flat.min(axis=0), flat.max(axis=0)
@@ -63,6 +53,24 @@ class Calibration:
         if len(low) < len(names):
             raise RecipeError(_NO_INPUTS)
         return {name: ChannelRange(low=low[name], high=high[name]) for name in names}
+
+
+def activations(
+    graph: Graph,
+    names: Sequence[str],
+    *,
+    open_session: Callable[[Graph], Runnable],
+    inputs: Callable[[], Iterable[Arrays]],
+) -> Iterator[Arrays]:
+    """The named values of a graph (and its outputs) for one calibration input after another."""
+    observed = graph.clone()
+    body = observed.model.graph
+    values: dict[str, ir.Value] = {str(value.name): value for node in body for value in node.outputs}
+    given = {str(value.name) for value in (*body.inputs, *body.outputs)}
+    body.outputs.extend(values[name] for name in names if name not in given)
+    session = open_session(observed)
+    for feeds in inputs():
+        yield {**feeds, **session.run(feeds)}
 
 
 class ActivationStream:
