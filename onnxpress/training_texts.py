@@ -1,0 +1,137 @@
+"""Texts to train on, from a file or the built-in ones, as token ids: what a student is asked beside its teacher.
+
+No labels are needed: the teacher's answers are the gold. Those of texts to classify can be had beside them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from onnxpress.errors import RecipeError
+from onnxpress.evaluation import Sample, builtin_samples, read_samples
+from onnxpress.manifest import Json
+from onnxpress.optimizers.targets import GENERATION
+from onnxpress.runtime.tokenization import Tokenizer
+
+Example = dict[str, Any]
+
+WINDOW = 256  # tokens of a language model's examples
+_MASKED = 0.15  # share of tokens that are masked, as BERT was trained (arXiv 1810.04805)
+
+
+def training_examples(
+    task: str,
+    tokenizer: Tokenizer,
+    options: Mapping[str, Json],
+    *,
+    file: Path | None = None,
+    columns: Mapping[str, str | int] | None = None,
+    labels: bool = False,
+    seed: int = 0,
+) -> tuple[list[Example], tuple[str, ...]]:
+    """Examples {input_ids, token_type_ids, labels where asked for}, lists of numbers without padding; and remarks.
+
+    task, options: the model's, as its manifest has them. file: csv, tsv, jsonl or txt (a text a line; for language models one long
+    text); None is the built-in calibration texts. A language model's texts are put one after the other, with its end token
+    between, and cut into windows. Masks are put at random, by the seed, where a text to fill has none. Raises RecipeError.
+    """
+    notes: tuple[str, ...] = ()
+    if file is None:
+        samples, _, notes = builtin_samples(task, tokenizer)
+        notes += (f"trained on the {len(samples)} built-in texts alone: give a file of the texts that the model is for",)
+    else:
+        samples = read_texts(file, task, columns)
+    if task == GENERATION:
+        return _windows(samples, tokenizer, options, file), notes
+    if task == "question-answering":
+        pairs = [(sample.text, str(sample.text_pair)) for sample in samples]
+        encodings = [part for pair in pairs for part in tokenizer.windows(pair, stride=tokenizer.max_length // 4)]
+    else:
+        encodings = tokenizer.encode(_texts(samples, task))
+    examples: list[Example] = [{"input_ids": part.ids, "token_type_ids": part.type_ids} for part in encodings]
+    cut = sum(part.truncated > 0 for part in encodings)
+    if cut:
+        notes += (f"{cut} of {len(encodings)} training texts are cut at {tokenizer.max_length} tokens",)
+    if task == "fill-mask":
+        mask = tokenizer.inner.token_to_id(options["mask_token"])
+        for number, (example, part) in enumerate(zip(examples, encodings, strict=True)):
+            words = [place for place, sequence in enumerate(part.sequences) if sequence is not None]
+            example["input_ids"] = _masked(part.ids, words, mask, random.Random(f"{seed} {number}"))
+    if labels:
+        if task != "text-classification" or samples[0].label is None:
+            raise RecipeError(f"{file or 'The built-in texts'}: labels were asked for; texts to classify have them, from a file with labels.")
+        for example, sample in zip(examples, samples, strict=True):
+            example["labels"] = _label(sample.label, options)
+    return examples, notes
+
+
+def read_texts(file: Path, task: str, columns: Mapping[str, str | int] | None = None) -> list[Sample]:
+    """Samples of a csv, tsv or jsonl file, or of a .txt: one a line, for language models one alone. Raises RecipeError."""
+    if file.suffix != ".txt":
+        return read_samples(file, task, columns)
+    if columns:
+        raise RecipeError(f"{file} is plain text and has no columns.")
+    if task == "question-answering":
+        raise RecipeError(f"{file}: questions need a context each: give a csv, tsv or jsonl file with both.")
+    try:
+        content = file.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file} cannot be read as UTF-8 text: {error}.") from None
+    texts = [content] if task == GENERATION else content.split("\n")
+    samples = [Sample(text=text.removesuffix("\r")) for text in texts if text.strip()]
+    if not samples:
+        raise RecipeError(f"{file} holds no text.")
+    return samples
+
+
+def _windows(
+    samples: Sequence[Sample], tokenizer: Tokenizer, options: Mapping[str, Json], file: Path | None
+) -> list[Example]:
+    """All texts one after the other, in pieces of equal length; labels are the tokens themselves, which the model shifts."""
+    ends: list[int] = list(options.get("eos_token_ids") or ())[:1]
+    ids: list[int] = []
+    for sample in samples:
+        ids += [*tokenizer.inner.encode(sample.text).ids, *ends]
+    size = min(WINDOW, tokenizer.max_length)
+    windows = [ids[start : start + size] for start in range(0, len(ids), size)]
+    windows = [window for window in windows if len(window) > 1]
+    if not windows:
+        raise RecipeError(f"{file or 'The built-in texts'}: no text has two tokens, so there is nothing to predict.")
+    return [{"input_ids": window, "labels": window} for window in windows]
+
+
+def _texts(samples: Sequence[Sample], task: str) -> list[str | tuple[str, str]]:
+    """What the tokenizer takes. Two texts of one sample are a pair, but for embeddings, where each has its own."""
+    if task == "feature-extraction":
+        return list(dict.fromkeys(text for item in samples for text in (item.text, item.text_pair) if text is not None))
+    return [sample.text if sample.text_pair is None else (sample.text, sample.text_pair) for sample in samples]
+
+
+def _masked(ids: list[int], words: list[int], mask: int, draw: random.Random) -> list[int]:
+    """Token ids with some of the words' places masked, at least one; those that have a mask already stay as they are."""
+    if mask in ids or not words:
+        return ids
+    chosen = set(draw.sample(words, max(1, round(_MASKED * len(words)))))
+    return [mask if place in chosen else token for place, token in enumerate(ids)]
+
+
+def _label(label: Json, options: Mapping[str, Json]) -> int | float:
+    """A gold label as a model learns it: a class's number, or a regression's. Raises RecipeError."""
+    names = [str(name) for name in options["labels"]]
+    kind = options["problem_type"]
+    text = str(label)
+    if kind == "regression":
+        try:
+            return float(text)
+        except ValueError:
+            raise RecipeError(f"The score {label!r} is no number.") from None
+    if kind == "multi_label_classification":
+        raise RecipeError("Labels of models that give several a text are not trained on: leave the column out.")
+    if text in names:
+        return names.index(text)
+    if text.isdigit() and int(text) < len(names):
+        return int(text)
+    raise RecipeError(f"The label {label!r} is not one of the model's: {', '.join(names)}.")
