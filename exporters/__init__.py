@@ -13,7 +13,7 @@ from onnxpress.errors import SourceError
 from onnxpress.exporters.exported import Exported
 from onnxpress.exporters.module import export_module
 from onnxpress.exporters.reference import TorchReference
-from onnxpress.exporters.resized import resized
+from onnxpress.exporters.resized import original, resized
 from onnxpress.exporters.source import ModuleSource, resolve
 from onnxpress.exporters.tasks import find_task, infer_task
 from onnxpress.exporters.transformers_decoder import export_decoder
@@ -22,7 +22,16 @@ from onnxpress.exporters.transformers_model import TextExport, load_config
 from onnxpress.exporters.verify import ParityCheck, ParityRow
 from onnxpress.exporters.verify_decoder import DecoderParityCheck
 
-__all__ = ["DecoderParityCheck", "Exported", "ParityCheck", "ParityRow", "TorchReference", "export", "resized"]
+__all__ = [
+    "DecoderParityCheck",
+    "Exported",
+    "ParityCheck",
+    "ParityRow",
+    "TorchReference",
+    "export",
+    "original",
+    "resized",
+]
 
 
 def export(

@@ -9,15 +9,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from onnxpress.errors import ConversionError
-from onnxpress.pruned import LostHeads, Pruned
-
-Array = npt.NDArray[Any]
+from onnxpress.exporters.module import PlainModule
+from onnxpress.exporters.transformers_model import TextModel
+from onnxpress.manifest import Runnable
+from onnxpress.pruned import Change, LostHeads, Pruned
 
 _WIDTHS = ("all_head_size", "split_size", "embed_dim", "inner_dim")  # what modules call the channels of all heads
+
+
+def original(reference: Runnable) -> torch.nn.Module | None:
+    """The module that an export's reference runs, without what the export put around it; None where it is no module."""
+    module: torch.nn.Module | None = getattr(reference, "module", None)
+    if isinstance(module, TextModel):
+        return module.model
+    return module.module if isinstance(module, PlainModule) else module
 
 
 def resized(module: torch.nn.Module, pruned: Pruned) -> torch.nn.Module:
@@ -28,7 +36,9 @@ def resized(module: torch.nn.Module, pruned: Pruned) -> torch.nn.Module:
     """
     smaller = copy.deepcopy(module)
     for name, change in pruned.changes.items():
-        _set(smaller, name, change.before, change.after)
+        _set(smaller, name, change)
+    for name, change in pruned.changes.items():
+        _fit_bias(smaller, name, change)
     for lost in pruned.heads:
         _tell_heads(smaller, lost)
     if pruned.heads and len({(lost.before, lost.groups) for lost in pruned.heads}) == 1:
@@ -41,7 +51,8 @@ def resized(module: torch.nn.Module, pruned: Pruned) -> torch.nn.Module:
     return smaller
 
 
-def _set(module: torch.nn.Module, name: str, before: Array, after: Array) -> None:
+def _set(module: torch.nn.Module, name: str, change: Change) -> None:
+    before, after = change.before, change.after
     path, _, attribute = name.rpartition(".")
     try:
         owner = module.get_submodule(path)
@@ -67,6 +78,21 @@ def _set(module: torch.nn.Module, name: str, before: Array, after: Array) -> Non
             owner.out_features, owner.in_features = new.shape
         elif type(owner).__name__ == "Conv1D":
             owner.nf = new.shape[1]
+
+
+def _fit_bias(module: torch.nn.Module, name: str, change: Change) -> None:
+    """Shorten a bias that the graph holds under another name, because it equals another layer's, as its weight tells."""
+    owner: Any = module.get_submodule(name.rpartition(".")[0])
+    bias = getattr(owner, "bias", None)
+    if not name.endswith(".weight") or bias is None or len(bias) == change.after.shape[1]:
+        return
+    kept: list[int] = []
+    for index, column in enumerate(change.before.T):
+        if len(kept) < change.after.shape[1] and np.array_equal(column, change.after[:, len(kept)]):
+            kept.append(index)
+    if len(bias) != change.before.shape[1] or len(kept) != change.after.shape[1]:
+        raise ConversionError(f"The bias beside {name} is not as long as the pruned graph's weight is wide.")
+    owner.bias = torch.nn.Parameter(bias.detach()[kept].clone())
 
 
 def _drop(module: torch.nn.Module, layers: Sequence[frozenset[str]]) -> None:

@@ -98,6 +98,16 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--pass-option", action="append", default=[], metavar="PASS.NAME=VALUE", help="e.g. int4-weights.method=gptq"
     )
+    build.add_argument(
+        "--prune",
+        metavar="PARTS",
+        help="e.g. ffn=0.5,heads=0.33,layers=2: shares or numbers that go, then all that follows",
+    )
+    build.add_argument(
+        "--distil",
+        metavar="FILE",
+        help="what was pruned learns from the original on these texts; more with --pass-option distil.epochs=5",
+    )
     build.add_argument("--only", action="append", metavar="PASS", help="run this pass and no other (repeatable)")
     build.add_argument("--keep-all", action="store_true", default=None, help="keep passes in spite of budget and times")
     build.add_argument("--max-length", type=int, help="longest input in tokens; of a language model, the context")
@@ -217,7 +227,15 @@ def _build(options: argparse.Namespace) -> int:
     )
     chosen = {key: getattr(options, key) for key in keys}
     if options.pass_option:
-        chosen["passes"] = _pass_options(options.pass_option)
+        passes = _pass_options(options.pass_option)
+        for section in ("prune", "distil"):
+            if section in passes:
+                chosen[section] = passes.pop(section)
+        chosen["passes"] = passes
+    if options.prune is not None:
+        chosen["prune"] = chosen.get("prune", {}) | _prune(options.prune)
+    if options.distil is not None:
+        chosen["distil"] = chosen.get("distil", {}) | {"file": options.distil}
     if options.column:
         chosen["columns"] = _columns(options.column)
     artifact = build(options.source, out=options.out, quiet=options.json, **chosen)
@@ -390,6 +408,15 @@ def _pass_options(items: Sequence[str]) -> dict[str, dict[str, Json]]:
             value = text  # a word
         found.setdefault(step, {})[name] = value
     return found
+
+
+def _prune(text: str) -> dict[str, float]:
+    try:
+        return {name: float(value) for name, _, value in (part.partition("=") for part in text.split(","))}
+    except ValueError:
+        raise UsageError(
+            f"--prune {text!r} is not of the form PART=SHARE,…: ffn, heads or layers, e.g. ffn=0.5,heads=0.33."
+        ) from None
 
 
 def _numbers(text: str, flag: str) -> list[int]:

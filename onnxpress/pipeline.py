@@ -42,6 +42,7 @@ from onnxpress.manifest import Json, Manifest, Runnable
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import Pass, PassContext
 from onnxpress.optimizers.targets import target as find_target
+from onnxpress.pruning import Smaller, make_smaller
 from onnxpress.recipe import BuildSection, ModelSection, QualitySection, Recipe, make_recipe, read_recipe
 from onnxpress.report import render_report
 from onnxpress.runtime.cache import KeyValueCache
@@ -80,8 +81,8 @@ def build(
     torch.nn.Module with example_inputs (a tuple or dict of tensors) and perhaps dynamic_axes ({input: {axis: name}};
     without it axis 0 is tried as the batch). out: the artifact's folder (default artifacts/NAME). options: any key of a
     recipe's sections: task, revision, max_length, trust_remote_code, adapter, hidden_states, name, target, precision, cache, only,
-    keep_all, measure, budget, file, calibration, columns, samples, calibration_samples, and passes, a dict of each pass's options;
-    they overrule the recipe's. quiet: no progress.
+    keep_all, measure, budget, file, calibration, columns, samples, calibration_samples; passes, a dict of each pass's options; prune
+    and distil, dicts of those sections' keys. They overrule the recipe's. quiet: no progress.
 
     Raises RecipeError, SourceError, ConversionError, ParityError, BudgetError, OutputError.
     """
@@ -150,6 +151,19 @@ def _build(recipe: Recipe, folder: Path, given: _Given, report: terminal.Progres
         gate = Gate(workload, exported.reference, budget)
 
         press = _Press(recipe, bench, gate, parity, exported.graph, plain, report)
+        if recipe.prune is not None:
+            report.step("prune")
+            smaller = make_smaller(
+                exported,
+                recipe,
+                facts,
+                bench=bench,
+                workload=workload,
+                tokenizer_folder=writer.folder,
+                export_again=partial(_export, recipe, given),
+                progress=report.detail,
+            )
+            press.begin_with(smaller, _Parity(smaller.exported))
         for name in recipe.pass_names(workload.task):
             press.run(make_pass(name, recipe.passes.get(name)))
 
@@ -262,6 +276,24 @@ class _Press:
         self._recipe, self._bench, self._gate, self._parity, self._report = recipe, bench, gate, parity, report
         self._target = find_target(recipe.build.target)
 
+    def begin_with(self, smaller: Smaller, parity: _Parity) -> None:
+        """Go on with a pruned model, whose own answers passes that lose nothing keep. Raises BudgetError."""
+        session = self._bench.open(smaller.exported.graph)
+        parity.check(session)
+        judgement = self._gate.judge(session)
+        row = self._row("prune", smaller.changes, smaller.notes)
+        row["quality"] = _rounded(judgement.value)
+        row["metrics"] = {name: _rounded(value) for name, value in judgement.metrics.items()}
+        if not judgement.holds and not self._recipe.build.keep_all:
+            raise BudgetError(
+                f"The pruned model is over the budget: {judgement.sentence()}, where the original has "
+                f"{self._gate.budget.metric} {self._gate.reference_value:.5g}. Prune less, let it learn with [distil] (for longer, "
+                "or on more of the texts that it is for), allow more with --budget, or keep it in spite of the budget with --keep-all."
+            )
+        self._parity = parity
+        self._slower("prune", session)
+        self._take(row, smaller.exported.graph, session, status="kept", reason=judgement.sentence())
+
     def run(self, step: Pass) -> None:
         """Try one pass: keep it, repair it, or undo it; one row of the ledger either way."""
         self._report.step(step.name)
@@ -272,7 +304,7 @@ class _Press:
 
     def _run_lossless(self, step: Pass) -> None:
         result = step.apply(self.graph.clone(), PassContext(target=self._target))
-        row = self._row(step, result.changes, result.notes)
+        row = self._row(step.name, result.changes, result.notes)
         if result.changes == 0:
             self._record(row, status="unchanged", reason="nothing to change")
             return
@@ -282,7 +314,7 @@ class _Press:
         except ParityError as error:
             self._record(row, status="undone", reason=f"changed the answers: {error}")
             return
-        slower = self._slower(step, session)
+        slower = self._slower(step.name, session)
         if slower and not self._recipe.build.keep_all and not self._recipe.build.only:
             self._record(row, status="undone", reason=slower)
             return
@@ -303,7 +335,7 @@ class _Press:
             return outcome, self._bench.open(outcome.graph)
 
         result, session = apply(keep)
-        row = self._row(step, result.changes, result.notes)
+        row = self._row(step.name, result.changes, result.notes)
         if result.changes == 0:
             self._record(row, status="undone", reason="nothing to change")
             self._refuse(step, row)
@@ -333,7 +365,7 @@ class _Press:
         row["quality"] = _rounded(judgement.value)
         row["batch_cosine"] = _rounded(judgement.batch_cosine)
         row["metrics"] = {name: _rounded(value) for name, value in judgement.metrics.items()}
-        slower = self._slower(step, RowByRow(session) if rows_alone else session)
+        slower = self._slower(step.name, RowByRow(session) if rows_alone else session)
         if slower and not self._explicit(step):
             self._record(row, status="undone", reason=slower)
             return
@@ -357,7 +389,7 @@ class _Press:
                 "keep it in spite of the budget with --keep-all."
             )
 
-    def _slower(self, step: Pass, session: Runnable) -> str:
+    def _slower(self, name: str, session: Runnable) -> str:
         """Why a pass does not pay, or nothing. Records the times."""
         if not self._recipe.build.measure or not self._bench.on_target:
             return ""
@@ -366,7 +398,7 @@ class _Press:
         after = sum(times[1] for times in rows.values())
         self.measured.append(
             {
-                "pass": step.name,
+                "pass": name,
                 "latency_before_ms": round(before, 4),
                 "latency_ms": round(after, 4),
                 "shapes": {
@@ -377,9 +409,9 @@ class _Press:
         worse = all(new > old * _SLOWER and new - old > _NOISE_MS for old, new in rows.values())
         return "slower on the build machine at every shape tried (times: measured.json)" if worse else ""
 
-    def _row(self, step: Pass, changes: int, notes: tuple[str, ...]) -> dict[str, Json]:
+    def _row(self, name: str, changes: int, notes: tuple[str, ...]) -> dict[str, Json]:
         return {
-            "pass": step.name,
+            "pass": name,
             "changes": changes,
             "notes": list(notes),
             "metric": self._gate.budget.metric,
@@ -409,6 +441,11 @@ def _with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     for key, value in options.items():
         if value is None:
             continue
+        if key in ("prune", "distil"):
+            if not isinstance(value, Mapping):
+                raise RecipeError(f"{key} is {value!r}; it takes a dict, the keys of the recipe's [{key}].")
+            content[key] = content.get(key, {}) | dict(value)
+            continue
         if key == "passes":
             before = content.get("passes", {})
             if not isinstance(value, Mapping) or not all(isinstance(given, Mapping) for given in value.values()):
@@ -417,7 +454,7 @@ def _with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
             continue
         section = next((name for name, keys in sections.items() if key in keys), None)
         if section is None or key == "source":
-            allowed = sorted(set().union(*sections.values()) - {"source"} | {"passes"})
+            allowed = sorted(set().union(*sections.values()) - {"source"} | {"passes", "prune", "distil"})
             raise RecipeError(f"Unknown option {key!r}; the options are: {', '.join(allowed)}.")
         content.setdefault(section, {})[key] = list(value) if isinstance(value, tuple) else value
     return make_recipe(content)
@@ -434,7 +471,7 @@ def _name(recipe: Recipe) -> str:
     return source.replace(":", "/").rpartition("/")[2] or "model"
 
 
-def _export(recipe: Recipe, given: _Given) -> Exported:
+def _export(recipe: Recipe, given: _Given, instead: torch.nn.Module | None = None) -> Exported:
     model = recipe.model
     if given.module is None and model.source.endswith(".onnx"):
         return open_onnx(Path(model.source), task=model.task, max_length=model.max_length)
@@ -448,6 +485,7 @@ def _export(recipe: Recipe, given: _Given) -> Exported:
         trust_remote_code=model.trust_remote_code,
         adapter=model.adapter,
         hidden_states=model.hidden_states,
+        instead=instead,
     )
 
 

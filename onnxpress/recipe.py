@@ -13,6 +13,13 @@ budget = "0.99"
 file = "sentences.csv"
 calibration = "other.csv"
 
+[prune]
+ffn = 0.5
+heads = 0.33
+
+[distil]
+file = "texts.txt"
+
 [passes.int8]
 minimum_elements = 4096
 """
@@ -84,12 +91,47 @@ class QualitySection(_Section):
     calibration_samples: int = Field(default=128, ge=1)
 
 
+class PruneSection(_Section):
+    """What goes before anything else is done: below 1 a share, from 1 on a number.
+
+    ffn: feed-forward channels and heads: key-value heads (with their query heads) of each layer; layers: whole layers. multiple: the
+    number of channels that stay is one of these.
+    """
+
+    ffn: float = Field(default=0.0, ge=0)
+    heads: float = Field(default=0.0, ge=0)
+    layers: float = Field(default=0.0, ge=0)
+    multiple: int = Field(default=32, ge=1)
+
+
+class DistilSection(_Section):
+    """How what was pruned learns to answer like the original again.
+
+    file: the texts to learn from (csv, tsv, jsonl, txt; the built-in ones where not given). hidden_weight, label_weight: of the
+    losses on hidden states and on the file's own labels, beside that on the answers. checkpoints: a folder for them, from which a
+    killed build goes on.
+    """
+
+    file: str | None = None
+    epochs: int = Field(default=3, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    temperature: float = Field(default=2.0, gt=0)
+    hidden_weight: float = Field(default=1.0, ge=0)
+    label_weight: float = Field(default=0.0, ge=0)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    seed: int = Field(default=0, ge=0)
+    checkpoints: str | None = None
+
+
 class Recipe(_Section):
     """A whole recipe; see the module's docstring for the file's form."""
 
     model: ModelSection
     build: BuildSection = BuildSection()
     quality: QualitySection = QualitySection()
+    prune: PruneSection | None = None
+    distil: DistilSection | None = None
     passes: dict[str, dict[str, Any]] = {}
 
     def precision(self, task: str) -> str:
@@ -119,6 +161,11 @@ def read_recipe(path: Path) -> Recipe:
     quality = quality.model_copy(
         update={key: str(path.parent / name) for key, name in files.items() if name is not None}
     )
+    distil = recipe.distil
+    if distil is not None:
+        paths = {"file": distil.file, "checkpoints": distil.checkpoints}
+        found = {key: str(path.parent / name) for key, name in paths.items() if name is not None}
+        distil = distil.model_copy(update=found)
     if model.adapter is not None:
         model = model.model_copy(update={"adapter": str(path.parent / model.adapter)})
     if (path.parent / model.source).exists():
@@ -126,7 +173,7 @@ def read_recipe(path: Path) -> Recipe:
     build = recipe.build
     if build.name is None and path.name == "recipe.toml":
         build = build.model_copy(update={"name": path.resolve().parent.name})
-    return recipe.model_copy(update={"quality": quality, "model": model, "build": build})
+    return recipe.model_copy(update={"quality": quality, "model": model, "build": build, "distil": distil})
 
 
 def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Recipe:
@@ -147,6 +194,8 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
         raise RecipeError(
             f"{where}: `only` names the passes itself; leave `cache` out, or put int8-cache last in `only`."
         )
+    if recipe.distil is not None and recipe.prune is None:
+        raise RecipeError(f"{where}: [distil] trains what [prune] made smaller; add [prune], or leave [distil] out.")
     order = [make_pass(name) for name in recipe.build.only]
     for step, later in pairwise(order):
         if later.lossless and not step.lossless:

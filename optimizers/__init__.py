@@ -19,6 +19,7 @@ from onnxpress.optimizers.int8 import Int8
 from onnxpress.optimizers.int8_cache import Int8Cache
 from onnxpress.optimizers.int8_dynamic import Int8Dynamic
 from onnxpress.optimizers.pack_projections import PackProjections
+from onnxpress.optimizers.sparse import Sparse24
 from onnxpress.optimizers.weights import WeightsInt4, WeightsInt8
 
 PASSES: Mapping[str, type[Pass]] = {
@@ -30,6 +31,7 @@ PASSES: Mapping[str, type[Pass]] = {
     "fuse-skip-norm": FuseSkipNorm,
     "fuse-rotary": FuseRotary,
     "pack-projections": PackProjections,
+    "sparse-2-4": Sparse24,
     "fp16": Float16,
     "bf16": BFloat16,
     "int8": Int8,

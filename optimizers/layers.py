@@ -31,12 +31,13 @@ class Layer:
     nodes: tuple[ir.Node, ...]
 
     def constants(self) -> frozenset[str]:
-        """Names of the initializers that nodes of this layer read."""
+        """Names of the initializers that nodes of this layer, and no others, read."""
+        inside = set(self.nodes)
         return frozenset(
             str(value.name)
             for node in self.nodes
             for value in node.inputs
-            if value is not None and value.is_initializer()
+            if value is not None and value.is_initializer() and all(use.node in inside for use in value.uses())
         )
 
 

@@ -11,6 +11,7 @@ the same share: kernels and devices like equal shapes. Layers to lose are those 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +28,6 @@ from onnxpress.optimizers.linear import Linear, drop_unused_constants, linears
 from onnxpress.optimizers.matching import dimension, rank
 from onnxpress.optimizers.rounding import Float
 from onnxpress.optimizers.slicing import (
-    ELEMENTWISE,
     Group,
     NotFollowedError,
     attention_heads,
@@ -181,8 +181,8 @@ def without(weight: Wide, moments: Float, *, size: int, number: int) -> tuple[li
         within = np.linalg.inv(inverse[np.ix_(rows, rows)])
         fitted -= inverse[:, rows] @ (within @ fitted[rows])
         inverse -= inverse[:, rows] @ (within @ inverse[rows])
-        fitted[rows] = 0.0
         gone.extend(stay.pop(index) for index in chosen)
+    fitted[np.concatenate([np.arange(unit * size, (unit + 1) * size) for unit in gone])] = 0.0
     difference = fitted - weight
     whole = float(np.einsum("io,io->", weight, moments @ weight))
     error = float(np.einsum("io,io->", difference, moments @ difference)) / whole if whole else 0.0
@@ -195,6 +195,7 @@ def _places(graph: Graph, options: PruneOptions) -> tuple[list[_Place], list[str
     left: list[str] = []
     layers = list(linears(graph))
     first = {layer.nodes[0]: layer for layer in layers}
+    hidden = Counter(dimension(layer.x, -1) for layer in layers).most_common(1)[0][0] if layers else None
     if options.heads:
         for node in graph.model.graph:
             heads = attention_heads(node)
@@ -215,8 +216,7 @@ def _places(graph: Graph, options: PruneOptions) -> tuple[list[_Place], list[str
                     continue
                 last = _reader(group, first)
             except NotFollowedError as error:
-                giver = layer.x.producer()
-                if giver is not None and giver.op_type in ELEMENTWISE:
+                if units != hidden:
                     left.append(f"channels of {layer.name} stay whole: {error}")
                 continue
             assert isinstance(units, int)

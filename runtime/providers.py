@@ -82,6 +82,7 @@ class TensorRT:
         options = {
             "device_id": str(self.device_id),
             "trt_builder_optimization_level": str(self.builder_optimization_level),
+            "trt_sparsity_enable": "1",  # only weights that are 2:4 sparse are affected
         }
         if signature is not None and _has_ranges(signature):
             for kind in ("min", "opt", "max"):

@@ -1,0 +1,156 @@
+"""Prunes an exported model before it is pressed, and lets the smaller one learn from the original where that is asked for.
+
+    export → prune the graph → the same cuts in the PyTorch module → distil → export again
+
+A file that somebody else exported has no module: its graph is pruned, and is what goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from onnxpress.calibration import ActivationStream, activations
+from onnxpress.errors import RecipeError
+from onnxpress.exporters import Exported, original, resized
+from onnxpress.graph import Graph
+from onnxpress.manifest import Json
+from onnxpress.optimizers import make_pass
+from onnxpress.optimizers.base import PassContext
+from onnxpress.optimizers.prune import PruneOptions, prune
+from onnxpress.optimizers.targets import Target
+from onnxpress.pruned import Pruned
+from onnxpress.recipe import DistilSection, Recipe
+from onnxpress.runtime.tokenization import Tokenizer
+from onnxpress.workbench import Workbench
+from onnxpress.workload import Workload
+
+if TYPE_CHECKING:
+    import torch
+
+_READABLE = (
+    "fold",
+    "fuse-gelu",
+    "fuse-layer-norm",
+    "fuse-attention",
+)  # passes after which heads and layers can be found
+
+
+class Smaller(NamedTuple):
+    """The pruned model's export, whose reference is the pruned model itself; what was done, for the ledger."""
+
+    exported: Exported
+    changes: int
+    notes: tuple[str, ...]
+
+
+def make_smaller(
+    exported: Exported,
+    recipe: Recipe,
+    target: Target,
+    *,
+    bench: Workbench,
+    workload: Workload,
+    tokenizer_folder: Path,
+    export_again: Callable[[torch.nn.Module], Exported],
+    progress: Callable[[str], None],
+) -> Smaller:
+    """Prune as the recipe says. export_again: exports a module in the place of the original one.
+
+    Raises RecipeError, and ConversionError where the PyTorch module cannot follow the graph.
+    """
+    assert recipe.prune is not None
+    module = original(exported.reference)
+    graph = exported.graph.clone()
+    for name in _READABLE:
+        if module is not None or name in target.lossless:
+            graph = make_pass(name).apply(graph, PassContext(target=target)).graph
+    pruned = prune(
+        graph,
+        PruneOptions(**recipe.prune.model_dump()),
+        stream=partial(ActivationStream, open_session=bench.open, inputs=workload.calibration),
+        activations=partial(activations, open_session=bench.open, inputs=workload.calibration),
+        progress=progress,
+    )
+    changes, notes = len(pruned.changes) + len(pruned.layers), _sizes(exported.graph, pruned)
+    if module is None:
+        if recipe.distil is not None:
+            raise RecipeError("[distil] needs the PyTorch model; an .onnx file can be pruned, and not be trained.")
+        return Smaller(
+            dataclasses.replace(exported, graph=pruned.graph, reference=bench.open(pruned.graph)), changes, notes
+        )
+    student = resized(module, pruned)
+    if recipe.distil is not None:
+        notes += _distil(
+            exported, module, student, pruned, recipe.distil, tokenizer_folder, recipe.quality.columns, progress
+        )
+    return Smaller(export_again(student), changes, notes)
+
+
+def _sizes(before: Graph, pruned: Pruned) -> tuple[str, ...]:
+    was, now = before.weight_bytes() / 4e6, pruned.graph.weight_bytes() / 4e6
+    return (f"{was:.3g} million numbers became {now:.3g} million", *pruned.notes)
+
+
+def _distil(
+    exported: Exported,
+    teacher: torch.nn.Module,
+    student: torch.nn.Module,
+    pruned: Pruned,
+    section: DistilSection,
+    tokenizer_folder: Path,
+    columns: Mapping[str, str | int],
+    progress: Callable[[str], None],
+) -> tuple[str, ...]:
+    """Train the student in place; remarks for the ledger."""
+    from onnxpress.optimizers.distil import DistilOptions, distil
+    from onnxpress.optimizers.training import TrainingOptions
+    from onnxpress.training_texts import training_examples
+
+    options: Mapping[str, Json] = exported.options
+    task = exported.graph.signature.task
+    if task == "module":
+        raise RecipeError("[distil] goes with models that read text; train a plain module by yourself, then build it.")
+    tokenizer = Tokenizer.from_folder(
+        tokenizer_folder, max_length=options["max_length"], pad_token_id=options["pad_token_id"]
+    )
+    examples, notes = training_examples(
+        task,
+        tokenizer,
+        options,
+        file=None if section.file is None else Path(section.file),
+        columns=columns,
+        labels=section.label_weight > 0,
+        seed=section.seed,
+    )
+    training = TrainingOptions(
+        epochs=section.epochs,
+        batch_size=section.batch_size,
+        learning_rate=section.learning_rate,
+        seed=section.seed,
+        precision=section.precision,
+        checkpoints=None if section.checkpoints is None else Path(section.checkpoints),
+        resume=section.checkpoints is not None,
+    )
+    summary = distil(
+        teacher,
+        student,
+        examples,
+        task=task,
+        options=DistilOptions(
+            temperature=section.temperature,
+            hidden_weight=section.hidden_weight,
+            label_weight=section.label_weight,
+            training=training,
+        ),
+        layers=pruned.kept_layers or None,
+        pooling=getattr(getattr(exported.reference, "module", None), "pooling", None),
+        progress=progress,
+    )
+    return (
+        *notes,
+        f"distilled on {len(examples)} examples, {section.epochs} epochs: divergence {summary.before:.4g} to {summary.after:.4g}",
+    )

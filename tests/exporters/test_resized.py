@@ -1,0 +1,154 @@
+"""A pruned graph and the PyTorch module made as small answer alike, and the module exports again, over many architectures."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from tiny_decoders import VOCABULARY, save_decoder
+from tiny_models import VOCAB, save_model
+
+from onnxpress.calibration import ActivationStream, activations
+from onnxpress.errors import ConversionError
+from onnxpress.exporters import Exported, export, original, resized
+from onnxpress.manifest import Arrays, Signature
+from onnxpress.optimizers import make_pass
+from onnxpress.optimizers.base import PassContext
+from onnxpress.optimizers.prune import PruneOptions, prune
+from onnxpress.optimizers.targets import target
+from onnxpress.pipeline import _Parity
+from onnxpress.pruned import Change, Pruned
+from onnxpress.workbench import Workbench
+
+
+def inputs(signature: Signature) -> Iterator[Arrays]:
+    """Eight texts of 24 random tokens, one at a time, the cache empty."""
+    for seed in range(8):
+        random, feeds = np.random.default_rng(seed), {}
+        for spec in signature.inputs:
+            axes = {"batch": 1, "length": 24, "capacity": 24, "answers": 24}
+            shape = [axes[axis] if isinstance(axis, str) else axis for axis in spec.shape]
+            known = {
+                "input_ids": random.integers(5, min(VOCAB, VOCABULARY), shape),
+                "attention_mask": np.ones(shape, np.int64),
+                "lengths": np.full(shape, 24, np.int32),
+                "logit_indices": np.arange(24),
+            }
+            feeds[spec.name] = known.get(spec.name, np.zeros(shape, spec.dtype))
+        yield feeds
+
+
+def pruned(exported: Exported, bench: Workbench, **options: float) -> Pruned:
+    graph = exported.graph.clone()
+    for name in ("fold", "fuse-gelu", "fuse-layer-norm", "fuse-attention"):
+        graph = make_pass(name).apply(graph, PassContext(target=target("cpu"))).graph
+    given = partial(inputs, graph.signature)
+    return prune(
+        graph,
+        PruneOptions(**options, multiple=1),
+        stream=partial(ActivationStream, open_session=bench.open, inputs=given),
+        activations=partial(activations, open_session=bench.open, inputs=given),
+    )
+
+
+def check(folder: Path, bench: Workbench, *kinds: str, **options: float) -> None:
+    """Prune the graph and the module: both, and the module exported again, give the same answers, which are other ones."""
+    exported = export(folder)
+    module = original(exported.reference)
+    assert module is not None
+    before = copy.deepcopy(module.state_dict())
+    result = pruned(exported, bench, **options)
+    for kind in kinds:
+        assert any(note.startswith(f"{kind}:") for note in result.notes), result.notes
+    smaller = resized(module, result)
+    again = export(folder, instead=smaller)
+    parity = _Parity(again)  # 5e-5 of the largest answer, several shapes, padding, and 20 steps of a language model
+    parity.check(bench.open(again.graph))
+    parity.check(bench.open(result.graph))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items()), "left as it was"
+    count = sum(parameter.numel() for parameter in smaller.parameters())
+    assert count < sum(parameter.numel() for parameter in module.parameters())
+    _Parity(exported).check(bench.open(exported.graph))
+
+
+ENCODERS = ("bert", "distilbert", "electra", "mpnet", "xlm-roberta", "modernbert", "nomic-bert")
+DECODERS = (
+    "llama",
+    "qwen3",
+    "mistral",
+    "gemma3",
+    "phi3",
+    "smollm3-nope",
+    "granite",
+    "starcoder2",
+    "gpt2",
+    "opt",
+    "gpt-neox",
+)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders(name: str, tmp_path: Path) -> None:
+    save_model(tmp_path / "model", name)
+    check(tmp_path / "model", Workbench(tmp_path, target("cpu")), "ffn", "heads", ffn=0.5, heads=1, layers=1)
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("name", DECODERS)
+def test_language_models(name: str, tmp_path: Path) -> None:
+    save_decoder(tmp_path / "model", name)
+    check(tmp_path / "model", Workbench(tmp_path, target("cpu")), "ffn", "heads", ffn=0.33, heads=1, layers=1)
+
+
+@pytest.mark.newest
+def test_caches_have_the_heads_that_stay(tmp_path: Path) -> None:
+    exported = export(save_decoder(tmp_path / "model", "llama", num_hidden_layers=3))
+    result = pruned(exported, Workbench(tmp_path, target("cpu")), heads=1, layers=1)
+    caches = {spec.name: spec.shape for spec in result.graph.signature.inputs if "past_key" in spec.name}
+    assert len(caches) == 4, "two layers are left, a key and a value each"
+    assert {shape[1] for shape in caches.values()} == {1}, "of two key-value heads"
+
+
+def test_heads_of_an_architecture_that_cannot_follow_stay_whole(tmp_path: Path) -> None:
+    """DeBERTa's attention does not go through transformers' interface, so that its heads are not found; its channels are."""
+    folder = save_model(tmp_path / "model", "deberta-v2")
+    check(folder, Workbench(tmp_path, target("cpu")), "ffn", ffn=0.5, heads=1)
+
+
+def test_a_model_with_a_head_on_top(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "bert", tf.AutoModelForSequenceClassification, num_labels=3)
+    check(folder, Workbench(tmp_path, target("cpu")), "ffn", "heads", ffn=0.5, heads=0.5)
+
+
+def test_equal_biases_that_the_graph_holds_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder = save_model(tmp_path / "model", "bert")
+    model: Any = tf.AutoModel.from_pretrained(folder)
+    with torch.no_grad():
+        for layer in model.encoder.layer:
+            layer.intermediate.dense.bias.zero_()
+            layer.attention.self.key.bias.zero_()
+    model.save_pretrained(folder)
+    check(folder, Workbench(tmp_path, target("cpu")), "ffn", "heads", ffn=0.5, heads=1)
+
+
+def test_a_constant_that_is_no_parameter(tmp_path: Path) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4))
+    exported = export(module, example_inputs=(torch.ones(2, 3),))
+    result = Pruned(graph=exported.graph, changes={}, heads=(), layers=(), kept_layers=(), notes=())
+    array = np.ones((3, 4), np.float32)
+    for name, said in (
+        ("nowhere.weight", "no parameter of Sequential"),
+        ("0.weight", "not the parameter of that name"),
+    ):
+        wrong = dataclasses.replace(result, changes={name: Change(before=array, after=array)})
+        with pytest.raises(ConversionError, match=said):
+            resized(module, wrong)

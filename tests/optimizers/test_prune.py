@@ -1,0 +1,324 @@
+"""Structured pruning of graphs: what goes together, how weights that stay make up for those that go, and what stays whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from small_graphs import small_graph
+
+from onnxpress.calibration import ActivationStream, activations
+from onnxpress.errors import RecipeError
+from onnxpress.graph import Graph
+from onnxpress.manifest import Arrays, Signature, TensorSpec
+from onnxpress.optimizers.layers import drop_layers, find_layers
+from onnxpress.optimizers.prune import PruneOptions, prune, without
+from onnxpress.optimizers.slicing import NotFollowedError, cut, follow, follow_heads
+from onnxpress.optimizers.targets import target
+from onnxpress.pruned import Pruned
+from onnxpress.workbench import Workbench
+
+RANDOM = np.random.default_rng(0)
+WIDTH, WIDE = 32, 64
+
+
+def weight(*shape: int) -> Any:
+    return (RANDOM.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32)
+
+
+def feed_forward(middle: str, **weights: Any) -> Graph:
+    """x → up → middle → down → y, with a residual."""
+    return small_graph(
+        f"h = MatMul (x, up) g = Add (h, b) {middle} d = MatMul (m, down) y = Add (x, d)",
+        weights={"up": weight(WIDTH, WIDE), "b": weight(WIDE), "down": weight(WIDE, WIDTH)} | weights,
+        opset=20,
+        ir_version=9,
+    )
+
+
+def layer(number: int, source: str) -> str:
+    """A post-norm transformer layer with 4 heads of 8."""
+    n = number
+    return f"""
+        q{n} = MatMul ({source}, wq{n}) k{n} = MatMul ({source}, wk{n}) v{n} = MatMul ({source}, wv{n})
+        a{n} = Attention <q_num_heads = 4, kv_num_heads = 4> (q{n}, k{n}, v{n})
+        o{n} = MatMul (a{n}, wo{n}) r{n} = Add (o{n}, {source}) s{n} = LayerNormalization (r{n}, ones)
+        u{n} = MatMul (s{n}, up{n}) g{n} = Gelu (u{n}) d{n} = MatMul (g{n}, down{n})
+        t{n} = Add (d{n}, s{n}) y{n} = LayerNormalization (t{n}, ones)
+    """
+
+
+def encoder(layers: int) -> Graph:
+    body, source = "s = LayerNormalization (x, ones)", "s"
+    weights: dict[str, Any] = {"ones": np.ones(WIDTH, np.float32)}
+    for number in range(layers):
+        body += layer(number, source)
+        source = f"y{number}"
+        weights |= {f"{name}{number}": weight(WIDTH, WIDTH) for name in ("wq", "wk", "wv", "wo")}
+        weights |= {f"up{number}": weight(WIDTH, WIDE), f"down{number}": weight(WIDE, WIDTH)}
+    body += f" y = Identity ({source})"
+    graph = small_graph(body, weights=weights, opset=23, ir_version=11)
+    for node in graph.model.graph:  # onnx infers no shape for Attention without its optional inputs
+        for value in node.outputs:
+            if value.shape is None:
+                value.shape = ir.Shape(["batch", "length", WIDTH])
+    x = TensorSpec(name="x", dtype="float32", shape=("batch", "length", WIDTH))
+    graph.signature = Signature(task="module", inputs=(x,), outputs=(), axes={"batch": (1, 8), "length": (1, 99)})
+    return graph
+
+
+def inputs(count: int = 12) -> Iterator[Arrays]:
+    mix = np.random.default_rng(3).standard_normal((WIDTH, WIDTH)).astype(np.float32) / 6
+    for seed in range(count):
+        yield {"x": np.random.default_rng(seed).standard_normal((1, 40, WIDTH)).astype(np.float32) @ mix}
+
+
+def run(graph: Graph, folder: Path, feeds: Arrays) -> Any:
+    path = folder / f"{id(graph)}.onnx"
+    ir.save(graph.model, path)
+    onnx.checker.check_model(path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, dict(feeds))[0]
+
+
+def pruned(graph: Graph, folder: Path, **options: Any) -> Pruned:
+    bench = Workbench(folder, target("cpu"))
+    return prune(
+        graph,
+        PruneOptions(**options),
+        stream=partial(ActivationStream, open_session=bench.open, inputs=inputs),
+        activations=partial(activations, open_session=bench.open, inputs=inputs),
+    )
+
+
+@pytest.mark.parametrize(
+    ("middle", "weights"),
+    [
+        ("m = Gelu (g)", {}),
+        ("e = Sigmoid (g) m = Mul (g, e)", {}),
+        ("e = Gelu (g) o = MatMul (x, up2) m = Mul (e, o)", {"up2": weight(WIDTH, WIDE)}),
+        ("e = Gelu (g) m = Mul (e, scale)", {"scale": weight(WIDE)}),
+        ("e = Relu (g) f = Reshape (e, two) n = Relu (f) m = Reshape (n, three)",
+         {"two": np.array([-1, WIDE]), "three": np.array([1, -1, WIDE])}),
+        ("l, r = Split <axis = 2, num_outputs = 2> (p) e = Gelu (l) n = Mul (e, r) o = MatMul (x, up3) m = Add (n, o)",
+         {"up3": weight(WIDTH, WIDE)}),
+    ],
+)  # fmt: skip
+def test_channels_without_a_reader_can_go_and_nothing_changes(middle: str, weights: Any, tmp_path: Path) -> None:
+    if "Split" in middle:
+        middle = "p = MatMul (x, both) " + middle.replace("e = Gelu (l)", "e0 = Gelu (l) e = Add (e0, g)")
+        weights = weights | {"both": weight(WIDTH, 2 * WIDE)}
+    graph = feed_forward(middle, **weights)
+    lost = frozenset((0, 5, 6, 63))
+    down = graph.model.graph.initializers["down"]
+    array = down.const_value.numpy().copy()
+    array[sorted(lost)] = 0
+    down.const_value = ir.tensor(array, name="down")
+    before = graph.clone()
+    reader = next(node for node in graph.model.graph if node.inputs[-1] is graph.model.graph.initializers["down"])
+    cut(graph, follow(reader.inputs[0], 2, lost))
+    assert graph.model.graph.initializers["down"].shape == (WIDE - 4, WIDTH)
+    assert graph.model.graph.initializers["up"].shape == (WIDTH, WIDE - 4)
+    for feeds in inputs(3):
+        np.testing.assert_allclose(run(graph, tmp_path, feeds), run(before, tmp_path, feeds), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("middle", "said"),
+    [
+        ("m = Softmax (g)", r"Softmax_\d \(Softmax\) is no operator that channels can be followed through"),
+        (
+            "m = LayerNormalization (g, ones)",
+            r"LayerNormalization_\d \(LayerNormalization\) normalizes over all channels",
+        ),
+        ("f = Reshape (g, odd) e = Relu (f) m = Reshape (e, even)", r"Reshape_\d \(Reshape\) mixes the channels"),
+        ("t = Transpose <perm = [0, 2, 1]> (g) p = MatMul (g, t) m = MatMul (p, g)", "multiplies two computed values"),
+    ],
+)
+def test_what_cannot_be_followed_is_named_and_left_whole(middle: str, said: str, tmp_path: Path) -> None:
+    graph = feed_forward(
+        middle,
+        ones=np.ones(WIDE, np.float32),
+        odd=np.array([1, -1, 2, WIDE // 4, 2]),
+        even=np.array([1, -1, WIDE]),
+    )
+    before = graph.clone()
+    reader = next(node for node in graph.model.graph if node.outputs[0].name == "d")
+    with pytest.raises(NotFollowedError, match=said):
+        follow(reader.inputs[0], 2, frozenset((1,)))
+    with pytest.raises(RecipeError, match=f"nothing can go.*{said}"):
+        pruned(graph, tmp_path, ffn=0.5)
+    for feeds in inputs(2):
+        np.testing.assert_array_equal(run(graph, tmp_path, feeds), run(before, tmp_path, feeds))
+
+
+def test_a_channel_that_is_an_output_stays(tmp_path: Path) -> None:
+    graph = small_graph(
+        "m = MatMul (x, up) y = MatMul (m, down)",
+        outputs=f"float[batch,length,{WIDTH}] y, float[batch,length,{WIDE}] m",
+        weights={"up": weight(WIDTH, WIDE), "down": weight(WIDE, WIDTH)},
+    )
+    with pytest.raises(RecipeError, match="m is an input or output of the graph"):
+        pruned(graph, tmp_path, ffn=0.5)
+
+
+def test_heads_go_with_their_queries_keys_and_values(tmp_path: Path) -> None:
+    graph = encoder(1)
+    out = graph.model.graph.initializers["wo0"]
+    array = out.const_value.numpy().copy()
+    array[8:16] = array[24:32] = 0
+    out.const_value = ir.tensor(array, name="wo0")
+    before = graph.clone()
+    attention = next(node for node in graph.model.graph if node.op_type == "Attention")
+    cut(graph, follow_heads(attention, [1, 3]))
+    sizes = {name: tuple(value.shape or ()) for name, value in graph.model.graph.initializers.items()}
+    assert [sizes[name] for name in ("wq0", "wk0", "wv0", "wo0")] == [(WIDTH, 16)] * 3 + [(16, WIDTH)]
+    assert attention.attributes["q_num_heads"].value == 2
+    for feeds in inputs(3):
+        np.testing.assert_allclose(run(graph, tmp_path, feeds), run(before, tmp_path, feeds), atol=1e-5)
+
+
+def test_a_mask_for_each_head_keeps_the_heads_whole() -> None:
+    graph = small_graph(
+        "y = Attention <q_num_heads = 4, kv_num_heads = 4> (x, x, x, mask)",
+        inputs="float[batch,length,32] x, float[batch,4,length,length] mask",
+        opset=23,
+        ir_version=11,
+    )
+    with pytest.raises(NotFollowedError, match="numbers of its own for each head"):
+        follow_heads(graph.model.graph[0], [0])
+
+
+def test_the_weights_that_stay_make_up_for_those_that_go() -> None:
+    """Correlated channels: a copy costs nothing to lose, and least squares on what stays is reached exactly."""
+    random = np.random.default_rng(1)
+    x = random.standard_normal((4000, 12)) @ random.standard_normal((12, 12))
+    x = np.concatenate([x, x[:, :3]], axis=1)  # 12, 13 and 14 are copies
+    matrix = random.standard_normal((15, 7))
+    moments = (x.T @ x / len(x)).astype(np.float32)
+    gone, fitted, error = without(matrix, moments, size=1, number=3)
+    assert sorted(index % 12 for index in gone) == [0, 1, 2], "one of each pair"
+    np.testing.assert_array_equal(fitted[gone], 0)
+    stay = [index for index in range(15) if index not in gone]
+    best = np.linalg.lstsq(x[:, stay], x @ matrix, rcond=None)[0]
+    apart = x @ matrix
+    least = float(((x[:, stay] @ best - apart) ** 2).sum() / (apart**2).sum())
+    assert least < 1e-9, "copies are lost without loss"
+    assert error < 0.01, "1 % damping"
+    plain = matrix.copy()
+    plain[gone] = 0
+    assert float(((x @ plain - apart) ** 2).sum() / (apart**2).sum()) > 5 * error, "than leaving them out as they are"
+
+
+def test_units_of_several_channels_go_together() -> None:
+    random = np.random.default_rng(2)
+    x = random.standard_normal((1000, 12)) * np.repeat([1.0, 0.01, 1.0], 4)
+    gone, fitted, _ = without(random.standard_normal((12, 5)), (x.T @ x / len(x)).astype(np.float32), size=4, number=1)
+    assert gone == [1]
+    np.testing.assert_array_equal(fitted[4:8], 0)
+
+
+def test_layers_are_found_and_taken_out(tmp_path: Path) -> None:
+    graph, shorter = encoder(4), encoder(3)
+    layers = find_layers(graph)
+    assert [(layer.before.name, layer.after.name) for layer in layers] == [
+        ("s", "y0"), ("y0", "y1"), ("y1", "y2"), ("y2", "y3")
+    ]  # fmt: skip
+    assert layers[1].constants() == {"wq1", "wk1", "wv1", "wo1", "up1", "down1"}, "and not the shared norm"
+    for old, new in ((0, 0), (2, 1), (3, 2)):
+        for name in ("wq", "wk", "wv", "wo", "up", "down"):
+            tensor = graph.model.graph.initializers[f"{name}{old}"].const_value
+            shorter.model.graph.initializers[f"{name}{new}"].const_value = ir.tensor(
+                tensor.numpy(), name=f"{name}{new}"
+            )
+    drop_layers(graph, [layers[1]])
+    assert len(graph.model.graph) == len(shorter.model.graph)
+    assert "wq1" not in graph.model.graph.initializers
+    for feeds in inputs(2):
+        np.testing.assert_allclose(run(graph, tmp_path, feeds), run(shorter, tmp_path, feeds), atol=1e-6)
+
+
+def test_the_layer_that_does_least_goes(tmp_path: Path) -> None:
+    graph = encoder(3)
+    for name in ("wo1", "down1"):
+        tensor = graph.model.graph.initializers[name].const_value.numpy() * 0.01
+        graph.model.graph.initializers[name].const_value = ir.tensor(tensor, name=name)
+    before = graph.clone()
+    result = pruned(graph, tmp_path, layers=1)
+    assert result.kept_layers == (0, 2)
+    assert result.layers == (frozenset({"wq1", "wk1", "wv1", "wo1", "up1", "down1"}),)
+    for feeds in inputs(2):
+        np.testing.assert_allclose(run(graph, tmp_path, feeds), run(before, tmp_path, feeds), atol=0.1)
+
+
+def test_all_at_once(tmp_path: Path) -> None:
+    graph = encoder(3)
+    before = graph.clone()
+    result = pruned(graph, tmp_path, ffn=0.5, heads=0.25, multiple=1)
+    sizes = {name: tuple(value.shape or ()) for name, value in graph.model.graph.initializers.items()}
+    assert sizes["up2"] == (WIDTH, WIDE // 2)
+    assert sizes["wo1"] == (24, WIDTH)
+    assert set(result.changes) == {name for name in sizes if name != "ones"}
+    assert result.changes["down0"].before.shape == (WIDE, WIDTH)
+    assert graph.weight_bytes() < 0.7 * before.weight_bytes()
+    # Random weights have no spare channels; fitted ones answer far better than ones that are left out as they are.
+    crude = before.clone()
+    for name, change in result.changes.items():
+        if name.startswith(("down", "wo")):
+            array = change.before.copy()
+            rows = [index for index in range(len(array)) if not _is_there(before, result, name, index)]
+            array[rows] = 0
+            crude.model.graph.initializers[name].const_value = ir.tensor(array, name=name)
+    feeds = next(iter(inputs(1)))
+    wanted, found, plain = (run(item, tmp_path, feeds) for item in (before, graph, crude))
+    assert np.square(found - wanted).mean() < 0.7 * np.square(plain - wanted).mean()
+
+
+def _is_there(before: Graph, result: Pruned, name: str, index: int) -> bool:
+    """Whether the column of the projection that gives a channel is still in the pruned graph."""
+    giver = {"down": "up", "wo": "wv"}[name[:-1]] + name[-1]
+    column = before.model.graph.initializers[giver].const_value.numpy()[:, index]
+    return any(np.array_equal(column, other) for other in result.changes[giver].after.T)
+
+
+def test_channels_that_stay_are_a_multiple(tmp_path: Path) -> None:
+    graph = encoder(1)
+    pruned(graph, tmp_path, ffn=0.3, multiple=16)
+    assert tuple(graph.model.graph.initializers["up0"].shape or ()) == (WIDTH, 48), "45 would be 70 %"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "nothing is to go"),
+        ({"ffn": 1.5}, r"ffn is 1.5; it takes a share from 0 to 1, or a whole number"),
+        ({"heads": -1}, "heads is -1"),
+        ({"heads": float("nan")}, "heads is nan"),
+        ({"heads": 4}, "heads is 4, but there are 4; at least one has to stay"),
+        ({"heads": 9}, "heads is 9, but there are 4"),
+        ({"layers": 2}, "layers is 2, but there are 2"),
+        ({"ffn": 64}, "ffn is 64, but there are 64"),
+        ({"ffn": 0.5, "multiple": 0}, "multiple is 0"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=said):
+        pruned(encoder(2), tmp_path, **options)
+
+
+def test_layers_that_cannot_be_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="layers cannot be told apart"):
+        pruned(feed_forward("m = Gelu (g)"), tmp_path, layers=1)
+
+
+def test_heads_without_attention(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="there is no fused attention whose heads could go"):
+        pruned(feed_forward("m = Gelu (g)"), tmp_path, heads=1)

@@ -1,0 +1,172 @@
+"""Whole builds that prune and distil: one recipe, one artifact, its ledger; and one clear error for each mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from tiny_decoders import save_decoder
+from tiny_models import WORDS, save_model
+
+import onnxpress
+from onnxpress.cli import main
+from onnxpress.errors import BudgetError, InputError, RecipeError
+from onnxpress.recipe import make_recipe, read_recipe
+
+QUICK = {"measure": False, "samples": 24, "calibration_samples": 16}
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "classifier"
+    return save_model(folder, "bert", tf.AutoModelForSequenceClassification, num_labels=3)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    random = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("texts") / "texts.txt"
+    lines = [" ".join(random.choice(WORDS, random.integers(3, 12))) for _ in range(400)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_prune_distil_quantize_is_one_recipe(classifier: Path, texts: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'[model]\nsource = "{classifier}"\n[build]\nprecision = "int8"\nkeep_all = true\nmeasure = false\n'
+        "[quality]\nsamples = 24\ncalibration_samples = 16\n"
+        "[prune]\nffn = 0.5\nheads = 1\nmultiple = 8\n"
+        f'[distil]\nfile = "{texts}"\nepochs = 6\nlearning_rate = 2e-3\n'
+    )
+    built = onnxpress.build(recipe, out=tmp_path / "out")
+    rows = {row["pass"]: row for row in built.manifest.ledger}
+    assert [name for name in rows if name in ("export", "prune", "int8")] == ["export", "prune", "int8"]
+    assert rows["prune"]["status"] == "kept"
+    assert rows["prune"]["bytes"] < rows["export"]["bytes"]
+    notes = " ".join(rows["prune"]["notes"])
+    assert "distilled on 400 examples, 6 epochs" in notes
+    before, after = map(float, notes.partition("divergence ")[2].split()[:3:2])
+    assert after < 0.5 * before
+    undistilled = onnxpress.build(recipe, out=tmp_path / "plain", distil={"epochs": 1, "learning_rate": 1e-9})
+    plain = {row["pass"]: row for row in undistilled.manifest.ledger}["prune"]
+    assert rows["prune"]["metrics"]["kl_mean"] < plain["metrics"]["kl_mean"]
+    answers = onnxpress.load(built.path).predict(["the cat sat on a mat"])
+    assert len(answers) == 1
+
+
+def test_pruned_without_training_and_the_same_bytes_twice(classifier: Path, tmp_path: Path) -> None:
+    options = {"prune": {"layers": 1}, "precision": "fp32", "keep_all": True, **QUICK}
+    one = onnxpress.build(classifier, out=tmp_path / "one", **options)
+    other = onnxpress.build(classifier, out=tmp_path / "other", **options)
+    assert one.manifest.operators["Attention"] == 1
+    assert one.manifest.files == other.manifest.files
+    assert one.manifest.recipe["prune"]["layers"] == 1
+
+
+@pytest.mark.newest
+def test_a_language_model_generates_with_fewer_heads_and_layers(tmp_path: Path) -> None:
+    folder = save_decoder(tmp_path / "model", num_hidden_layers=3)
+    built = onnxpress.build(
+        folder,
+        out=tmp_path / "out",
+        prune={"heads": 1, "layers": 1, "ffn": 0.33},
+        precision="fp32",
+        keep_all=True,
+        **QUICK,
+    )
+    caches = [spec.shape[1] for spec in built.manifest.signature.inputs if spec.name.startswith("past_key_values")]
+    assert caches == [1, 1, 1, 1]
+    generator = onnxpress.load(built.path)
+    assert len(generator.generate(["the cat"], max_new_tokens=5, ignore_eos=True)[0].token_ids) == 5
+
+
+def test_a_plain_module_and_an_onnx_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.Linear(64, 16))
+    example = (torch.randn(4, 16),)
+    options = {"prune": {"ffn": 0.25}, "precision": "fp32", "keep_all": True, **QUICK}
+    built = onnxpress.build(module, example_inputs=example, out=tmp_path / "module", **options)
+    assert module[0].out_features == 64
+    size = sum(entry.size for name, entry in built.manifest.files.items() if name.startswith("model.onnx"))
+    assert size < 4 * (16 * 64 * 2 + 80)
+    file = built.path / "model.onnx"
+    again = onnxpress.build(str(file), out=tmp_path / "file", **options)
+    row = {row["pass"]: row for row in again.manifest.ledger}["prune"]
+    assert "million numbers became" in row["notes"][0]
+    assert row["bytes"] < row["bytes_before"]
+    with pytest.raises(RecipeError, match=r"\[distil\] needs the PyTorch model"):
+        onnxpress.build(str(file), out=tmp_path / "no", distil={"epochs": 1}, **options)
+    with pytest.raises(RecipeError, match=r"\[distil\] goes with models that read text"):
+        onnxpress.build(module, example_inputs=example, out=tmp_path / "no", distil={"epochs": 1}, **options)
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_budget_that_the_pruned_model_does_not_meet(classifier: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        BudgetError, match=r"The pruned model is over the budget: agreement|over the budget: .*Prune less"
+    ):
+        onnxpress.build(classifier, out=tmp_path / "out", prune={"ffn": 0.9, "heads": 3, "multiple": 1}, **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"distil": {"epochs": 1}}, RecipeError, r"\[distil\] trains what \[prune\] made smaller"),
+        (
+            {"prune": {"ffn": 0.5, "width": 3}},
+            RecipeError,
+            r"unknown key 'prune.width' \(allowed here: ffn, heads, layers",
+        ),
+        ({"prune": {"heads": 12}}, RecipeError, "heads is 12, but there are 4"),
+        ({"prune": {"ffn": -1}}, RecipeError, "'prune.ffn'"),
+        ({"prune": 0.5}, RecipeError, r"prune is 0.5; it takes a dict"),
+        ({"prune": {}}, RecipeError, "nothing is to go; set ffn, heads or layers"),
+        ({"prune": {"ffn": 0.5}, "distil": {"file": "nowhere.txt"}}, RecipeError, "nowhere.txt"),
+    ],
+)
+def test_mistakes(
+    options: dict[str, object], error: type[Exception], said: str, classifier: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=said):
+        onnxpress.build(classifier, out=tmp_path / "out", **options, **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_training_goes_on_with_the_same_recipe_alone(classifier: Path, texts: Path, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    options = {"prune": {"ffn": 0.5}, "precision": "fp32", "keep_all": True, **QUICK}
+    distil = {"file": str(texts), "checkpoints": str(checkpoints), "epochs": 1}
+    onnxpress.build(classifier, out=tmp_path / "one", distil=distil, **options)
+    again = onnxpress.build(classifier, out=tmp_path / "other", distil=distil, **options)
+    assert {row["pass"]: row for row in again.manifest.ledger}["prune"]["status"] == "kept"
+    with pytest.raises(InputError, match="temperature"):
+        onnxpress.build(classifier, out=tmp_path / "no", distil={**distil, "temperature": 3.0}, **options)
+    assert not (tmp_path / "no").exists()
+
+
+def test_paths_of_a_recipe_are_relative_to_it(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(
+        '[model]\nsource = "x"\n[prune]\nffn = 0.5\n[distil]\nfile = "texts.txt"\ncheckpoints = "here"\n'
+    )
+    distil = read_recipe(tmp_path / "recipe.toml").distil
+    assert distil is not None
+    assert distil.file == str(tmp_path / "texts.txt")
+    assert distil.checkpoints == str(tmp_path / "here")
+    assert make_recipe({"model": {"source": "x"}}).prune is None
+
+
+def test_from_the_command_line(
+    classifier: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["build", str(classifier), "--out", str(tmp_path / "out"), "--no-measure", "--keep-all", "--json"]
+    more = ["--prune", "ffn=0.5,layers=1", "--distil", str(texts), "--pass-option", "distil.epochs=1"]
+    assert main([*arguments, *more]) == 0
+    assert json.loads(capsys.readouterr().out)["path"] == str(tmp_path / "out")
+    assert main([*arguments, "--prune", "half"]) == 2
+    assert "is not of the form PART=SHARE" in capsys.readouterr().err
