@@ -164,7 +164,12 @@ class ActivationStream:
             value.shape = ir.Shape([f"{value.name}_{axis}" for axis in range(array.ndim)])
         for node in body:  # shapes that passes left behind may not hold for a part
             for output in node.outputs:
-                output.shape = None
+                # But for widths into Attention: where ONNX Runtime does not know one, it infers an output of width 0.
+                attended = any(use.node.op_type == "Attention" for use in output.uses())
+                width = output.shape[-1] if attended and output.shape is not None else None
+                output.shape = (
+                    ir.Shape([None, None, width]) if isinstance(width, int) and len(output.shape or ()) == 3 else None
+                )
         specs = tuple(
             TensorSpec(
                 name=str(value.name),

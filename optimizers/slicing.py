@@ -198,6 +198,9 @@ def _related(node: ir.Node, value: ir.Value, axis: int, lost: frozenset[int]) ->
     if kind == "Reshape" and value is not node.inputs[1]:
         yield _reshaped(node, value, axis, lost, output if value is source else source)
         return
+    if kind == "Concat" and attribute(node, "axis", 0) % count != axis and all(constant(item) is None for item in own):
+        yield from ((item, axis, lost) for item in own if item is not value)
+        return
     if kind in ("Split", "Slice"):
         yield from _parts(node, value, axis, lost)
         return
