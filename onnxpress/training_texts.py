@@ -41,7 +41,9 @@ def training_examples(
     notes: tuple[str, ...] = ()
     if file is None:
         samples, _, notes = builtin_samples(task, tokenizer)
-        notes += (f"trained on the {len(samples)} built-in texts alone: give a file of the texts that the model is for",)
+        notes += (
+            f"trained on the {len(samples)} built-in texts alone: give a file of the texts that the model is for",
+        )
     else:
         samples = read_texts(file, task, columns)
     if task == GENERATION:
@@ -62,7 +64,9 @@ def training_examples(
             example["input_ids"] = _masked(part.ids, words, mask, random.Random(f"{seed} {number}"))
     if labels:
         if task != "text-classification" or samples[0].label is None:
-            raise RecipeError(f"{file or 'The built-in texts'}: labels were asked for; texts to classify have them, from a file with labels.")
+            raise RecipeError(
+                f"{file or 'The built-in texts'}: labels were asked for; texts to classify have them, from a file with labels."
+            )
         for example, sample in zip(examples, samples, strict=True):
             example["labels"] = _label(sample.label, options)
     return examples, notes

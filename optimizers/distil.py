@@ -66,9 +66,13 @@ class DistilOptions:
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if not number or value < 0 or (name == "temperature" and value == 0):
-                raise RecipeError(f"{name} is {value!r}; it is a number {'above 0' if name == 'temperature' else 'of at least 0'}.")
+                raise RecipeError(
+                    f"{name} is {value!r}; it is a number {'above 0' if name == 'temperature' else 'of at least 0'}."
+                )
         if self.output_weight == 0 and self.hidden_weight == 0:
-            raise RecipeError("output_weight and hidden_weight are both 0, so that nothing is learned from the teacher; give one.")
+            raise RecipeError(
+                "output_weight and hidden_weight are both 0, so that nothing is learned from the teacher; give one."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +127,12 @@ class _Lesson:
     """One teacher, one student, one task: how examples become a batch, and a batch a loss."""
 
     def __init__(
-        self, teacher: torch.nn.Module, student: torch.nn.Module, task: str, options: DistilOptions, pooling: Pooling | None
+        self,
+        teacher: torch.nn.Module,
+        student: torch.nn.Module,
+        task: str,
+        options: DistilOptions,
+        pooling: Pooling | None,
     ) -> None:
         if task not in TASKS:
             raise RecipeError(f"There is no distillation for the task {task!r}; there is for {', '.join(TASKS)}.")
@@ -136,7 +145,13 @@ class _Lesson:
         self._divergence, self._names = _DIVERGENCES[kind]
         if pooling is not None:
             self._divergence, self._names = divergence.of_embeddings, ("embeddings",)
-        self._teacher, self._student, self._task, self._options, self._pooling = teacher, student, task, options, pooling
+        self._teacher, self._student, self._task, self._options, self._pooling = (
+            teacher,
+            student,
+            task,
+            options,
+            pooling,
+        )
         parameters = inspect.signature(teacher.forward).parameters
         self._extra = {"use_cache": False} if "use_cache" in parameters else {}
         takes_types = "token_type_ids" in parameters and (getattr(config, "type_vocab_size", None) or 0) > 1
@@ -189,8 +204,12 @@ class _Lesson:
         def padded(name: str, value: int) -> Tensor:
             return torch.tensor([[*item[name], *([value] * (length - len(item[name])))] for item in items])
 
-        batch = {name: padded(name, self._pad if name == "input_ids" else 0) for name in self._inputs if name in items[0]}
-        batch["attention_mask"] = torch.tensor([[int(place < len(item["input_ids"])) for place in range(length)] for item in items])
+        batch = {
+            name: padded(name, self._pad if name == "input_ids" else 0) for name in self._inputs if name in items[0]
+        }
+        batch["attention_mask"] = torch.tensor(
+            [[int(place < len(item["input_ids"])) for place in range(length)] for item in items]
+        )
         for name in self._labels:
             if name in items[0]:
                 a_token = self._task in _LABELS_A_TOKEN
@@ -235,7 +254,9 @@ class _Lesson:
         """What decides the result beside the training's own options and data; a resume compares it."""
         weights = hashlib.sha256()
         for name, tensor in self._teacher.state_dict().items():
-            weights.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            weights.update(
+                name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            )
         options = {name: value for name, value in asdict(self._options).items() if name != "training"}
         return {**options, "task": self._task, "pairs": self._pairs, "teacher": weights.hexdigest()}
 
@@ -253,8 +274,15 @@ class _Lesson:
     def _trial(self, who: str, model: torch.nn.Module, batch: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         device = next(model.parameters()).device
         try:
-            return self._answers(model, {name: tensor.to(device) for name, tensor in batch.items() if name not in self._labels})
-        except (RuntimeError, IndexError, KeyError, ValueError) as error:  # shapes that do not fit, a head of another task…
+            return self._answers(
+                model, {name: tensor.to(device) for name, tensor in batch.items() if name not in self._labels}
+            )
+        except (
+            RuntimeError,
+            IndexError,
+            KeyError,
+            ValueError,
+        ) as error:  # shapes that do not fit, a head of another task…
             length = batch["input_ids"].shape[1]
             raise InputError(
                 f"The {who} ({type(model).__name__}) does not answer as a model for {self._task} on a batch of {length} "
@@ -263,12 +291,18 @@ class _Lesson:
 
     def _check_example(self, index: int, example: Example, names: set[str], vocabulary: int) -> None:
         if set(example) != names:
-            raise InputError(f"Example {index} has {', '.join(sorted(example))}; the first one has {', '.join(sorted(names))}.")
+            raise InputError(
+                f"Example {index} has {', '.join(sorted(example))}; the first one has {', '.join(sorted(names))}."
+            )
         ids = example.get("input_ids")
         if not ids or not 0 <= min(ids) <= max(ids) < vocabulary:
-            raise InputError(f"Example {index} has the input_ids {ids!r}; a list of token ids from 0 to {vocabulary - 1} is needed.")
+            raise InputError(
+                f"Example {index} has the input_ids {ids!r}; a list of token ids from 0 to {vocabulary - 1} is needed."
+            )
         if self._labels and not names & set(self._labels):
-            raise InputError(f"label_weight is {self._options.label_weight} and the examples have no labels; add them, or leave it 0.")
+            raise InputError(
+                f"label_weight is {self._options.label_weight} and the examples have no labels; add them, or leave it 0."
+            )
 
     def _pair(self, ours: Sequence[Tensor], theirs: Sequence[Tensor], layers: Sequence[int] | None) -> None:
         """Which hidden states belong together: what each kept layer reads, and what comes out at the end."""
