@@ -84,6 +84,24 @@ class QualitySection(_Section):
     calibration_samples: int = Field(default=128, ge=1)
 
 
+class DistilSection(_Section):
+    """How a pruned model learns from the original.
+
+    file: texts to train on (csv, tsv, jsonl, txt), the built-in ones where not given. The
+    weights: of the hidden states, and of the task's own loss where the file has labels.
+    """
+
+    file: str | None = None
+    columns: dict[str, str | int] = {}
+    epochs: int = Field(default=3, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    learning_rate: float = Field(default=5e-5, gt=0, allow_inf_nan=False)
+    temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    hidden_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    label_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+
 class Recipe(_Section):
     """A whole recipe; see the module's docstring for the file's form."""
 
