@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +277,7 @@ def test_a_vocabulary_in_parts_gives_the_same_gradient_and_survives_padding_that
         loss.backward()
         assert logits.grad is not None
         gradients.append(logits.grad)
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-9)
     assert torch.isfinite(gradients[0]).all()
@@ -327,6 +330,39 @@ def test_a_resume_after_a_kill_gives_the_same_weights_and_refuses_another_lesson
     assert steps[0].startswith(("step 3 ", "step 5 "))
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+_ONE_OF_TWO = """
+import sys, torch
+from pathlib import Path
+from test_distil import TrainingOptions, DistilOptions, distil, encoder, questions, smaller_encoder
+teacher = encoder(num_labels=3)
+student = smaller_encoder(teacher)
+rows = [{"input_ids": row["input_ids"]} for row in questions(32, 1)]
+options = DistilOptions(training=TrainingOptions(epochs=1, batch_size=8, learning_rate=2e-3))
+summary = distil(teacher, student, rows, task="text-classification", options=options)
+assert summary.training.steps == 2, summary
+torch.save(student.state_dict(), Path(sys.argv[1]) / f"{torch.distributed.get_rank()}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_student(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    (tmp_path / "one.py").write_text(_ONE_OF_TWO)
+    paths = [str(here), str(here.parent), *sys.path]
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "one.py", str(tmp_path)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+        timeout=240,
+    )
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    start = smaller_encoder(encoder(num_labels=3)).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], start[name]) for name in first)
 
 
 @pytest.mark.parametrize(
