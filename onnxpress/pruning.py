@@ -84,9 +84,7 @@ def make_smaller(
         )
     student = resized(module, pruned)
     if recipe.distil is not None:
-        notes += _distil(
-            exported, module, student, pruned, recipe.distil, tokenizer_folder, recipe.quality.columns, progress
-        )
+        notes += _distil(exported, module, student, pruned, recipe.distil, tokenizer_folder, progress)
     return Smaller(export_again(student), changes, notes)
 
 
@@ -102,7 +100,6 @@ def _distil(
     pruned: Pruned,
     section: DistilSection,
     tokenizer_folder: Path,
-    columns: Mapping[str, str | int],
     progress: Callable[[str], None],
 ) -> tuple[str, ...]:
     """Train the student in place; remarks for the ledger."""
@@ -122,7 +119,7 @@ def _distil(
         tokenizer,
         options,
         file=None if section.file is None else Path(section.file),
-        columns=columns,
+        columns=section.columns,
         labels=section.label_weight > 0,
         seed=section.seed,
     )

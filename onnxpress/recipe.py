@@ -107,20 +107,21 @@ class PruneSection(_Section):
 class DistilSection(_Section):
     """How what was pruned learns to answer like the original again.
 
-    file: the texts to learn from (csv, tsv, jsonl, txt; the built-in ones where not given). hidden_weight, label_weight: of the
+    file: the texts to learn from (csv, tsv, jsonl, txt; the built-in ones where not given), columns: which of its columns. hidden_weight, label_weight: of the
     losses on hidden states and on the file's own labels, beside that on the answers. checkpoints: a folder for them, from which a
     killed build goes on.
     """
 
     file: str | None = None
+    columns: dict[str, str | int] = {}
     epochs: int = Field(default=3, ge=1)
     batch_size: int = Field(default=32, ge=1)
-    learning_rate: float = Field(default=1e-4, gt=0)
-    temperature: float = Field(default=2.0, gt=0)
-    hidden_weight: float = Field(default=1.0, ge=0)
-    label_weight: float = Field(default=0.0, ge=0)
+    learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
+    temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    hidden_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    label_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     checkpoints: str | None = None
 
 

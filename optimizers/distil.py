@@ -42,6 +42,7 @@ TASKS = (
     *("feature-extraction", "text-classification", "token-classification", "question-answering", "fill-mask"),
     "text-generation",
 )
+_LABELS = ("labels", "start_positions", "end_positions")
 _LABELS_A_TOKEN = ("token-classification", "fill-mask", "text-generation")
 _NO_LABEL = -100  # what transformers' losses leave out
 _MEASURED = 64  # examples whose divergence is told before and after
@@ -145,18 +146,13 @@ class _Lesson:
         self._divergence, self._names = _DIVERGENCES[kind]
         if pooling is not None:
             self._divergence, self._names = divergence.of_embeddings, ("embeddings",)
-        self._teacher, self._student, self._task, self._options, self._pooling = (
-            teacher,
-            student,
-            task,
-            options,
-            pooling,
-        )
+        self._teacher, self._student = teacher, student
+        self._task, self._options, self._pooling = task, options, pooling
         parameters = inspect.signature(teacher.forward).parameters
         self._extra = {"use_cache": False} if "use_cache" in parameters else {}
         takes_types = "token_type_ids" in parameters and (getattr(config, "type_vocab_size", None) or 0) > 1
         self._inputs = ("input_ids", *(("token_type_ids",) if takes_types else ()))
-        self._labels = ("labels", "start_positions", "end_positions") if options.label_weight else ()
+        self._labels = _LABELS if options.label_weight else ()
         self._pad = int(config.pad_token_id or 0)
         self._pairs: tuple[tuple[int, int], ...] = ()  # of hidden states: the student's, the teacher's
 
@@ -167,8 +163,8 @@ class _Lesson:
         embeddings: Any = self._teacher.get_input_embeddings()  # type: ignore[operator]
         for index in range(len(examples)):
             self._check_example(index, examples[index], set(examples[0]), embeddings.num_embeddings)
-        theirs = {parameter.data_ptr() for parameter in self._teacher.parameters()} - {0}
-        if any(parameter.data_ptr() in theirs for parameter in self._student.parameters()):
+        places = {parameter.data_ptr() for parameter in self._teacher.parameters()} - {0}
+        if any(parameter.data_ptr() in places for parameter in self._student.parameters()):
             raise InputError(
                 "Teacher and student share weights, so that the teacher would change too: make the student from a copy "
                 "(copy.deepcopy)."
@@ -176,13 +172,13 @@ class _Lesson:
         order = sorted(range(len(examples)), key=lambda index: len(examples[index]["input_ids"]))
         batch = self.collate([examples[order[-1]], examples[order[0]]])
         with torch.no_grad(), self.teacher_at_work(), _evaluation(self._student):
-            theirs_, their_hidden = self._trial("teacher", self._teacher, batch)
+            theirs, their_hidden = self._trial("teacher", self._teacher, batch)
             ours, our_hidden = self._trial("student", self._student, batch)
         for name in self._names:
-            if ours[name].shape != theirs_[name].shape:
+            if ours[name].shape != theirs[name].shape:
                 raise InputError(
                     f"The student answers {name} of shape {list(ours[name].shape)} where its teacher answers "
-                    f"{list(theirs_[name].shape)}; heads and vocabularies are not cut."
+                    f"{list(theirs[name].shape)}; heads and vocabularies are not cut."
                 )
         if self._options.hidden_weight:
             self._pair(our_hidden, their_hidden, layers)
@@ -282,7 +278,7 @@ class _Lesson:
             IndexError,
             KeyError,
             ValueError,
-        ) as error:  # shapes that do not fit, a head of another task…
+        ) as error:  # shapes that do not fit, another task's head…
             length = batch["input_ids"].shape[1]
             raise InputError(
                 f"The {who} ({type(model).__name__}) does not answer as a model for {self._task} on a batch of {length} "

@@ -47,7 +47,7 @@ def of_tokens(student: Answers, teacher: Answers, real: Tensor, temperature: flo
     ours, theirs = student["logits"].flatten(0, 1), teacher["logits"].flatten(0, 1)  # (B·L, C)
     rows = max(1, _NUMBERS_AT_ONCE // ours.shape[-1])
     total = ours.new_zeros((), dtype=torch.float32)
-    for parts in zip(ours.split(rows), theirs.split(rows), real.flatten().split(rows), strict=True):
+    for parts in zip(*(torch.split(tensor, rows) for tensor in (ours, theirs, real.flatten())), strict=True):
         total = total + checkpoint(_sum_of_real, *parts, temperature, use_reentrant=False, preserve_rng_state=False)
     return total / real.sum()
 
