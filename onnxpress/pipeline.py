@@ -297,7 +297,12 @@ class _Press:
 
         def apply(kept: frozenset[str]) -> tuple[Any, Session]:
             context = PassContext(
-                target=self._target, observe=calibration, stream=stream, keep=kept, progress=self._report.detail
+                target=self._target,
+                observe=calibration,
+                distributions=calibration.distributions,
+                stream=stream,
+                keep=kept,
+                progress=self._report.detail,
             )
             outcome = step.apply(self.graph.clone(), context)
             return outcome, self._bench.open(outcome.graph)
