@@ -13,13 +13,14 @@ from typing import Protocol
 
 import numpy as np
 
-from onnxpress import evaluation
+from onnxpress import evaluation, metrics
 from onnxpress.errors import RecipeError
 from onnxpress.evaluation import Sample
 from onnxpress.manifest import Arrays, Json, Runnable, Signature
 from onnxpress.runtime.loading import RUNNERS
 from onnxpress.runtime.text_runner import TextRunner
 from onnxpress.runtime.tokenization import Tokenizer, TruncationWarning
+from onnxpress.sample_arrays import SampleArrays, refuse_overlap
 from onnxpress.timing import random_tokens
 
 Answers = list[dict[str, np.ndarray]]
@@ -28,6 +29,7 @@ _SHAPES = ((1, 32), (1, 128), (8, 128))  # (batch, length) at which passes are t
 _BATCH_TRIAL = 32  # samples for the comparison alone against batched
 _MODULE_BATCH_TRIAL = 64  # the same for modules, whose runner does not cut batches
 _MASKS_AT_ONCE = 16
+_ROWS_AT_ONCE = 32  # labelled samples of a module in one call
 
 
 class Workload(Protocol):
@@ -195,7 +197,7 @@ class TextWorkload:
 
 
 class ModuleWorkload:
-    """Inputs for a plain module, drawn from its signature: normal floats, integers within their bounds.
+    """Inputs for a plain module: the user's arrays, or such as are drawn from its signature, normal floats, integers within bounds.
 
     Random inputs say whether numbers survive, not whether the task does: the report says so.
     """
@@ -203,54 +205,116 @@ class ModuleWorkload:
     rows_can_run_alone = False
 
     def __init__(
-        self, *, signature: Signature, example: Arrays, samples: int = 64, calibration_samples: int = 64
+        self,
+        *,
+        signature: Signature,
+        example: Arrays,
+        evaluation: SampleArrays | None = None,
+        calibration: SampleArrays | None = None,
+        samples: int = 64,
+        calibration_samples: int = 64,
     ) -> None:
         self.task = "module"
-        self.notes: tuple[str, ...] = (
-            "evaluated on random inputs of the examples' shapes and spread: no quality on real data is claimed",
-        )
         self._signature = signature
         self._example = example
         self._samples = samples
         self._calibration_samples = calibration_samples
+        self._given, self._calibrating = evaluation, calibration
+        if evaluation is None:
+            self.notes: tuple[str, ...] = (
+                "evaluated on random inputs of the examples' shapes and spread: no quality on real data is claimed",
+            )
+        else:
+            self.notes = (f"evaluated on {len(evaluation)} samples of {evaluation.path.name}",)
+            if calibration is None:
+                self.notes += ("passes that calibrate see random inputs of the examples' spread, as no file was given",)
+            else:
+                refuse_overlap(evaluation, calibration)
+            if evaluation.labels is not None:
+                self._check_classes(evaluation.labels)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the user gave samples with labels."""
+        return self._given is not None and self._given.labels is not None
 
     def calibration(self) -> Iterator[Arrays]:
-        """Random inputs of seeds that evaluation does not use."""
+        """The calibration file's samples, or random inputs of seeds that evaluation does not use."""
+        if self._calibrating is not None:
+            for index in self._calibrating.spread(self._calibration_samples):
+                yield self._calibrating.call(index)
+            return
         for seed in range(self._calibration_samples):
             yield self._draw(1_000_000 + seed)
 
     def answers(self, runnable: Runnable) -> Answers:
-        """Outputs for the evaluation inputs."""
-        return [runnable.run(self._draw(seed)) for seed in range(self._samples)]
+        """Outputs for the evaluation inputs, one call a sample."""
+        return [runnable.run(self._sample(index)) for index in self._indices(self._samples)]
 
     def metrics(self, reference: Answers, answers: Answers) -> dict[str, float]:
         """Agreement with the original."""
         return evaluation.agreement("module", reference, answers)
 
     def score(self, runnable: Runnable) -> dict[str, float]:
-        """No labels: nothing."""
-        return {}
+        """Accuracy of the first output over the labelled samples; empty where there are none."""
+        given = self._given
+        if given is None or given.labels is None:
+            return {}
+        output = self._signature.outputs[0].name
+        at_once = 1 if self._one_call_at_a_time() else _ROWS_AT_ONCE
+        scores = np.concatenate(
+            [runnable.run(given.call(index, at_once))[output] for index in range(0, given.calls(), at_once)]
+        )
+        chosen = np.where(np.isfinite(scores).all(axis=1), scores.argmax(axis=1), -1)
+        return metrics.label_scores([str(label) for label in chosen], [str(label) for label in given.labels])
 
     def batch_dependence(self, runnable: Runnable) -> float:
         """Variance kept between the rows of a batch alone and together, where all inputs and outputs have a batch axis."""
-        specs = (*self._signature.inputs, *self._signature.outputs)
-        if not all(spec.shape and spec.shape[0] == "batch" for spec in specs):
+        if self._one_call_at_a_time():
             return 1.0
-        rows = min(_MODULE_BATCH_TRIAL, self._signature.axes["batch"][1])
-        feeds = [self._draw(seed, batch=1) for seed in range(rows)]
+        axis = self._signature.inputs[0].shape[0]
+        most = min(_MODULE_BATCH_TRIAL, self._signature.axes[str(axis)][1])
+        feeds = [self._sample(index, batch=1) for index in self._indices(most)]
         together = runnable.run({name: np.concatenate([item[name] for item in feeds]) for name in feeds[0]})
         alone = [{name: array[0] for name, array in runnable.run(item).items()} for item in feeds]
-        batched = [{name: array[row] for name, array in together.items()} for row in range(rows)]
+        batched = [{name: array[row] for name, array in together.items()} for row in range(len(feeds))]
         return evaluation.batch_dependence(alone, batched, numbers=True)
 
     def timing(self, runnable: Runnable) -> dict[tuple[int, ...], Arrays]:
         """The example's own shape."""
-        first = next(iter(self._example.values()))
-        return {tuple(first.shape): self._draw(0)}
+        feeds = self._draw(0)
+        return {tuple(next(iter(feeds.values())).shape): feeds}
 
     def golden(self, runnable: Runnable) -> dict[str, Arrays]:
-        """Two random inputs."""
-        return {"first": self._draw(0), "second": self._draw(1)}
+        """Two inputs."""
+        return {case: self._sample(index) for case, index in zip(("first", "second"), self._indices(2), strict=False)}
+
+    def _indices(self, count: int) -> list[int]:
+        return list(range(count)) if self._given is None else list(self._given.spread(count))
+
+    def _sample(self, index: int, batch: int | None = None) -> Arrays:
+        """One evaluation input."""
+        return self._draw(index, batch) if self._given is None else self._given.call(index)
+
+    def _one_call_at_a_time(self) -> bool:
+        """Whether some input or output has no batch axis, so that samples cannot share a call."""
+        specs = (*self._signature.inputs, *self._signature.outputs)
+        axes = {spec.shape[0] if spec.shape else None for spec in specs}
+        return len(axes) > 1 or not isinstance(next(iter(axes)), str)
+
+    def _check_classes(self, labels: np.ndarray) -> None:
+        shape = self._signature.outputs[0].shape
+        if len(shape) != 2 or shape[0] != self._signature.inputs[0].shape[0]:
+            raise RecipeError(
+                f"Labels go with a first output of scores, (samples, classes); {self._signature.outputs[0].name} has the shape "
+                f"({', '.join(map(str, shape))}). Leave the labels out: outputs are then compared with the original's."
+            )
+        classes = shape[1]
+        if labels.min() < 0 or (isinstance(classes, int) and labels.max() >= classes):
+            raise RecipeError(
+                f"The labels go from {labels.min()} to {labels.max()}; {self._signature.outputs[0].name} has scores for the classes 0 to "
+                f"{classes - 1 if isinstance(classes, int) else classes}."
+            )
 
     def _draw(self, seed: int, batch: int | None = None) -> Arrays:
         random = np.random.default_rng(seed)
@@ -289,6 +353,7 @@ def workload_file(path: str | None, purpose: str) -> Path | None:
         return None
     if not Path(path).is_file():
         raise RecipeError(
-            f"The {purpose} file {path!r} is no file that exists; give a csv, tsv or jsonl file, or text."
+            f"The {purpose} file {path!r} is no file that exists; give a csv, tsv or jsonl file, or text; for a module, arrays "
+            "as .npz or .safetensors."
         )
     return Path(path)
