@@ -251,6 +251,16 @@ def test_smooth_leaves_the_float_graph_as_it_is(tmp_path: Path) -> None:
     assert np.abs(after).max() < 0.2 * np.abs(before).max()
 
 
+@pytest.mark.parametrize("kind", CPUS)
+def test_linear_layers_run_on_integers(kind: str, tmp_path: Path) -> None:
+    graph, test = normed(), together(vectors(8, seed=1))
+    expected = PlainSession(graph, tmp_path).run(test)["y"]
+    session = open_for(quantize(graph, tmp_path, vectors(64, seed=0), kind=kind, smooth=0.5), tmp_path, kind)
+    assert session.operators["MatMulIntegerToFloat"] == 3
+    assert session.operators["MatMul"] == 0
+    assert 0 < relative_error(session.run(test)["y"], expected) < (0.06 if kind == "cpu-avx2" else 0.04)
+
+
 def test_smooth_leaves_norms_that_others_read(tmp_path: Path) -> None:
     result = quantize(normed(residual_reads_norm=True), tmp_path, vectors(8, seed=0), smooth=0.5)
     assert "0 norms smoothed" in result.notes
