@@ -261,7 +261,8 @@ class ModuleWorkload:
         if given is None or given.labels is None:
             return {}
         output = self._signature.outputs[0].name
-        at_once = 1 if self._one_call_at_a_time() else _ROWS_AT_ONCE
+        most = self._signature.axes.get(str(self._signature.inputs[0].shape[0]), (1, _ROWS_AT_ONCE))[1]
+        at_once = 1 if self._one_call_at_a_time() else min(_ROWS_AT_ONCE, most)
         scores = np.concatenate(
             [runnable.run(given.call(index, at_once))[output] for index in range(0, given.calls(), at_once)]
         )

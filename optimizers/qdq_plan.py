@@ -81,7 +81,7 @@ def layers(graph: Graph, keep: Collection[str], *, transposed_convolutions: bool
             if layer is not None:
                 found[id(node)] = layer
     ordered = [found[id(node)] for node in graph.model.graph if id(node) in found]
-    return tuple(layer for layer in ordered if layer.name not in keep)
+    return tuple(layer for layer in ordered if layer.name not in keep and _is_computed(layer.x))
 
 
 def plan_chained(graph: Graph, keep: Collection[str]) -> Plan:

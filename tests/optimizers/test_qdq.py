@@ -150,6 +150,32 @@ def test_what_no_layer_reads_stays_in_float(tmp_path: Path) -> None:
     assert operators["QLinearConv"] == operators["Sigmoid"] == 1
 
 
+def test_outputs_keep_their_names_and_other_ranks_work(tmp_path: Path) -> None:
+    """A convolution in one dimension whose output the graph gives, and somebody else reads."""
+    random = np.random.default_rng(0)
+    graph = small_graph(
+        "y = Conv<kernel_shape=[3], pads=[1,1]>(x, w, b)\nz = Relu(y)",
+        inputs="float[batch,3,length] x",
+        outputs="float[batch,8,length] y, float[batch,8,length] z",
+        weights={
+            "w": random.standard_normal((8, 3, 3)).astype(np.float32),
+            "b": random.standard_normal(8).astype(np.float32),
+        },
+    )
+    # Lengths differ from sample to sample, as the last axis may.
+    samples = [{"x": random.uniform(-1, 1, (1, 3, length)).astype(np.float32)} for length in (9, 64, 500)]
+    expected = PlainSession(graph, tmp_path).run(samples[1])
+    for kind in (*CPUS, "tensorrt"):
+        for corrected in (False, True):
+            result = quantize(graph, tmp_path, samples, kind=kind, bias_correction=corrected)
+            session = open_for(result, tmp_path, kind)
+            assert session.operators["QLinearConv"] == (0 if kind == "tensorrt" else 1)
+            answers = session.run(samples[1])
+            assert list(answers) == ["y", "z"]
+            for name, answer in answers.items():
+                assert 0 < np.abs(answer - expected[name]).max() < 0.03 * np.abs(expected[name]).max()
+
+
 def test_a_computed_weight_and_nothing_to_quantize(tmp_path: Path) -> None:
     graph = small_graph(
         "d = Mul(w, w)\nc = Conv<kernel_shape=[1,1]>(x, d)\ny = Relu(c)",
