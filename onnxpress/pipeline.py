@@ -39,6 +39,7 @@ from onnxpress.golden import write_golden
 from onnxpress.graph import Graph
 from onnxpress.machine import describe, peak_memory_bytes
 from onnxpress.manifest import Json, Manifest, Runnable
+from onnxpress.module_workload import ModuleWorkload
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import Pass, PassContext
 from onnxpress.optimizers.targets import target as find_target
@@ -52,7 +53,7 @@ from onnxpress.runtime.session import Session
 from onnxpress.sample_arrays import read_arrays
 from onnxpress.timing import alternate
 from onnxpress.workbench import RowByRow, Workbench, save
-from onnxpress.workload import ModuleWorkload, TextWorkload, Workload, workload_file
+from onnxpress.workload import TextWorkload, Workload, workload_file
 
 if TYPE_CHECKING:
     import torch

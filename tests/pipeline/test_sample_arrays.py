@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from sklearn.datasets import load_digits
 import onnxpress
 from onnxpress.errors import BudgetError, RecipeError
 from onnxpress.manifest import Signature, TensorSpec
-from onnxpress.sample_arrays import read_arrays, refuse_overlap
+from onnxpress.module_workload import ModuleWorkload
+from onnxpress.sample_arrays import read_arrays
 
 SIGNATURE = Signature(
     task="module",
@@ -92,14 +94,36 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
         read_arrays(tmp_path / "samples.csv", SIGNATURE)
 
 
-def test_samples_in_both_files_are_refused(tmp_path: Path) -> None:
-    np.savez(tmp_path / "one.npz", **good(6))
-    np.savez(tmp_path / "other.npz", **{name: array[4:] for name, array in good(8).items()})
-    whole, part = good(6), {name: array[4:] for name, array in good(6).items()}
-    np.savez(tmp_path / "part.npz", **part)
-    assert len(whole["image"]) == 6
+def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
+    files = {}
+    for name, changed in {
+        "whole": good(6),
+        "part": {name: array[4:] for name, array in good(6).items()},
+        "wrong": {**good(6), "labels": np.arange(5, 11)},
+    }.items():
+        np.savez(tmp_path / f"{name}.npz", **changed)
+        files[name] = read_arrays(tmp_path / f"{name}.npz", SIGNATURE)
+    given: dict[str, Any] = {"signature": SIGNATURE, "example": {}}
     with pytest.raises(RecipeError, match="2 samples are both in"):
-        refuse_overlap(read_arrays(tmp_path / "one.npz", SIGNATURE), read_arrays(tmp_path / "part.npz", SIGNATURE))
+        ModuleWorkload(**given, evaluation=files["whole"], calibration=files["part"])
+    with pytest.raises(RecipeError, match="labels go from 5 to 10; scores has scores for the classes 0 to 9"):
+        ModuleWorkload(**given, evaluation=files["wrong"])
+    maps = dataclasses.replace(SIGNATURE.outputs[0], shape=("batch", 10, 8, 8))
+    given["signature"] = dataclasses.replace(SIGNATURE, outputs=(maps,))
+    with pytest.raises(RecipeError, match="Labels go with a first output of scores"):
+        ModuleWorkload(**given, evaluation=files["whole"])
+
+
+def test_a_fixed_batch_takes_multiples(tmp_path: Path) -> None:
+    inputs = (TensorSpec(name="image", dtype="float32", shape=(3, 1, 8, 8)),)
+    signature = dataclasses.replace(SIGNATURE, inputs=inputs)
+    np.savez(tmp_path / "six.npz", image=good(6)["image"])
+    np.savez(tmp_path / "seven.npz", image=good(7)["image"])
+    found = read_arrays(tmp_path / "six.npz", signature)
+    assert found.calls() == 2
+    np.testing.assert_array_equal(found.call(1)["image"], good(6)["image"][3:])
+    with pytest.raises(RecipeError, match="7 samples, and the model takes 3 at a time"):
+        read_arrays(tmp_path / "seven.npz", signature)
 
 
 class Digits(torch.nn.Module):
@@ -199,17 +223,10 @@ def test_what_wrong_calibration_costs_is_repaired(digits: tuple[torch.nn.Module,
     assert quantized["quality"] >= export["quality"] - 1
 
 
-def test_builds_refuse_what_does_not_go_together(digits: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
+def test_columns_do_not_go_with_arrays(digits: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
     _, folder = digits
-    test = str(folder / "test.npz")
-    with pytest.raises(RecipeError, match="400 samples are both in"):
-        build(digits, tmp_path / "out", file=test, calibration=test)
     with pytest.raises(RecipeError, match="columns"):
-        build(digits, tmp_path / "out", file=test, columns={"text": "a"})
-    with np.load(test) as arrays:
-        np.savez(tmp_path / "wrong.npz", image=arrays["image"], labels=arrays["labels"] + 1)
-    with pytest.raises(RecipeError, match="labels go from 1 to 10; output_0 has scores for the classes 0 to 9"):
-        build(digits, tmp_path / "out", file=str(tmp_path / "wrong.npz"))
+        build(digits, tmp_path / "out", file=str(folder / "test.npz"), columns={"text": "a"})
 
 
 def test_a_graph_without_anything_to_quantize_is_an_error(tmp_path: Path) -> None:
