@@ -5,8 +5,8 @@
 Trains a small residual network with batch normalization on scikit-learn's digits (seeded; 1,797 images of 8x8, a third held out) and
 builds it at fp32 and int8-qdq. onnxruntime quantizes the same export after its own quant_pre_process, in the forms that its
 documentation advises for x86: QDQ, per channel, unsigned activations, weights signed with reduce_range or unsigned, min-max and
-entropy; all calibrate on the same 128 images. --data FOLDER: the network of model_vision_small/mnist.onnx too (no labels: agreement
-with the float file on random strokes), and its super-resolution's core where ONNX Runtime runs it without extensions.
+entropy; all calibrate on the same 128 images. --data FOLDER: the network of model_vision_small/mnist.onnx too (no labels:
+agreement with the float file on random strokes). Super-resolution is left out: its file needs onnxruntime-extensions.
 """
 
 from __future__ import annotations
