@@ -147,6 +147,7 @@ def compare(
     """Build all forms, show them in a table, and give the figures."""
     folder.mkdir()
     labels = test.pop("labels", None)
+    train = {name: array[:CALIBRATION] for name, array in train.items()}
     np.savez(folder / "train.npz", **train)
     np.savez(folder / "test.npz", **test, **({} if labels is None else {"labels": labels}))
     options: dict[str, Any] = {"measure": False, "quiet": True}
@@ -166,7 +167,7 @@ def compare(
     plain = folder / "onnxpress-fp32" / "model.onnx"
     rows = {
         "ONNX Runtime fp32": plain,
-        **quantized(plain, folder, {name: array[:CALIBRATION] for name, array in train.items()}),
+        **quantized(plain, folder, train),
     }
     for name, path in rows.items():
         sessions[name] = opened(path)
