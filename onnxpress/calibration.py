@@ -1,7 +1,11 @@
-"""Runs calibration inputs through a graph: for the ranges of chosen values, or along with a pass that changes layer after layer."""
+"""Runs calibration inputs through a graph: for the ranges or histograms of chosen values, or along with a pass that changes it.
+
+Nothing grows with the number of inputs but what `ActivationStream` holds of the layer it stands at.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,16 +16,17 @@ import onnx_ir as ir
 from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Runnable, Signature, TensorSpec
-from onnxpress.optimizers.base import ChannelRange
+from onnxpress.optimizers.base import ChannelRange, Distribution
 from onnxpress.optimizers.rounding import Float
 
-_NO_INPUTS = "No calibration inputs are left beside the evaluation texts: give others with `calibration`."
+_NO_INPUTS = "No calibration inputs are left beside the evaluation samples: give others with `calibration`."
+_BINS = 8192  # of a histogram; 255 steps of a one-sided range then have at least 8 bins each
 
 
 class Calibration:
-    """Ranges of values, measured once and reused: call it as a pass's `observe`.
+    """Ranges and distributions of values, measured once and reused: a pass's `observe` and `distributions`.
 
-    An activation is reduced to its minimum and maximum for each channel as soon as it is there.
+    An activation is reduced to a few numbers for each channel, or to a histogram, as soon as it is there.
 
     open_session: opens a graph; inputs: gives the calibration inputs anew at each call.
     """
@@ -30,16 +35,37 @@ class Calibration:
         self._open = open_session
         self._inputs = inputs
         self._known: dict[str, ChannelRange] = {}
+        self._distributions: dict[str, Distribution] = {}
 
     def __call__(self, graph: Graph, names: Sequence[str]) -> Mapping[str, ChannelRange]:
         """Ranges of the named values; values seen before, by name, are not measured again.
 
-        Raises RecipeError where there are no calibration inputs.
+        Raises RecipeError where there are no calibration inputs, or a value is not finite on them.
         """
         missing = [name for name in names if name not in self._known]
         if missing:
             self._known.update(self._measure(graph, missing))
         return {name: self._known[name] for name in names}
+
+    def distributions(self, graph: Graph, names: Sequence[str], *, counted: bool) -> Mapping[str, Distribution]:
+        """Distributions of the named values, of any shape; values seen before, by name, are not measured again.
+
+        counted: with histograms. Raises RecipeError where there are no calibration inputs, or a value is not finite on them.
+        """
+        missing = [
+            name
+            for name in names
+            if name not in self._distributions or (counted and not self._distributions[name].counts.size)
+        ]
+        found = {name: Histogram() for name in missing}
+        for answers in self._answers(graph, missing) if missing else ():
+            for name, histogram in found.items():
+                if not histogram.add(answers[name], counted=counted):
+                    raise RecipeError(_not_finite(name))
+        if any(histogram.low > histogram.high for histogram in found.values()):
+            raise RecipeError(_NO_INPUTS)
+        self._distributions.update({name: histogram.distribution() for name, histogram in found.items()})
+        return {name: self._distributions[name] for name in names}
 
     def _measure(self, graph: Graph, names: Sequence[str]) -> dict[str, ChannelRange]:
         low: dict[str, np.ndarray] = {}
@@ -52,7 +78,47 @@ class Calibration:
                 high[name] = np.maximum(high.get(name, maximum), maximum)
         if len(low) < len(names):
             raise RecipeError(_NO_INPUTS)
+        for name in names:
+            if not (np.isfinite(low[name]).all() and np.isfinite(high[name]).all()):
+                raise RecipeError(_not_finite(name))
         return {name: ChannelRange(low=low[name], high=high[name]) for name in names}
+
+
+class Histogram:
+    """Counts numbers in equal bins over [-limit, limit]; limit doubles, and bins join in pairs, whenever a number lies outside.
+
+    One walk over the inputs is enough, and memory is the bins. At least half of each side's bins lie within the largest number.
+    """
+
+    def __init__(self) -> None:
+        self.low, self.high = math.inf, -math.inf
+        self._limit = 0.0
+        self._counts = np.zeros(0, np.int64)
+
+    def add(self, array: npt.NDArray[Any], *, counted: bool) -> bool:
+        """Take the numbers of an array in; False where one of them is not finite."""
+        if array.size == 0:
+            return True
+        low, high = float(array.min()), float(array.max())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            return False
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        if counted:
+            self._count(array, max(-low, high, float(np.finfo(np.float32).tiny)))
+        return True
+
+    def distribution(self) -> Distribution:
+        """What was counted."""
+        return Distribution(low=self.low, high=self.high, limit=self._limit, counts=self._counts)
+
+    def _count(self, array: npt.NDArray[Any], largest: float) -> None:
+        if not self._counts.size:
+            self._limit, self._counts = largest, np.zeros(_BINS, np.int64)
+        while largest > self._limit:
+            joined = self._counts.reshape(-1, 2).sum(axis=1)
+            self._counts = np.pad(joined, _BINS // 4)
+            self._limit *= 2
+        self._counts += np.histogram(array, bins=_BINS, range=(-self._limit, self._limit))[0]
 
 
 def activations(
@@ -98,13 +164,7 @@ class ActivationStream:
 
         Raises RecipeError where there are no calibration inputs.
         """
-        name = str(value.name)
-        if value.is_graph_input():
-            arrays = [feeds[name] for feeds in self._inputs()]
-        else:
-            if name not in self._live:
-                self._advance(value)
-            arrays = self._live[name]
+        arrays = self._at(value)
         moments: Float | None = None
         count = 0
         for array in arrays:
@@ -119,6 +179,37 @@ class ActivationStream:
     def divide(self, value: ir.Value, by: Float) -> None:
         """Say that `value`, whose second moments were asked for, is now divided by `by` along its last axis."""
         self._live[str(value.name)] = [array / by for array in self._live[str(value.name)]]
+
+    def means(self, value: ir.Value, axis: int) -> npt.NDArray[np.float64]:
+        """Mean of a value at each position of `axis` over everything else, (channels,): runs the graph up to there.
+
+        Raises RecipeError where there are no calibration inputs.
+        """
+        total: npt.NDArray[np.float64] | None = None
+        count = 0
+        for array in self._at(value):
+            others = tuple(other for other in range(array.ndim) if other != axis % array.ndim)
+            part = array.sum(axis=others, dtype=np.float64)
+            total = part if total is None else total + part
+            count += array.size // len(part)
+        if total is None:
+            raise RecipeError(_NO_INPUTS)
+        return total / max(count, 1)
+
+    def add(self, value: ir.Value, by: Float, axis: int) -> None:
+        """Say that to `value`, whose means were asked for, `by` (channels,) is now added along an axis."""
+        arrays = self._live[str(value.name)]
+        shapes = [[-1 if other == axis % array.ndim else 1 for other in range(array.ndim)] for array in arrays]
+        self._live[str(value.name)] = [array + by.reshape(shape) for array, shape in zip(arrays, shapes, strict=True)]
+
+    def _at(self, value: ir.Value) -> list[npt.NDArray[Any]]:
+        """A value for each calibration input, where the walk stands at it or gets there."""
+        name = str(value.name)
+        if value.is_graph_input():
+            return [feeds[name] for feeds in self._inputs()]
+        if name not in self._live:
+            self._advance(value)
+        return self._live[name]
 
     def _advance(self, value: ir.Value) -> None:
         """Run the nodes up to and including the one that gives `value`."""
@@ -153,6 +244,7 @@ class ActivationStream:
         self._done |= inside
         self._live.update(kept)
         ahead = {source for node in self._body if node not in self._done for source in map(_name, _sources(node))}
+        ahead.add(str(value.name))
         self._live = {name: arrays for name, arrays in self._live.items() if name in ahead}
 
     def _cut(self, inputs: list[ir.Value], outputs: list[ir.Value], feeds: Arrays) -> Graph:
@@ -190,6 +282,13 @@ def _sources(node: ir.Node) -> list[ir.Value]:
         if attribute.type == ir.AttributeType.GRAPH:
             nodes += attribute.as_graph().all_nodes()
     return [value for item in nodes for value in item.inputs if value is not None]
+
+
+def _not_finite(name: str) -> str:
+    return (
+        f"The value {name} of the graph is not finite on the calibration inputs, so that it has no range: take inputs without NaN and "
+        "infinity, for which the model gives finite numbers."
+    )
 
 
 def _name(value: ir.Value) -> str:

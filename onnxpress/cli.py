@@ -85,15 +85,23 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("source", help="recipe.toml, model folder, hub id, package.module:factory, or FILE.onnx")
     build.add_argument("--task", help="e.g. feature-extraction, text-classification; found out where possible")
     build.add_argument(
-        "--target", help="cpu, cpu-avx2 (x86 without VNNI), cuda, tensorrt (default: this machine's CPU)"
+        "--target", help="cpu, cpu-avx2 (x86 without VNNI), cpu-arm64, cuda, tensorrt (default: this machine's CPU)"
     )
-    build.add_argument("--precision", help="fp32, int8, int8-dynamic, int8-weights, int4-weights, fp16, bf16")
+    build.add_argument(
+        "--precision", help="fp32, int8, int8-dynamic, int8-qdq, fp8-qdq, int8-weights, int4-weights, fp16, bf16"
+    )
     build.add_argument("--out", type=Path, help="folder of the artifact (default: artifacts/NAME)")
     build.add_argument("--cache", choices=("fp32", "int8"), help="of a language model's keys and values (default fp32)")
     build.add_argument("--name", help="name of the artifact")
     build.add_argument("--budget", help='what quality it may cost: "0.5%%" (relative) or "0.99" (absolute)')
-    build.add_argument("--eval", dest="file", help="your samples: csv, tsv or jsonl, with or without labels; or .txt")
-    build.add_argument("--calibration", help="other samples, for passes that calibrate; or .npy, token ids")
+    build.add_argument(
+        "--eval",
+        dest="file",
+        help="your samples: csv, tsv or jsonl, with or without labels; or .txt; of a module, .npz",
+    )
+    build.add_argument(
+        "--calibration", help="other samples, for passes that calibrate; or .npy, token ids; of a module, .npz"
+    )
     build.add_argument("--column", action="append", default=[], metavar="ROLE=NAME", help="a column of these")
     build.add_argument(
         "--pass-option", action="append", default=[], metavar="PASS.NAME=VALUE", help="e.g. int4-weights.method=gptq"

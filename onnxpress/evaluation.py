@@ -83,6 +83,7 @@ LABELLED_BUDGETS: Mapping[str, Budget] = {
     "text-classification": Budget(metric="accuracy", limit=1.0, kind="drop"),
     "token-classification": Budget(metric="entity_f1", limit=1.0, kind="drop"),
     "question-answering": Budget(metric="f1", limit=1.0, kind="drop"),
+    "module": Budget(metric="accuracy", limit=1.0, kind="drop"),
 }
 _LABELLED_REGRESSION = Budget(metric="spearman", limit=0.3, kind="drop")  # numbers, as similarities of embeddings are
 

@@ -39,6 +39,7 @@ from onnxpress.golden import write_golden
 from onnxpress.graph import Graph
 from onnxpress.machine import describe, peak_memory_bytes
 from onnxpress.manifest import Json, Manifest, Runnable
+from onnxpress.module_workload import ModuleWorkload
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import Pass, PassContext
 from onnxpress.optimizers.targets import target as find_target
@@ -50,9 +51,10 @@ from onnxpress.runtime.chat_template import ChatTemplate
 from onnxpress.runtime.loading import check_onnxruntime
 from onnxpress.runtime.model_step import ModelStep
 from onnxpress.runtime.session import Session
+from onnxpress.sample_arrays import read_arrays
 from onnxpress.timing import alternate
 from onnxpress.workbench import RowByRow, Workbench, save
-from onnxpress.workload import ModuleWorkload, TextWorkload, Workload, workload_file
+from onnxpress.workload import TextWorkload, Workload, workload_file
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +65,7 @@ _INT8_CACHE = "int8-cache"  # of the lossy passes the one that leaves the weight
 _SLOWER = 1.05  # a pass must not take more than this share of the time before it
 _NOISE_MS = 0.05  # differences below this are the clock's
 _PARITY_CACHE = 2**32  # bytes of keys and values while a graph is compared
+_RANDOM_SAMPLES = 64  # that a module is tried on where no arrays are given
 _TORCH_FREE = ("torch", "transformers", "onnx")
 
 
@@ -329,7 +332,12 @@ class _Press:
 
         def apply(kept: frozenset[str]) -> tuple[Any, Session]:
             context = PassContext(
-                target=self._target, observe=calibration, stream=stream, keep=kept, progress=self._report.detail
+                target=self._target,
+                observe=calibration,
+                distributions=calibration.distributions,
+                stream=stream,
+                keep=kept,
+                progress=self._report.detail,
             )
             outcome = step.apply(self.graph.clone(), context)
             return outcome, self._bench.open(outcome.graph)
@@ -494,9 +502,18 @@ def _workload(
 ) -> Workload:
     signature, quality = exported.graph.signature, recipe.quality
     if signature.task == "module":
-        if file is not None or calibration is not None:
-            raise RecipeError("A file of text does not go with a plain module; leave `file` and `calibration` out.")
-        return ModuleWorkload(signature=signature, example=exported.example)
+        if quality.columns:
+            raise RecipeError(
+                "`columns` goes with files of text; the arrays of a module go by the names of its inputs."
+            )
+        return ModuleWorkload(
+            signature=signature,
+            example=exported.example,
+            evaluation=None if file is None else read_arrays(file, signature),
+            calibration=None if calibration is None else read_arrays(calibration, signature),
+            samples=_RANDOM_SAMPLES if file is None else quality.samples,
+            calibration_samples=_RANDOM_SAMPLES if calibration is None else quality.calibration_samples,
+        )
     kind = DecoderWorkload if _generates(exported) else partial(TextWorkload, task=signature.task)
     return kind(
         signature=signature,
@@ -525,7 +542,7 @@ def _copy_tokenizer(exported: Exported, folder: Path) -> None:
 
 
 def _is_labelled(workload: Workload) -> bool:
-    return isinstance(workload, TextWorkload) and workload.labelled
+    return isinstance(workload, TextWorkload | ModuleWorkload) and workload.labelled
 
 
 def _latency(workload: Workload, systems: Mapping[str, Runnable]) -> list[dict[str, Json]]:

@@ -79,7 +79,7 @@ class BuildSection(_Section):
 class QualitySection(_Section):
     """What it may cost.
 
-    file holds the user's samples (csv, tsv, jsonl); budget "0.5%" is relative, 0.99 absolute. calibration: a file of other
+    file holds the user's samples (csv, tsv, jsonl; of a module, arrays in .npz or .safetensors); budget "0.5%" is relative, 0.99 absolute. calibration: a file of other
     samples, which passes that calibrate look at in the place of the built-in ones.
     """
 

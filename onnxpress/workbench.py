@@ -58,7 +58,7 @@ class Workbench:
             path,
             signature=graph.signature,
             providers=self._providers,
-            disabled_optimizers=self._target.disabled_optimizers if self.on_target else (),
+            disabled_optimizers=self._target.disabled_optimizers,
         )
         weakref.finalize(session, shutil.rmtree, path.parent, ignore_errors=True)
         return session

@@ -1,6 +1,7 @@
 """What a model is tried on: calibration inputs, evaluation inputs, shapes to time, and cases to keep as golden.
 
-Calibration and evaluation inputs never overlap. One class for models that read text, one for plain modules.
+Calibration and evaluation inputs never overlap. Here for models that read text; module_workload.py and
+decoder_workload.py have the others.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ Answers = list[dict[str, np.ndarray]]
 
 _SHAPES = ((1, 32), (1, 128), (8, 128))  # (batch, length) at which passes are timed
 _BATCH_TRIAL = 32  # samples for the comparison alone against batched
-_MODULE_BATCH_TRIAL = 64  # the same for modules, whose runner does not cut batches
 _MASKS_AT_ONCE = 16
 
 
@@ -194,83 +194,6 @@ class TextWorkload:
         }
 
 
-class ModuleWorkload:
-    """Inputs for a plain module, drawn from its signature: normal floats, integers within their bounds.
-
-    Random inputs say whether numbers survive, not whether the task does: the report says so.
-    """
-
-    rows_can_run_alone = False
-
-    def __init__(
-        self, *, signature: Signature, example: Arrays, samples: int = 64, calibration_samples: int = 64
-    ) -> None:
-        self.task = "module"
-        self.notes: tuple[str, ...] = (
-            "evaluated on random inputs of the examples' shapes and spread: no quality on real data is claimed",
-        )
-        self._signature = signature
-        self._example = example
-        self._samples = samples
-        self._calibration_samples = calibration_samples
-
-    def calibration(self) -> Iterator[Arrays]:
-        """Random inputs of seeds that evaluation does not use."""
-        for seed in range(self._calibration_samples):
-            yield self._draw(1_000_000 + seed)
-
-    def answers(self, runnable: Runnable) -> Answers:
-        """Outputs for the evaluation inputs."""
-        return [runnable.run(self._draw(seed)) for seed in range(self._samples)]
-
-    def metrics(self, reference: Answers, answers: Answers) -> dict[str, float]:
-        """Agreement with the original."""
-        return evaluation.agreement("module", reference, answers)
-
-    def score(self, runnable: Runnable) -> dict[str, float]:
-        """No labels: nothing."""
-        return {}
-
-    def batch_dependence(self, runnable: Runnable) -> float:
-        """Variance kept between the rows of a batch alone and together, where all inputs and outputs have a batch axis."""
-        specs = (*self._signature.inputs, *self._signature.outputs)
-        if not all(spec.shape and spec.shape[0] == "batch" for spec in specs):
-            return 1.0
-        rows = min(_MODULE_BATCH_TRIAL, self._signature.axes["batch"][1])
-        feeds = [self._draw(seed, batch=1) for seed in range(rows)]
-        together = runnable.run({name: np.concatenate([item[name] for item in feeds]) for name in feeds[0]})
-        alone = [{name: array[0] for name, array in runnable.run(item).items()} for item in feeds]
-        batched = [{name: array[row] for name, array in together.items()} for row in range(rows)]
-        return evaluation.batch_dependence(alone, batched, numbers=True)
-
-    def timing(self, runnable: Runnable) -> dict[tuple[int, ...], Arrays]:
-        """The example's own shape."""
-        first = next(iter(self._example.values()))
-        return {tuple(first.shape): self._draw(0)}
-
-    def golden(self, runnable: Runnable) -> dict[str, Arrays]:
-        """Two random inputs."""
-        return {"first": self._draw(0), "second": self._draw(1)}
-
-    def _draw(self, seed: int, batch: int | None = None) -> Arrays:
-        random = np.random.default_rng(seed)
-        feeds = {}
-        for spec in self._signature.inputs:
-            example = self._example[spec.name]
-            shape = list(example.shape)
-            if batch is not None and shape:
-                shape[0] = batch
-            if np.issubdtype(example.dtype, np.floating):
-                drawn = random.standard_normal(shape) * (example.std() or 1.0) + example.mean()
-                feeds[spec.name] = np.asarray(drawn, example.dtype)
-            elif example.dtype == np.bool_:
-                feeds[spec.name] = random.random(shape) < 0.5
-            else:
-                low, high = spec.bounds or (int(example.min()), int(example.max()))
-                feeds[spec.name] = random.integers(low, high + 1, shape).astype(example.dtype)
-        return feeds
-
-
 @contextmanager
 def _cuts_are_noted() -> Iterator[None]:
     """Long evaluation texts are counted in the notes; no further warnings."""
@@ -289,6 +212,7 @@ def workload_file(path: str | None, purpose: str) -> Path | None:
         return None
     if not Path(path).is_file():
         raise RecipeError(
-            f"The {purpose} file {path!r} is no file that exists; give a csv, tsv or jsonl file, or text."
+            f"The {purpose} file {path!r} is no file that exists; give a csv, tsv or jsonl file, or text; for a module, arrays "
+            "as .npz or .safetensors."
         )
     return Path(path)

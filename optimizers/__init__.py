@@ -19,6 +19,7 @@ from onnxpress.optimizers.int8 import Int8
 from onnxpress.optimizers.int8_cache import Int8Cache
 from onnxpress.optimizers.int8_dynamic import Int8Dynamic
 from onnxpress.optimizers.pack_projections import PackProjections
+from onnxpress.optimizers.qdq import Fp8Qdq, Int8Qdq
 from onnxpress.optimizers.sparse import Sparse24
 from onnxpress.optimizers.weights import WeightsInt4, WeightsInt8
 
@@ -36,6 +37,8 @@ PASSES: Mapping[str, type[Pass]] = {
     "bf16": BFloat16,
     "int8": Int8,
     "int8-dynamic": Int8Dynamic,
+    "int8-qdq": Int8Qdq,
+    "fp8-qdq": Fp8Qdq,
     "int8-weights": WeightsInt8,
     "int4-weights": WeightsInt4,
     "int8-cache": Int8Cache,

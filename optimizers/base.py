@@ -22,6 +22,20 @@ class ChannelRange:
     high: npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Distribution:
+    """All numbers that one tensor held on the calibration inputs, whatever its shape.
+
+    low, high: the exact extremes. limit and counts: how many numbers fell into each of the equal bins that divide [-limit, limit]
+    (int64, (bins,)); no bins where counts were not asked for.
+    """
+
+    low: float
+    high: float
+    limit: float
+    counts: npt.NDArray[np.int64]
+
+
 class Stream(Protocol):
     """Walks a graph with calibration inputs while a pass changes what is ahead; see onnxpress.calibration."""
 
@@ -33,6 +47,22 @@ class Stream(Protocol):
         """Say that `value`, whose second moments were asked for, is now divided by `by` along its last axis."""
         ...
 
+    def means(self, value: ir.Value, axis: int) -> npt.NDArray[np.float64]:
+        """Mean of a value at each position of an axis, over everything else, float64 (channels,)."""
+        ...
+
+    def add(self, value: ir.Value, by: npt.NDArray[np.float32], axis: int) -> None:
+        """Say that to `value`, whose means were asked for, `by` (channels,) is now added along an axis."""
+        ...
+
+
+class Distributions(Protocol):
+    """Runs the calibration inputs through a graph and gives the distribution of each named value."""
+
+    def __call__(self, graph: Graph, names: Sequence[str], *, counted: bool) -> Mapping[str, Distribution]:
+        """counted: whether histograms are wanted, or the extremes alone, which are cheaper."""
+        ...
+
 
 Observe = Callable[[Graph, Sequence[str]], Mapping[str, ChannelRange]]
 
@@ -42,12 +72,13 @@ class PassContext:
     """What a pass may ask for.
 
     target: facts about the machine the graph is for. observe: runs the calibration inputs through a graph and
-    returns the ranges of the named values; stream: begins to walk a graph with them (both None where no calibration data is at
-    hand). keep: names of nodes that stay in floating point; lossy passes leave them alone. progress: says what a long pass is at.
+    returns the ranges of the named values, for each channel of the last axis; distributions: of whole values of any shape; stream:
+    begins to walk a graph with them (all None where no calibration data is at hand). keep: names of nodes that stay in floating point; lossy passes leave them alone. progress: says what a long pass is at.
     """
 
     target: Target
     observe: Observe | None = None
+    distributions: Distributions | None = None
     stream: Callable[[Graph], Stream] | None = None
     keep: frozenset[str] = frozenset()
     progress: Callable[[str], None] = lambda _: None

@@ -2,11 +2,12 @@
 
     Constant → Cast → Add(x, ·)               →   Add(x, constant)
     Shape(x) → Slice, where the size is known →   constant
+    BatchNormalization(Conv(x, w, b))         →   Conv(x, w', b'), ConvTranspose too
     Transpose(Transpose(x)), Reshape(Reshape(x)), Cast to the same type, Reshape to the same shape   →   at most one
 
 Shapes are inferred first, symbolic ones too, also through the shape arithmetic that exporters write; later passes
-read them. Functions are inlined. Weights stay where they are: nothing larger than `limit` elements is computed, so
-neither the file nor memory grows, and weights of more than 2 GB are never part of a protobuf.
+read them. Functions are inlined. Weights stay where they are: nothing larger than `limit` elements is computed, but a convolution's
+weights that take a batch normalization in, so neither the file nor memory grows, and weights of more than 2 GB are never part of a protobuf.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from onnx_ir.passes.common import (
 from onnxscript import optimizer
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules.common import (
+    fuse_batchnorm_into_conv_rule,
+    fuse_batchnorm_into_conv_transpose_rule,
     no_op_expand_rule,
     no_op_transpose_rule,
     reshape_reshape_rule,
@@ -84,7 +87,16 @@ class Fold:
         )
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         LiftSubgraphInitializersToMainGraphPass()(model)
-        RewritePass([transpose_transpose_rule, no_op_transpose_rule, reshape_reshape_rule, no_op_expand_rule])(model)
+        RewritePass(
+            [
+                fuse_batchnorm_into_conv_rule,
+                fuse_batchnorm_into_conv_transpose_rule,
+                transpose_transpose_rule,
+                no_op_transpose_rule,
+                reshape_reshape_rule,
+                no_op_expand_rule,
+            ]
+        )(model)
         for node in list(model.graph.all_nodes()):
             if node.domain == "" and (node.op_type == "Identity" or _keeps_shape(node)):
                 _bypass(node)

@@ -20,19 +20,32 @@ import onnx_ir as ir
 from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
+from onnxpress.optimizers.calibrated_range import check_method, chosen_range
 from onnxpress.optimizers.linear import Linear, add_constant, drop_unused_constants, linears, replace, unused_name
-from onnxpress.optimizers.rounding import activation_uint8, per_channel_8bit
+from onnxpress.optimizers.rounding import activation_uint8, per_channel_8bit, rounded_uint8
+from onnxpress.optimizers.smooth import check_smooth, smooth_norms
 from onnxpress.optimizers.weights import quantize_embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Int8:
-    """Static int8. minimum_elements: weights smaller than this stay in float."""
+    """Static int8. minimum_elements: weights smaller than this stay in float.
+
+    calibration, percentile: how ranges of activations are chosen (calibrated_range.py). smooth: exponent of SmoothQuant for layers
+    behind a norm (smooth.py), 0 is off.
+    """
 
     name: ClassVar[str] = "int8"
     lossless: ClassVar[bool] = False
 
     minimum_elements: int = 1024
+    calibration: str = "min-max"
+    percentile: float = 99.99
+    smooth: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_method(self.name, self.calibration, self.percentile)
+        check_smooth(self.name, self.smooth)
 
     def apply(self, graph: Graph, context: PassContext) -> PassResult:
         """Quantize every linear layer and embedding table but those in `context.keep`.
@@ -44,6 +57,7 @@ class Int8:
                 "The pass int8 needs calibration inputs to measure activation ranges, and none are at hand: choose the "
                 "pass int8-dynamic, which needs none."
             )
+        smoothed = smooth_norms(graph, context.observe, self.smooth) if self.smooth else ()
         tied, touched = quantize_embeddings(graph, bits=8, preferred_block=128, keep=context.keep)
         layers = [
             layer
@@ -53,20 +67,31 @@ class Int8:
             and layer.weight.const_value.size >= self.minimum_elements
         ]
         names = sorted({str(layer.x.name) for layer in layers})
-        ranges = context.observe(graph, names)
+        ranges = self._ranges(graph, names, context)
         quantized: dict[str, tuple[ir.Value, ir.Value, ir.Value]] = {}
         for layer in layers:
             name = str(layer.x.name)
             if name not in quantized:
-                quantized[name] = _quantize_activation(
-                    graph, layer.x, float(ranges[name].low.min()), float(ranges[name].high.max())
-                )
+                quantized[name] = _quantize_activation(graph, layer.x, *ranges[name])
             _quantize_layer(graph, layer, quantized[name], reduce_range=context.target.reduce_range)
         drop_unused_constants(graph)
         graph.model.graph.opset_imports.setdefault("com.microsoft", 1)
         touched += tuple(layer.name for layer in layers)
         notes = (f"{len(layers)} linear layers, {len(quantized)} activation scales, {tied.tables} embedding tables",)
-        return PassResult(graph=graph, changes=len(touched), notes=notes + tied.notes, touched=touched)
+        return PassResult(graph=graph, changes=len(touched), notes=notes + tied.notes + smoothed, touched=touched)
+
+    def _ranges(self, graph: Graph, names: list[str], context: PassContext) -> dict[str, tuple[float, float]]:
+        """What the integers of each activation cover."""
+        assert context.observe is not None
+        if self.calibration == "min-max":
+            seen = context.observe(graph, names)
+            return {name: (float(seen[name].low.min()), float(seen[name].high.max())) for name in names}
+        assert context.distributions is not None
+        counted = context.distributions(graph, names, counted=True)
+        return {
+            name: chosen_range(counted[name], self.calibration, percentile=self.percentile, rounding=rounded_uint8)
+            for name in names
+        }
 
 
 def _quantize_activation(graph: Graph, x: ir.Value, low: float, high: float) -> tuple[ir.Value, ir.Value, ir.Value]:

@@ -43,6 +43,13 @@ def activation_uint8(low: float, high: float) -> tuple[Float, npt.NDArray[np.uin
     return np.array(scale, np.float32), np.array(np.clip(round(-low / scale), 0, 255), np.uint8)
 
 
+def rounded_uint8(numbers: npt.NDArray[np.float64], low: float, high: float) -> npt.NDArray[np.float64]:
+    """What numbers are after `activation_uint8` has rounded them."""
+    scale, zero_point = activation_uint8(low, high)
+    zero = int(zero_point)
+    return np.asarray((np.clip(np.rint(numbers / float(scale)) + zero, 0, 255) - zero) * float(scale))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
     """Integers in blocks along the input axis, as com.microsoft MatMulNBits reads them.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from onnxpress.errors import RecipeError
 
@@ -20,6 +21,23 @@ class Fact:
     evidence: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class QdqForm:
+    """How QuantizeLinear and DequantizeLinear are written for what runs them.
+
+    activations, weights: dtypes. symmetric: activations have zero point 0. weight_limit: the largest weight, away from its zero
+    point. integer_bias: biases of convolutions and Gemm are int32. chained: a kernel is an integer one only where its output is
+    quantized as well, so that what lies between layers is quantized too; else only what layers and residual sums read.
+    """
+
+    activations: Literal["uint8", "int8", "float8e4m3fn"]
+    weights: Literal["uint8", "int8", "float8e4m3fn"]
+    symmetric: bool
+    weight_limit: int
+    integer_bias: bool
+    chained: bool
+
+
 GENERATION = "text-generation"  # the task of language models, whose default precision is another one
 
 
@@ -30,8 +48,8 @@ class Target:
     providers: ONNX Runtime execution providers in order. lossless: passes that run by default, in order.
     precisions: what `--precision` may be, the default first, each with the lossy passes it stands for. generation: the
     default for language models.
-    disabled_optimizers: ONNX Runtime graph optimizers that lose time here. reduce_range: int8 weights are signed and use
-    7 bits.
+    disabled_optimizers: ONNX Runtime graph optimizers that lose time here, or answers. qdq: how int8-qdq writes integers. reduce_range: int8
+    weights are signed and use 7 bits.
     """
 
     name: str
@@ -41,6 +59,7 @@ class Target:
     disabled_optimizers: tuple[str, ...]
     facts: tuple[Fact, ...]
     generation: str
+    qdq: QdqForm
     reduce_range: bool = False
 
     def default_precision(self, task: str) -> str:
@@ -54,6 +73,20 @@ _DECODER = ("fuse-skip-norm", "fuse-rotary", "pack-projections")
 
 _WEIGHT_ONLY = {"int8-weights": ("int8-weights",), "int4-weights": ("int4-weights",)}
 
+_X86 = QdqForm(activations="uint8", weights="uint8", symmetric=False, weight_limit=127, integer_bias=True, chained=True)
+_NVIDIA = QdqForm(
+    activations="int8", weights="int8", symmetric=True, weight_limit=127, integer_bias=False, chained=False
+)
+# Of the CPU provider, on which graphs for NVIDIA's are tried where there is no GPU.
+_WRONG_FOR_NVIDIA = ("ReluQuantRewrite", "QDQSelectorActionTransformer", "WeightBiasQuantization")
+_WRONG = Fact(
+    claim="three optimizers of the CPU provider are switched off: one drops a Relu before FP8, one takes kernels whose 16-bit sums "
+    "overflow on CPUs without VNNI for signed weights of 8 bits, one rounds biases, and loses those that 32 bits do not hold",
+    evidence="onnxruntime 1.32: Relu, QuantizeLinear to float8e4m3fn, DequantizeLinear answers -5 for -5, and two convolutions on AVX2 "
+    "are off by 17 % where the same graph in float is off by 1.8 % (tests/optimizers/test_qdq.py)",
+)
+_NVIDIA_QDQ = {"int8-qdq": ("int8-qdq",), "fp8-qdq": ("fp8-qdq",)}
+
 _CPU = Target(
     name="cpu",
     providers=("cpu",),
@@ -62,8 +95,10 @@ _CPU = Target(
         "int8": ("int8",),
         "fp32": (),
         "int8-dynamic": ("int8-dynamic",),
+        "int8-qdq": ("int8-qdq",),
         **_WEIGHT_ONLY,
     },
+    qdq=_X86,
     disabled_optimizers=("SkipLayerNormFusion",),
     generation="int4-weights",
     facts=(
@@ -96,6 +131,7 @@ TARGETS: Mapping[str, Target] = {
         _CPU,
         name="cpu-avx2",
         reduce_range=True,
+        qdq=dataclasses.replace(_X86, weights="int8", weight_limit=63),
         facts=(
             *_CPU.facts,
             Fact(
@@ -105,32 +141,59 @@ TARGETS: Mapping[str, Target] = {
             ),
         ),
     ),
+    "cpu-arm64": dataclasses.replace(
+        _CPU,
+        name="cpu-arm64",
+        qdq=dataclasses.replace(_X86, activations="int8", weights="int8"),
+        facts=(
+            *(fact for fact in _CPU.facts if "x86" not in fact.claim),
+            Fact(
+                claim="int8-qdq writes signed activations and signed weights of 8 bits",
+                evidence="onnxruntime's advice for ARM64 (its quantization guide: S8S8); not measured here",
+            ),
+        ),
+    ),
     "cuda": Target(
         name="cuda",
         providers=("cuda",),
         lossless=(*_CLEAN, *_FUSE, *_DECODER),
-        precisions={"fp16": ("fp16",), "fp32": (), "bf16": ("bf16",), **_WEIGHT_ONLY},
+        precisions={"fp16": ("fp16",), "fp32": (), "bf16": ("bf16",), **_NVIDIA_QDQ, **_WEIGHT_ONLY},
         generation="fp16",
-        disabled_optimizers=(),
+        qdq=_NVIDIA,
+        disabled_optimizers=_WRONG_FOR_NVIDIA,
         facts=(
             Fact(
                 claim="float16 is the default: tensor cores run it at twice the rate of TF32",
                 evidence="989 against 494 TFLOP/s, dense (NVIDIA, H100 SXM data sheet); not measured here",
             ),
+            _WRONG,
         ),
     ),
     "tensorrt": Target(
         name="tensorrt",
         providers=("tensorrt", "cuda"),
         lossless=_CLEAN,
-        precisions={"fp16": ("fp16",), "fp32": (), "bf16": ("bf16",), "fp16-sparse": ("sparse-2-4", "fp16")},
+        precisions={
+            "fp16": ("fp16",),
+            "fp32": (),
+            "bf16": ("bf16",),
+            "fp16-sparse": ("sparse-2-4", "fp16"),
+            **_NVIDIA_QDQ,
+        },
         generation="fp16",
-        disabled_optimizers=(),
+        qdq=_NVIDIA,
+        disabled_optimizers=_WRONG_FOR_NVIDIA,
         facts=(
             Fact(
                 claim="no contrib operators are emitted: TensorRT's parser takes standard operators",
                 evidence="NVIDIA's parser refuses com.microsoft operators (TensorRT-RTX 1.7 builder)",
             ),
+            Fact(
+                claim="int8-qdq is symmetric, with weights as DequantizeLinear of integers and biases in float",
+                evidence="TensorRT-RTX 1.7 builds that, at int8 and at FP8 E4M3, and refuses zero points, uint8 and int32 biases "
+                "(tests/optimizers/test_tensorrt_rtx.py); its speed is not measured here",
+            ),
+            _WRONG,
         ),
     ),
 }

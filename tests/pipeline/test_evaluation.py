@@ -341,8 +341,8 @@ def test_answers_as_squad_scores_them() -> None:
 def test_masks_have_no_labels() -> None:
     with pytest.raises(RecipeError, match="do not go with the task fill-mask"):
         score("fill-mask", Runner([1]), [Sample(text="x", label="y")])
-    with pytest.raises(RecipeError, match=r"do not go with the task module; .* text-classification"):
-        budget_for("module", None, labelled=True)
+    with pytest.raises(RecipeError, match=r"do not go with the task text-generation; .* text-classification"):
+        budget_for("text-generation", None, labelled=True)
 
 
 # Budgets

@@ -1,0 +1,156 @@
+"""What a plain module or an .onnx file is tried on: the user's arrays, or random ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from onnxpress import evaluation, metrics
+from onnxpress.errors import RecipeError
+from onnxpress.manifest import Arrays, Runnable, Signature
+from onnxpress.sample_arrays import SampleArrays, refuse_overlap
+from onnxpress.workload import Answers
+
+_BATCH_TRIAL = 64  # samples for the comparison alone against batched; the runner does not cut batches
+_ROWS_AT_ONCE = 32  # labelled samples in one call
+
+
+class ModuleWorkload:
+    """Inputs for a plain module: the user's arrays, or such as are drawn from its signature, normal floats, integers within bounds.
+
+    Random inputs say whether numbers survive, not whether the task does: the report says so.
+    """
+
+    rows_can_run_alone = False
+
+    def __init__(
+        self,
+        *,
+        signature: Signature,
+        example: Arrays,
+        evaluation: SampleArrays | None = None,
+        calibration: SampleArrays | None = None,
+        samples: int = 64,
+        calibration_samples: int = 64,
+    ) -> None:
+        self.task = "module"
+        self._signature = signature
+        self._example = example
+        self._samples = samples
+        self._calibration_samples = calibration_samples
+        self._given, self._calibrating = evaluation, calibration
+        if evaluation is None:
+            self.notes: tuple[str, ...] = (
+                "evaluated on random inputs of the examples' shapes and spread: no quality on real data is claimed",
+            )
+        else:
+            self.notes = (f"evaluated on {len(evaluation)} samples of {evaluation.path.name}",)
+            if calibration is None:
+                self.notes += ("passes that calibrate see random inputs of the examples' spread, as no file was given",)
+            else:
+                refuse_overlap(evaluation, calibration)
+            if evaluation.labels is not None:
+                self._check_classes(evaluation.labels)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the user gave samples with labels."""
+        return self._given is not None and self._given.labels is not None
+
+    def calibration(self) -> Iterator[Arrays]:
+        """The calibration file's samples, or random inputs of seeds that evaluation does not use."""
+        if self._calibrating is not None:
+            for index in self._calibrating.spread(self._calibration_samples):
+                yield self._calibrating.call(index)
+            return
+        for seed in range(self._calibration_samples):
+            yield self._draw(1_000_000 + seed)
+
+    def answers(self, runnable: Runnable) -> Answers:
+        """Outputs for the evaluation inputs, one call a sample."""
+        return [runnable.run(self._sample(index)) for index in self._indices(self._samples)]
+
+    def metrics(self, reference: Answers, answers: Answers) -> dict[str, float]:
+        """Agreement with the original."""
+        return evaluation.agreement("module", reference, answers)
+
+    def score(self, runnable: Runnable) -> dict[str, float]:
+        """Accuracy of the first output over the labelled samples; empty where there are none."""
+        given = self._given
+        if given is None or given.labels is None:
+            return {}
+        output = self._signature.outputs[0].name
+        most = self._signature.axes.get(str(self._signature.inputs[0].shape[0]), (1, _ROWS_AT_ONCE))[1]
+        at_once = 1 if self._one_call_at_a_time() else min(_ROWS_AT_ONCE, most)
+        scores = np.concatenate(
+            [runnable.run(given.call(index, at_once))[output] for index in range(0, given.calls(), at_once)]
+        )
+        chosen = np.where(np.isfinite(scores).all(axis=1), scores.argmax(axis=1), -1)
+        return metrics.label_scores([str(label) for label in chosen], [str(label) for label in given.labels])
+
+    def batch_dependence(self, runnable: Runnable) -> float:
+        """Variance kept between the rows of a batch alone and together, where all inputs and outputs have a batch axis."""
+        if self._one_call_at_a_time():
+            return 1.0
+        axis = self._signature.inputs[0].shape[0]
+        most = min(_BATCH_TRIAL, self._signature.axes[str(axis)][1])
+        feeds = [self._sample(index, batch=1) for index in self._indices(most)]
+        together = runnable.run({name: np.concatenate([item[name] for item in feeds]) for name in feeds[0]})
+        alone = [{name: array[0] for name, array in runnable.run(item).items()} for item in feeds]
+        batched = [{name: array[row] for name, array in together.items()} for row in range(len(feeds))]
+        return evaluation.batch_dependence(alone, batched, numbers=True)
+
+    def timing(self, runnable: Runnable) -> dict[tuple[int, ...], Arrays]:
+        """The example's own shape."""
+        feeds = self._draw(0)
+        return {tuple(next(iter(feeds.values())).shape): feeds}
+
+    def golden(self, runnable: Runnable) -> dict[str, Arrays]:
+        """Two inputs."""
+        return {case: self._sample(index) for case, index in zip(("first", "second"), self._indices(2), strict=False)}
+
+    def _indices(self, count: int) -> list[int]:
+        return list(range(count)) if self._given is None else list(self._given.spread(count))
+
+    def _sample(self, index: int, batch: int | None = None) -> Arrays:
+        """One evaluation input."""
+        return self._draw(index, batch) if self._given is None else self._given.call(index)
+
+    def _one_call_at_a_time(self) -> bool:
+        """Whether some input or output has no batch axis, so that samples cannot share a call."""
+        specs = (*self._signature.inputs, *self._signature.outputs)
+        axes = {spec.shape[0] if spec.shape else None for spec in specs}
+        return len(axes) > 1 or not isinstance(next(iter(axes)), str)
+
+    def _check_classes(self, labels: np.ndarray) -> None:
+        shape = self._signature.outputs[0].shape
+        if len(shape) != 2 or shape[0] != self._signature.inputs[0].shape[0]:
+            raise RecipeError(
+                f"Labels go with a first output of scores, (samples, classes); {self._signature.outputs[0].name} has the shape "
+                f"({', '.join(map(str, shape))}). Leave the labels out: outputs are then compared with the original's."
+            )
+        classes = shape[1]
+        if labels.min() < 0 or (isinstance(classes, int) and labels.max() >= classes):
+            raise RecipeError(
+                f"The labels go from {labels.min()} to {labels.max()}; {self._signature.outputs[0].name} has scores for the classes 0 to "
+                f"{classes - 1 if isinstance(classes, int) else classes}."
+            )
+
+    def _draw(self, seed: int, batch: int | None = None) -> Arrays:
+        random = np.random.default_rng(seed)
+        feeds = {}
+        for spec in self._signature.inputs:
+            example = self._example[spec.name]
+            shape = list(example.shape)
+            if batch is not None and shape:
+                shape[0] = batch
+            if np.issubdtype(example.dtype, np.floating):
+                drawn = random.standard_normal(shape) * (example.std() or 1.0) + example.mean()
+                feeds[spec.name] = np.asarray(drawn, example.dtype)
+            elif example.dtype == np.bool_:
+                feeds[spec.name] = random.random(shape) < 0.5
+            else:
+                low, high = spec.bounds or (int(example.min()), int(example.max()))
+                feeds[spec.name] = random.integers(low, high + 1, shape).astype(example.dtype)
+        return feeds

@@ -1,0 +1,139 @@
+"""Reads a user's arrays for a module: .npz or .safetensors with one array an input, the first axis counting samples, and labels.
+
+An array named `labels` (integers, (samples,)) says which class is right, where the first output is scores over classes. Nothing is ever
+unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxpress.errors import ArtifactError, RecipeError
+from onnxpress.manifest import Arrays, Signature, TensorSpec
+from onnxpress.runtime.tensor_file import read_tensors
+
+_LABELS = "labels"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArrays:
+    """inputs: by name, (samples, …). labels: int64 (samples,) or None. rows: samples in one call at least, where that is fixed."""
+
+    path: Path
+    inputs: Arrays
+    labels: npt.NDArray[np.int64] | None
+    rows: int
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    def calls(self) -> int:
+        """Into how many calls the samples can be cut."""
+        return len(self) // self.rows
+
+    def call(self, index: int, calls: int = 1) -> dict[str, npt.NDArray[Any]]:
+        """Inputs of one call, or of several that follow each other, in one."""
+        start = index * self.rows
+        return {name: array[start : start + calls * self.rows] for name, array in self.inputs.items()}
+
+    def spread(self, count: int) -> Iterator[int]:
+        """Indices of at most `count` calls, evenly over the file, which may be sorted."""
+        for index in np.linspace(0, self.calls() - 1, min(count, self.calls())):
+            yield int(index)
+
+
+def read_arrays(path: Path, signature: Signature) -> SampleArrays:
+    """Read a file and hold it against what the graph takes. Raises RecipeError."""
+    arrays = _read(path)
+    names = [spec.name for spec in signature.inputs]
+    labels = None if _LABELS in names else arrays.pop(_LABELS, None)
+    if sorted(arrays) != sorted(names):
+        raise RecipeError(
+            f"{path} has the arrays {', '.join(sorted(arrays)) or 'none'}; the model takes {', '.join(names)}: give one array for each "
+            f"input by its name, and {_LABELS} if there are any."
+        )
+    for spec in signature.inputs:
+        _check(path, spec, arrays[spec.name], signature)
+    counts = {name: len(array) for name, array in arrays.items()}
+    if labels is not None:
+        counts[_LABELS] = len(labels) if labels.ndim else 0
+    sizes = set(counts.values())
+    if len(sizes) > 1 or 0 in sizes:
+        told = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise RecipeError(
+            f"{path} has arrays of unequal or no samples ({told}); the first axis of all counts the same samples."
+        )
+    if labels is not None and (labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer)):
+        raise RecipeError(
+            f"{path}: {_LABELS} are {labels.dtype} of shape {labels.shape}; they are whole numbers, one class a sample."
+        )
+    fixed = {spec.shape[0] for spec in signature.inputs if isinstance(spec.shape[0], int)}
+    rows = int(max(fixed, default=1))
+    if len(fixed) > 1 or sizes.pop() % rows:
+        raise RecipeError(
+            f"{path} has {next(iter(counts.values()))} samples, and the model takes {' and '.join(map(str, sorted(fixed)))} at a time: "
+            "give a multiple of that, or a model with a symbolic first axis."
+        )
+    return SampleArrays(path=path, inputs=arrays, labels=None if labels is None else labels.astype(np.int64), rows=rows)
+
+
+def refuse_overlap(evaluation: SampleArrays, calibration: SampleArrays) -> None:
+    """Raises RecipeError where both have a sample."""
+    both = len(_digests(evaluation) & _digests(calibration))
+    if both:
+        raise RecipeError(
+            f"{both} samples are both in {evaluation.path} and in {calibration.path}: what a model is calibrated on cannot judge it. "
+            "Take them out of one of the files."
+        )
+
+
+def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
+    try:
+        if path.suffix == ".safetensors":
+            return read_tensors(path)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, ArtifactError, AttributeError) as error:
+        raise RecipeError(f"{path} cannot be read as arrays of numbers: {error}") from None
+    raise RecipeError(
+        f"{path} does not go with a plain module or an .onnx file, which take arrays: give .npz (numpy.savez) or .safetensors."
+    )
+
+
+def _check(path: Path, spec: TensorSpec, array: npt.NDArray[Any], signature: Signature) -> None:
+    fits = array.ndim == len(spec.shape) > 0 and array.dtype.name == spec.dtype
+    for axis, size in zip(spec.shape[1:], array.shape[1:], strict=False):
+        low, high = signature.axes.get(axis, (1, size)) if isinstance(axis, str) else (axis, axis)
+        fits = fits and low <= size <= high
+    if not fits:
+        wanted = ", ".join(map(str, ("samples", *spec.shape[1:])))
+        raise RecipeError(
+            f"{path}: {spec.name} is {array.dtype.name} of shape {array.shape}; the model takes {spec.dtype} of shape ({wanted})."
+        )
+    if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+        raise RecipeError(
+            f"{path}: {spec.name} holds numbers that are not finite; take samples without NaN and infinity."
+        )
+    if spec.bounds is not None and array.size and not spec.bounds[0] <= array.min() <= array.max() <= spec.bounds[1]:
+        raise RecipeError(
+            f"{path}: {spec.name} goes from {array.min()} to {array.max()}; the model takes {spec.bounds[0]} to {spec.bounds[1]}."
+        )
+
+
+def _digests(samples: SampleArrays) -> set[bytes]:
+    found = set()
+    for index in range(len(samples)):
+        digest = hashlib.sha256()
+        for _, array in sorted(samples.inputs.items()):
+            digest.update(np.ascontiguousarray(array[index]).tobytes())
+        found.add(digest.digest())
+    return found

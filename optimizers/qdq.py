@@ -1,0 +1,300 @@
+"""8-bit layers in ONNX's standard form: QuantizeLinear and DequantizeLinear around what the runtime then runs on integers.
+
+    y = Conv(x, w, b)   →   y = Conv(DQ(Q(x)), DQ(w8), DQ(b32)), on the CPU followed by DQ(Q(·))
+
+Activations have one scale a tensor, measured on calibration inputs; weights are symmetric, with one scale an output channel.
+int8-qdq follows the target (targets.QdqForm): ONNX Runtime's CPU provider turns the pairs into QLinearConv, QLinearAdd and so on,
+TensorRT's parser takes symmetric int8 with biases in float. fp8-qdq is the same in FP8 E4M3, for NVIDIA GPUs from Ada on.
+ONNX operators QuantizeLinear and DequantizeLinear, opset 13 (per channel) and 19 (FP8).
+
+Not for language models (their layers are int8 or 4-bit blocks elsewhere), embedding tables, and ConvTranspose on the CPU, for which ONNX
+Runtime has no integer kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxpress.errors import RecipeError
+from onnxpress.graph import Graph
+from onnxpress.optimizers.base import PassContext, PassResult
+from onnxpress.optimizers.bias_correction import correct_biases
+from onnxpress.optimizers.calibrated_range import Numbers, check_method, chosen_range
+from onnxpress.optimizers.linear import add_constant, attribute, drop_unused_constants, replace_value, unused_name
+from onnxpress.optimizers.matching import body_nodes, constant, dimension, insert, rank
+from onnxpress.optimizers.opset import raise_opset
+from onnxpress.optimizers.qdq_plan import Layer, Plan, name_of, plan_chained, plan_inputs
+from onnxpress.optimizers.rounding import Float, activation_uint8
+from onnxpress.optimizers.smooth import check_smooth, smooth_norms
+from onnxpress.optimizers.targets import QdqForm
+
+_FP8: Literal["float8e4m3fn"] = "float8e4m3fn"
+_DTYPES = {"uint8": np.dtype(np.uint8), "int8": np.dtype(np.int8), _FP8: np.dtype(ml_dtypes.float8_e4m3fn)}
+_LARGEST_FP8 = 448.0
+_LARGEST_BIAS = 2**30  # of an int32 bias; the sums of products need room too
+_FP8_FORM = QdqForm(activations=_FP8, weights=_FP8, symmetric=True, weight_limit=448, integer_bias=False, chained=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Qdq:
+    """calibration: how ranges of activations are chosen (calibrated_range.py). percentile: what `percentile` keeps.
+
+    smooth: exponent of SmoothQuant for layers behind a norm (smooth.py), 0 is off. bias_correction: put the mean error of each
+    layer's output into its bias.
+    """
+
+    name: ClassVar[str] = "int8-qdq"
+    lossless: ClassVar[bool] = False
+
+    calibration: str = "min-max"
+    percentile: float = 99.99
+    smooth: float = 0.0
+    bias_correction: bool = False
+
+    def __post_init__(self) -> None:
+        check_method(self.name, self.calibration, self.percentile)
+        check_smooth(self.name, self.smooth)
+
+    def apply(self, graph: Graph, context: PassContext) -> PassResult:
+        """Quantize all but what is in `context.keep`. Raises RecipeError when the context has no calibration data."""
+        return _quantize(self, graph, context, context.target.qdq)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Qdq(Int8Qdq):
+    """As int8-qdq, in FP8 E4M3."""
+
+    name: ClassVar[str] = "fp8-qdq"
+
+    def apply(self, graph: Graph, context: PassContext) -> PassResult:
+        """As int8-qdq."""
+        return _quantize(self, graph, context, _FP8_FORM)
+
+
+def _quantize(options: Int8Qdq, graph: Graph, context: PassContext, form: QdqForm) -> PassResult:
+    if context.distributions is None or context.observe is None or context.stream is None:
+        raise RecipeError(
+            f"The pass {options.name} needs calibration inputs to measure activation ranges, and none are at hand: give some with "
+            "`calibration`, or choose the pass int8-dynamic, which needs none."
+        )
+    raise_opset(graph, 19 if form.activations == _FP8 else 13)
+    notes: tuple[str, ...] = ()
+    if form.chained:
+        _pool_instead_of_means(graph)
+    plan = _plan(graph, context, form)
+    if not plan.layers:
+        return PassResult(graph=graph, changes=0, notes=("no Conv, MatMul or Gemm has constant float32 weights",))
+    if options.smooth:
+        notes += smooth_norms(graph, context.observe, options.smooth)
+        plan = _plan(graph, context, form)  # its weights are others now
+    original = graph.clone()
+    outputs = _outputs(original, plan)
+    writer = _Writer(graph, form, options, context)
+    writer.write(plan)
+    if options.bias_correction:
+        notes += correct_biases(graph, original, outputs, plan.layers, context.stream)
+    if form.integer_bias:
+        for layer in plan.layers:
+            writer.write_integer_bias(layer)
+    drop_unused_constants(graph)
+    kinds = sorted({layer.node.op_type for layer in plan.layers} | {node.op_type for node in plan.between})
+    scales = len(set(plan.owners.values()))
+    summary = f"{len(plan.layers)} layers and {len(plan.between)} nodes between ({', '.join(kinds)}), {scales} activation scales"
+    touched = plan.touched()
+    return PassResult(graph=graph, changes=len(touched), notes=(summary, *notes), touched=touched)
+
+
+def _plan(graph: Graph, context: PassContext, form: QdqForm) -> Plan:
+    return (plan_chained if form.chained else plan_inputs)(graph, context.keep)
+
+
+def _outputs(copy: Graph, plan: Plan) -> dict[ir.Node, ir.Value]:
+    """What each layer gives, as values of a copy of the graph; names may change from here on."""
+    values = {str(value.name): value for node in copy.model.graph for value in node.outputs}
+    return {layer.node: values[str(layer.output.name)] for layer in plan.layers}
+
+
+class _Writer:
+    """Puts the pairs into a graph."""
+
+    def __init__(self, graph: Graph, form: QdqForm, options: Int8Qdq, context: PassContext) -> None:
+        self._graph, self._form, self._options, self._context = graph, form, options, context
+        self._scales: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # owner of a range → scale, zero point
+        self._weight_scales: dict[ir.Node, Float] = {}
+
+    def write(self, plan: Plan) -> None:
+        """Quantize weights and activations; biases stay in float."""
+        self._measure(plan)
+        for layer in plan.layers:  # before the activations, which need to be asked for by the layers' own inputs
+            self._write_weight(layer, plan.owners[layer.x])
+        for value, owner in plan.owners.items():
+            pair = self._pair(value, owner)
+            uses = [(use.node, use.idx) for use in value.uses() if use.node is not pair[0]]
+            if value in plan.integer:
+                _replace_readers(uses, pair[1].outputs[0])
+                if value.is_graph_output():
+                    replace_value(self._graph, value, pair[1].outputs[0])
+                    pair[0].replace_input_with(0, value)
+            else:
+                _replace_readers([use for use in uses if use in plan.readers], pair[1].outputs[0])
+
+    def write_integer_bias(self, layer: Layer) -> None:
+        """int32 with the product of the scales of activation and weight, which is what the sums of products have."""
+        node = layer.node
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is None:
+            return
+        array = constant(bias)
+        dequantize = node.inputs[0]
+        assert array is not None
+        assert dequantize is not None
+        producer = dequantize.producer()
+        assert producer is not None
+        x_scale = constant(producer.inputs[1])
+        assert x_scale is not None
+        scales = (x_scale * self._weight_scales[node]).astype(np.float32)
+        integers = np.rint(array.astype(np.float64) / scales).astype(np.int32)
+        node.replace_input_with(2, self._constant_pair(f"{layer.name}_bias", integers, scales, axis=0, before=node))
+
+    def _measure(self, plan: Plan) -> None:
+        owners = list(dict.fromkeys(plan.owners.values()))
+        distributions = self._context.distributions
+        assert distributions is not None
+        method = self._options.calibration
+        found = distributions(self._graph, [str(owner.name) for owner in owners], counted=method != "min-max")
+        for owner in owners:
+            low, high = chosen_range(
+                found[str(owner.name)], method, percentile=self._options.percentile, rounding=self._rounded
+            )
+            scale, zero_point = activation_scale(low, high, self._form)
+            self._scales[owner] = (
+                add_constant(self._graph, f"{owner.name}_scale", scale),
+                add_constant(self._graph, f"{owner.name}_zero_point", zero_point),
+            )
+
+    def _rounded(self, numbers: Numbers, low: float, high: float) -> Numbers:
+        scale, zero_point = activation_scale(low, high, self._form)
+        steps = numbers / float(scale)
+        if self._form.activations == _FP8:
+            clipped = np.clip(steps, -_LARGEST_FP8, _LARGEST_FP8)
+            return np.asarray(clipped.astype(zero_point.dtype).astype(np.float64) * float(scale))
+        bounds, zero = np.iinfo(zero_point.dtype), int(zero_point)
+        return np.asarray((np.clip(np.rint(steps) + zero, bounds.min, bounds.max) - zero) * float(scale))
+
+    def _pair(self, value: ir.Value, owner: ir.Value) -> tuple[ir.Node, ir.Node]:
+        scale, zero_point = self._scales[owner]
+        quantize = ir.node("QuantizeLinear", [value, scale, zero_point], name=f"{value.name}_quantize")
+        dequantize = ir.node(
+            "DequantizeLinear", [quantize.outputs[0], scale, zero_point], name=f"{value.name}_dequantize"
+        )
+        body = self._graph.model.graph
+        for node, dtype in ((quantize, zero_point.dtype), (dequantize, ir.DataType.FLOAT)):
+            assert dtype is not None
+            output = node.outputs[0]
+            output.name = unused_name(body, f"{value.name}_{'quantized' if node is quantize else 'dequantized'}")
+            output.shape, output.type = value.shape, ir.TensorType(dtype)
+        producer = value.producer()
+        if producer is not None:
+            body.insert_after(producer, [quantize, dequantize])
+        else:
+            body.insert_before(body[0], [quantize, dequantize])
+        return quantize, dequantize
+
+    def _write_weight(self, layer: Layer, x_owner: ir.Value) -> None:
+        weight = constant(layer.weight)
+        x_scale = constant(self._scales[x_owner][0])
+        assert weight is not None
+        assert x_scale is not None
+        axis, node = layer.channel_axis, layer.node
+        weight = np.asarray(weight, np.float32)
+        if node.op_type == "MatMul" and axis == 0:  # it stood behind a Transpose
+            weight, axis = weight.T, 1
+        rows = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)  # (channels, numbers of each)
+        scales = np.abs(rows).max(axis=1, initial=0) / self._form.weight_limit
+        bias = None if layer.bias is None else constant(layer.bias)
+        if bias is not None and self._form.integer_bias:  # a channel of tiny weights must leave room for its bias
+            scales = np.maximum(scales, np.abs(bias) / (float(x_scale) * _LARGEST_BIAS))
+        tiny = np.finfo(np.float32).tiny
+        scales = np.where(scales > tiny, scales, 1).astype(np.float32)
+        shaped = scales.reshape([-1 if other == axis else 1 for other in range(weight.ndim)])
+        self._weight_scales[node] = scales
+        transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
+        integers = _weight_integers(weight / shaped, self._form)
+        node.replace_input_with(1, self._constant_pair(f"{layer.name}_weight", integers, scales, axis, before=node))
+        if transpose is not None and not transpose.outputs[0].uses():
+            self._graph.model.graph.remove(transpose, safe=True)
+
+    def _constant_pair(
+        self, name: str, integers: npt.NDArray[Any], scales: Float, axis: int, *, before: ir.Node
+    ) -> ir.Value:
+        """DequantizeLinear of an initializer."""
+        middle = 128 if integers.dtype == np.uint8 else 0
+        inputs = [
+            add_constant(self._graph, f"{name}_quantized", integers),
+            add_constant(self._graph, f"{name}_scale", scales),
+            add_constant(self._graph, f"{name}_zero_point", np.full(scales.shape, middle).astype(integers.dtype)),
+        ]
+        return insert(
+            before,
+            "DequantizeLinear",
+            inputs,
+            {"axis": axis},
+            name=f"{name}_dequantized",
+            dtype=ir.DataType.FLOAT,
+            shape=integers.shape,
+        )
+
+
+def activation_scale(low: float, high: float, form: QdqForm) -> tuple[Float, npt.NDArray[Any]]:
+    """Scale and zero point (both shape ()) of a form that map [low, high], widened to contain 0, to its 8 bits."""
+    dtype, tiny = _DTYPES[form.activations], float(np.finfo(np.float32).tiny)
+    if form.symmetric:
+        scale = max(-low, high, 0.0) / (_LARGEST_FP8 if form.activations == _FP8 else 127.0)
+        return np.array(scale if scale > tiny else 1, np.float32), np.zeros((), dtype)
+    if max(high, 0.0) - min(low, 0.0) < 256 * tiny:
+        low, high = 0.0, 0.0  # as good as nothing: a scale that float32 cannot hold would divide by 0
+    unsigned = activation_uint8(low, high)
+    if form.activations == "int8":
+        return unsigned[0], np.array(int(unsigned[1]) - 128, np.int8)
+    return unsigned
+
+
+def _weight_integers(steps: Float, form: QdqForm) -> npt.NDArray[Any]:
+    limit = form.weight_limit
+    clipped = np.clip(steps, -limit, limit)
+    if form.weights == _FP8:
+        return clipped.astype(_DTYPES[_FP8])
+    return (np.rint(clipped) + (128 if form.weights == "uint8" else 0)).astype(_DTYPES[form.weights])
+
+
+def _replace_readers(readers: list[tuple[ir.Node, int]], value: ir.Value) -> None:
+    for node, index in readers:
+        node.replace_input_with(index, value)
+
+
+def _pool_instead_of_means(graph: Graph) -> None:
+    """ReduceMean over the two axes of an image → GlobalAveragePool, which has an integer kernel (and Squeeze, with keepdims=0)."""
+    for node in body_nodes(graph, "ReduceMean"):
+        source, output = node.inputs[0], node.outputs[0]
+        axes = attribute(node, "axes", None)
+        if axes is None and len(node.inputs) > 1:
+            array = constant(node.inputs[1])
+            axes = None if array is None else array.reshape(-1).tolist()
+        if source is None or rank(source) != 4 or axes is None or sorted(int(axis) % 4 for axis in axes) != [2, 3]:
+            continue
+        name, keeps = name_of(node), attribute(node, "keepdims", 1)
+        shape = [dimension(source, 0), dimension(source, 1), 1, 1]
+        pooled = insert(node, "GlobalAveragePool", [source], name=f"{name}_pooled", dtype=source.dtype, shape=shape)
+        if not keeps:
+            two = add_constant(graph, f"{name}_axes", np.array([2, 3], np.int64))
+            pooled = insert(
+                node, "Squeeze", [pooled, two], name=f"{name}_squeezed", dtype=output.dtype, shape=output.shape
+            )
+        replace_value(graph, output, pooled)
+        graph.model.graph.remove(node, safe=True)

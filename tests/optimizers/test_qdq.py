@@ -1,0 +1,376 @@
+"""int8-qdq and fp8-qdq on small graphs: the kernels that really run, numbers, what stays in float, SmoothQuant, biases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from calibrating import PlainSession, calibrated
+from quantizable import IMAGE, images, normed, residual, together, vectors
+from small_graphs import small_graph
+
+from onnxpress.errors import RecipeError
+from onnxpress.graph import Graph
+from onnxpress.optimizers import make_pass
+from onnxpress.optimizers.base import PassContext, PassResult
+from onnxpress.optimizers.qdq import activation_scale
+from onnxpress.optimizers.targets import TARGETS, target
+
+CPUS = ["cpu", "cpu-avx2"]
+
+
+def relative_error(one: Any, other: Any) -> float:
+    """Of what differs between the samples: a common mean is no merit."""
+    return float(np.linalg.norm(one - other) / np.linalg.norm(other - other.mean(axis=0)))
+
+
+def quantize(
+    graph: Graph, folder: Path, samples: Any, *, name: str = "int8-qdq", kind: str = "cpu", **options: Any
+) -> PassResult:
+    keep = options.pop("keep", frozenset())
+    result = make_pass(name, options).apply(graph.clone(), calibrated(samples, folder, kind=kind, keep=keep))
+    onnx.checker.check_model(ir.to_proto(result.graph.model), full_check=True)
+    return result
+
+
+def open_for(result: PassResult, folder: Path, kind: str = "cpu") -> PlainSession:
+    return PlainSession(result.graph, folder, disabled=target(kind).disabled_optimizers)
+
+
+@pytest.mark.parametrize("opset", [13, 18, 23])
+@pytest.mark.parametrize("kind", CPUS)
+def test_onnxruntime_runs_integers_throughout(kind: str, opset: int, tmp_path: Path) -> None:
+    graph = residual(18)
+    if opset != 18:
+        graph.model.opset_imports[""] = opset
+        if opset == 13:  # ReduceMean had its axes as an attribute
+            node = next(node for node in graph.model.graph if node.op_type == "ReduceMean")
+            node.attributes.add(ir.AttrInt64s("axes", [2, 3]))
+            node.resize_inputs(1)
+    test = together(images(64, seed=1))
+    expected = PlainSession(graph, tmp_path).run(test)["y"]
+    result = quantize(graph, tmp_path, images(128), kind=kind)
+    session = open_for(result, tmp_path, kind)
+    integers = {
+        "QLinearConv": 3,
+        "QLinearAdd": 1,
+        "QLinearAveragePool": 1,
+        "QLinearConcat": 1,
+        "QLinearSigmoid": 1,
+        "QLinearMul": 1,
+        "QLinearGlobalAveragePool": 1,
+        "QGemm": 1,
+        "QuantizeLinear": 1,
+    }
+    assert {name: session.operators[name] for name in integers} == integers
+    assert not {"Conv", "FusedConv", "Relu", "Clip", "Add", "Gemm", "DequantizeLinear"} & set(session.operators)
+    assert result.changes == len(result.touched) == 12  # 4 layers, 8 nodes between
+    allowed = 0.05 if kind == "cpu-avx2" else 0.03  # 7 and 8 bits
+    assert 0 < relative_error(session.run(test)["y"], expected) < allowed
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "allowed"),
+    [
+        ("int8-qdq", "cpu-arm64", 0.05),  # with kernels of an x86 CPU
+        ("int8-qdq", "cuda", 0.03),
+        ("int8-qdq", "tensorrt", 0.03),
+        ("fp8-qdq", "tensorrt", 0.12),  # FP8 E4M3 has 3 bits of fraction: 2.6 % a number
+    ],
+)
+@pytest.mark.parametrize("method", ["min-max", "percentile", "entropy", "mse"])
+def test_other_forms_stay_close(name: str, kind: str, allowed: float, method: str, tmp_path: Path) -> None:
+    graph, test = residual(), together(images(64, seed=1))
+    expected = PlainSession(graph, tmp_path).run(test)["y"]
+    result = quantize(graph, tmp_path, images(128), name=name, kind=kind, calibration=method)
+    answers = open_for(result, tmp_path, kind).run(test)["y"]
+    assert 0 < relative_error(answers, expected) < allowed
+
+
+def test_the_form_for_nvidia(tmp_path: Path) -> None:
+    """Symmetric int8, no quantized bias, and of a residual sum the summand that is not the convolution's."""
+    body = quantize(residual(), tmp_path, images(8), kind="tensorrt").graph.model.graph
+    kinds = {node.outputs[0].name: node for node in body}
+    for node in body:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            zero_point = node.inputs[2].const_value.numpy()
+            assert zero_point.dtype == np.int8
+            assert not zero_point.any()
+        if node.op_type in ("Conv", "Gemm") and len(node.inputs) > 2:
+            assert node.inputs[2].is_initializer()
+    add = next(node for node in body if node.op_type == "Add")
+    assert [kinds[value.name].op_type for value in add.inputs] == ["Conv", "DequantizeLinear"]
+
+
+def test_transposed_convolutions_stay_in_float_on_the_cpu(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    graph = small_graph(
+        "c = Conv<kernel_shape=[1,1]>(x, w0)\ny = ConvTranspose<kernel_shape=[2,2], strides=[2,2]>(c, w1)",
+        inputs=IMAGE,
+        outputs="float[batch,4,16,16] y",
+        weights={
+            "w0": random.standard_normal((6, 3, 1, 1)).astype(np.float32),
+            "w1": random.standard_normal((6, 4, 2, 2)).astype(np.float32),
+        },
+    )
+    assert quantize(graph, tmp_path, images(4)).touched == ("Conv_0",)
+    result = quantize(graph, tmp_path, images(64), kind="tensorrt")
+    assert result.touched == ("Conv_0", "ConvTranspose_1")
+    test = together(images(8, seed=1))
+    expected = PlainSession(graph, tmp_path).run(test)["y"]
+    assert 0 < relative_error(open_for(result, tmp_path, "tensorrt").run(test)["y"], expected) < 0.02
+
+
+def test_kept_places_stay_in_float(tmp_path: Path) -> None:
+    everything = quantize(residual(), tmp_path, images(4)).touched
+    for name in everything:
+        result = quantize(residual(), tmp_path, images(4), keep=frozenset({name}))
+        assert name not in result.touched
+        assert result.changes < len(everything)
+        node = next((node for node in result.graph.model.graph if node.name == name), None)
+        if node is not None and node.op_type == "Conv":
+            assert node.inputs[1].is_initializer()
+        open_for(result, tmp_path).run(images(1)[0])
+    assert quantize(residual(), tmp_path, images(4), keep=frozenset(everything)).changes == 0
+
+
+def test_what_no_layer_reads_stays_in_float(tmp_path: Path) -> None:
+    """The end of a graph, where integers would cost quality and bring nothing."""
+    graph = small_graph(
+        "c = Conv<kernel_shape=[1,1]>(x, w)\ny = Sigmoid(c)",
+        inputs=IMAGE,
+        outputs="float[batch,4,8,8] y",
+        weights={"w": np.random.default_rng(0).standard_normal((4, 3, 1, 1)).astype(np.float32)},
+    )
+    operators = open_for(quantize(graph, tmp_path, images(4)), tmp_path).operators
+    assert operators["QLinearConv"] == operators["Sigmoid"] == 1
+
+
+def test_outputs_keep_their_names_and_other_ranks_work(tmp_path: Path) -> None:
+    """A convolution in one dimension whose output the graph gives, and somebody else reads."""
+    random = np.random.default_rng(0)
+    graph = small_graph(
+        "y = Conv<kernel_shape=[3], pads=[1,1]>(x, w, b)\nz = Relu(y)",
+        inputs="float[batch,3,length] x",
+        outputs="float[batch,8,length] y, float[batch,8,length] z",
+        weights={
+            "w": random.standard_normal((8, 3, 3)).astype(np.float32),
+            "b": random.standard_normal(8).astype(np.float32),
+        },
+    )
+    # Lengths differ from sample to sample, as the last axis may.
+    samples = [{"x": random.uniform(-1, 1, (1, 3, length)).astype(np.float32)} for length in (9, 64, 500)]
+    expected = PlainSession(graph, tmp_path).run(samples[1])
+    for kind in (*CPUS, "tensorrt"):
+        for corrected in (False, True):
+            result = quantize(graph, tmp_path, samples, kind=kind, bias_correction=corrected)
+            session = open_for(result, tmp_path, kind)
+            assert session.operators["QLinearConv"] == (0 if kind == "tensorrt" else 1)
+            answers = session.run(samples[1])
+            assert list(answers) == ["y", "z"]
+            for name, answer in answers.items():
+                assert 0 < np.abs(answer - expected[name]).max() < 0.03 * np.abs(expected[name]).max()
+
+
+def test_a_computed_weight_and_nothing_to_quantize(tmp_path: Path) -> None:
+    graph = small_graph(
+        "d = Mul(w, w)\nc = Conv<kernel_shape=[1,1]>(x, d)\ny = Relu(c)",
+        inputs=IMAGE,
+        outputs="float[batch,4,8,8] y",
+        weights={"w": np.ones((4, 3, 1, 1), np.float32)},
+    )
+    for name in ("int8-qdq", "fp8-qdq"):
+        result = make_pass(name).apply(graph.clone(), calibrated(images(2), tmp_path))
+        assert result.changes == 0
+        assert "no Conv, MatMul or Gemm" in result.notes[0]
+
+
+def test_a_weight_that_an_input_overrides_is_left_alone(tmp_path: Path) -> None:
+    graph = residual()
+    graph.model.graph.inputs.append(graph.model.graph.initializers["w0"])
+    assert "Conv_0" not in quantize(graph, tmp_path, images(2)).touched
+
+
+@pytest.mark.parametrize("kind", [*CPUS, "cpu-arm64", "tensorrt"])
+@pytest.mark.parametrize("size", [0.0, 1e-42, 1e-30])
+def test_activations_without_a_range(kind: str, size: float, tmp_path: Path) -> None:
+    graph, samples = residual(), [{"x": np.full((1, 3, 8, 8), size, np.float32)}]
+    answers = open_for(quantize(graph, tmp_path, samples, kind=kind), tmp_path, kind).run(samples[0])["y"]
+    expected = PlainSession(graph, tmp_path).run(samples[0])["y"]
+    np.testing.assert_allclose(answers, expected, atol=0.06 * np.abs(expected).max())
+
+
+def test_a_large_bias_of_a_channel_of_tiny_weights(tmp_path: Path) -> None:
+    """As batch normalization leaves dead channels: 32 bits would overflow at the scale of the weights alone."""
+    graph = residual()
+    weight, bias = (graph.model.graph.initializers[name].const_value.numpy().copy() for name in ("w0", "b0"))
+    weight[3], bias[3] = weight[3] * 1e-12, 5.0
+    graph.model.graph.initializers["w0"].const_value = ir.tensor(weight)
+    graph.model.graph.initializers["b0"].const_value = ir.tensor(bias)
+    test = together(images(64, seed=1))
+    expected = PlainSession(graph, tmp_path).run(test)["y"]
+    answers = open_for(quantize(graph, tmp_path, images(16)), tmp_path).run(test)["y"]
+    assert relative_error(answers, expected) < 0.05
+
+
+def test_a_pass_needs_calibration() -> None:
+    with pytest.raises(RecipeError, match="needs calibration inputs"):
+        make_pass("int8-qdq").apply(residual(), PassContext(target=target("cpu")))
+
+
+def test_integers_for_nvidia_do_not_overflow_on_the_cpu(tmp_path: Path) -> None:
+    """The largest products, where a graph is tried without a GPU."""
+    graph = small_graph(
+        "y = Conv<kernel_shape=[8,8]>(x, w)",
+        inputs=IMAGE,
+        outputs="float[batch,4,1,1] y",
+        weights={"w": np.ones((4, 3, 8, 8), np.float32)},
+    )
+    ones = {"x": np.ones((1, 3, 8, 8), np.float32)}
+    result = quantize(graph, tmp_path, [ones], kind="tensorrt")
+    np.testing.assert_allclose(open_for(result, tmp_path, "tensorrt").run(ones)["y"], 192, rtol=1e-5)
+
+
+def test_fp8_keeps_a_relu_where_the_fusion_is_off(tmp_path: Path) -> None:
+    """ONNX Runtime drops it otherwise: should this stop to be so, the target need not switch the fusion off."""
+    graph = residual()
+    test = together(images(16, seed=1))
+    expected = PlainSession(graph, tmp_path).run(test)["y"]
+    result = quantize(graph, tmp_path, images(16), name="fp8-qdq", kind="tensorrt")
+    assert relative_error(PlainSession(result.graph, tmp_path).run(test)["y"], expected) > 0.2
+    assert relative_error(open_for(result, tmp_path, "tensorrt").run(test)["y"], expected) < 0.12
+
+
+def test_targets_offer_it() -> None:
+    assert [name for name, facts in TARGETS.items() if "int8-qdq" in facts.precisions] == list(TARGETS)
+    assert [name for name, facts in TARGETS.items() if "fp8-qdq" in facts.precisions] == ["cuda", "tensorrt"]
+
+
+@pytest.mark.parametrize("form", ["uint8", "int8"])
+def test_zero_is_exact(form: str) -> None:
+    facts = target("cpu" if form == "uint8" else "cpu-arm64").qdq
+    scale, zero_point = activation_scale(-1.0, 3.0, facts)
+    assert zero_point.dtype == form
+    bounds = np.iinfo(form)
+    steps = np.rint(np.array([-1.0, 0.0, 3.0]) / scale) + int(zero_point)
+    assert steps[0] == bounds.min
+    assert steps[1] == int(zero_point)
+    assert steps[2] == bounds.max
+
+
+def test_smooth_leaves_the_float_graph_as_it_is(tmp_path: Path) -> None:
+    from onnxpress.optimizers.smooth import smooth_norms
+
+    graph, test = normed(), together(vectors(4, seed=1))
+    expected = PlainSession(graph, tmp_path).run(test)["y"]
+    before = graph.model.graph.initializers["g"].const_value.numpy()
+    context = calibrated(vectors(8, seed=0), tmp_path)
+    assert context.observe is not None
+    assert smooth_norms(graph, context.observe, 0.5) == ("1 norms smoothed",)
+    answers = PlainSession(graph, tmp_path).run(test)["y"]
+    np.testing.assert_allclose(answers, expected, atol=1e-5 * np.abs(expected).max())
+    after = graph.model.graph.initializers["g_smooth"].const_value.numpy()
+    assert np.abs(after).max() < 0.2 * np.abs(before).max()
+
+
+@pytest.mark.parametrize("kind", CPUS)
+def test_linear_layers_run_on_integers(kind: str, tmp_path: Path) -> None:
+    graph, test = normed(), together(vectors(8, seed=1))
+    expected = PlainSession(graph, tmp_path).run(test)["y"]
+    session = open_for(quantize(graph, tmp_path, vectors(64, seed=0), kind=kind, smooth=0.5), tmp_path, kind)
+    assert session.operators["MatMulIntegerToFloat"] == 3
+    assert session.operators["MatMul"] == 0
+    assert 0 < relative_error(session.run(test)["y"], expected) < (0.06 if kind == "cpu-avx2" else 0.04)
+
+
+def test_smooth_leaves_norms_that_others_read(tmp_path: Path) -> None:
+    result = quantize(normed(residual_reads_norm=True), tmp_path, vectors(8, seed=0), smooth=0.5)
+    assert "0 norms smoothed" in result.notes
+
+
+@pytest.mark.parametrize("name", ["int8-qdq", "int8"])
+def test_smooth_helps_where_channels_have_outliers(name: str, tmp_path: Path) -> None:
+    graph, test = normed(), together(vectors(8, seed=1))
+    expected = PlainSession(graph, tmp_path).run(test)["y"]
+    options: dict[str, Any] = {"minimum_elements": 0} if name == "int8" else {}
+    errors = []
+    for smooth in (0.0, 0.5):
+        result = quantize(graph, tmp_path, vectors(8, seed=0), name=name, smooth=smooth, **options)
+        assert len(result.touched) == 3
+        errors.append(relative_error(open_for(result, tmp_path).run(test)["y"], expected))
+    assert errors[1] < 0.4 * errors[0]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "tensorrt"])
+def test_corrected_biases_take_the_mean_error_back(kind: str, tmp_path: Path) -> None:
+    """Inputs far from zero turn the weights' rounding into a shift of each channel."""
+    random = np.random.default_rng(0)
+
+    def samples(count: int) -> list[dict[str, Any]]:
+        return [{"x": (8 + random.standard_normal((1, 3, 8, 8))).astype(np.float32)} for _ in range(count)]
+
+    weights = {
+        "w0": random.standard_normal((16, 3, 3, 3)) / 5,
+        "b0": random.standard_normal(16),
+        "w1": random.standard_normal((1024, 8)) / 32,
+        "b1": random.standard_normal(8),
+    }
+    graph = small_graph(
+        """c = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(x, w0, b0)
+        r = Relu(c)
+        f = Flatten(r)
+        m = MatMul(f, w1)
+        y = Add(m, b1)""",
+        inputs=IMAGE,
+        outputs="float[batch,8] y",
+        weights={name: array.astype(np.float32) for name, array in weights.items()},
+    )
+    calibration, test = samples(64), together(samples(64))
+    expected = PlainSession(graph, tmp_path).run(test)["y"]
+    shifts, errors = [], []
+    for corrected in (False, True):
+        result = quantize(graph, tmp_path, calibration, kind=kind, bias_correction=corrected)
+        answers = open_for(result, tmp_path, kind).run(test)["y"]
+        shifts.append(np.abs((answers - expected).mean(axis=0)).max())
+        errors.append(relative_error(answers, expected))
+    assert shifts[1] < 0.4 * shifts[0]
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_batch_normalization_goes_into_the_convolution_before(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    statistics = {f"{name}{part}": random.uniform(0.5, 2, 6) for name in "ab" for part in ("s", "b", "m", "v")}
+    weights = {"w": random.standard_normal((6, 3, 3, 3)), "t": random.standard_normal((6, 6, 2, 2)), **statistics}
+    graph = small_graph(
+        """c = Conv<kernel_shape=[3,3]>(x, w)
+        n = BatchNormalization<epsilon=0.01>(c, as, ab, am, av)
+        d = ConvTranspose<kernel_shape=[2,2]>(n, t)
+        y = BatchNormalization(d, bs, bb, bm, bv)""",
+        inputs=IMAGE,
+        outputs="float[batch,6,7,7] y",
+        weights={name: array.astype(np.float32) for name, array in weights.items()},
+    )
+    test = together(images(4))
+    expected = PlainSession(graph, tmp_path).run(test)["y"]
+    result = make_pass("fold").apply(graph, PassContext(target=target("cpu")))
+    assert result.graph.operators() == {"Conv": 1, "ConvTranspose": 1}
+    answers = PlainSession(result.graph, tmp_path).run(test)["y"]
+    np.testing.assert_allclose(answers, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_batch_normalization_stays_where_the_convolution_has_other_readers() -> None:
+    ones = np.ones(6, np.float32)
+    graph = small_graph(
+        """c = Conv<kernel_shape=[1,1]>(x, w)
+        n = BatchNormalization(c, s, b, m, v)
+        y = Add(n, c)""",
+        inputs=IMAGE,
+        outputs="float[batch,6,8,8] y",
+        weights={"w": np.ones((6, 3, 1, 1), np.float32), "s": ones, "b": ones, "m": ones, "v": ones},
+    )
+    operators = make_pass("fold").apply(graph, PassContext(target=target("cpu"))).graph.operators()
+    assert operators["BatchNormalization"] == 1
