@@ -342,7 +342,7 @@ class _Press:
         if slower and not self._explicit(step):
             self._record(row, status="undone", reason=slower)
             return
-        reason = plan.sentence() + (f"; {slower}" if slower else "")
+        reason = plan.sentence(named=True) + (f"; {slower}" if slower else "")
         self._take_plan(row, plan, trials, status=plan.status, reason=reason)
         if step.name != _INT8_CACHE:
             self.precision = step.name

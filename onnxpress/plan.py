@@ -61,13 +61,14 @@ class Plan:
         """Its status in the ledger where it is taken."""
         return "repaired" if self.kept or self.rows_alone else "kept"
 
-    def sentence(self) -> str:
-        """What stays, and the verdict."""
+    def sentence(self, *, named: bool = False) -> str:
+        """What stays, and the verdict. named: the places are named and not only counted."""
         said = self.judgement.sentence()
         if self.rows_alone:
             return f"rows run one at a time, since batched they were at {self.batch_cosine:.5f}: {said}"
         if self.kept:
-            return f"{len(self.kept)} places stay {self.kept_as} ({', '.join(sorted(self.kept))}): {said}"
+            names = f" ({', '.join(sorted(self.kept))})" if named else ""
+            return f"{len(self.kept)} of {len(self.places)} places stay {self.kept_as}{names}: {said}"
         return said
 
     def points(self) -> list[Plan]:
@@ -238,9 +239,8 @@ def _outcome(name: str, plan: Plan | None, why_not: str, chosen: Plan, by_size: 
         return Outcome(name=name, plan=plan, status="undone", reason=why_not)
     if plan is chosen:
         most = "smallest" if by_size else "fastest"
-        return Outcome(
-            name=name, plan=plan, status=plan.status, reason=f"the {most} that keeps the budget: {plan.sentence()}"
-        )
+        reason = f"the {most} that keeps the budget: {plan.sentence(named=True)}"
+        return Outcome(name=name, plan=plan, status=plan.status, reason=reason)
     better = "smaller" if by_size else f"faster, or as fast within {TIE - 1:.0%} and smaller"
     return Outcome(name=name, plan=plan, status="lost", reason=f"{chosen.name} is {better}: {plan.sentence()}")
 

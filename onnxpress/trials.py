@@ -136,8 +136,8 @@ class Trials:
                     touched=result.touched,
                     kept_as=result.kept_as,
                     bytes=result.graph.weight_bytes(),
-                    metrics=metrics,
-                    batch_cosine=batch_cosine,
+                    metrics={name: float(value) for name, value in metrics.items()},
+                    batch_cosine=float(batch_cosine),
                 )
             )
         return self._known[kept]
