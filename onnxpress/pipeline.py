@@ -51,7 +51,7 @@ from onnxpress.runtime.loading import check_onnxruntime
 from onnxpress.runtime.model_step import ModelStep
 from onnxpress.runtime.session import Session
 from onnxpress.timing import alternate
-from onnxpress.trials import Notebook, Times, Trials, describe_steps, digest_of_files
+from onnxpress.trials import Notebook, Times, Trials, describe_steps, digest_of_files, notebook_folder
 from onnxpress.workbench import RowByRow, Workbench, save
 from onnxpress.workload import ModuleWorkload, TextWorkload, Workload, workload_file
 
@@ -109,7 +109,8 @@ def build(
     report = terminal.Progress(enabled=not quiet)
     with report:
         given = _Given(module, example_inputs, dynamic_axes)
-        return _build(recipe, folder, given, report, None if resume is None else Path(resume))
+        notes = None if resume is None else notebook_folder(Path(resume), folder)
+        return _build(recipe, folder, given, report, notes)
 
 
 class _Given(NamedTuple):

@@ -198,12 +198,6 @@ class Notebook:
         self._about = json.loads(json.dumps(about))
         canonical = json.dumps(self._about, sort_keys=True)
         self.path = folder / f"{name}-{hashlib.sha256(canonical.encode()).hexdigest()[:24]}.json"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"The folder {folder} of --resume cannot be made: {error.strerror or error}. Choose another one."
-            ) from None
 
     def read(self) -> list[Trial]:
         """The trials so far. Raises RecipeError where the file is not what `write` wrote."""
@@ -233,6 +227,21 @@ class Notebook:
             raise OutputError(
                 f"Writing {self.path} failed: {error.strerror or error}. Free space or choose another folder for --resume."
             ) from None
+
+
+def notebook_folder(folder: Path, artifact: Path) -> Path:
+    """The folder for notebooks, made where it is missing. Raises OutputError, and RecipeError where the artifact would replace it."""
+    if folder.resolve().is_relative_to(artifact.resolve()):
+        raise RecipeError(
+            f"The folder {folder} of --resume is inside of the artifact {artifact}, which is replaced as a whole: choose another."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"The folder {folder} of --resume cannot be made: {error.strerror or error}. Choose another one."
+        ) from None
+    return folder
 
 
 def describe_steps(steps: Sequence[Pass]) -> list[Json]:

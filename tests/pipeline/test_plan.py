@@ -101,7 +101,7 @@ def test_the_one_sensitive_layer_is_kept_and_no_other(network: Path, tmp_path: P
 
 
 def test_along_the_curve_sizes_grow_and_the_sensitivities_serve_every_budget(network: Path, tmp_path: Path) -> None:
-    notebook = Notebook(tmp_path / "notes", "int8", {"model": "network"})
+    notebook = Notebook(tmp_path, "int8", {"model": "network"})
     first = trials_of(network, tmp_path / "one", limit=0.98, notebook=notebook)
     points = searched(first).points()
     assert [len(point.kept) for point in points] == sorted({len(point.kept) for point in points})
@@ -121,7 +121,7 @@ def test_along_the_curve_sizes_grow_and_the_sensitivities_serve_every_budget(net
 
 
 def test_what_a_notebook_says_is_measured_again_before_it_is_taken(network: Path, tmp_path: Path) -> None:
-    notebook = Notebook(tmp_path / "notes", "int8", {"model": "network"})
+    notebook = Notebook(tmp_path, "int8", {"model": "network"})
     plan = searched(trials_of(network, tmp_path / "one", limit=0.98, notebook=notebook))
     honest = trials_of(network, tmp_path / "two", limit=0.98, notebook=notebook)
     assert honest.prove(plan.kept).holds
@@ -146,9 +146,15 @@ def test_a_notebook_is_for_one_build_and_refuses_what_it_did_not_write(tmp_path:
         ours.path.write_text(content)
         with pytest.raises(RecipeError, match=r"remove it, or choose another folder for --resume"):
             ours.read()
+
+
+def test_a_folder_that_cannot_hold_notebooks_is_refused_before_anything_is_done(network: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OutputError, match="--resume"):
-        Notebook(tmp_path / "file" / "notes", "int8", {})
+    with pytest.raises(OutputError, match=r"--resume cannot be made.*Choose another"):
+        build(network, tmp_path / "out", budget="2%", resume=tmp_path / "file" / "notes")
+    with pytest.raises(RecipeError, match=r"inside of the artifact .*out, which is replaced"):
+        build(network, tmp_path / "out", budget="2%", resume=tmp_path / "out" / "notes")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_search_that_was_killed_goes_on_and_comes_to_the_same(network: Path, tmp_path: Path) -> None:
