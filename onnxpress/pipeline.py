@@ -379,8 +379,9 @@ class _Press:
                 self._fill(row, plan)
                 row["bytes"] = plan.bytes
                 row["curve"] = [
-                    {"kept": len(point.kept), "quality": _rounded(point.judgement.value), "bytes": point.bytes}
-                    for point in plan.points()
+                    {key: point[key] for key in ("kept", "quality", "bytes")}
+                    for point in self.curve
+                    if point["plan"] == outcome.name
                 ]
                 if plan.times is not None:
                     self._record_times(outcome.name, plan.times, share_of_time=round(plan.share_of_time, 4))

@@ -209,7 +209,7 @@ def curve(choice: Choice) -> list[dict[str, Json]]:
     """Quality, size and time of all that was tried, for programs and for the report: one row a point.
 
     latency_ms is a sum over the shapes, latency_before_ms the float graph's in turns with it, share_of_time Plan's; all three
-    None where nothing was timed.
+    None where nothing was timed. quality is None where it is no number.
     """
     points = [point for outcome in choice.outcomes if outcome.plan is not None for point in outcome.plan.points()]
     rows: list[dict[str, Json]] = [
@@ -217,7 +217,7 @@ def curve(choice: Choice) -> list[dict[str, Json]]:
             "plan": point.name,
             "kept": len(point.kept),
             "places": len(point.places),
-            "quality": point.judgement.value,
+            "quality": float(f"{point.judgement.value:.6g}") if math.isfinite(point.judgement.value) else None,
             "holds": point.holds,
             "bytes": point.bytes,
             **_latency(point),

@@ -89,8 +89,9 @@ def latency_plot(title: str, times: Mapping[str, Mapping[str, float]]) -> str:
 def curve_plot(title: str, points: Sequence[Mapping[str, Any]], metric: str, limit: float) -> str:
     """Quality over size, and over time where it was measured: a line a plan, the chosen point full.
 
-    points: rows of plan.curve. What is far below the budget is drawn at the lower edge, with an arrow.
+    points: rows of plan.curve. What is far below the budget is drawn at the lower edge, with an arrow; what has no quality is not.
     """
+    points = [point for point in points if point["quality"] is not None]
     top = max([limit, *(point["quality"] for point in points)])
     inside = [limit, *(point["quality"] for point in points if point["quality"] >= limit - 2 * (top - limit))]
     room = (top - min(inside)) or abs(top) * 0.01 or 0.01

@@ -152,8 +152,9 @@ class Trials:
         judgement = self.judge(kept, rows_alone=rows_alone)
         if kept not in self._unproven or self._notebook is None:
             return judgement
-        del self._known[kept]
+        times = self._known.pop(kept).times
         here = self.judge(kept, rows_alone=rows_alone)
+        self._note(self._known[kept].model_copy(update={"times": times}))
         if judgement.holds and not here.holds:
             raise RecipeError(
                 f"{self._notebook.path} says {judgement.sentence()}, and here it is {here.sentence()}; remove the file, or choose "
@@ -223,10 +224,11 @@ class Notebook:
             part.write_text(_Page(about=self._about, trials=list(trials)).model_dump_json(indent=1), encoding="utf-8")
             part.replace(self.path)
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise OutputError(
                 f"Writing {self.path} failed: {error.strerror or error}. Free space or choose another folder for --resume."
             ) from None
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def notebook_folder(folder: Path, artifact: Path) -> Path:

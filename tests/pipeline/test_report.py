@@ -133,6 +133,7 @@ def test_the_curve_of_an_automatic_plan() -> None:
     page = render_report(make_manifest(*ledger), {**MEASURED, "rows": times, "curve": [
         point("int8", 0, 0.9, 0.55, 20.0), point("int8", 2, 0.9925, 0.6, 23.1, chosen=True),
         point("int8-dynamic", 0, 0.9955, 0.731, 40.0), point("int4-weights", 0, -30.0, 1.2, 14.0),
+        {**point("fp16", 0, 0.0, 0.9, 45.0), "quality": None},
     ]})  # fmt: skip
     text = " ".join(Reader(page).texts)
     for words in (
