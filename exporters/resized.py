@@ -24,7 +24,8 @@ def original(reference: Runnable) -> torch.nn.Module | None:
     """The module that an export's reference runs, without what the export put around it; None where it is no module."""
     module: torch.nn.Module | None = getattr(reference, "module", None)
     if isinstance(module, TextModel):
-        return module.model
+        inner: torch.nn.Module = module.model
+        return inner
     return module.module if isinstance(module, PlainModule) else module
 
 

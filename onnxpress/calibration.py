@@ -58,7 +58,8 @@ class Calibration:
             if name not in self._distributions or (counted and not self._distributions[name].counts.size)
         ]
         found = {name: Histogram() for name in missing}
-        for answers in self._answers(graph, missing) if missing else ():
+        walk = activations(graph, missing, open_session=self._open, inputs=self._inputs) if missing else ()
+        for answers in walk:
             for name, histogram in found.items():
                 if not histogram.add(answers[name], counted=counted):
                     raise RecipeError(_not_finite(name))

@@ -93,7 +93,18 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--out", type=Path, help="folder of the artifact (default: artifacts/NAME)")
     build.add_argument("--cache", choices=("fp32", "int8"), help="of a language model's keys and values (default fp32)")
     build.add_argument("--name", help="name of the artifact")
-    build.add_argument("--budget", help='what quality it may cost: "0.5%%" (relative) or "0.99" (absolute)')
+    build.add_argument(
+        "--budget",
+        help='what quality it may cost: "0.5%%" (relative) or "0.99" (absolute); without --precision, the best plan that keeps it '
+        "is searched",
+    )
+    build.add_argument("--prefer", choices=("speed", "size"), help="what that search looks for (default speed)")
+    build.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="where a search keeps what it measured, so that an interrupted one goes on",
+    )
     build.add_argument(
         "--eval",
         dest="file",
@@ -222,6 +233,8 @@ def _build(options: argparse.Namespace) -> int:
             "task",
             "target",
             "precision",
+            "prefer",
+            "resume",
             "cache",
             "name",
             "budget",

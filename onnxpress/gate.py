@@ -1,13 +1,12 @@
-"""The gate: judges a graph against the original, and repairs a lossy pass that costs too much.
+"""The gate: measures a graph against the original, and says what the budget makes of it.
 
-Repair follows what was measured: each changed place is tried alone, those that cost most stay in float, and the
-smallest number of them that keeps the budget is found by bisection.
+What is measured does not hang on the budget, so that one measurement can be judged under several.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from onnxpress.evaluation import Budget
@@ -15,7 +14,6 @@ from onnxpress.manifest import Runnable
 from onnxpress.workload import Workload
 
 BATCH_COSINE = 0.999  # smallest mean cosine between an answer alone and the answer in a batch
-_GROUPS = 32  # sensitivity is measured for at most so many groups of neighbouring places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +53,16 @@ class Gate:
         """The original's own figure in the budget's metric."""
         return self.reference_metrics[self.budget.metric]
 
-    def judge(self, runnable: Runnable, *, rows_alone: bool = False) -> Judgement:
-        """Judge a session. rows_alone: it will be run one row at a time, so that batch-mates cannot matter."""
+    def measure(self, runnable: Runnable) -> tuple[dict[str, float], float]:
+        """All figures of a session, and how far its answers move with their batch-mates (Judgement.batch_cosine)."""
         metrics = self.workload.metrics(self._answers, self.workload.answers(runnable))
         if self._score:
             metrics |= self.workload.score(runnable)
+        return metrics, self.workload.batch_dependence(runnable)
+
+    def verdict(self, metrics: Mapping[str, float], batch_cosine: float) -> Judgement:
+        """What the budget makes of figures. batch_cosine is 1 where rows will run alone: batch-mates cannot matter then."""
         value = metrics[self.budget.metric]
-        batch_cosine = 1.0 if rows_alone else self.workload.batch_dependence(runnable)
         margins = [
             self.budget.margin(self.reference_value, value),
             (batch_cosine - BATCH_COSINE) / (1 - BATCH_COSINE),
@@ -69,39 +70,11 @@ class Gate:
         if math.isfinite(self.budget.divergence):
             margins.append(1 - metrics.get("kl_mean", 0.0) / self.budget.divergence)
         return Judgement(
-            metrics=metrics,
+            metrics=dict(metrics),
             metric=self.budget.metric,
             value=value,
             batch_cosine=batch_cosine,
-            holds=all(margin >= 0 for margin in margins),  # not min(): it passes over what is not a number
-            margin=min(margins),
+            holds=all(margin >= 0 for margin in margins),
+            # What is not a number is as bad as can be; min() would pass over it.
+            margin=-math.inf if any(map(math.isnan, margins)) else min(margins),
         )
-
-
-def repair(
-    places: Sequence[str], judge_keeping: Callable[[frozenset[str]], Judgement], progress: Callable[[str], None]
-) -> tuple[frozenset[str], Judgement] | None:
-    """The smallest set of places to keep in float so that the budget holds; None if half of them is not enough.
-
-    places: names of all places that the pass changes. judge_keeping: applies the pass but for the given names, and
-    judges the result.
-    """
-    size = -(-len(places) // _GROUPS)
-    groups = [tuple(places[start : start + size]) for start in range(0, len(places), size)]
-    margins: dict[tuple[str, ...], float] = {}
-    for index, group in enumerate(groups):
-        progress(f"sensitivity {index + 1} of {len(groups)}")
-        margins[group] = judge_keeping(frozenset(places) - frozenset(group)).margin
-    ranked = sorted(groups, key=lambda group: margins[group])
-    low, high = 1, len(groups) // 2
-    found: tuple[frozenset[str], Judgement] | None = None
-    while low <= high:
-        middle = (low + high) // 2
-        kept = frozenset(name for group in ranked[:middle] for name in group)
-        progress(f"keeping {len(kept)} of {len(places)} places in float")
-        judgement = judge_keeping(kept)
-        if judgement.holds:
-            found, high = (kept, judgement), middle - 1
-        else:
-            low = middle + 1
-    return found

@@ -7,6 +7,7 @@ good enough in gate, what a model is tried on in workload.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -14,14 +15,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from onnxpress import evaluation, terminal
 from onnxpress.artifact import Artifact, ArtifactWriter
-from onnxpress.calibration import ActivationStream, Calibration
 from onnxpress.decoder_workload import DecoderWorkload
 from onnxpress.errors import (
     ArtifactError,
@@ -34,7 +34,7 @@ from onnxpress.errors import (
 )
 from onnxpress.exporters import DecoderParityCheck, Exported, ParityCheck, ParityRow, export
 from onnxpress.foreign import open_onnx
-from onnxpress.gate import Gate, repair
+from onnxpress.gate import Gate
 from onnxpress.golden import write_golden
 from onnxpress.graph import Graph
 from onnxpress.machine import describe, peak_memory_bytes
@@ -43,6 +43,7 @@ from onnxpress.module_workload import ModuleWorkload
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import Pass, PassContext
 from onnxpress.optimizers.targets import target as find_target
+from onnxpress.plan import Plan, choose_automatically, curve, mixed_plan, proven, whole_plan
 from onnxpress.pruning import Smaller, make_smaller
 from onnxpress.recipe import BuildSection, ModelSection, QualitySection, Recipe, make_recipe, read_recipe
 from onnxpress.report import render_report
@@ -53,6 +54,7 @@ from onnxpress.runtime.model_step import ModelStep
 from onnxpress.runtime.session import Session
 from onnxpress.sample_arrays import read_arrays
 from onnxpress.timing import alternate
+from onnxpress.trials import Notebook, Times, Trials, describe_steps, digest_of_files, notebook_folder
 from onnxpress.workbench import RowByRow, Workbench, save
 from onnxpress.workload import TextWorkload, Workload, workload_file
 
@@ -63,6 +65,7 @@ MINIMUM_ONNXRUNTIME = "1.30"
 _MINIMUM_FOR_GENERATION = "1.32"  # GroupQueryAttention with query_seqlens
 _INT8_CACHE = "int8-cache"  # of the lossy passes the one that leaves the weights alone
 _SLOWER = 1.05  # a pass must not take more than this share of the time before it
+_MOST_KEPT = 0.5  # of the groups of places, where one precision was chosen: with more it would not be that precision
 _NOISE_MS = 0.05  # differences below this are the clock's
 _PARITY_CACHE = 2**32  # bytes of keys and values while a graph is compared
 _RANDOM_SAMPLES = 64  # that a module is tried on where no arrays are given
@@ -75,6 +78,7 @@ def build(
     out: str | os.PathLike[str] | None = None,
     example_inputs: Any = None,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+    resume: str | os.PathLike[str] | None = None,
     quiet: bool = True,
     **options: Any,
 ) -> Artifact:
@@ -83,9 +87,10 @@ def build(
     source: a recipe (file or object), a model folder, a hub id, "package.module:factory", an .onnx file, or a
     torch.nn.Module with example_inputs (a tuple or dict of tensors) and perhaps dynamic_axes ({input: {axis: name}};
     without it axis 0 is tried as the batch). out: the artifact's folder (default artifacts/NAME). options: any key of a
-    recipe's sections: task, revision, max_length, trust_remote_code, adapter, hidden_states, name, target, precision, cache, only,
+    recipe's sections: task, revision, max_length, trust_remote_code, adapter, hidden_states, name, target, precision, prefer, cache, only,
     keep_all, measure, budget, file, calibration, columns, samples, calibration_samples; passes, a dict of each pass's options; prune
-    and distil, dicts of those sections' keys. They overrule the recipe's. quiet: no progress.
+    and distil, dicts of those sections' keys. They overrule the recipe's. resume: a folder in which a search keeps what it measured, so that one that was interrupted goes on
+    from there. quiet: no progress.
 
     Raises RecipeError, SourceError, ConversionError, ParityError, BudgetError, OutputError.
     """
@@ -107,7 +112,9 @@ def build(
     folder = Path(out) if out is not None else Path("artifacts") / _name(recipe)
     report = terminal.Progress(enabled=not quiet)
     with report:
-        return _build(recipe, folder, _Given(module, example_inputs, dynamic_axes), report)
+        given = _Given(module, example_inputs, dynamic_axes)
+        notes = None if resume is None else notebook_folder(Path(resume), folder)
+        return _build(recipe, folder, given, report, notes)
 
 
 class _Given(NamedTuple):
@@ -118,7 +125,16 @@ class _Given(NamedTuple):
     dynamic_axes: Mapping[str, Mapping[int, str]] | None
 
 
-def _build(recipe: Recipe, folder: Path, given: _Given, report: terminal.Progress) -> Artifact:
+class _Resume(NamedTuple):
+    """Where searches keep their trials, and what these hang on beside the graph and the passes."""
+
+    folder: Path
+    about: Mapping[str, Json]
+
+
+def _build(
+    recipe: Recipe, folder: Path, given: _Given, report: terminal.Progress, resume: Path | None = None
+) -> Artifact:
     started = time.perf_counter()
     facts = find_target(recipe.build.target)
     evaluation_file = workload_file(recipe.quality.file, "evaluation")
@@ -153,7 +169,8 @@ def _build(recipe: Recipe, folder: Path, given: _Given, report: terminal.Progres
         parity_rows = parity.check(plain)
         gate = Gate(workload, exported.reference, budget)
 
-        press = _Press(recipe, bench, gate, parity, exported.graph, plain, report)
+        notes = None if resume is None else _Resume(resume, _about(recipe, workload, bench))
+        press = _Press(recipe, bench, gate, parity, exported.graph, plain, report, notes)
         if recipe.prune is not None:
             report.step("prune")
             smaller = make_smaller(
@@ -167,8 +184,15 @@ def _build(recipe: Recipe, folder: Path, given: _Given, report: terminal.Progres
                 progress=report.detail,
             )
             press.begin_with(smaller, _Parity(smaller.exported))
-        for name in recipe.pass_names(workload.task):
-            press.run(make_pass(name, recipe.passes.get(name)))
+        steps = [make_pass(name, recipe.passes.get(name)) for name in recipe.pass_names(workload.task)]
+        for step in steps:
+            if step.lossless:
+                press.run(step)
+        if recipe.automatic:
+            press.choose(recipe.plans(workload.task))
+        for step in steps:
+            if not step.lossless:
+                press.run(step)
 
         report.step("golden outputs")
         save(press.graph, writer.folder / "model.onnx")
@@ -211,6 +235,8 @@ def _build(recipe: Recipe, folder: Path, given: _Given, report: terminal.Progres
             "machine": describe(),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "rows": press.measured,
+            "curve": press.curve,
+            "search": press.search,
             "latency": [],
             "operators_before": exported.graph.operators(),
             "budget": {"metric": budget.metric, "limit": budget.limit_value(gate.reference_value)},
@@ -267,23 +293,26 @@ class _Press:
         graph: Graph,
         session: Session,
         report: terminal.Progress,
+        resume: _Resume | None,
     ) -> None:
         self.graph = graph
         self.session = session
         self.ledger: list[dict[str, Json]] = []
         self.measured: list[dict[str, Json]] = []
+        self.curve: list[dict[str, Json]] = []
+        self.search: dict[str, Json] = {}
         self.precision = "fp32"
         self.exact = True
         self.rows_alone = False
         self._quality = _rounded(gate.reference_value)
         self._recipe, self._bench, self._gate, self._parity, self._report = recipe, bench, gate, parity, report
-        self._target = find_target(recipe.build.target)
+        self._target, self._resume = find_target(recipe.build.target), resume
 
     def begin_with(self, smaller: Smaller, parity: _Parity) -> None:
         """Go on with a pruned model, whose own answers passes that lose nothing keep. Raises BudgetError."""
         session = self._bench.open(smaller.exported.graph)
         parity.check(session)
-        judgement = self._gate.judge(session)
+        judgement = self._gate.verdict(*self._gate.measure(session))
         row = self._row("prune", smaller.changes, smaller.notes)
         row["quality"] = _rounded(judgement.value)
         row["metrics"] = {name: _rounded(value) for name, value in judgement.metrics.items()}
@@ -325,62 +354,110 @@ class _Press:
         self._take(row, result.graph, session, status="kept", reason=reason)
 
     def _run_lossy(self, step: Pass) -> None:
-        inputs = self._gate.workload.calibration
-        calibration = Calibration(self._bench.open, inputs)
-        stream = partial(ActivationStream, open_session=self._bench.open, inputs=inputs)
-        keep: frozenset[str] = frozenset()
-
-        def apply(kept: frozenset[str]) -> tuple[Any, Session]:
-            context = PassContext(
-                target=self._target,
-                observe=calibration,
-                distributions=calibration.distributions,
-                stream=stream,
-                keep=kept,
-                progress=self._report.detail,
-            )
-            outcome = step.apply(self.graph.clone(), context)
-            return outcome, self._bench.open(outcome.graph)
-
-        result, session = apply(keep)
-        row = self._row(step.name, result.changes, result.notes)
-        if result.changes == 0:
+        trials = self._trials(step.name, (step,))
+        whole = trials.measure(frozenset())
+        row = self._row(step.name, whole.changes, whole.notes)
+        if whole.changes == 0:
             self._record(row, status="undone", reason="nothing to change")
             self._refuse(step, row)
             return
-        judgement = self._gate.judge(session)
-        status, reason = "kept", judgement.sentence()
-        rows_alone = False
-        if not judgement.holds and not self._recipe.build.keep_all:
-            can_run_alone = self._gate.workload.rows_can_run_alone
-            alone = self._gate.judge(session, rows_alone=True) if can_run_alone else judgement
-            if alone.holds:
-                status, judgement, rows_alone = "repaired", alone, True
-                reason = f"rows run one at a time, since batched they were at {judgement.batch_cosine:.5f}: {alone.sentence()}"
-            else:
-                mended = repair(result.touched, lambda kept: self._gate.judge(apply(kept)[1]), self._report.detail)
-                if mended is None:
-                    row["quality"] = _rounded(judgement.value)
-                    half = "" if len(result.touched) == 1 else f" even with half {result.kept_as}"
-                    self._record(row, status="undone", reason=f"over the budget{half}: {reason}")
-                    self._refuse(step, row)
-                    return
-                keep, judgement = mended
-                result, session = apply(keep)
-                row |= {"changes": result.changes, "notes": list(result.notes)}
-                status = "repaired"
-                reason = f"{len(keep)} places stay {result.kept_as} ({', '.join(sorted(keep))}): {judgement.sentence()}"
-        row["quality"] = _rounded(judgement.value)
-        row["batch_cosine"] = _rounded(judgement.batch_cosine)
-        row["metrics"] = {name: _rounded(value) for name, value in judgement.metrics.items()}
-        slower = self._slower(step.name, RowByRow(session) if rows_alone else session)
+        plan = whole_plan(step.name, trials, can_run_alone=self._gate.workload.rows_can_run_alone)
+        if not plan.holds and not self._recipe.build.keep_all:
+            over = f"over the budget: {plan.sentence()}"
+            plan = mixed_plan(plan, trials, self._report.detail, share=_MOST_KEPT)
+            if not plan.holds:
+                row["quality"] = _rounded(plan.judgement.value)
+                closest = f"; what came closest: {plan.sentence()}" if plan.kept else ""
+                self._record(row, status="undone", reason=over + closest)
+                self._refuse(step, row)
+                return
+        plan = proven(plan, trials)
+        self._fill(row, plan)
+        session = trials.apply(plan.kept).session
+        slower = self._slower(step.name, RowByRow(session) if plan.rows_alone else session)
         if slower and not self._explicit(step):
             self._record(row, status="undone", reason=slower)
             return
-        self._take(row, result.graph, session, status=status, reason=f"{reason}; {slower}" if slower else reason)
-        self.exact, self.rows_alone = False, rows_alone
+        reason = plan.sentence(named=True) + (f"; {slower}" if slower else "")
+        self._take_plan(row, plan, trials, status=plan.status, reason=reason)
         if step.name != _INT8_CACHE:
             self.precision = step.name
+
+    def choose(self, precisions: Mapping[str, Sequence[str]]) -> None:
+        """The automatic plan: try all of some precisions and take the best; one row of the ledger each."""
+        started = time.perf_counter()
+        build = self._recipe.build
+        timed = build.measure and self._bench.on_target
+        candidates: dict[str, Trials | None] = {
+            name: self._trials(name, [make_pass(step, self._recipe.passes.get(step)) for step in steps])
+            if steps
+            else None
+            for name, steps in precisions.items()
+        }
+        choice = choose_automatically(
+            candidates,
+            self._gate,
+            self.graph.weight_bytes(),
+            by_size=build.prefer == "size" or not timed,
+            timed=timed,
+            step=self._report.step,
+            progress=self._report.detail,
+        )
+        self.curve = curve(choice)
+        rows = [
+            self._row(item.name, item.plan.changes if item.plan else 0, item.plan.notes if item.plan else ())
+            for item in choice.outcomes
+        ]
+        for outcome, row in zip(choice.outcomes, rows, strict=True):
+            plan, trials = outcome.plan, candidates[outcome.name]
+            if plan is not None:
+                self._fill(row, plan)
+                row["bytes"] = plan.bytes
+                row["curve"] = [
+                    {key: point[key] for key in ("kept", "quality", "bytes")}
+                    for point in self.curve
+                    if point["plan"] == outcome.name
+                ]
+                if plan.times is not None:
+                    self._record_times(outcome.name, plan.times, share_of_time=round(plan.share_of_time, 4))
+            if plan is not choice.chosen or trials is None:
+                self._record(row, status=outcome.status, reason=outcome.reason)
+            else:
+                self._take_plan(row, plan, trials, status=outcome.status, reason=outcome.reason)
+                self.precision = plan.name
+        self.search = {
+            "seconds": round(time.perf_counter() - started, 1),
+            "trials": sum(trials.measured for trials in candidates.values() if trials is not None),
+        }
+
+    def _trials(self, name: str, steps: Sequence[Pass]) -> Trials:
+        notebook = None
+        if self._resume is not None:
+            files = sorted(self.session.path.parent.iterdir())
+            about = {"graph": digest_of_files(files), "steps": describe_steps(steps), **self._resume.about}
+            notebook = Notebook(self._resume.folder, name, about)
+        return Trials(
+            steps,
+            self.graph,
+            self.session,
+            bench=self._bench,
+            gate=self._gate,
+            target=self._target,
+            report=self._report,
+            notebook=notebook,
+        )
+
+    def _fill(self, row: dict[str, Json], plan: Plan) -> None:
+        """What the evaluation says of a plan."""
+        row["changes"], row["notes"] = plan.changes, list(plan.notes)
+        row["quality"] = _rounded(plan.judgement.value)
+        row["batch_cosine"] = _rounded(plan.judgement.batch_cosine)
+        row["metrics"] = {name: _rounded(value) for name, value in plan.judgement.metrics.items()}
+
+    def _take_plan(self, row: dict[str, Json], plan: Plan, trials: Trials, *, status: str, reason: str) -> None:
+        result, session = trials.apply(plan.kept)
+        self._take(row, result.graph, session, status=status, reason=reason)
+        self.exact, self.rows_alone = False, plan.rows_alone
 
     def _explicit(self, step: Pass) -> bool:
         """Whether the recipe asks for a lossy pass by name."""
@@ -402,20 +479,21 @@ class _Press:
         if not self._recipe.build.measure or not self._bench.on_target:
             return ""
         rows = self._bench.compare(self.session, session, self._gate.workload.timing)
-        before = sum(times[0] for times in rows.values())
-        after = sum(times[1] for times in rows.values())
+        self._record_times(name, {"x".join(map(str, shape)): pair for shape, pair in rows.items()})
+        worse = all(new > old * _SLOWER and new - old > _NOISE_MS for old, new in rows.values())
+        return "slower on the build machine at every shape tried (times: measured.json)" if worse else ""
+
+    def _record_times(self, name: str, times: Times, **more: Json) -> None:
+        before, after = (sum(pair[i] for pair in times.values()) for i in (0, 1))
         self.measured.append(
             {
                 "pass": name,
                 "latency_before_ms": round(before, 4),
                 "latency_ms": round(after, 4),
-                "shapes": {
-                    "x".join(map(str, shape)): [round(time, 4) for time in pair] for shape, pair in rows.items()
-                },
+                "shapes": {shape: [round(time, 4) for time in pair] for shape, pair in times.items()},
+                **more,
             }
         )
-        worse = all(new > old * _SLOWER and new - old > _NOISE_MS for old, new in rows.values())
-        return "slower on the build machine at every shape tried (times: measured.json)" if worse else ""
 
     def _row(self, name: str, changes: int, notes: tuple[str, ...]) -> dict[str, Json]:
         return {
@@ -525,6 +603,27 @@ def _workload(
         samples=quality.samples,
         calibration_samples=quality.calibration_samples,
     )
+
+
+def _about(recipe: Recipe, workload: Workload, bench: Workbench) -> dict[str, Json]:
+    """What a trial's figures hang on beside the graph and the passes; the budget is not among it."""
+    quality = recipe.quality
+    inputs = hashlib.sha256()
+    for feeds in workload.calibration():
+        for name, array in sorted(feeds.items()):
+            inputs.update(f"{name} {array.dtype} {array.shape}".encode())
+            inputs.update(array.tobytes())
+    machine = describe()
+    return {
+        "model": recipe.model.model_dump(mode="json"),
+        "quality": quality.model_dump(mode="json", exclude={"budget"}),
+        "files": digest_of_files([Path(file) for file in (quality.file, quality.calibration) if file is not None]),
+        "calibration": inputs.hexdigest(),
+        "target": recipe.build.target,
+        "on_target": bench.on_target,
+        "machine": {name: machine[name] for name in ("processor", "instruction_sets", "cores")},
+        "versions": _versions(),
+    }
 
 
 def _generates(exported: Exported) -> bool:

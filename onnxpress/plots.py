@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -83,6 +84,59 @@ def latency_plot(title: str, times: Mapping[str, Mapping[str, float]]) -> str:
 
     panels = -(-len(times) // 3)
     return _svg(title, draw, height=panels * (0.36 * len(systems) + 0.55), width=_WIDTH * 1.8)
+
+
+def curve_plot(title: str, points: Sequence[Mapping[str, Any]], metric: str, limit: float) -> str:
+    """Quality over size, and over time where it was measured: a line a plan, the chosen point full.
+
+    points: rows of plan.curve. What is far below the budget is drawn at the lower edge, with an arrow; what has no quality is not.
+    """
+    points = [point for point in points if point["quality"] is not None]
+    top = max([limit, *(point["quality"] for point in points)])
+    inside = [limit, *(point["quality"] for point in points if point["quality"] >= limit - 2 * (top - limit))]
+    room = (top - min(inside)) or abs(top) * 0.01 or 0.01
+    floor = min(inside) - 0.12 * room
+    panels = {"MB": [point["bytes"] / 1e6 for point in points]}
+    if all(point["share_of_time"] is not None for point in points):
+        panels["time, as a share of float's"] = [point["share_of_time"] for point in points]
+
+    def draw(figure: Any) -> None:
+        grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        for axes, (label, places) in zip(grid, panels.items(), strict=True):
+            _plain(axes)
+            axes.tick_params(colors=_SOFT)
+            axes.grid(axis="y", color=_LINE, linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.axhline(limit, color=_LIMIT, linewidth=1.3, linestyle=(0, (4, 3)))
+            for marker, name in zip(itertools.cycle("os^DvPX"), dict.fromkeys(point["plan"] for point in points)):
+                own = [(place, point) for place, point in zip(places, points, strict=True) if point["plan"] == name]
+                colour = _ACCENT if any(point["chosen"] for _, point in own) else _MUTED
+                axes.plot([place for place, _ in own], [max(point["quality"], floor) for _, point in own],
+                          color=colour, linewidth=1.4, marker=marker, markersize=7, markeredgewidth=1.6,
+                          fillstyle="none", label=name)  # fmt: skip
+                for place, point in own:
+                    if point["chosen"]:
+                        axes.plot(place, point["quality"], marker=marker, markersize=9, color=_ACCENT, zorder=3)
+                    if point["quality"] < floor:
+                        axes.annotate(
+                            "↓", (place, floor), (0, -13), textcoords="offset points", ha="center", color=_SOFT
+                        )
+            axes.set_xlim(0, max(places) * 1.1)
+            axes.set_ylim(floor - 0.12 * room, top + 0.1 * room)
+            axes.set_xlabel(label, color=_SOFT)
+        grid[0].set_ylabel(metric, color=_SOFT)
+        grid[0].annotate(
+            f"budget {limit:.5g}", (0, limit), (4, 3), textcoords="offset points", color=_LIMIT, fontsize=9.5
+        )
+        figure.legend(
+            *grid[0].get_legend_handles_labels(), loc="outside upper left", ncols=5, frameon=False, labelcolor=_INK
+        )
+
+    best = next(point for point in points if point["chosen"])
+    spoken = (
+        f"{title}: {len(points)} points; chosen {best['plan']}, {best['bytes'] / 1e6:.1f} MB, {best['quality']:.5g}"
+    )
+    return _svg(spoken, draw, height=4.0, width=_WIDTH * 1.8)
 
 
 def operator_plot(title: str, before: Mapping[str, int], after: Mapping[str, int]) -> str:

@@ -64,12 +64,14 @@ class BuildSection(_Section):
     """What to make of it.
 
     target: this machine's CPU where not given. precision: None is the target's default. only: the passes to run, and no
-    others. cache: "int8" for language models whose keys and values take a quarter of the memory.
+    others. prefer: what the automatic plan looks for, speed where not given. cache: "int8" for language models whose keys and
+    values take a quarter of the memory.
     """
 
     name: str | None = Field(default=None, pattern=r"^\w[^/\\]*$")
     target: str = Field(default_factory=cpu_target)
     precision: str | None = None
+    prefer: Literal["speed", "size"] | None = None
     cache: Literal["fp32", "int8"] = "fp32"
     only: list[str] = []
     keep_all: bool = False
@@ -135,17 +137,30 @@ class Recipe(_Section):
     distil: DistilSection | None = None
     passes: dict[str, dict[str, Any]] = {}
 
+    @property
+    def automatic(self) -> bool:
+        """Whether the build chooses the precision: a budget is given, and nothing that says how to keep it."""
+        build = self.build
+        return self.quality.budget is not None and build.precision is None and not build.only and not build.keep_all
+
+    def plans(self, task: str) -> dict[str, tuple[str, ...]]:
+        """The precisions among which an automatic build chooses, the task's default first, each with its lossy passes."""
+        facts = target(self.build.target)
+        default = facts.default_precision(task)
+        return {default: facts.precisions[default], **facts.precisions}
+
     def precision(self, task: str) -> str:
         """The precision asked for, or the target's default for a task."""
         return self.build.precision or target(self.build.target).default_precision(task)
 
     def pass_names(self, task: str) -> tuple[str, ...]:
-        """The passes that this recipe runs for a task, in order."""
+        """The passes that this recipe runs for a task, in order; an automatic build chooses lossy ones (`plans`) beside them."""
         if self.build.only:
             return tuple(self.build.only)
         facts = target(self.build.target)
         cache = ("int8-cache",) if self.build.cache == "int8" and task == GENERATION else ()
-        return (*facts.lossless, *facts.precisions[self.precision(task)], *cache)
+        lossy = () if self.automatic else facts.precisions[self.precision(task)]
+        return (*facts.lossless, *lossy, *cache)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -197,6 +212,11 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
         )
     if recipe.distil is not None and recipe.prune is None:
         raise RecipeError(f"{where}: [distil] trains what [prune] made smaller; add [prune], or leave [distil] out.")
+    if recipe.build.prefer is not None and not recipe.automatic:
+        raise RecipeError(
+            f"{where}: `prefer` is for builds that choose the precision themselves: give a `budget`, and neither `precision` nor "
+            "`only` nor `keep_all`; or leave `prefer` out."
+        )
     order = [make_pass(name) for name in recipe.build.only]
     for step, later in pairwise(order):
         if later.lossless and not step.lossless:
@@ -207,6 +227,8 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
             raise RecipeError(f"{where}: `only` has {later.name} after int8-cache, which goes last.")
     tasks = ("", GENERATION) if recipe.model.task is None else (recipe.model.task,)
     runs = dict.fromkeys(name for task in tasks for name in recipe.pass_names(task))
+    if recipe.automatic:
+        runs |= dict.fromkeys(name for task in tasks for names in recipe.plans(task).values() for name in names)
     for name, options in recipe.passes.items():
         make_pass(name, options)
         if name not in runs:

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
 from onnxpress.manifest import Json, Manifest
-from onnxpress.plots import bar_plot, latency_plot, operator_plot, quality_plot
+from onnxpress.plots import bar_plot, curve_plot, latency_plot, operator_plot, quality_plot
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b2330; --soft: #586374; --line: #dde2e9; --paper: #ffffff; --panel: #f5f7fa;
@@ -30,7 +30,7 @@ p { margin: 0.4rem 0; } .soft { color: var(--soft); } .kicker { color: var(--sof
 .verdict { display: flex; flex-wrap: wrap; gap: 0.4rem 0.8rem; align-items: baseline; margin: 1rem 0 0; font-size: 1.05rem; }
 .badge { border-radius: 99px; padding: 0.05rem 0.65rem; font-size: 0.85rem; font-weight: 600; white-space: nowrap; }
 .kept { color: var(--good); background: var(--good-paper); } .repaired { color: var(--warn); background: var(--warn-paper); }
-.undone, .failed { color: var(--bad); background: var(--bad-paper); } .unchanged { color: var(--soft); background: var(--panel); }
+.undone, .failed { color: var(--bad); background: var(--bad-paper); } .unchanged, .lost { color: var(--soft); background: var(--panel); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 0.9rem; margin: 1.6rem 0 0; }
 .tile { background: var(--panel); border: 1px solid var(--line); border-radius: 10px; padding: 0.9rem 1.1rem; }
 .tile dt { color: var(--soft); font-size: 0.88rem; } .tile dd { margin: 0; }
@@ -62,6 +62,11 @@ _METRICS = {
     "f1": "F1",
 }
 _SYSTEMS = {"PyTorch": "PyTorch", "export": "plain export", "artifact": "this artifact"}
+_CURVE_NOTE = (
+    "Along a line more and more places stay, those first that cost most. The full mark is what this artifact is; "
+    "time is each plan's in turns with float, the mean over the shapes."
+)
+_TAKEN = ("kept", "repaired")  # statuses of rows that are part of the artifact
 _SPEED_NOTE = "Medians of one call in milliseconds; shorter is faster. Each panel has its own scale."
 
 
@@ -75,6 +80,7 @@ def render_report(manifest: Manifest, measured: Mapping[str, Json]) -> str:
         _tiles(manifest, measured),
         "</header><h2>What each pass did</h2>",
         _ledger(manifest, measured),
+        *_curve(manifest, measured),
         "<h2>Size, quality and operators</h2>",
         _plots(manifest, measured),
         *_speed(measured),
@@ -105,6 +111,7 @@ def build_command(recipe: Mapping[str, Json]) -> str:
         (model, "max_length", "--max-length"),
         (build, "target", "--target"),
         (build, "precision", "--precision"),
+        (build, "prefer", "--prefer"),
         (build, "name", "--name"),
         (quality, "budget", "--budget"),
         (quality, "file", "--eval"),
@@ -156,7 +163,7 @@ def _tiles(manifest: Manifest, measured: Mapping[str, Json]) -> str:
     tiles.append(
         (_metric(last["metric"]).capitalize(), _figure(last["quality"]), f"original {_figure(first['quality'])}")
     )
-    batched = [row["batch_cosine"] for row in manifest.ledger if "batch_cosine" in row and row["status"] != "undone"]
+    batched = [row["batch_cosine"] for row in manifest.ledger if "batch_cosine" in row and row["status"] in _TAKEN]
     if batched:
         tiles.append(("Alone against batched", f"{batched[-1]:.5f}", "cosine of the same answer"))
     cells = (
@@ -180,7 +187,7 @@ def _ledger(manifest: Manifest, measured: Mapping[str, Json]) -> str:
                 _change(row.get("quality_before"), row["quality"], "{:.5g}"),
                 _change(_megabytes(row.get("bytes_before")), _megabytes(row["bytes"]), "{:.1f}"),
                 _change(time.get("latency_before_ms"), time.get("latency_ms"), "{:.3g}") or "–",
-                _text(row["reason"]) + (f"<ul>{notes}</ul>" if notes else ""),
+                _text(row["reason"] + _share(time)) + (f"<ul>{notes}</ul>" if notes else ""),
             ]
         )
     quiet = {index for index, row in enumerate(manifest.ledger) if row["status"] == "unchanged"}
@@ -188,13 +195,46 @@ def _ledger(manifest: Manifest, measured: Mapping[str, Json]) -> str:
     return _table(head, rows, numbers={2, 3, 4, 5}, quiet=quiet)
 
 
+def _curve(manifest: Manifest, measured: Mapping[str, Json]) -> Iterable[str]:
+    """What an automatic plan chose among."""
+    points = measured.get("curve")
+    if not points:
+        return
+    metric = _metric(manifest.ledger[0]["metric"])
+    yield "<h2>What was tried to keep the budget</h2>"
+    title = "Quality against size and time, a point for each plan that was tried as a whole"
+    yield _captioned(title, curve_plot(title, points, metric, measured["budget"]["limit"]), note=_CURVE_NOTE)
+    rows = [
+        [
+            f"<code>{_text(point['plan'])}</code>" + (" (chosen)" if point["chosen"] else ""),
+            f"{point['kept']} of {point['places']}" if point["places"] else "–",
+            _figure(point["quality"]),
+            "yes" if point["holds"] else "no",
+            f"{point['bytes'] / 1e6:.1f}",
+            "–" if point["latency_ms"] is None else f"{point['latency_ms']:.3g}",
+            "–" if point["share_of_time"] is None else f"{point['share_of_time']:.2f}",
+        ]
+        for point in points
+    ]
+    head = ["plan", "places that stay", _text(metric), "within budget", "MB", "ms, all shapes", "share of float's time"]
+    table = _table(head, rows, numbers=range(1, len(head)))
+    yield f"<details><summary>The same in numbers</summary>{table}</details>"
+
+
 def _plots(manifest: Manifest, measured: Mapping[str, Json]) -> str:
     # What is part of the artifact; passes that were undone or found nothing are in the table.
-    rows = [row for row in manifest.ledger if row["status"] in ("kept", "repaired")]
+    rows = [row for row in manifest.ledger if row["status"] in _TAKEN]
     names = [row["pass"] for row in rows]
     title = "Weights after each pass that was kept"
     parts = [_captioned(title, bar_plot(title, names, [row["bytes"] / 1e6 for row in rows], "MB"))]
-    judged = [row for row in manifest.ledger if row["quality"] is not None and row["status"] != "unchanged"]
+    # Those of an automatic plan that were not chosen are in its own drawing.
+    judged = [
+        row
+        for row in manifest.ledger
+        if row["quality"] is not None
+        and row["status"] != "unchanged"
+        and (row["status"] in _TAKEN or "curve" not in row)
+    ]
     if judged:
         budget = measured.get("budget", {})
         limit = budget.get("limit") if budget.get("metric") == judged[0]["metric"] else None
@@ -202,7 +242,7 @@ def _plots(manifest: Manifest, measured: Mapping[str, Json]) -> str:
         labels = [
             row["pass"] + (f" ({row['status']})" if row["status"] in ("undone", "failed") else "") for row in judged
         ]
-        taken = [row["status"] in ("kept", "repaired") for row in judged]
+        taken = [row["status"] in _TAKEN for row in judged]
         values = [row["quality"] for row in judged]
         parts.append(_captioned(title, quality_plot(title, labels, values, taken, limit)))
     operators = ""
@@ -314,11 +354,15 @@ def _times(measured: Mapping[str, Json]) -> dict[str, dict[str, float]]:
 
 def _final(manifest: Manifest) -> Mapping[str, Json]:
     """The last row that is part of the artifact."""
-    return [row for row in manifest.ledger if row["status"] in ("kept", "repaired")][-1]
+    return [row for row in manifest.ledger if row["status"] in _TAKEN][-1]
 
 
 def _metric(name: str) -> str:
     return _METRICS.get(name, name.replace("_", " "))
+
+
+def _share(time: Mapping[str, Json]) -> str:
+    return f"; {time['share_of_time']:.2f} × the time of float" if "share_of_time" in time else ""
 
 
 def _figure(value: float | None) -> str:

@@ -60,11 +60,12 @@ def print_build(artifact: Artifact) -> None:
     """The ledger as a table, and where the artifact is."""
     console = Console(highlight=False)
     console.print(ledger_table(artifact))
+    times = {row["pass"]: row for row in artifact.measured.get("rows", ())}
     for row in artifact.manifest.ledger:
         if row["status"] != "unchanged" or row["notes"]:
-            console.print(
-                f"{row['pass']}: {'; '.join([row['reason'], *row['notes']])}", style="dim", soft_wrap=True, markup=False
-            )
+            share = times.get(row["pass"], {}).get("share_of_time")
+            said = [row["reason"], *([] if share is None else [f"{share:.2f} × the time of float"]), *row["notes"]]
+            console.print(f"{row['pass']}: {'; '.join(said)}", style="dim", soft_wrap=True, markup=False)
     if artifact.measured.get("note"):
         console.print(artifact.measured["note"], style="yellow", soft_wrap=True, markup=False)
     size = sum(entry.size for entry in artifact.manifest.files.values())
@@ -96,6 +97,7 @@ def ledger_table(artifact: Artifact) -> Table:
                 "kept": "[green]kept[/green]",
                 "repaired": "[yellow]repaired[/yellow]",
                 "unchanged": "[dim]unchanged[/dim]",
+                "lost": "[dim]lost[/dim]",
             }.get(row["status"], f"[red]{row['status']}[/red]"),
             str(row["changes"] or "–"),
             _quality(row),

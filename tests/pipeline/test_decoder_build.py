@@ -33,7 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def artifact(folder: Path) -> Path:
     """4 bits with a budget that a random model can keep only where some layers have 8."""
-    built = onnxpress.build(folder, budget=0.0, measure=True, out=folder.with_name("artifact"))
+    built = onnxpress.build(
+        folder, precision="int4-weights", budget=0.0, measure=True, out=folder.with_name("artifact")
+    )
     return built.path
 
 
@@ -42,7 +44,7 @@ def command(*arguments: object, given: str = "", **environment: str) -> subproce
     return subprocess.run(line, capture_output=True, input=given, text=True, env={**os.environ, **environment})
 
 
-def test_the_default_is_four_bits_and_where_they_cost_too_much_eight(artifact: Path) -> None:
+def test_four_bits_and_where_they_cost_too_much_eight(artifact: Path) -> None:
     manifest = Artifact.open(artifact).manifest
     rows = {row["pass"]: row for row in manifest.ledger}
     assert manifest.precision == "int4-weights"

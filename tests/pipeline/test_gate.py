@@ -1,4 +1,4 @@
-"""Repair: the places that cost most stay in float, and no more of them than needed."""
+"""The gate: what breaks a budget."""
 
 from __future__ import annotations
 
@@ -7,37 +7,9 @@ import math
 import numpy as np
 
 from onnxpress.evaluation import BUDGETS, agreement
-from onnxpress.gate import Gate, Judgement, repair
+from onnxpress.gate import Gate
 from onnxpress.manifest import Arrays, Runnable
 from onnxpress.workload import Answers
-
-PLACES = [f"layer{index}" for index in range(10)]
-COSTS = dict.fromkeys(PLACES, 0.001) | {"layer3": 0.05, "layer7": 0.03}
-
-
-def judge(kept: frozenset[str], *, limit: float) -> Judgement:
-    value = 1 - sum(cost for name, cost in COSTS.items() if name not in kept)
-    return Judgement(
-        metrics={}, metric="cosine", value=value, batch_cosine=1, holds=value >= limit, margin=value - limit
-    )
-
-
-def test_the_costliest_places_are_kept_and_no_more() -> None:
-    found = repair(PLACES, lambda kept: judge(kept, limit=0.95), lambda _: None)
-    assert found is not None
-    assert found[0] == {"layer3"}
-    found = repair(PLACES, lambda kept: judge(kept, limit=0.98), lambda _: None)
-    assert found is not None
-    assert found[0] == {"layer3", "layer7"}
-    assert found[1].holds
-
-
-def test_gives_up_when_half_is_not_enough() -> None:
-    assert repair(PLACES, lambda kept: judge(kept, limit=0.9999), lambda _: None) is None
-
-
-def test_a_pass_of_one_place_is_not_repaired_into_nothing() -> None:
-    assert repair(["layer3"], lambda kept: judge(kept, limit=0.98), lambda _: None) is None
 
 
 class OneAnswer:
@@ -70,8 +42,8 @@ class Constant:
 
 def test_probabilities_that_collapse_break_the_budget() -> None:
     gate = Gate(OneAnswer(), Constant(4.0, -4.0), BUDGETS["text-classification"])  # type: ignore[arg-type]
-    assert gate.judge(Constant(3.9, -4.0)).holds
-    collapsed = gate.judge(Constant(0.1, 0.0))
+    assert gate.verdict(*gate.measure(Constant(3.9, -4.0))).holds
+    collapsed = gate.verdict(*gate.measure(Constant(0.1, 0.0)))
     assert collapsed.value == 1
     assert not collapsed.holds
     assert collapsed.margin < 0
@@ -84,20 +56,6 @@ def test_what_is_not_a_number_breaks_the_budget() -> None:
             return super().metrics(reference, answers) | {"kl_mean": math.nan}
 
     gate = Gate(Undefined(), Constant(4.0, -4.0), BUDGETS["text-classification"])  # type: ignore[arg-type]
-    assert not gate.judge(Constant(4.0, -4.0)).holds
-
-
-def test_many_places_are_tried_in_groups() -> None:
-    many = [f"layer{index}" for index in range(100)]
-    tried: list[frozenset[str]] = []
-
-    def count(kept: frozenset[str]) -> Judgement:
-        tried.append(kept)
-        good = "layer42" in kept
-        return Judgement(metrics={}, metric="m", value=0, batch_cosine=1, holds=good, margin=0 if good else -1)
-
-    found = repair(many, count, lambda _: None)
-    assert found is not None
-    assert "layer42" in found[0]
-    assert len(found[0]) == 4
-    assert len(tried) < 35
+    judgement = gate.verdict(*gate.measure(Constant(4.0, -4.0)))
+    assert not judgement.holds
+    assert judgement.margin == -math.inf

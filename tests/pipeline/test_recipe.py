@@ -53,6 +53,10 @@ def test_everything_has_a_default_but_the_model() -> None:
         ),
         ({**MODEL, "passes": {"int8": {"minimum_elements": -5}}}, r"minimum_elements is -5"),
         ({**MODEL, "build": {"name": "../evil"}}, r"'build.name': .* not '../evil'"),
+        ({**MODEL, "build": {"prefer": "size"}}, r"`prefer` is for builds that choose the precision themselves"),
+        ({**MODEL, "build": {"prefer": "size", "precision": "int8"}, "quality": {"budget": 0.9}}, r"`prefer` is for"),
+        ({**MODEL, "build": {"prefer": "beauty"}, "quality": {"budget": 0.9}}, r"'build.prefer'"),
+        ({**MODEL, "quality": {"budget": 0.9}, "passes": {"fp16": {}}, "build": {"target": "cpu"}}, r"does not run"),
         ({**MODEL, "passes": {"fp16": {}}}, r"a pass that this recipe does not run"),
         ({"model": {"source": "m", "task": "ner"}, "passes": {"int4-weights": {}}}, r"this recipe does not run"),
     ],
@@ -60,6 +64,18 @@ def test_everything_has_a_default_but_the_model() -> None:
 def test_mistakes_are_named(content: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         make_recipe(content)
+
+
+def test_a_budget_alone_is_an_automatic_plan() -> None:
+    recipe = make_recipe({**MODEL, "quality": {"budget": "0.5%"}, "passes": {"int4-weights": {"block_size": 64}}})
+    assert recipe.automatic
+    assert "int8" not in recipe.pass_names("feature-extraction")
+    assert next(iter(recipe.plans("feature-extraction").items())) == ("int8", ("int8",))
+    assert list(recipe.plans("text-generation"))[0] == "int4-weights"  # noqa: RUF015
+    assert set(recipe.plans("text-generation")) == set(recipe.plans("feature-extraction"))
+    for build in ({"precision": "int8"}, {"only": ["fold"]}, {"keep_all": True}):
+        assert not make_recipe({**MODEL, "quality": {"budget": "0.5%"}, "build": build}).automatic
+    assert not make_recipe(MODEL).automatic
 
 
 def test_files(tmp_path: Path) -> None:

@@ -122,6 +122,47 @@ def test_everything_is_on_the_page() -> None:
         assert words in text, words
 
 
+def test_the_curve_of_an_automatic_plan() -> None:
+    """What lost is in the ledger and in the curve, not among the passes that made the artifact."""
+    ledger = (
+        row("int8", "repaired", 0.9925, 23.1, batch_cosine=0.99987, curve=[]),
+        row("int8-dynamic", "lost", 0.9955, 40.0, batch_cosine=0.12345, curve=[]),
+        row("int4-weights", "undone", 0.5, 14.0, curve=[]),
+    )
+    times = [{"pass": "int8-dynamic", "latency_before_ms": 10.0, "latency_ms": 7.3, "share_of_time": 0.731}]
+    page = render_report(make_manifest(*ledger), {**MEASURED, "rows": times, "curve": [
+        point("int8", 0, 0.9, 0.55, 20.0), point("int8", 2, 0.9925, 0.6, 23.1, chosen=True),
+        point("int8-dynamic", 0, 0.9955, 0.731, 40.0), point("int4-weights", 0, -30.0, 1.2, 14.0),
+        {**point("fp16", 0, 0.0, 0.9, 45.0), "quality": None},
+    ]})  # fmt: skip
+    text = " ".join(Reader(page).texts)
+    for words in (
+        "What was tried to keep the budget", "time, as a share of float", "budget 0.99", "2 of 38", "int8 (chosen)", "0.73",
+        "why of int8-dynamic; 0.73 × the time of float", "lost", "0.99987",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "0.12345" not in text
+    drawings = re.findall(r"<svg .*?</svg>", page, flags=re.DOTALL)
+    curve = next(drawing for drawing in drawings if "4 points; chosen int8, 23.1 MB, 0.9925" in drawing)
+    ElementTree.fromstring(curve)
+    assert "↓" in curve
+    quality = next(drawing for drawing in drawings if "Quality after each pass" in drawing)
+    assert "int8-dynamic" not in quality
+    untimed = [point("int8", 0, 0.9925, None, 23.1, chosen=True)]
+    page = render_report(make_manifest(*ledger), {**MEASURED, "curve": untimed})
+    assert "time, as a share" not in page
+
+
+def point(
+    plan: str, kept: int, quality: float, share: float | None, size: float, *, chosen: bool = False
+) -> dict[str, Json]:
+    times = None if share is None else 10 * share
+    return {
+        "plan": plan, "kept": kept, "places": 38, "quality": quality, "holds": quality >= 0.99, "bytes": int(size * 1e6),
+        "latency_before_ms": 10.0, "latency_ms": times, "share_of_time": share, "chosen": chosen,
+    }  # fmt: skip
+
+
 def test_it_needs_no_network_and_no_scripts() -> None:
     reader = Reader(render_report(make_manifest(*LEDGER), MEASURED))
     assert not {"script", "link", "img", "iframe", "object", "image"} & set(reader.tags)

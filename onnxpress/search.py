@@ -1,0 +1,70 @@
+"""The search for the places of a lossy plan that have to stay: as few of them as keep the budget.
+
+It follows what was measured: each group of neighbouring places is changed alone, all others staying (its sensitivity);
+those that cost most stay first, and the smallest number of them that keeps the budget is found by bisection. What it
+does not see is how places act on each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from onnxpress.gate import Judgement
+
+_GROUPS = 32  # sensitivity is measured for at most so many groups of neighbouring places
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search came to.
+
+    kept: the places that stay, and judgement what comes of it; where judgement does not hold, the plan that came
+    closest. tried: the plans of the bisection by the places that stay, fewest first, each with its judgement.
+    """
+
+    kept: frozenset[str]
+    judgement: Judgement
+    tried: tuple[tuple[frozenset[str], Judgement], ...]
+
+
+def search(
+    places: Sequence[str],
+    judge: Callable[[frozenset[str]], Judgement],
+    progress: Callable[[str], None] = lambda _: None,
+    *,
+    share: float = 1.0,
+    visit: Callable[[frozenset[str]], None] = lambda _: None,
+) -> Found | None:
+    """The fewest places to keep so that the budget holds; None where nothing can be kept and something changed.
+
+    places: the names of all places that the plan changes, in order. judge: judges the plan when the given places stay.
+    share: at most this share of the groups may stay. visit: is called with each plan of the bisection, right after its
+    judgement.
+    """
+    size = -(-len(places) // _GROUPS)
+    groups = [tuple(places[start : start + size]) for start in range(0, len(places), size)]
+    low, high = 1, min(len(groups) - 1, int(len(groups) * share))
+    if high < low:
+        return None
+    margins: dict[tuple[str, ...], float] = {}
+    for index, group in enumerate(groups, 1):
+        progress(f"sensitivity {index} of {len(groups)}")
+        margins[group] = judge(frozenset(places) - frozenset(group)).margin
+    ranked = sorted(groups, key=margins.__getitem__)
+    tried: list[tuple[frozenset[str], Judgement]] = []
+    while low <= high:
+        middle = (low + high) // 2
+        kept = frozenset(name for group in ranked[:middle] for name in group)
+        progress(f"{len(kept)} of {len(places)} places stay")
+        judgement = judge(kept)
+        visit(kept)
+        tried.append((kept, judgement))
+        if judgement.holds:
+            high = middle - 1
+        else:
+            low = middle + 1
+    tried.sort(key=lambda item: len(item[0]))
+    holding = [item for item in tried if item[1].holds]
+    kept, judgement = holding[0] if holding else max(tried, key=lambda item: item[1].margin)
+    return Found(kept=kept, judgement=judgement, tried=tuple(tried))
