@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -29,7 +31,7 @@ class Engine:
 
     def __init__(self, *, source: str | None = None, task: str | None = None, runner: Any = None) -> None:
         self._source, self._task, self._runner = source, task, runner
-        self._checkpoint: tempfile.TemporaryDirectory[str] | None = None
+        self._checkpoint: Path | None = None
         self.facts: dict[str, Json] = {}
 
     @classmethod
@@ -69,8 +71,9 @@ class Engine:
         from onnxpress.exporters.trainable import find_folder
         from onnxpress.labelled import labelled_samples
 
-        folder = tempfile.TemporaryDirectory(prefix="onnxpress-engine-")
-        checkpoint = Path(folder.name) / "checkpoint"
+        folder = tempfile.mkdtemp(prefix="onnxpress-engine-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        checkpoint = Path(folder) / "checkpoint"
         self.facts = fit.fit_samples(
             find_folder(self._source),
             labelled_samples(texts, labels),
@@ -83,7 +86,7 @@ class Engine:
             max_length=max_length,
         )
         self._runner = fit.torch_runner(checkpoint, self.facts["task"], max_length=self.facts["max_length"])
-        self._checkpoint = folder
+        self._checkpoint = checkpoint
         return self
 
     def predict(self, texts: Sequence[Any]) -> list[Json]:
@@ -117,7 +120,7 @@ class Engine:
             raise InputError("There is nothing to save: fit first. (An artifact is a folder; copy it.)")
         from onnxpress.pipeline import build
 
-        folder = Path(self._checkpoint.name) / "checkpoint"
+        folder = self._checkpoint
         facts = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
         given = {"task": facts["task"], "max_length": facts["max_length"], "name": Path(path).resolve().name, **options}
         artifact = build(folder, out=path, file=str(folder / "evaluation.jsonl"), quiet=quiet, **given)

@@ -18,7 +18,7 @@ from onnxpress.errors import InputError
 
 Array = np.ndarray[Any, Any]
 
-_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of scikit-learn: the inverse of the penalty
+_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of scikit-learn: the inverse of the penalty
 _ITERATIONS = 3000
 
 
