@@ -173,9 +173,11 @@ def test_numbers(model: Path, tmp_path: Path) -> None:
     assert fitted.artifact.manifest.options["problem_type"] == "regression"
     assert (fitted.artifact.manifest.ledger[0]["metric"], fitted.facts["kind"]) == ("spearman", "regression")
     assert fitted.artifact.manifest.ledger[0]["quality"] > 80
+    texts, names = animals(128)
+    samples = labelled_samples(texts, [0.5 if name == "canine" else 2.5 for name in names])
     facts = fit_samples(
-        model, read_labelled(train, None), None, folder=tmp_path / "full",
-        training=TrainingOptions(epochs=12, batch_size=8, learning_rate=5e-3),
+        model, samples, None, folder=tmp_path / "full",
+        training=TrainingOptions(epochs=8, batch_size=8, learning_rate=2e-3),
     )  # fmt: skip
     assert max(entry["r2"] for entry in facts["evaluations"]) > 0.5
 
@@ -226,10 +228,9 @@ def test_chinese_without_spaces(tmp_path: Path) -> None:
         tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
     ).save_pretrained(folder)
     texts = ["这家餐馆很好吃", "服务满意", "我很喜欢", "好极了", "这家餐馆很难吃", "服务差极了", "我不喜欢", "差"] * 4
-    engine = Engine.load(folder).fit(
-        texts, (["好"] * 4 + ["坏"] * 4) * 4, epochs=6, batch_size=8, learning_rate=3e-3, seed=1
-    )
-    assert engine.evaluate(texts, (["好"] * 4 + ["坏"] * 4) * 4)["accuracy"] == 100.0
+    labels = (["好"] * 4 + ["坏"] * 4) * 4
+    engine = Engine.load(folder).fit(texts, labels, evaluation=(texts, labels), frozen_encoder=True)
+    assert engine.evaluate(texts, labels)["accuracy"] == 100.0
     assert engine.predict(["这家服务难极了"])[0].keys() == {"好", "坏"}
 
 
@@ -271,7 +272,7 @@ def test_balanced_weights_find_rare_labels(model: Path) -> None:
     def tilt(folder: Path, balanced: bool) -> float:
         facts = fit_samples(
             model, samples, samples, folder=folder, balanced=balanced,
-            training=TrainingOptions(epochs=3, batch_size=8, learning_rate=1e-3),
+            training=TrainingOptions(epochs=1, batch_size=4, learning_rate=1e-2),
         )  # fmt: skip
         assert ("labels are uneven" in " ".join(facts["notes"])) is not balanced
         runner: Any = torch_runner(folder, "text-classification", max_length=40)
