@@ -39,6 +39,13 @@ def read_pooling(folder: Path) -> SentencePooling | None:
     return SentencePooling(steps) if steps else None
 
 
+def has_classifier(folder: Path) -> bool:
+    """Whether the folder's last step is a classifier's: a Dense one, with a config.json that says what its numbers mean."""
+    if not (folder / "modules.json").is_file() or read_json(folder / "config.json").get("problem_type") is None:
+        return False
+    return str(read_json(folder / "modules.json")[-1]["type"]).endswith(".Dense")
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file of a model folder. Raises SourceError."""
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from optimum.exporters.tasks import TasksManager
 
 from onnxpress.errors import SourceError
+from onnxpress.exporters.pooling import has_classifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def find_task(name: str) -> Task:
 def infer_task(folder: Path, architectures: tuple[str, ...]) -> Task:
     """The task of a folder, from modules.json and the class that was saved. Raises SourceError."""
     if (folder / "modules.json").is_file():
-        return TASKS["feature-extraction"]
+        return TASKS["text-classification" if has_classifier(folder) else "feature-extraction"]
     for task in reversed(TASKS.values()):  # heads first: feature-extraction's ending is the least specific
         if any(name.endswith(task.architectures) for name in architectures):
             return task

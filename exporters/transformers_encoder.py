@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from transformers import PreTrainedModel
 
 from onnxpress.errors import ConversionError, SourceError
 from onnxpress.exporters.attention import fused_attention
-from onnxpress.exporters.pooling import SentencePooling, read_json, read_pooling
+from onnxpress.exporters.pooling import SentencePooling, has_classifier, read_json, read_pooling
 from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.reference import TorchReference
-from onnxpress.exporters.tasks import Task
+from onnxpress.exporters.tasks import TASKS, Task
 from onnxpress.exporters.tokenizer import Tokenizer, read_tokenizer
 from onnxpress.exporters.trace import LARGEST_BATCH, tensor_spec, trace
 from onnxpress.exporters.transformers_model import TextExport, TextModel, load_model, longest_input, position_limit
@@ -38,32 +39,75 @@ def export_encoder(
     instead: torch.nn.Module | None = None,
 ) -> TextExport:
     """Export the model in a folder, whose config is given, or one `instead` of it. Raises SourceError and ConversionError."""
-    model: Any = instead or load_model(folder, wanted, config, trust_remote_code=trust_remote_code)
-    pooling = read_pooling(folder) if wanted.name == "feature-extraction" else None
-    tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
-    limit = position_limit(model, tokenizer)
-    options: dict[str, Json] = {
-        "max_length": longest_input(folder, tokenizer, limit=limit, wanted=max_length),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    names = ("input_ids", "attention_mask", *(("token_type_ids",) if _takes_token_types(model) else ()))
-    wrapped = TextModel(model, names, wanted, pooling).eval()
-    axes = {"batch": (1, LARGEST_BATCH), "length": (1, limit)}
-    outputs = ("embeddings",) if pooling is not None else wanted.outputs
-    ir_model, notes = _trace(wrapped, model, names, axes, outputs)
+    opened = open_encoder(
+        folder, wanted, config, trust_remote_code=trust_remote_code, max_length=max_length, instead=instead
+    )
+    model, wrapped, names, tokenizer = opened.model, opened.wrapped, opened.names, opened.tokenizer
+    axes = {"batch": (1, LARGEST_BATCH), "length": (1, opened.limit)}
+    ir_model, notes = _trace(wrapped, model, names, axes, opened.outputs)
     signature = Signature(
         task=wanted.name,
         inputs=tuple(_input_spec(name, model.config) for name in names),
         outputs=tuple(tensor_spec(value) for value in ir_model.graph.outputs),
         axes=axes,
     )
-    options |= _task_options(wanted, model.config, tokenizer, pooling, signature)
+    options = opened.options
+    if wanted.name == "feature-extraction":
+        options |= {"dim": signature.outputs[0].shape[-1]}
     return TextExport(
         graph=Graph(model=ir_model, signature=signature),
-        reference=TorchReference(wrapped, names, outputs),
+        reference=TorchReference(wrapped, names, opened.outputs),
         options=options,
         tokenizer=tokenizer,
         notes=(*notes, *tokenizer.notes, *_prompt_notes(folder)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedEncoder:
+    """A text model with head and pooling, ready to answer; what its runner needs to know of it is in options."""
+
+    model: PreTrainedModel
+    wrapped: TextModel
+    names: tuple[str, ...]
+    outputs: tuple[str, ...]
+    limit: int
+    options: dict[str, Json]
+    tokenizer: Tokenizer
+
+
+def open_encoder(
+    folder: Path,
+    wanted: Task,
+    config: Any,
+    *,
+    trust_remote_code: bool = False,
+    max_length: int | None = None,
+    instead: torch.nn.Module | None = None,
+) -> OpenedEncoder:
+    """Load the model in a folder, whose config is given, for a task; `instead` takes its place. Raises SourceError, ConversionError.
+
+    A text classifier is a model with transformers' own head, or an encoder whose last step in modules.json is the head.
+    """
+    pooled_head = wanted.name == "text-classification" and has_classifier(folder)
+    loaded = TASKS["feature-extraction"] if pooled_head else wanted
+    model: Any = instead or load_model(folder, loaded, config, trust_remote_code=trust_remote_code)
+    pooling = read_pooling(folder) if loaded.name == "feature-extraction" else None
+    tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
+    limit = position_limit(model, tokenizer)
+    names = token_inputs(model)
+    return OpenedEncoder(
+        model=model,
+        wrapped=TextModel(model, names, loaded, pooling).eval(),
+        names=names,
+        outputs=("embeddings",) if pooling is not None and not pooled_head else wanted.outputs,
+        limit=limit,
+        options={
+            "max_length": longest_input(folder, tokenizer, limit=limit, wanted=max_length),
+            "pad_token_id": tokenizer.pad_token_id,
+            **_task_options(wanted, model.config, tokenizer, pooling),
+        },
+        tokenizer=tokenizer,
     )
 
 
@@ -96,9 +140,11 @@ def _trace(
     return traced(nullcontext()), (f"attention: unfused ({reason})",)
 
 
-def _takes_token_types(model: PreTrainedModel) -> bool:
+def token_inputs(model: PreTrainedModel) -> tuple[str, ...]:
+    """The names of a text model's inputs."""
     takes = "token_type_ids" in inspect.signature(model.forward).parameters
-    return takes and int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
+    types = takes and int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
+    return ("input_ids", "attention_mask", *(("token_type_ids",) if types else ()))
 
 
 def _input_spec(name: str, config: Any) -> TensorSpec:
@@ -110,12 +156,10 @@ def _input_spec(name: str, config: Any) -> TensorSpec:
     return TensorSpec(name=name, dtype="int64", shape=("batch", "length"), bounds=(0, highest[name]))
 
 
-def _task_options(
-    task: Task, config: Any, tokenizer: Tokenizer, pooling: SentencePooling | None, signature: Signature
-) -> dict[str, Json]:
+def _task_options(task: Task, config: Any, tokenizer: Tokenizer, pooling: SentencePooling | None) -> dict[str, Json]:
     if task.name == "feature-extraction":
         normalized = pooling is not None and pooling.normalized
-        return {"dim": signature.outputs[0].shape[-1], "pooled": pooling is not None, "normalized": normalized}
+        return {"pooled": pooling is not None, "normalized": normalized}
     if task.name == "fill-mask":
         if tokenizer.mask_token is None:
             raise SourceError(

@@ -1,6 +1,6 @@
 """onnxpress: export PyTorch models to ONNX, press them, prove them, run them.
 
-`load` and the errors need only the runtime; `build` needs the build extra and is imported when first used.
+`load`, `Engine` with an artifact, and the errors need only the runtime; `build` and training need the build extra and are imported when first used.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from onnxpress.errors import OnnxpressError
 
 if TYPE_CHECKING:
+    from onnxpress.engine import Engine
     from onnxpress.pipeline import build
     from onnxpress.runtime import load
 
 __version__ = "0.1.0"
-__all__ = ["OnnxpressError", "__version__", "build", "load"]
+__all__ = ["Engine", "OnnxpressError", "__version__", "build", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,4 +27,8 @@ def __getattr__(name: str) -> Any:
         from onnxpress.pipeline import build
 
         return build
+    if name == "Engine":
+        from onnxpress.engine import Engine
+
+        return Engine
     raise AttributeError(f"module 'onnxpress' has no attribute {name!r}")

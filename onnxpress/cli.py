@@ -1,4 +1,4 @@
-"""The command line: build, run, generate, chat, bench, verify, inspect, doctor. Each command is one function.
+"""The command line: build, fit, run, generate, chat, bench, verify, inspect, doctor. Each command is one function.
 
 run, verify, bench and doctor work where only the runtime is installed, so nothing heavy is imported at the top.
 Exit codes: 0 done, 1 the artifact is not good enough, 2 wrong use or input.
@@ -33,6 +33,7 @@ _BUILD_PACKAGES = {
     "pydantic",
     "rich",
     "matplotlib",
+    "accelerate",
 }
 _BUILD_PACKAGES |= {"safetensors", "scipy", "sklearn", "ml_dtypes"}
 
@@ -136,6 +137,45 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--trust-remote-code", action="store_true", default=None, help="run code that the model brings")
     build.add_argument("--no-measure", dest="measure", action="store_false", default=None, help="do not time anything")
     build.add_argument("--json", action="store_true", help="print the manifest and the measurements as JSON")
+
+    fit = _command(commands, "fit", _fit, "train a checkpoint on your labels, and build the artifact")
+    fit.add_argument("source", help="model folder or hub id")
+    fit.add_argument(
+        "--train", type=Path, required=True, metavar="FILE", help="csv, tsv, jsonl, CoNLL, or lines of label and text"
+    )
+    fit.add_argument(
+        "--eval", type=Path, dest="evaluation", metavar="FILE", help="the same (default: a tenth of --train)"
+    )
+    fit.add_argument("--out", type=Path, required=True, help="folder of the artifact")
+    fit.add_argument("--checkpoint", type=Path, help="folder of the trained model (default: OUT-checkpoint)")
+    fit.add_argument(
+        "--task",
+        help="text-classification, multi-label-classification, regression, token-classification (default: told from the labels)",
+    )
+    fit.add_argument("--column", action="append", default=[], metavar="ROLE=NAME", help="e.g. text=sentence, label=2")
+    fit.add_argument(
+        "--frozen-encoder", action="store_true", help="fit a linear head alone: seconds in the place of minutes"
+    )
+    fit.add_argument("--balanced", action="store_true", help="rare labels count as much as frequent ones")
+    fit.add_argument("--epochs", type=int, help="passes over the samples (default 3)")
+    fit.add_argument("--batch-size", type=int, help="samples a step (default 32)")
+    fit.add_argument("--learning-rate", type=float, help="its peak (default 5e-5)")
+    fit.add_argument("--warmup", type=float, help="share of the steps in which it rises (default 0.1)")
+    fit.add_argument("--schedule", choices=("linear", "cosine", "constant"), help="how it falls (default linear)")
+    fit.add_argument("--weight-decay", type=float, help="default 0.01")
+    fit.add_argument("--max-steps", type=int, help="stop there, whatever the epochs")
+    fit.add_argument("--patience", type=int, help="stop after so many epochs without a better metric")
+    fit.add_argument("--seed", type=int, help="of the head, the order and the split (default 0)")
+    fit.add_argument("--autocast", choices=("fp32", "bf16", "fp16"), help="precision of training")
+    fit.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="keep what --resume needs this often too")
+    fit.add_argument("--resume", action="store_true", help="go on with a training that was interrupted")
+    fit.add_argument("--max-length", type=int, help="longest text in tokens")
+    fit.add_argument("--revision", help="revision on the hub")
+    fit.add_argument("--target", help="as for build")
+    fit.add_argument("--precision", help="of the artifact, as for build")
+    fit.add_argument("--budget", help='what quality pressing may cost, as for build, e.g. "0.5%%"')
+    fit.add_argument("--no-measure", dest="measure", action="store_false", default=None, help="do not time anything")
+    fit.add_argument("--json", action="store_true", help="print training, manifest and measurements as JSON")
 
     run = _command(commands, "run", _run, "answer with an artifact")
     run.add_argument("artifact", type=Path)
@@ -270,6 +310,65 @@ def _build(options: argparse.Namespace) -> int:
         )
     else:
         terminal.print_build(artifact)
+    return 0
+
+
+def _fit(options: argparse.Namespace) -> int:
+    from onnxpress import terminal
+    from onnxpress.fit import fit
+
+    keys = (
+        *(
+            "epochs",
+            "batch_size",
+            "learning_rate",
+            "warmup",
+            "schedule",
+            "weight_decay",
+            "max_steps",
+            "patience",
+            "seed",
+        ),
+        *(
+            "autocast",
+            "checkpoint_every",
+            "resume",
+            "max_length",
+            "revision",
+            "target",
+            "precision",
+            "budget",
+            "measure",
+        ),
+    )
+    fitted = fit(
+        options.source,
+        options.train,
+        out=options.out,
+        evaluation=options.evaluation,
+        checkpoint=options.checkpoint,
+        task=options.task,
+        columns=_columns(options.column),
+        frozen_encoder=options.frozen_encoder,
+        balanced=options.balanced,
+        quiet=options.json,
+        **{key: getattr(options, key) for key in keys},
+    )
+    if options.json:
+        _print_json(
+            {
+                "path": str(fitted.artifact.path),
+                "checkpoint": str(fitted.checkpoint),
+                "training": fitted.facts,
+                "manifest": json.loads(fitted.artifact.manifest.to_json()),
+                "measured": fitted.artifact.measured,
+            }
+        )
+    else:
+        terminal.print_build(fitted.artifact)
+        for note in fitted.facts["notes"]:
+            print(note)
+        print(f"the trained model: {fitted.checkpoint}")
     return 0
 
 

@@ -85,6 +85,7 @@ LABELLED_BUDGETS: Mapping[str, Budget] = {
     "question-answering": Budget(metric="f1", limit=1.0, kind="drop"),
     "module": Budget(metric="accuracy", limit=1.0, kind="drop"),
 }
+_LABELLED_SETS = Budget(metric="f1", limit=1.0, kind="drop")  # several labels a text
 _LABELLED_REGRESSION = Budget(metric="spearman", limit=0.3, kind="drop")  # numbers, as similarities of embeddings are
 
 
@@ -98,6 +99,8 @@ def budget_for(task: str, given: str | float | None, *, labelled: bool, problem_
     default = (LABELLED_BUDGETS if labelled else BUDGETS)[task]
     if problem_type == "regression":
         default = _LABELLED_REGRESSION if labelled else _REGRESSION
+    if problem_type == "multi_label_classification" and labelled:
+        default = _LABELLED_SETS
     if given is None:
         return default
     given = str(given)
@@ -181,6 +184,9 @@ def score(task: str, runner: Any, samples: Sequence[Sample]) -> dict[str, float]
             return metrics.regression_scores(
                 [answer["score"] for answer in answers], [_number(sample.label) for sample in samples]
             )
+        if runner.options["problem_type"] == "multi_label_classification":
+            decided = [{label for label, value in answer["scores"].items() if value > 0.5} for answer in answers]
+            return metrics.label_set_scores(decided, [_label_set(runner, sample.label) for sample in samples])
         chosen = [answer["label"] if math.isfinite(answer["score"]) else "" for answer in answers]
         return metrics.label_scores(chosen, [_label(runner, sample.label) for sample in samples])
     if task == "token-classification":
@@ -374,6 +380,12 @@ def _label(runner: Any, label: Json) -> str:
     if text.lstrip("-").isdigit() and 0 <= int(text) < len(labels):
         return str(labels[int(text)])
     raise RecipeError(f"The label {label!r} is not one of the model's: {', '.join(map(str, labels))}.")
+
+
+def _label_set(runner: Any, labels: Json) -> set[str]:
+    if not isinstance(labels, list):
+        raise RecipeError(f"The model gives several labels a text; a list of labels is expected, not {labels!r}.")
+    return {_label(runner, label) for label in labels}
 
 
 def _rows(name: str) -> list[dict[str, Any]]:

@@ -128,6 +128,14 @@ def label_scores(predicted: Sequence[str], gold: Sequence[str]) -> dict[str, flo
     }
 
 
+def label_set_scores(predicted: Sequence[set[str]], gold: Sequence[set[str]]) -> dict[str, float]:
+    """For several labels a text: micro F1 over all decisions, and the share of texts with exactly their labels, x 100."""
+    right = sum(len(one & other) for one, other in zip(predicted, gold, strict=True))
+    all_labels = sum(map(len, predicted)) + sum(map(len, gold))
+    exact = sum(one == other for one, other in zip(predicted, gold, strict=True)) / len(gold)
+    return {"f1": 100 * 2 * right / all_labels if all_labels else 100.0, "exact": 100 * exact}
+
+
 def entity_scores(predicted: Iterable[set[Entity]], gold: Iterable[set[Entity]]) -> dict[str, float]:
     """Micro precision, recall and F1 x 100 over exact spans with their types (as the CoNLL-2003 evaluation)."""
     right = found = expected = 0

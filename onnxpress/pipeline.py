@@ -108,7 +108,7 @@ def build(
     else:
         module = source
         recipe = make_recipe({"model": {"source": f"python:{type(source).__module__}.{type(source).__qualname__}"}})
-    recipe = _with_options(recipe, options)
+    recipe = with_options(recipe, options)
     folder = Path(out) if out is not None else Path("artifacts") / _name(recipe)
     report = terminal.Progress(enabled=not quiet)
     with report:
@@ -517,7 +517,8 @@ class _Press:
         self._record(row, status=status, reason=reason)
 
 
-def _with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
+def with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
+    """A recipe with some of its keys set, as `build` takes them. Raises RecipeError."""
     content = recipe.model_dump(exclude_unset=True)
     sections = {
         "model": set(ModelSection.model_fields),

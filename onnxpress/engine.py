@@ -1,0 +1,133 @@
+"""Engine: fit, predict, evaluate and save in Python, for people with a checkpoint and a few labels.
+
+It keeps no logic of its own: training is fit's, answers are the task runner's, an artifact is pipeline.build's. With an
+artifact it needs the runtime alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from onnxpress.artifact import MANIFEST, Artifact
+from onnxpress.errors import InputError
+from onnxpress.manifest import Json
+from onnxpress.runtime.loading import load
+from onnxpress.runtime.text_classifier import TextClassifier
+from onnxpress.runtime.token_classifier import TokenClassifier
+
+if TYPE_CHECKING:
+    from onnxpress.evaluation import Sample
+
+
+class Engine:
+    """A classifier that is to be fitted, was fitted, or was loaded. Make one with `Engine.load`."""
+
+    def __init__(self, *, source: str | None = None, task: str | None = None, runner: Any = None) -> None:
+        self._source, self._task, self._runner = source, task, runner
+        self._checkpoint: Path | None = None
+        self.facts: dict[str, Json] = {}
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str], *, task: str | None = None) -> Self:
+        """An artifact, which answers at once and without torch; or a model folder or hub id, to `fit`.
+
+        task: text-classification, multi-label-classification, regression or token-classification; told from the labels where None.
+        Raises ArtifactError, InputError.
+        """
+        if not (Path(source) / MANIFEST).is_file():
+            return cls(source=os.fspath(source), task=task)
+        runner = load(Path(source))
+        if not isinstance(runner, TextClassifier | TokenClassifier):
+            raise InputError(f"{source} is an artifact that classifies nothing; open it with onnxpress.load.")
+        return cls(runner=runner)
+
+    def fit(
+        self,
+        texts: Sequence[Any],
+        labels: Sequence[Json],
+        *,
+        evaluation: tuple[Sequence[Any], Sequence[Json]] | None = None,
+        frozen_encoder: bool = False,
+        balanced: bool = False,
+        max_length: int | None = None,
+        **training: Any,
+    ) -> Self:
+        """Train on texts, pairs of texts, or lists of tokens, with a label each.
+
+        evaluation: texts and labels that tell the best epoch and judge the artifact; a tenth is held out where None. training: epochs,
+        batch_size, learning_rate, seed and the others of TrainingOptions. `facts` says afterwards what happened.
+        Raises InputError, SourceError, QualityError.
+        """
+        if self._source is None:
+            raise InputError("An artifact cannot be trained; load the model folder or hub id that it was made from.")
+        from onnxpress import fit
+        from onnxpress.exporters.trainable import find_folder
+        from onnxpress.labelled import labelled_samples
+
+        folder = tempfile.mkdtemp(prefix="onnxpress-engine-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        checkpoint = Path(folder) / "checkpoint"
+        self.facts = fit.fit_samples(
+            find_folder(self._source),
+            labelled_samples(texts, labels),
+            None if evaluation is None else labelled_samples(*evaluation),
+            folder=checkpoint,
+            kind=self._task,
+            frozen_encoder=frozen_encoder,
+            balanced=balanced,
+            training=fit.training_options(training, None, frozen_encoder),
+            max_length=max_length,
+        )
+        self._runner = fit.torch_runner(checkpoint, self.facts["task"], max_length=self.facts["max_length"])
+        self._checkpoint = checkpoint
+        return self
+
+    def predict(self, texts: Sequence[Any]) -> list[Json]:
+        """For each text the probability of every label, {label: probability}; a regression's number; a text's entities.
+
+        Raises InputError.
+        """
+        runner = self._ready()
+        answers = runner.predict(texts)
+        if runner.task == "token-classification":
+            return list(answers)
+        if runner.options["problem_type"] == "regression":
+            return [answer["score"] for answer in answers]
+        return [answer["scores"] for answer in answers]
+
+    def evaluate(self, texts: Sequence[Any], labels: Sequence[Json]) -> dict[str, float]:
+        """The task's metrics x 100: accuracy and macro F1, micro F1 of several labels, Spearman, entity F1. Raises InputError."""
+        from onnxpress.evaluation import score
+        from onnxpress.labelled import labelled_samples
+
+        runner = self._ready()
+        samples: list[Sample] = labelled_samples(texts, labels)
+        return score(runner.task, runner, samples)
+
+    def save(self, path: str | os.PathLike[str], *, quiet: bool = True, **options: Any) -> Artifact:
+        """Build the artifact, judged by the evaluation samples, and answer with it from now on. options: those of `build`.
+
+        Raises what `build` raises.
+        """
+        if self._checkpoint is None:
+            raise InputError("There is nothing to save: fit first. (An artifact is a folder; copy it.)")
+        from onnxpress.pipeline import build
+
+        folder = self._checkpoint
+        facts = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
+        given = {"task": facts["task"], "max_length": facts["max_length"], "name": Path(path).resolve().name, **options}
+        artifact = build(folder, out=path, file=str(folder / "evaluation.jsonl"), quiet=quiet, **given)
+        self._runner = load(artifact.path)
+        return artifact
+
+    def _ready(self) -> Any:
+        if self._runner is None:
+            raise InputError("This model has no labels of its own yet: fit it first, or load an artifact.")
+        return self._runner

@@ -1,0 +1,419 @@
+"""Fits a pretrained checkpoint to a user's labels, and builds the artifact: read, split, train, save, build.
+
+Training sees texts through the same tokenizer as the artifact does. How labels are read is in labelled, how training runs
+in optimizers.training, what a trained folder holds in exporters.trainable; the artifact is made by pipeline.build, judged
+by the evaluation samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from onnxpress import terminal
+from onnxpress.artifact import Artifact, ArtifactWriter
+from onnxpress.errors import InputError, OutputError
+from onnxpress.evaluation import Sample
+from onnxpress.exporters import trainable
+from onnxpress.exporters.quiet import quiet as silenced
+from onnxpress.exporters.reference import TorchReference
+from onnxpress.exporters.tasks import find_task
+from onnxpress.exporters.trainable import Head, Trainable
+from onnxpress.exporters.transformers_encoder import open_encoder
+from onnxpress.exporters.transformers_model import load_config
+from onnxpress.labelled import Labels, find_labels, imbalance, normalized, read_labelled, split, write_samples
+from onnxpress.manifest import Json
+from onnxpress.optimizers.linear_head import fit_linear_head
+from onnxpress.optimizers.training import Batch, Item, TrainingOptions, train
+from onnxpress.pipeline import build, with_options
+from onnxpress.recipe import make_recipe
+from onnxpress.runtime.embedder import Embedder
+from onnxpress.runtime.loading import RUNNERS
+from onnxpress.runtime.text_runner import TextRunner
+from onnxpress.runtime.tokenization import Encoding, Tokenizer
+
+# A build has a precision of its own: what training computes in is called autocast here.
+_TRAINING = {field.name for field in dataclasses.fields(TrainingOptions)} - {"checkpoints", "precision"} | {"autocast"}
+_OF_FROZEN = {"seed"}  # the one of them that a frozen encoder reads
+_PROGRESS = "training"  # in the checkpoint's folder, until training is done
+_EVALUATION = "evaluation.jsonl"
+_FACTS = "fit.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """An artifact, the folder of the trained checkpoint that it was built from, and what the training was (JSON)."""
+
+    artifact: Artifact
+    checkpoint: Path
+    facts: Mapping[str, Json]
+
+
+def fit(
+    source: str | os.PathLike[str],
+    train_file: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str],
+    evaluation: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    task: str | None = None,
+    columns: Mapping[str, str | int] | None = None,
+    frozen_encoder: bool = False,
+    balanced: bool = False,
+    quiet: bool = True,
+    **options: Any,
+) -> Fitted:
+    """Train a checkpoint on labelled samples, and build an artifact that the evaluation samples judge.
+
+    source: a folder or a hub id. train_file, evaluation: csv, tsv, jsonl, CoNLL, or lines of label and text; without evaluation a
+    tenth of the training samples is held out, by the seed. checkpoint: the folder of the trained model (default OUT-checkpoint); with
+    it the evaluation samples and fit.json. task: a key of labelled.KINDS. frozen_encoder: fit a linear head on the encoder's vectors
+    alone. balanced: rare labels count as much as frequent ones. options: those of TrainingOptions (epochs, batch_size, learning_rate,
+    seed, patience, resume…), max_length, revision, and those of `build`.
+
+    Raises InputError, SourceError, OutputError, QualityError, and what `build` raises.
+    """
+    artifact_folder = Path(out)
+    folder = (
+        Path(checkpoint) if checkpoint is not None else artifact_folder.with_name(f"{artifact_folder.name}-checkpoint")
+    )
+    chosen = {name: options.pop(name) for name in list(options) if name in _TRAINING}
+    training = training_options(chosen, folder / _PROGRESS, frozen_encoder)
+    recipe = make_recipe({"model": {"source": str(folder)}, "build": {"name": artifact_folder.resolve().name}})
+    recipe = with_options(recipe, {**options, "file": str(folder / _EVALUATION)})  # said before training what is wrong
+    with terminal.Progress(enabled=not quiet) as report:
+        report.step("read the samples")
+        with ArtifactWriter(artifact_folder):
+            pass  # an --out that cannot be written is said now
+        _check_checkpoint_folder(folder, resume=training.resume)
+        samples = read_labelled(Path(train_file), task, columns)
+        others = None if evaluation is None else read_labelled(Path(evaluation), task, columns)
+        report.step("train the head" if frozen_encoder else "train")
+        facts = fit_samples(
+            trainable.find_folder(os.fspath(source), options.get("revision")),
+            samples,
+            others,
+            folder=folder,
+            kind=task,
+            frozen_encoder=frozen_encoder,
+            balanced=balanced,
+            training=training,
+            max_length=options.get("max_length"),
+            progress=report.detail,
+        )
+    recipe = with_options(recipe, {"task": facts["task"], "max_length": facts["max_length"]})
+    return Fitted(artifact=build(recipe, out=artifact_folder, quiet=quiet), checkpoint=folder, facts=facts)
+
+
+def fit_samples(
+    source: Path,
+    samples: Sequence[Sample],
+    evaluation: Sequence[Sample] | None,
+    *,
+    folder: Path,
+    kind: str | None = None,
+    frozen_encoder: bool = False,
+    balanced: bool = False,
+    training: TrainingOptions,
+    max_length: int | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Json]:
+    """Train on samples and write the checkpoint to a folder, whole or not at all; returns what fit.json says.
+
+    Raises InputError, SourceError, QualityError.
+    """
+    labels = find_labels(samples, kind, trainable.known_labels(source))
+    learned = normalized(samples, labels.kind)
+    notes = [] if balanced else list(filter(None, [imbalance(learned, labels)]))
+    if evaluation is None:
+        learned, judged = split(learned, labels, training.seed)
+        notes.append(f"{len(judged)} of {len(samples)} samples were held out for evaluation")
+    else:
+        judged = normalized(evaluation, labels.kind)
+    if balanced and labels.kind != "text-classification":
+        raise InputError(f"balanced goes with one label a text (text-classification); the task is {labels.kind}.")
+    for sample in judged:
+        labels.target(sample)  # labels that are unknown are said before anything else happens
+    head = Head(task=labels.task, labels=labels.names, problem_type=labels.problem_type)
+    if frozen_encoder:
+        model = trainable.load_frozen(source, max_length=max_length)
+        save, figures = _fit_head(model, head, labels, learned, judged, balanced, progress)
+    else:
+        model = trainable.load_trainable(source, head, seed=training.seed, max_length=max_length)
+        save, figures = _fine_tune(model, head, labels, learned, judged, balanced, training, progress)
+    facts: dict[str, Json] = {
+        "source": source.name,
+        "task": labels.task,
+        "kind": labels.kind,
+        "labels": list(labels.names),
+        "frozen_encoder": frozen_encoder,
+        "balanced": balanced,
+        "max_length": model.max_length,
+        "training_samples": len(learned),
+        "evaluation_samples": len(judged),
+        "seed": training.seed,
+        **figures,
+        "notes": notes,
+    }
+
+    def write(part: Path) -> None:
+        save(part)
+        write_samples(judged, part / _EVALUATION)
+        (part / _FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    _write_whole(folder, write)
+    return facts
+
+
+def torch_runner(folder: Path, task: str, *, max_length: int) -> TextRunner:
+    """A trained checkpoint that answers as its artifact does, in PyTorch."""
+    opened = open_encoder(folder, find_task(task), load_config(folder, trust_remote_code=False), max_length=max_length)
+    tokenizer = Tokenizer.from_folder(
+        folder, max_length=opened.options["max_length"], pad_token_id=opened.options["pad_token_id"]
+    )
+    return RUNNERS[task](TorchReference(opened.wrapped, opened.names, opened.outputs), tokenizer, opened.options)
+
+
+Saver = Callable[[Path], None]
+
+
+def _fit_head(
+    model: Trainable,
+    head: Head,
+    labels: Labels,
+    learned: Sequence[Sample],
+    judged: Sequence[Sample],
+    balanced: bool,
+    progress: Callable[[str], None],
+) -> tuple[Saver, dict[str, Json]]:
+    if labels.task != "text-classification":
+        raise InputError(f"frozen_encoder fits one head on a text's vector; {labels.kind} needs full training.")
+    embedder = Embedder(model.features(), _tokenizer(model), {"pooled": True, "normalized": False, "dim": 0})
+
+    def vectors(samples: Sequence[Sample]) -> np.ndarray[Any, Any]:
+        found: list[np.ndarray[Any, Any]] = []
+        for start in range(0, len(samples), 512):
+            progress(f"{start} of {len(samples)} texts")
+            encodings = embedder.tokenizer.encode(_inputs(samples[start : start + 512]))
+            found += [answer["embeddings"] for answer in embedder.run_encodings(encodings)]
+        return np.stack(found)  # float32 (samples, dim)
+
+    kind = np.int64 if labels.kind == "text-classification" else np.float64
+    best = fit_linear_head(
+        vectors(learned),
+        np.array([labels.target(sample) for sample in learned], kind),
+        evaluation=(vectors(judged), np.array([labels.target(sample) for sample in judged], kind)),
+        problem_type=str(labels.problem_type),
+        num_labels=len(labels.names),
+        balanced=balanced,
+        progress=progress,
+    )
+
+    def save(part: Path) -> None:
+        trainable.save_with_linear_head(model, head, best.weight, best.bias, part)
+
+    return save, {"strength": best.strength, "evaluation_loss": round(best.loss, 6)}
+
+
+def _fine_tune(
+    model: Trainable,
+    head: Head,
+    labels: Labels,
+    learned: Sequence[Sample],
+    judged: Sequence[Sample],
+    balanced: bool,
+    training: TrainingOptions,
+    progress: Callable[[str], None],
+) -> tuple[Saver, dict[str, Json]]:
+    tokenizer = _tokenizer(model)
+    name, metric = _METRICS[labels.kind]
+    learned_items = _items(tokenizer, learned, labels)
+    with silenced():
+        summary = train(
+            model.model,
+            learned_items,
+            options=training,
+            collate=_collator(model, tokenizer, labels),
+            evaluation=_items(tokenizer, judged, labels),
+            compute_loss=_balanced_loss(learned_items, len(labels.names)) if balanced else None,
+            metrics=lambda logits, gold: {name: metric(logits, gold)},
+            best=name,
+            identity={
+                "labels": labels.names,
+                "kind": labels.kind,
+                "balanced": balanced,
+                "max_length": model.max_length,
+            },
+            progress=progress,
+        )
+    options = {key: value for key, value in dataclasses.asdict(training).items() if key not in _PLACES}
+    return lambda part: trainable.save_trained(model, part), {
+        "training": options,
+        "steps": summary.steps,
+        "best_step": summary.best_step,
+        "stopped_early": summary.stopped_early,
+        "loss": round(summary.loss, 6),
+        "evaluations": [{key: round(float(value), 6) for key, value in entry.items()} for entry in summary.evaluations],
+    }
+
+
+_PLACES = ("checkpoints", "checkpoint_every", "resume", "seed")
+
+
+def _items(tokenizer: Tokenizer, samples: Sequence[Sample], labels: Labels) -> list[Item]:
+    encodings = tokenizer.encode(_inputs(samples))
+    items: list[Item] = []
+    for encoding, sample in zip(encodings, samples, strict=True):
+        target = labels.target(sample)
+        if labels.kind == "token-classification":
+            target = _token_targets(encoding, sample, target, labels)
+        items.append({"encoding": encoding, "labels": target})
+    return items
+
+
+def _token_targets(encoding: Encoding, sample: Sample, tags: Sequence[int], labels: Labels) -> list[int]:
+    """One index a token: the first token of each of the tokenizer's words tells, the others are not asked (-100).
+
+    The runner reads words the same way. Where the tokenizer cuts a given token into several words, those after the first are inside.
+    """
+    starts = [0]
+    for token in sample.label[0]:
+        starts.append(starts[-1] + len(token) + 1)
+    targets: list[int] = []
+    for place, word in enumerate(encoding.words):
+        if word is None or (place and encoding.words[place - 1] == word):
+            targets.append(-100)
+            continue
+        start, end = encoding.offsets[place]
+        start += len(sample.text[start:end]) - len(sample.text[start:end].lstrip())
+        given = max(0, int(np.searchsorted(starts, start, side="right")) - 1)
+        name = labels.names[tags[given]]
+        if name.startswith("B-") and start > starts[given]:
+            name = f"I-{name[2:]}"
+        targets.append(labels.names.index(name) if name in labels.names else -100)
+    return targets
+
+
+def _collator(model: Trainable, tokenizer: Tokenizer, labels: Labels) -> Callable[[list[Item]], Batch]:
+    def collate(items: list[Item]) -> Batch:
+        arrays = tokenizer.batch([item["encoding"] for item in items])
+        batch = {name: torch.from_numpy(arrays[name]) for name in model.names}  # int64 (batch, length)
+        targets = [item["labels"] for item in items]
+        if labels.kind == "token-classification":
+            length = batch["input_ids"].shape[1]
+            targets = [target + [-100] * (length - len(target)) for target in targets]
+        whole = labels.kind in ("text-classification", "token-classification")
+        return {**batch, "labels": torch.tensor(targets, dtype=torch.int64 if whole else torch.float32)}
+
+    return collate
+
+
+def _balanced_loss(items: Sequence[Item], num_labels: int) -> Any:
+    """Cross entropy in which a label weighs n / (labels · its count), as scikit-learn's "balanced" does."""
+    counts = np.bincount([item["labels"] for item in items], minlength=num_labels)
+    weights = torch.tensor(len(items) / (num_labels * np.maximum(counts, 1)), dtype=torch.float32)
+
+    def loss(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
+        weight = weights.to(outputs["logits"].device)
+        return torch.nn.functional.cross_entropy(outputs["logits"].float(), batch["labels"], weight), outputs
+
+    return loss
+
+
+def _accuracy(logits: np.ndarray[Any, Any], gold: np.ndarray[Any, Any]) -> float:
+    return float((logits.argmax(-1) == gold).mean())
+
+
+def _micro_f1(logits: np.ndarray[Any, Any], gold: np.ndarray[Any, Any]) -> float:
+    chosen, right = logits > 0, gold > 0.5
+    return float(2 * (chosen & right).sum() / max(1, chosen.sum() + right.sum()))
+
+
+def _explained(logits: np.ndarray[Any, Any], gold: np.ndarray[Any, Any]) -> float:
+    """The share of the variance of the numbers that predictions explain (R²)."""
+    return float(1 - np.mean((logits.reshape(gold.shape) - gold) ** 2) / max(float(np.var(gold)), 1e-12))
+
+
+def _tag_f1(logits: np.ndarray[Any, Any], gold: np.ndarray[Any, Any]) -> float:
+    """F1 over single words with a tag other than the first label, O."""
+    asked = gold != -100
+    chosen, right = logits.argmax(-1)[asked], gold[asked]
+    hits = ((chosen == right) & (right > 0)).sum()
+    return float(2 * hits / max(1, (chosen > 0).sum() + (right > 0).sum()))
+
+
+# By what the best epoch is told; higher is better.
+_METRICS: Mapping[str, tuple[str, Callable[..., float]]] = {
+    "text-classification": ("accuracy", _accuracy),
+    "multi-label-classification": ("f1", _micro_f1),
+    "regression": ("r2", _explained),
+    "token-classification": ("tag_f1", _tag_f1),
+}
+
+
+def training_options(chosen: Mapping[str, Any], folder: Path | None, frozen_encoder: bool) -> TrainingOptions:
+    """Options by name, None for a default; folder: of checkpoints for a resume. Raises InputError."""
+    unknown = sorted(set(chosen) - _TRAINING)
+    if unknown:
+        raise InputError(f"Unknown option {unknown[0]!r} of training; the options are: {', '.join(sorted(_TRAINING))}.")
+    given = {name: value for name, value in chosen.items() if value is not None}
+    unread = sorted(name for name, value in given.items() if name not in _OF_FROZEN and value is not False)
+    if frozen_encoder and unread:
+        raise InputError(f"A frozen encoder is not trained: {', '.join(unread)} would change nothing; leave it out.")
+    if "autocast" in given:
+        given["precision"] = given.pop("autocast")
+    return TrainingOptions(**given, checkpoints=None if frozen_encoder else folder)
+
+
+def _check_checkpoint_folder(folder: Path, *, resume: bool) -> None:
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if resume and held != {_PROGRESS}:
+        raise InputError(
+            f"There is no interrupted training in {folder}; begin without --resume, or name its --checkpoint."
+        )
+    if not resume and (held or (os.path.lexists(folder) and not folder.is_dir())):
+        resumable = "A training was begun in it: go on with --resume, remove it" if held == {_PROGRESS} else "Remove it"
+        raise OutputError(
+            f"The folder for the checkpoint, {folder}, is there already. {resumable}, or name another with --checkpoint."
+        )
+
+
+def _tokenizer(model: Trainable) -> Tokenizer:
+    with tempfile.TemporaryDirectory(prefix="onnxpress-tokenizer-") as folder:
+        for path in model.tokenizer.files:
+            shutil.copyfile(path, Path(folder) / path.name)
+        return Tokenizer.from_folder(
+            Path(folder), max_length=model.max_length, pad_token_id=model.tokenizer.pad_token_id
+        )
+
+
+def _inputs(samples: Sequence[Sample]) -> list[str | tuple[str, str]]:
+    return [sample.text if sample.text_pair is None else (sample.text, sample.text_pair) for sample in samples]
+
+
+def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder beside its place and put it there; what a resume would need goes."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.part-", dir=folder.parent))
+        try:
+            write(part)
+            part.chmod(0o755)
+            if folder.exists():
+                shutil.rmtree(folder)
+            part.replace(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(f"The checkpoint {folder} cannot be written: {error.strerror or error}.") from None

@@ -1,0 +1,323 @@
+"""Labelled samples to train from: reads them, finds out what their labels are, splits some off for evaluation.
+
+Files: csv, tsv and jsonl as evaluation.read_samples reads them; lines "label text"; CoNLL columns for tags of tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxpress.errors import InputError
+from onnxpress.evaluation import Sample, read_samples
+from onnxpress.manifest import Json
+
+# What can be fitted → the task of the artifact, and transformers' problem_type.
+KINDS: Mapping[str, tuple[str, str | None]] = {
+    "text-classification": ("text-classification", "single_label_classification"),
+    "multi-label-classification": ("text-classification", "multi_label_classification"),
+    "regression": ("text-classification", "regression"),
+    "token-classification": ("token-classification", None),
+}
+_SAMPLE_FILES = (".csv", ".tsv", ".jsonl")
+_COLUMN_FILES = (".conll", ".conllu", ".bio", ".iob", ".iob2")
+_SEPARATOR = "|"  # between several labels in one column
+_SHARE = 0.1  # of the samples that are split off
+_FEWEST = 8  # samples that can be split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """What the labels of samples are. names: in the order of the model's outputs; of a regression, one for its number."""
+
+    kind: str
+    names: tuple[str, ...]
+
+    @property
+    def task(self) -> str:
+        """The task of the artifact."""
+        return KINDS[self.kind][0]
+
+    @property
+    def problem_type(self) -> str | None:
+        """As transformers' configs name it; None for tags of tokens."""
+        return KINDS[self.kind][1]
+
+    def target(self, sample: Sample) -> Any:
+        """An index, 0 or 1 for each label, a number, or an index for each word. Raises InputError for an unknown label."""
+        if self.kind == "regression":
+            return float(sample.label)
+        if self.kind == "token-classification":
+            return [self._index(tag) for tag in sample.label[1]]
+        if self.kind == "multi-label-classification":
+            chosen = {self._index(label) for label in sample.label}
+            return [float(index in chosen) for index in range(len(self.names))]
+        return self._index(sample.label)
+
+    def _index(self, label: str) -> int:
+        if label not in self.names:
+            shown = ", ".join(self.names[:20]) + (", …" if len(self.names) > 20 else "")
+            raise InputError(f"The label {label!r} is in none of the training samples; their labels are: {shown}.")
+        return self.names.index(label)
+
+
+def read_labelled(path: Path, kind: str | None, columns: Mapping[str, str | int] | None = None) -> list[Sample]:
+    """The samples of a file, all with labels. kind: a key of KINDS, None where it is to be told from the file.
+
+    Raises RecipeError and InputError, which name the file and the line.
+    """
+    if kind is not None and kind not in KINDS:
+        raise InputError(f"There is no task {kind!r} to fit; there are: {', '.join(KINDS)}.")
+    if not path.is_file():
+        raise InputError(
+            f"The file {path} does not exist; give a csv, tsv, jsonl or CoNLL file, or lines of label and text."
+        )
+    if path.suffix in _SAMPLE_FILES:
+        task = KINDS[kind or "text-classification"][0]
+        if kind is None and _has_tags(path):
+            task = "token-classification"
+        samples = read_samples(path, task, columns)
+    elif columns:
+        raise InputError(f"--column goes with csv, tsv and jsonl files; {path} is none.")
+    else:
+        by_columns = kind == "token-classification" or (kind is None and path.suffix in _COLUMN_FILES)
+        samples = (_conll if by_columns else _label_and_text)(path, _lines(path))
+    if not samples:
+        raise InputError(f"{path} holds no samples.")
+    if samples[0].label is None:
+        raise InputError(
+            f"{path} has no labels: no column is called label, score or target. Name it with --column label=NAME."
+        )
+    return samples
+
+
+def labelled_samples(texts: Sequence[Any], labels: Sequence[Json]) -> list[Sample]:
+    """Samples of texts (or pairs) and labels given in Python; of lists of tokens and lists of tags. Raises InputError."""
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise InputError(f"A list of texts is expected, not a {type(texts).__name__}.")
+    if len(texts) != len(labels):
+        raise InputError(f"{len(texts)} texts and {len(labels)} labels were given; each text needs one label.")
+    if not texts:
+        raise InputError("No texts were given; at least one with its label is needed.")
+    samples = []
+    for index, (text, label) in enumerate(zip(texts, labels, strict=True)):
+        label = label.item() if isinstance(label, np.generic) else label
+        if label is None:
+            raise InputError(f"Text {index} has no label.")
+        if isinstance(text, list):
+            if not isinstance(label, list) or len(label) != len(text):
+                raise InputError(f"Item {index}: a list of tokens needs a list of as many tags.")
+            samples.append(Sample(text=" ".join(text), label=(text, label)))
+            continue
+        first, second = text if isinstance(text, tuple) and len(text) == 2 else (text, None)
+        if not isinstance(first, str) or not first.strip() or not isinstance(second or "", str):
+            raise InputError(f"Item {index} is no text, no pair of texts, or empty.")
+        samples.append(Sample(text=first, text_pair=second, label=label))
+    return samples
+
+
+def find_labels(samples: Sequence[Sample], kind: str | None, known: Sequence[str] = ()) -> Labels:
+    """What the labels of the training samples are. known: a model's own, whose order is kept where they are the same.
+
+    Raises InputError where there is nothing to learn, or labels do not go with the kind.
+    """
+    kind = kind or _kind_of(samples)
+    if kind == "regression":
+        if len({sample.label for sample in normalized(samples, kind)}) < 2:
+            raise InputError("All training numbers are the same; there is nothing to learn.")
+        return Labels(kind=kind, names=("value",))
+    counts = Counter(name for sample in normalized(samples, kind) for name in _names(sample, kind))
+    names = sorted(counts, key=_order)
+    if kind == "token-classification":
+        names = ["O", *(name for name in names if name != "O")]
+    if len(names) < 2:
+        raise InputError(f"All training samples have the label {names[0]!r}; at least two are needed.")
+    if kind == "text-classification" and len(samples) >= 20 and len(names) > len(samples) / 2:
+        raise InputError(
+            f"{len(samples)} samples have {len(names)} different labels. Is this the column of labels (--column label=NAME), "
+            f"or are they numbers to predict (--task regression)?"
+        )
+    if set(known) == set(names):
+        names = list(known)
+    return Labels(kind=kind, names=tuple(names))
+
+
+def normalized(samples: Sequence[Sample], kind: str) -> list[Sample]:
+    """Samples whose labels have one form a kind: text, list of texts, number, (tokens, tags). Raises InputError.
+
+    The number 1, the number 1.0 and the text "1" are one label.
+    """
+    return [dataclasses.replace(sample, label=_normal(sample.label, kind)) for sample in samples]
+
+
+def split(samples: Sequence[Sample], labels: Labels, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Training and evaluation samples: a tenth, drawn by the seed, in the proportions of the labels. Raises InputError."""
+    from sklearn.model_selection import train_test_split
+
+    if len(samples) < _FEWEST:
+        raise InputError(
+            f"{len(samples)} samples are too few to split some off for evaluation ({_FEWEST} are needed); give --eval FILE."
+        )
+    held = max(round(_SHARE * len(samples)), 2)
+    if labels.kind != "text-classification":
+        train, evaluation = train_test_split(samples, test_size=held, random_state=seed)
+        return train, evaluation
+    counts = Counter(sample.label for sample in samples)
+    alone = [sample for sample in samples if counts[sample.label] == 1]  # they can only be learned from
+    others = [sample for sample in samples if counts[sample.label] > 1]
+    groups = len(labels.names) - len(alone)
+    if len(others) < 2 * groups or not groups:
+        raise InputError("There are too few samples of most labels to split some off for evaluation; give --eval FILE.")
+    held = max(min(held, len(others) - groups), groups)
+    train, evaluation = train_test_split(
+        others, test_size=held, random_state=seed, stratify=[sample.label for sample in others]
+    )
+    return [*train, *alone], evaluation
+
+
+def imbalance(samples: Sequence[Sample], labels: Labels) -> str | None:
+    """What to say where labels are uneven; None where they are not."""
+    if labels.kind != "text-classification":
+        return None
+    (frequent, most), *_, (rare, fewest) = Counter(sample.label for sample in samples).most_common()
+    if most < 4 * fewest:
+        return None
+    return f"labels are uneven: {most} of {frequent!r}, {fewest} of {rare!r}; --balanced makes them count alike"
+
+
+def write_samples(samples: Sequence[Sample], path: Path) -> None:
+    """A jsonl file that `read_samples` reads back."""
+    with path.open("w", encoding="utf-8") as file:
+        for sample in samples:
+            row: dict[str, Json]
+            if isinstance(sample.label, tuple):
+                row = {"tokens": sample.label[0], "tags": sample.label[1]}
+            else:
+                row = {"text": sample.text, "label": sample.label}
+                if sample.text_pair is not None:
+                    row["text_pair"] = sample.text_pair
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _kind_of(samples: Sequence[Sample]) -> str:
+    labels = [sample.label for sample in samples]
+    if isinstance(labels[0], tuple):
+        return "token-classification"
+    if any(isinstance(label, list) for label in labels):
+        return "multi-label-classification"
+    numbers = [_number(label) for label in labels]
+    if all(number is not None for number in numbers) and any(number % 1 for number in numbers if number is not None):
+        return "regression"
+    return "text-classification"
+
+
+def _normal(label: Json, kind: str) -> Json:
+    if kind == "token-classification":
+        if not isinstance(label, tuple):
+            raise InputError(f"The task {kind} needs tokens and tags, two lists a sample; a label is {label!r}.")
+        return label
+    if isinstance(label, tuple):
+        raise InputError(f"Samples of tokens and tags go with the task token-classification, not with {kind}.")
+    if kind == "multi-label-classification":
+        items = label if isinstance(label, list) else str(label).split(_SEPARATOR)
+        return [_name(item) for item in items]
+    if isinstance(label, list):
+        raise InputError(
+            f"A label is the list {label!r}, and {kind} has one label a text; several go with multi-label-classification."
+        )
+    if kind == "regression":
+        number = _number(label)
+        if number is None:
+            raise InputError(f"The label {label!r} is no finite number; the task regression needs one for each text.")
+        return number
+    return _name(label)
+
+
+def _name(label: Json) -> str:
+    if isinstance(label, float) and not np.isfinite(label):
+        raise InputError(f"The label {label!r} is no finite number.")
+    if isinstance(label, dict | list) or label is None:
+        raise InputError(f"A label is a text or a number, not {label!r}.")
+    text = str(label).strip()
+    whole = re.fullmatch(r"(0|-?[1-9]\d*)(\.0+)?", text)
+    return whole.group(1) if whole else text
+
+
+def _names(sample: Sample, kind: str) -> Sequence[str]:
+    if kind == "token-classification":
+        return list(sample.label[1])
+    return sample.label if isinstance(sample.label, list) else [sample.label]
+
+
+def _number(label: Json) -> float | None:
+    try:
+        number = float(label)
+    except (TypeError, ValueError):
+        return None
+    return number if np.isfinite(number) else None
+
+
+def _order(name: str) -> tuple[float, str]:
+    """Numbers by their value, before texts."""
+    number = _number(name)
+    return (np.inf if number is None else number, name)
+
+
+def _has_tags(path: Path) -> bool:
+    if path.suffix != ".jsonl":
+        return False
+    first = next((line for line in _lines(path) if line.strip()), "")
+    try:
+        row = json.loads(first)
+    except ValueError:
+        return False  # read_samples says what is wrong with it
+    return isinstance(row, dict) and "tokens" in row and "tags" in row
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text: {error}.") from None
+
+
+def _label_and_text(path: Path, lines: Sequence[str]) -> list[Sample]:
+    samples = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        label, _, text = line.strip().partition(" ")
+        if not text.strip():
+            raise InputError(
+                f"{path}, line {number} has a label and no text. A file that does not end in {', '.join(_SAMPLE_FILES)} has "
+                f'lines of a label, a space and a text: "1 a fine film".'
+            )
+        samples.append(Sample(text=text.strip(), label=label))
+    return samples
+
+
+def _conll(path: Path, lines: Sequence[str]) -> list[Sample]:
+    """Lines of columns, the token first and its tag last, an empty line between sentences (as CoNLL-2003 and WNUT)."""
+    samples: list[Sample] = []
+    tokens: list[str] = []
+    tags: list[str] = []
+    for number, line in enumerate([*lines, ""], 1):
+        columns = line.split()
+        if not columns or columns[0] == "-DOCSTART-":
+            if tokens:
+                samples.append(Sample(text=" ".join(tokens), label=(tokens, tags)))
+                tokens, tags = [], []
+            continue
+        if len(columns) < 2 or not re.fullmatch(r"O|[BI]-.+", columns[-1]):
+            raise InputError(f"{path}, line {number}: a token and, last, its tag (O, B-TYPE or I-TYPE) are expected.")
+        tokens.append(columns[0])
+        tags.append(columns[-1])
+    return samples

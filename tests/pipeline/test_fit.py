@@ -1,0 +1,395 @@
+"""Fitting: from a few labels to a proven artifact, for every kind of label, and one clear error for what cannot be."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from tiny_models import CONFIGS, add_pooling, save_tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import onnxpress
+from onnxpress.cli import main
+from onnxpress.engine import Engine
+from onnxpress.errors import InputError, OutputError, SourceError
+from onnxpress.fit import fit, fit_samples, torch_runner
+from onnxpress.labelled import find_labels, labelled_samples, normalized, read_labelled, split
+from onnxpress.optimizers.training import TrainingOptions
+
+FAST: dict[str, Any] = {
+    "epochs": 6,
+    "batch_size": 8,
+    "learning_rate": 3e-3,
+    "precision": "int8-dynamic",
+    "measure": False,
+}
+FROZEN: dict[str, Any] = {"frozen_encoder": True, "precision": "int8-dynamic", "measure": False}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def plain_model(folder: Path) -> Path:
+    """Initial weights: vectors of tokens are near to their embeddings, so that a head on them can tell words."""
+    torch.manual_seed(7)
+    tf.AutoModel.from_config(CONFIGS["bert"]()).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return plain_model(tmp_path_factory.mktemp("model") / "bert")
+
+
+@pytest.fixture(scope="module")
+def sentence_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = plain_model(tmp_path_factory.mktemp("model") / "sentences")
+    add_pooling(folder, ("Pooling", {"pooling_mode": "mean"}), ("Normalize", None))
+    return folder
+
+
+def animals(count: int, seed: int = 0) -> tuple[list[str], list[str]]:
+    """Whether a text is of a cat or of a dog, at unequal lengths."""
+    generator = np.random.default_rng(seed)
+    texts, labels = [], []
+    for index in range(count):
+        words = list(generator.choice(["the", "sat", "on", "a", "mat", "ran", "house"], size=generator.integers(1, 6)))
+        words.insert(int(generator.integers(0, len(words) + 1)), "cat" if index % 2 else "dog")
+        texts.append(" ".join(words))
+        labels.append("feline" if index % 2 else "canine")
+    return texts, labels
+
+
+def write(path: Path, texts: list[str], labels: list[Any]) -> Path:
+    rows = [{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def check_artifact_is_what_was_trained(folder: Path, runner: Any, texts: list[Any]) -> None:
+    """The checkpoint in PyTorch and the artifact agree, as far as its precision allows."""
+    facts = json.loads((folder / "fit.json").read_text())
+    original = torch_runner(folder, facts["task"], max_length=facts["max_length"])
+    for one, other in zip(original.outputs(texts), runner.outputs(texts), strict=True):
+        np.testing.assert_allclose(one["logits"], other["logits"], rtol=1e-3, atol=1e-4)
+
+
+def test_full_training_gives_a_proven_artifact(model: Path, tmp_path: Path) -> None:
+    train, dev = write(tmp_path / "train.jsonl", *animals(128)), write(tmp_path / "dev.jsonl", *animals(30, seed=9))
+    fitted = fit(model, train, evaluation=dev, out=tmp_path / "out", **FAST | {"precision": "fp32"})
+    manifest = fitted.artifact.manifest
+    assert manifest.options["labels"] == ["canine", "feline"]
+    assert (manifest.ledger[0]["metric"], manifest.ledger[0]["quality"]) == (
+        "accuracy",
+        pytest.approx(100 * max(entry["accuracy"] for entry in fitted.facts["evaluations"]), abs=1e-3),
+    )
+    assert manifest.ledger[0]["quality"] > 90
+    runner: Any = onnxpress.load(tmp_path / "out")
+    assert [answer["label"] for answer in runner.predict(["a dog ran", "the cat"])] == ["canine", "feline"]
+    check_artifact_is_what_was_trained(fitted.checkpoint, runner, animals(9, seed=2)[0])
+    again = tf.AutoModelForSequenceClassification.from_pretrained(fitted.checkpoint)
+    assert again.config.id2label == {0: "canine", 1: "feline"}
+    assert {path.name for path in tmp_path.iterdir()} == {"train.jsonl", "dev.jsonl", "out", "out-checkpoint"}
+    assert not (fitted.checkpoint / "training").exists()
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_frozen_encoder_gives_an_ordinary_classifier(
+    model: Path, sentence_model: Path, tmp_path: Path, pooled: bool
+) -> None:
+    source = sentence_model if pooled else model
+    train = write(tmp_path / "train.jsonl", *animals(80))
+    fitted = fit(source, train, out=tmp_path / "out", **FROZEN | {"precision": "fp32"})
+    assert fitted.facts["notes"] == ["8 of 80 samples were held out for evaluation"]
+    assert fitted.artifact.manifest.ledger[0]["quality"] == 100.0
+    runner: Any = onnxpress.load(tmp_path / "out")
+    check_artifact_is_what_was_trained(fitted.checkpoint, runner, animals(9, seed=2)[0])
+    # The head that was fitted is the one that answers: scikit-learn's own probabilities, by hand from the encoder.
+    encoder = tf.AutoModel.from_pretrained(source).eval()
+    tokenizer = tf.AutoTokenizer.from_pretrained(source)
+    inputs = tokenizer(["the cat sat on a mat"], return_tensors="pt", return_token_type_ids=True)
+    with torch.no_grad():
+        vector = encoder(**inputs)["last_hidden_state"].mean(1)[0].numpy()
+    from safetensors.numpy import load_file
+
+    head = load_file(fitted.checkpoint / "2_Dense" / "model.safetensors")
+    logits = head["linear.weight"] @ vector + head["linear.bias"]
+    got = runner.outputs(["the cat sat on a mat"])[0]["logits"]
+    np.testing.assert_allclose(got, logits, rtol=1e-3, atol=1e-3)
+    rebuilt = onnxpress.build(fitted.checkpoint, out=tmp_path / "again", precision="fp32", measure=False)
+    assert rebuilt.manifest.task == "text-classification"  # told from the folder alone
+    assert rebuilt.manifest.options["labels"] == ["canine", "feline"]
+
+
+def test_a_frozen_head_on_a_trained_head_takes_its_place(sentence_model: Path, tmp_path: Path) -> None:
+    texts, labels = animals(40)
+    samples = labelled_samples(texts, labels)
+    options = TrainingOptions()
+    fit_samples(sentence_model, samples, None, folder=tmp_path / "one", frozen_encoder=True, training=options)
+    fit_samples(tmp_path / "one", samples, None, folder=tmp_path / "two", frozen_encoder=True, training=options)
+    one, two = (
+        torch_runner(tmp_path / name, "text-classification", max_length=40).outputs(texts) for name in ("one", "two")
+    )
+    for first, second in zip(one, two, strict=True):
+        np.testing.assert_allclose(first["logits"], second["logits"], rtol=1e-4, atol=1e-4)
+    with pytest.raises(SourceError, match="linear head"):
+        fit_samples(tmp_path / "one", samples, None, folder=tmp_path / "three", training=options)
+    assert not (tmp_path / "three").exists()
+
+
+def test_several_labels_a_text(model: Path, tmp_path: Path) -> None:
+    texts, _ = animals(200)
+    labels = [[name for name in ("cat", "mat", "ran") if name in text.split()] for text in texts]
+    train = write(tmp_path / "train.jsonl", texts, labels)
+    fitted = fit(model, train, out=tmp_path / "out", **FAST | {"precision": "fp32"})
+    assert fitted.artifact.manifest.options["problem_type"] == "multi_label_classification"
+    assert fitted.artifact.manifest.ledger[0]["metric"] == "f1"
+    frozen = fit(model, train, out=tmp_path / "frozen", **FROZEN | {"precision": "fp32"})
+    assert frozen.artifact.manifest.ledger[0]["quality"] > 80
+    runner: Any = onnxpress.load(tmp_path / "frozen")
+    scores = runner.predict(["cat mat"])[0]["scores"]
+    assert min(scores["cat"], scores["mat"]) > 0.5 > scores["ran"]
+
+
+def test_numbers(model: Path, tmp_path: Path) -> None:
+    texts, _ = animals(120)
+    train = write(tmp_path / "train.jsonl", texts, [len(text.split()) + 0.5 for text in texts])
+    fitted = fit(model, train, out=tmp_path / "out", **FROZEN | {"precision": "fp32"})
+    assert fitted.artifact.manifest.options["problem_type"] == "regression"
+    assert (fitted.artifact.manifest.ledger[0]["metric"], fitted.facts["kind"]) == ("spearman", "regression")
+    assert fitted.artifact.manifest.ledger[0]["quality"] > 80
+    texts, names = animals(128)
+    samples = labelled_samples(texts, [0.5 if name == "canine" else 2.5 for name in names])
+    facts = fit_samples(
+        model, samples, None, folder=tmp_path / "full",
+        training=TrainingOptions(epochs=8, batch_size=8, learning_rate=2e-3),
+    )  # fmt: skip
+    assert max(entry["r2"] for entry in facts["evaluations"]) > 0.5
+
+
+def test_tags_of_tokens(model: Path, tmp_path: Path) -> None:
+    def conll(path: Path, count: int, seed: int) -> Path:
+        texts, _ = animals(count, seed)
+        tag = {"cat": "B-ANIMAL", "dog": "B-ANIMAL", "house": "B-PLACE"}
+        path.write_text(
+            "\n\n".join("\n".join(f"{word}\t{tag.get(word, 'O')}" for word in text.split()) for text in texts)
+        )
+        return path
+
+    train, dev = conll(tmp_path / "train.conll", 100, 0), conll(tmp_path / "dev.conll", 20, 5)
+    fitted = fit(model, train, evaluation=dev, out=tmp_path / "out", **FAST | {"precision": "fp32"})
+    manifest = fitted.artifact.manifest
+    assert (manifest.task, manifest.options["labels"]) == ("token-classification", ["O", "B-ANIMAL", "B-PLACE"])
+    assert (manifest.ledger[0]["metric"], manifest.ledger[0]["quality"]) == ("entity_f1", 100.0)
+    runner: Any = onnxpress.load(tmp_path / "out")
+    assert [(item["entity"], item["text"]) for item in runner.predict(["a dog ran to the house"])[0]] == [
+        ("ANIMAL", "dog"), ("PLACE", "house"),
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="needs full training"):
+        fit(model, train, out=tmp_path / "frozen", **FROZEN)
+
+
+def test_pairs_of_texts(model: Path, tmp_path: Path) -> None:
+    generator = np.random.default_rng(1)
+    pairs = [tuple(generator.choice(["cat", "dog"], 2)) for _ in range(64)]
+    engine = Engine.load(model).fit(
+        [(f"the {first} sat", f"a {second}") for first, second in pairs],
+        ["same" if first == "cat" else "other" for first, _ in pairs],
+        epochs=8, batch_size=8, learning_rate=3e-3,
+    )  # fmt: skip
+    assert engine.facts["evaluations"][-1]["accuracy"] == 1.0
+    scores = engine.predict([("the cat sat", "a dog"), ("the dog sat", "a cat")])
+    assert scores[0]["same"] > 0.5 > scores[1]["same"]
+
+
+def test_chinese_without_spaces(tmp_path: Path) -> None:
+    """A vocabulary of characters, as BERT's for Chinese is."""
+    folder = plain_model(tmp_path / "bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"这家餐馆很好吃难极了服务差满意我不喜欢"]
+    tokenizer = Tokenizer(models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    texts = ["这家餐馆很好吃", "服务满意", "我很喜欢", "好极了", "这家餐馆很难吃", "服务差极了", "我不喜欢", "差"] * 4
+    labels = (["好"] * 4 + ["坏"] * 4) * 4
+    engine = Engine.load(folder).fit(texts, labels, evaluation=(texts, labels), frozen_encoder=True)
+    assert engine.evaluate(texts, labels)["accuracy"] == 100.0
+    assert engine.predict(["这家服务难极了"])[0].keys() == {"好", "坏"}
+
+
+def test_engine_from_fit_to_a_device(sentence_model: Path, tmp_path: Path) -> None:
+    texts, labels = animals(60)
+    engine = Engine.load(sentence_model)
+    with pytest.raises(InputError, match="fit it first"):
+        engine.predict(["a cat"])
+    with pytest.raises(InputError, match="nothing to save"):
+        engine.save(tmp_path / "out")
+    engine.fit(texts, labels, frozen_encoder=True)
+    before = engine.predict(["the cat sat", "dog"])
+    assert all(abs(sum(row.values()) - 1) < 1e-9 for row in before)
+    artifact = engine.save(tmp_path / "out", precision="fp32", measure=False)
+    assert artifact.manifest.name == "out"
+    for one, other in zip(before, engine.predict(["the cat sat", "dog"]), strict=True):
+        assert one == pytest.approx(other, abs=1e-3)
+    # On a device without torch, transformers and the rest.
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'onnx', 'onnx_ir', 'pydantic', 'sklearn', 'scipy'): sys.modules[name] = None\n"
+        "import onnxpress\n"
+        f"engine = onnxpress.Engine.load({str(tmp_path / 'out')!r})\n"
+        "print(max(*engine.predict(['the cat sat'])[0].items(), key=lambda item: item[1])[0])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("feline", "")
+    loaded = Engine.load(tmp_path / "out")
+    assert loaded.evaluate(*animals(20, seed=3))["accuracy"] == 100.0
+    with pytest.raises(InputError, match="cannot be trained"):
+        loaded.fit(texts, labels)
+
+
+def test_balanced_weights_find_rare_labels(model: Path) -> None:
+    texts, labels = animals(100)
+    keep = [index for index in range(100) if labels[index] == "canine" or index % 12 == 1]
+    samples = labelled_samples([texts[index] for index in keep], [labels[index] for index in keep])
+
+    def tilt(folder: Path, balanced: bool) -> float:
+        facts = fit_samples(
+            model, samples, samples, folder=folder, balanced=balanced,
+            training=TrainingOptions(epochs=1, batch_size=4, learning_rate=1e-2),
+        )  # fmt: skip
+        assert ("labels are uneven" in " ".join(facts["notes"])) is not balanced
+        runner: Any = torch_runner(folder, "text-classification", max_length=40)
+        return float(np.mean([answer["scores"]["feline"] for answer in runner.predict(texts)]))
+
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        assert tilt(Path(folder) / "balanced", True) > tilt(Path(folder) / "plain", False) + 0.1
+
+
+def test_the_command_line_and_a_resume(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f"{int(label == 'feline')} {text}" for text, label in zip(*animals(40), strict=True)]
+    (tmp_path / "words.train").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    command = ["fit", str(model), "--train", "words.train", "--out", "out", "--epochs", "3", "--batch-size", "8",
+               "--learning-rate", "0.003", "--precision", "fp32", "--no-measure", "--budget", "50%", "--json"]  # fmt: skip
+    from onnxpress.exporters import trainable
+
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainable, "save_trained", killed)
+        assert main(command) == 130
+    assert not (tmp_path / "out").exists()
+    assert {path.name for path in (tmp_path / "out-checkpoint").iterdir()} == {"training"}
+    assert not list(tmp_path.glob(".*"))
+    assert main(command) == 2
+    assert "go on with --resume" in capsys.readouterr().err
+    assert main([*command, "--resume", "--seed", "1"]) == 2
+    assert "cannot be resumed" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["training"]["labels"] == ["0", "1"]
+    assert shown["manifest"]["ledger"][0]["metric"] == "accuracy"
+    assert main([*command, "--resume"]) == 2
+    assert "no interrupted training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "kind", "message"),
+    [
+        (["a"] * 9, ["x"] * 8, None, "9 texts and 8 labels"),
+        ([], [], None, "No texts"),
+        ("a cat", ["x"], None, "A list of texts"),
+        (["a", " "], ["x", "y"], None, "Item 1 is no text"),
+        (["a", "b"], ["x", None], None, "Text 1 has no label"),
+        (["a"] * 9, ["x"] * 9, None, "All training samples have the label 'x'"),
+        (["a"] * 9, [1.5] * 9, None, "All training numbers are the same"),
+        (["a"] * 9, ["x", ["x", "y"]] * 4 + ["y"], "text-classification", "one label a text"),
+        (["a"] * 9, [1.5, "nine"] * 4 + [2], "regression", "'nine' is no finite number"),
+        (["a"] * 9, [1.5, float("nan")] * 4 + [2], "text-classification", "no finite number"),
+        (["a"] * 30, [str(index) for index in range(30)], None, "30 different labels"),
+        (["a"] * 4, ["x", "y"] * 2, None, "too few to split"),
+        (["a"] * 9, list("abcdefghi"), None, "too few samples of most labels"),
+        (["a"] * 9, ["x", "y", "x"] * 3, "token-classification", "needs tokens and tags"),
+        ([["a"], ["b"]], [["O"], ["O", "O"]], None, "as many tags"),
+        (["a"] * 9, ["x", {}, "y"] * 3, None, "a text or a number"),
+    ],
+)
+def test_labels_that_cannot_be(texts: Any, labels: Any, kind: str | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):  # noqa: PT012
+        samples = labelled_samples(texts, labels)
+        found = find_labels(samples, kind)
+        split(normalized(samples, found.kind), found, 0)
+
+
+def test_files_and_options_that_cannot_be(model: Path, tmp_path: Path) -> None:
+    good = write(tmp_path / "good.jsonl", *animals(20))
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    (tmp_path / "bare.csv").write_text("text\na cat\n")
+    (tmp_path / "bad.txt").write_text("1 a fine film\n0\n")
+    (tmp_path / "bad.conll").write_text("cat X-ANIMAL\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("")
+    other = write(tmp_path / "other.jsonl", ["a cat"], ["reptile"])
+    numbers = write(tmp_path / "numbers.jsonl", ["a cat", "a dog"], [0, 1])
+
+    def refused(message: str, *, file: Path = good, kind: Any = InputError, **more: Any) -> None:
+        with pytest.raises(kind, match=message):
+            fit(model, file, **{"out": tmp_path / "out", **more})
+
+    refused("does not exist", file=tmp_path / "none.csv")
+    refused("holds no samples", file=tmp_path / "empty.csv", kind=onnxpress.OnnxpressError)
+    refused("has no labels", file=tmp_path / "bare.csv")
+    refused("line 2 has a label and no text", file=tmp_path / "bad.txt")
+    refused("line 1: a token and, last, its tag", file=tmp_path / "bad.conll")
+    refused("no task 'translation'", task="translation")
+    refused("'reptile' is in none", evaluation=other)
+    refused("'0' is in none of the training samples; their labels are: canine, feline", evaluation=numbers)
+    refused("Unknown option 'epoch'", kind=onnxpress.OnnxpressError, epoch=3)
+    refused("precision 'int3'", kind=onnxpress.OnnxpressError, precision="int3")
+    refused("epochs would change nothing", frozen_encoder=True, epochs=3)
+    refused("balanced goes with", balanced=True, task="multi-label-classification")
+    refused("no artifact", kind=OutputError, out=tmp_path / "full")
+    refused("there already", kind=OutputError, checkpoint=tmp_path / "full")
+    refused("takes 1 to 40 tokens", kind=SourceError, max_length=99)
+    assert not list(tmp_path.glob("out*"))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_numbers_and_texts_that_are_one_label(tmp_path: Path) -> None:
+    (tmp_path / "one.csv").write_text("text,label\na,1\nb,0\nc,10\nd,2\n")
+    from_csv = find_labels(read_labelled(tmp_path / "one.csv", None), None)
+    from_python = find_labels(labelled_samples(list("abcd"), [1, 0.0, "10", np.int64(2)]), None)
+    assert from_csv.names == from_python.names == ("0", "1", "2", "10")
+
+
+def test_the_split_is_stratified_and_seeded() -> None:
+    samples = labelled_samples([f"text {index}" for index in range(100)], ["a"] * 80 + ["b"] * 19 + ["c"])
+    labels = find_labels(samples, None)
+    train, held = split(samples, labels, 3)
+    assert (len(train), len(held)) == (90, 10)
+    assert sorted(sample.label for sample in held) == ["a"] * 8 + ["b"] * 2
+    assert split(samples, labels, 3) == (train, held)
+    assert split(samples, labels, 4) != (train, held)
+    assert not {sample.text for sample in train} & {sample.text for sample in held}
