@@ -305,6 +305,7 @@ class _Press:
         self.exact = True
         self.rows_alone = False
         self._quality = _rounded(gate.reference_value)
+        self._as_it_is = gate.verdict(gate.reference_metrics, 1.0)  # what is said of the float graph
         self._recipe, self._bench, self._gate, self._parity, self._report = recipe, bench, gate, parity, report
         self._target, self._resume = find_target(recipe.build.target), resume
 
@@ -322,7 +323,7 @@ class _Press:
                 f"{self._gate.budget.metric} {self._gate.reference_value:.5g}. Prune less, let it learn with [distil] (for longer, "
                 "or on more of the texts that it is for), allow more with --budget, or keep it in spite of the budget with --keep-all."
             )
-        self._parity = parity
+        self._parity, self._as_it_is = parity, judgement
         self._slower("prune", session)
         self._take(row, smaller.exported.graph, session, status="kept", reason=judgement.sentence())
 
@@ -398,6 +399,7 @@ class _Press:
             candidates,
             self._gate,
             self.graph.weight_bytes(),
+            self._as_it_is,
             by_size=build.prefer == "size" or not timed,
             timed=timed,
             step=self._report.step,

@@ -145,19 +145,19 @@ def choose_automatically(
     candidates: Mapping[str, Trials | None],
     gate: Gate,
     float_bytes: int,
+    as_it_is: Judgement,
     *,
     by_size: bool,
     timed: bool,
     step: Callable[[str], None],
     progress: Callable[[str], None],
 ) -> Choice:
-    """Try all candidates and choose. candidates: a precision's trials by its name, None for float as it is.
+    """Try all candidates and choose. candidates: a precision's trials by its name, None for float as it is; as_it_is: the verdict on that.
 
     timed: the clock is asked; without it, choose by_size. step and progress say what the search is at.
 
     Raises BudgetError where not even float keeps the budget.
     """
-    as_it_is = gate.verdict(gate.reference_metrics, 1.0)
     if not as_it_is.holds:
         raise BudgetError(
             f"The budget asks for a {as_it_is.metric} of at least {gate.budget.limit_value(gate.reference_value):.5g}; the original "

@@ -54,10 +54,10 @@ def test_public_names() -> None:
 SHARED = {"onnxpress.errors", "onnxpress.manifest"}
 ALLOWED = {
     "runtime": {"jinja2", "numpy", "onnxruntime", "tokenizers", "tqdm", "onnxpress.runtime", "onnxpress.artifact", *SHARED},
-    "optimizers": {"numpy", "onnx_ir", "onnx", "onnxscript", "ml_dtypes", "onnxpress.optimizers", "onnxpress.graph", *SHARED},
+    "optimizers": {"numpy", "onnx_ir", "onnx", "onnxscript", "ml_dtypes", "onnxpress.optimizers", "onnxpress.graph", "onnxpress.pruned", *SHARED},
     "exporters": {
         "numpy", "torch", "tokenizers", "transformers", "huggingface_hub", "safetensors", "optimum", "onnx_ir", "onnxscript",
-        "onnxpress.exporters", "onnxpress.graph", *SHARED,
+        "onnxpress.exporters", "onnxpress.graph", "onnxpress.pruned", *SHARED,
     },
 }  # fmt: skip
 # What changes weights by training runs in torch; nothing else among the optimizers does.

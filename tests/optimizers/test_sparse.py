@@ -35,7 +35,7 @@ def test_what_stays_makes_up_for_what_goes() -> None:
     by_size = np.where(np.argsort(np.argsort(groups, axis=2), axis=2) >= 2, weight.reshape(24, 8, 4), 0).reshape(24, 32)
     assert is_two_of_four(by_size)
     ours, crude = (float(np.square(x @ (found - weight).T).sum()) for found in (sparse, by_size))
-    assert ours < 0.5 * crude
+    assert ours < 0.7 * crude
 
 
 def test_layers_of_a_graph(tmp_path: Path) -> None:

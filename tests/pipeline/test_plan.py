@@ -253,7 +253,14 @@ def test_a_budget_that_the_original_itself_breaks(network: Path, tmp_path: Path)
     trials = trials_of(network, tmp_path / "work", limit=2.0)
     with pytest.raises(BudgetError, match=r"variance_kept of at least 2; the original itself has 1, so no plan can"):
         choose_automatically(
-            {"int8": trials, "fp32": None}, trials._gate, 1, by_size=True, timed=False, step=print, progress=print
+            {"int8": trials, "fp32": None},
+            trials._gate,
+            1,
+            trials._gate.verdict(trials._gate.reference_metrics, 1.0),
+            by_size=True,
+            timed=False,
+            step=print,
+            progress=print,
         )
     assert trials.measured == 0
 

@@ -27,7 +27,7 @@ def test_everything_has_a_default_but_the_model() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({**MODEL, "speed": 3}, r"unknown key 'speed' \(allowed here: model, build, quality, passes\)"),
+        ({**MODEL, "speed": 3}, r"unknown key 'speed' \(allowed here: model, build, quality, prune, distil, passes\)"),
         ({"model": {"source": "x", "tsk": "y"}}, r"unknown key 'model.tsk' \(allowed here: source, task"),
         ({"model": {"source": 3}}, r"'model.source': input should be a valid string, not 3"),
         ({**MODEL, "build": {"keep_all": "yes"}}, r"'build.keep_all': input should be a valid boolean, not 'yes'"),

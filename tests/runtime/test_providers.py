@@ -83,7 +83,11 @@ def test_tensorrt_without_ranges_or_cache() -> None:
         task="module", inputs=(TensorSpec(name="x", dtype="float32", shape=("n", "m")),), outputs=(), axes={"n": (1, 2)}
     )
     for signature in (None, unknown):
-        assert TensorRT().options(signature, "") == {"device_id": "0", "trt_builder_optimization_level": "3"}
+        assert TensorRT().options(signature, "") == {
+            "device_id": "0",
+            "trt_builder_optimization_level": "3",
+            "trt_sparsity_enable": "1",
+        }
 
 
 def test_an_unwritable_cache_is_named(tmp_path: Path) -> None:
