@@ -89,6 +89,7 @@ def fit(
     )
     chosen = {name: options.pop(name) for name in list(options) if name in _TRAINING}
     training = training_options(chosen, folder / _PROGRESS, frozen_encoder)
+    revision = options.pop("revision", None)  # of the source; the build's is the folder
     recipe = make_recipe({"model": {"source": str(folder)}, "build": {"name": artifact_folder.resolve().name}})
     recipe = with_options(recipe, {**options, "file": str(folder / _EVALUATION)})  # said before training what is wrong
     with terminal.Progress(enabled=not quiet) as report:
@@ -100,7 +101,7 @@ def fit(
         others = None if evaluation is None else read_labelled(Path(evaluation), task, columns)
         report.step("train the head" if frozen_encoder else "train")
         facts = fit_samples(
-            trainable.find_folder(os.fspath(source), options.get("revision")),
+            trainable.find_folder(os.fspath(source), revision),
             samples,
             others,
             folder=folder,
@@ -151,6 +152,9 @@ def fit_samples(
     else:
         model = trainable.load_trainable(source, head, seed=training.seed, max_length=max_length)
         save, figures = _fine_tune(model, head, labels, learned, judged, balanced, training, progress)
+    cut = sum(encoding.truncated > 0 for encoding in _tokenizer(model).encode(_inputs(learned)))
+    if cut:
+        notes.append(f"{cut} of {len(learned)} training texts were cut at {model.max_length} tokens")
     facts: dict[str, Json] = {
         "source": source.name,
         "task": labels.task,

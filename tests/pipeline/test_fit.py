@@ -264,6 +264,15 @@ def test_engine_from_fit_to_a_device(sentence_model: Path, tmp_path: Path) -> No
         loaded.fit(texts, labels)
 
 
+def test_cut_texts_are_counted(model: Path, tmp_path: Path) -> None:
+    texts, labels = animals(40)
+    samples = labelled_samples([*texts, "cat " * 60], [*labels, "feline"])
+    facts = fit_samples(
+        model, samples, samples, folder=tmp_path / "one", frozen_encoder=True, training=TrainingOptions()
+    )
+    assert facts["notes"] == ["1 of 41 training texts were cut at 40 tokens"]
+
+
 def test_balanced_weights_find_rare_labels(model: Path) -> None:
     texts, labels = animals(100)
     keep = [index for index in range(100) if labels[index] == "canine" or index % 12 == 1]
