@@ -38,8 +38,8 @@ def resized(module: torch.nn.Module, pruned: Pruned) -> torch.nn.Module:
     smaller = copy.deepcopy(module)
     for name, change in pruned.changes.items():
         _set(smaller, name, change)
-    for name, change in pruned.changes.items():
-        _fit_bias(smaller, name, change)
+    for name in pruned.changes:
+        _fit_bias(module, smaller, name)
     for lost in pruned.heads:
         _tell_heads(smaller, lost)
     if pruned.heads and len({(lost.before, lost.groups) for lost in pruned.heads}) == 1:
@@ -81,17 +81,22 @@ def _set(module: torch.nn.Module, name: str, change: Change) -> None:
             owner.nf = new.shape[1]
 
 
-def _fit_bias(module: torch.nn.Module, name: str, change: Change) -> None:
+def _fit_bias(module: torch.nn.Module, smaller: torch.nn.Module, name: str) -> None:
     """Shorten a bias that the graph holds under another name, because it equals another layer's, as its weight tells."""
-    owner: Any = module.get_submodule(name.rpartition(".")[0])
+    owner: Any = smaller.get_submodule(name.rpartition(".")[0])
     bias = getattr(owner, "bias", None)
-    if not name.endswith(".weight") or bias is None or len(bias) == change.after.shape[1]:
+    if not name.endswith(".weight") or bias is None or owner.weight.dim() != 2:
+        return
+    before, after = module.get_parameter(name).detach(), owner.weight.detach()  # (out, in)
+    if not isinstance(owner, torch.nn.Linear):
+        before, after = before.T, after.T
+    if len(bias) == len(after):
         return
     kept: list[int] = []
-    for index, column in enumerate(change.before.T):
-        if len(kept) < change.after.shape[1] and np.array_equal(column, change.after[:, len(kept)]):
+    for index, row in enumerate(before):
+        if len(kept) < len(after) and torch.equal(row, after[len(kept)]):
             kept.append(index)
-    if len(bias) != change.before.shape[1] or len(kept) != change.after.shape[1]:
+    if len(bias) != len(before) or len(kept) != len(after):
         raise ConversionError(f"The bias beside {name} is not as long as the pruned graph's weight is wide.")
     owner.bias = torch.nn.Parameter(bias.detach()[kept].clone())
 

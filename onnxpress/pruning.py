@@ -123,14 +123,15 @@ def _distil(
         labels=section.label_weight > 0,
         seed=section.seed,
     )
+    checkpoints = None if section.checkpoints is None else Path(section.checkpoints)
     training = TrainingOptions(
         epochs=section.epochs,
         batch_size=section.batch_size,
         learning_rate=section.learning_rate,
         seed=section.seed,
         precision=section.precision,
-        checkpoints=None if section.checkpoints is None else Path(section.checkpoints),
-        resume=section.checkpoints is not None,
+        checkpoints=checkpoints,
+        resume=checkpoints is not None and checkpoints.is_dir() and any(checkpoints.iterdir()),
     )
     summary = distil(
         teacher,

@@ -30,7 +30,7 @@ import tomllib
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -245,6 +245,7 @@ def _explain(item: Mapping[str, Any]) -> str:
         section: Any = Recipe
         for part in item["loc"][:-1]:
             section = section.model_fields[part].annotation
+            section = next((kind for kind in get_args(section) if kind is not type(None)), section)  # of `X | None`
         return f"unknown key {location!r} (allowed here: {', '.join(section.model_fields)})"
     if item["type"] == "missing":
         return f"key {location!r} is missing"

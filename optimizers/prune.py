@@ -132,6 +132,9 @@ def prune(
         array = fitted.T if place.last.transposed else fitted
         replace_constant(graph, node, position, array.astype(np.float32))
         decided.append((place, gone))
+    if not decided and not dropped:
+        there = ", ".join(dict.fromkeys(f"{place.units} {place.kind}" for place in places))
+        raise RecipeError(f"prune: so small a share of {there} is none at all; give a larger one, or a number.")
     lost_heads: list[LostHeads] = []
     for place, gone in decided:
         group = place.group(gone)
@@ -272,8 +275,10 @@ def _number(wanted: float, there: int, kind: str) -> int:
 
 
 def _to_a_multiple(number: int, there: int, multiple: int) -> int:
-    stay = there - number
-    return number if stay <= multiple else there - min(there, round(stay / multiple) * multiple)
+    """How many go so that a multiple stays: the nearest one, but fewer than there are."""
+    if not number or there - number <= multiple:
+        return number
+    return there - min(round((there - number) / multiple), (there - 1) // multiple) * multiple
 
 
 def _least_changing(

@@ -293,6 +293,9 @@ def test_channels_that_stay_are_a_multiple(tmp_path: Path) -> None:
     graph = encoder(1)
     pruned(graph, tmp_path, ffn=0.3, multiple=16)
     assert tuple(graph.model.graph.initializers["up0"].shape or ()) == (WIDTH, 48), "45 would be 70 %"
+    graph = encoder(1)
+    pruned(graph, tmp_path, ffn=0.2)
+    assert tuple(graph.model.graph.initializers["up0"].shape or ()) == (WIDTH, 32), "and not all 64, the nearest of 32"
 
 
 @pytest.mark.parametrize(
@@ -307,6 +310,7 @@ def test_channels_that_stay_are_a_multiple(tmp_path: Path) -> None:
         ({"layers": 2}, "layers is 2, but there are 2"),
         ({"ffn": 64}, "ffn is 64, but there are 64"),
         ({"ffn": 0.5, "multiple": 0}, "multiple is 0"),
+        ({"heads": 0.1}, "so small a share of 4 heads is none at all"),
     ],
 )
 def test_bad_options(options: dict[str, Any], said: str, tmp_path: Path) -> None:

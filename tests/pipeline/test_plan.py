@@ -26,13 +26,13 @@ from onnxpress.errors import BudgetError, OutputError, RecipeError
 from onnxpress.evaluation import Budget
 from onnxpress.foreign import open_onnx
 from onnxpress.gate import Gate, Judgement
+from onnxpress.module_workload import ModuleWorkload
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.targets import target
 from onnxpress.plan import Plan, choose, choose_automatically, mixed_plan, whole_plan
 from onnxpress.terminal import Progress
 from onnxpress.trials import Notebook, Trials, describe_steps
 from onnxpress.workbench import Workbench
-from onnxpress.workload import ModuleWorkload
 
 LAYERS, SENSITIVE = 6, "layer3"
 NONE: frozenset[str] = frozenset()

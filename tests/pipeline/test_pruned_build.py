@@ -36,12 +36,15 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_prune_distil_quantize_is_one_recipe(classifier: Path, texts: Path, tmp_path: Path) -> None:
+    others = tmp_path / "others.csv"
+    random = np.random.default_rng(1)
+    others.write_text("text\n" + "\n".join(" ".join(random.choice(WORDS, 8)) for _ in range(40)), encoding="utf-8")
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
         f'[model]\nsource = "{classifier}"\n[build]\nprecision = "int8"\nkeep_all = true\nmeasure = false\n'
-        "[quality]\nsamples = 24\ncalibration_samples = 16\n"
+        '[quality]\nsamples = 40\ncalibration_samples = 16\nfile = "others.csv"\n'
         "[prune]\nffn = 0.5\nheads = 1\nmultiple = 8\n"
-        f'[distil]\nfile = "{texts}"\nepochs = 6\nlearning_rate = 2e-3\n'
+        f'[distil]\nfile = "{texts}"\nepochs = 6\nlearning_rate = 1e-3\n'
     )
     built = onnxpress.build(recipe, out=tmp_path / "out")
     rows = {row["pass"]: row for row in built.manifest.ledger}
@@ -51,7 +54,7 @@ def test_prune_distil_quantize_is_one_recipe(classifier: Path, texts: Path, tmp_
     notes = " ".join(rows["prune"]["notes"])
     assert "distilled on 400 examples, 6 epochs" in notes
     before, after = map(float, notes.partition("divergence ")[2].split()[:3:2])
-    assert after < 0.5 * before
+    assert after < 0.7 * before
     undistilled = onnxpress.build(recipe, out=tmp_path / "plain", distil={"epochs": 1, "learning_rate": 1e-9})
     plain = {row["pass"]: row for row in undistilled.manifest.ledger}["prune"]
     assert rows["prune"]["metrics"]["kl_mean"] < plain["metrics"]["kl_mean"]
@@ -92,8 +95,8 @@ def test_a_plain_module_and_an_onnx_file(tmp_path: Path) -> None:
     options = {"prune": {"ffn": 0.25}, "precision": "fp32", "keep_all": True, **QUICK}
     built = onnxpress.build(module, example_inputs=example, out=tmp_path / "module", **options)
     assert module[0].out_features == 64
-    size = sum(entry.size for name, entry in built.manifest.files.items() if name.startswith("model.onnx"))
-    assert size < 4 * (16 * 64 * 2 + 80)
+    pruned = {row["pass"]: row for row in built.manifest.ledger}["prune"]
+    assert pruned["bytes"] == pruned["bytes_before"] - 4 * 32 * 33, "a row, a column and a bias for each of 32 channels"
     file = built.path / "model.onnx"
     again = onnxpress.build(str(file), out=tmp_path / "file", **options)
     row = {row["pass"]: row for row in again.manifest.ledger}["prune"]
@@ -106,11 +109,10 @@ def test_a_plain_module_and_an_onnx_file(tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
-def test_a_budget_that_the_pruned_model_does_not_meet(classifier: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        BudgetError, match=r"The pruned model is over the budget: agreement|over the budget: .*Prune less"
-    ):
-        onnxpress.build(classifier, out=tmp_path / "out", prune={"ffn": 0.9, "heads": 3, "multiple": 1}, **QUICK)
+def test_a_budget_that_the_pruned_model_does_not_meet(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "encoder", "bert")
+    with pytest.raises(BudgetError, match=r"The pruned model is over the budget: cosine_mean 0\.\d+.*Prune less"):
+        onnxpress.build(folder, out=tmp_path / "out", prune={"ffn": 0.5, "multiple": 1}, budget="0.99999", **QUICK)
     assert not (tmp_path / "out").exists()
 
 
@@ -145,7 +147,7 @@ def test_a_killed_training_goes_on_with_the_same_recipe_alone(classifier: Path, 
     onnxpress.build(classifier, out=tmp_path / "one", distil=distil, **options)
     again = onnxpress.build(classifier, out=tmp_path / "other", distil=distil, **options)
     assert {row["pass"]: row for row in again.manifest.ledger}["prune"]["status"] == "kept"
-    with pytest.raises(InputError, match="temperature"):
+    with pytest.raises(InputError, match="cannot be resumed with another"):
         onnxpress.build(classifier, out=tmp_path / "no", distil={**distil, "temperature": 3.0}, **options)
     assert not (tmp_path / "no").exists()
 
