@@ -102,9 +102,11 @@ def mixed_plan(
     if found is None:
         return whole
     tried = [_plan(whole.name, trials, kept, judgement, timed=timed) for kept, judgement in found.tried]
-    best = next(plan for plan in tried if plan.kept == found.kept)
-    closest = best if best.holds or best.judgement.margin > whole.judgement.margin else whole
-    return replace(closest, tried=(whole, *tried))
+    tried = [
+        plan for plan in tried if plan.changes
+    ]  # where all layers stay, what lay between them does too: that is no plan
+    best = max([whole, *tried], key=lambda plan: (plan.holds, -len(plan.kept) if plan.holds else plan.judgement.margin))
+    return replace(best, tried=(whole, *tried))
 
 
 def proven(plan: Plan, trials: Trials) -> Plan:

@@ -123,11 +123,11 @@ class Trials:
         self._last = None
 
     def measure(self, kept: frozenset[str]) -> Trial:
-        """The figures of a choice, measured where they are not known yet. A plan that changes nothing has no metrics."""
+        """The figures of a choice, measured where they are not known yet."""
         if kept not in self._known:
             self._unproven.discard(kept)
             result, session = self.apply(kept)
-            metrics, batch_cosine = self._gate.measure(session) if result.changes else ({}, 1.0)
+            metrics, batch_cosine = self._gate.measure(session)
             self.measured += 1
             self._note(
                 Trial(

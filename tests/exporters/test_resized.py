@@ -80,19 +80,7 @@ def check(folder: Path, bench: Workbench, *kinds: str, **options: float) -> None
 
 
 ENCODERS = ("bert", "distilbert", "nomic-bert")
-DECODERS = (
-    "llama",
-    "qwen3",
-    "mistral",
-    "gemma3",
-    "phi3",
-    "smollm3-nope",
-    "granite",
-    "starcoder2",
-    "gpt2",
-    "opt",
-    "gpt-neox",
-)
+DECODERS = ("llama", "qwen3", "phi3", "phi", "gpt2", "gpt-neox")  # each splits and turns its heads in another way
 
 
 @pytest.mark.parametrize("name", ENCODERS)

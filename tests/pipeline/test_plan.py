@@ -192,17 +192,17 @@ def digests(folder: Path) -> dict[str, str]:
 def test_an_automatic_build_says_what_it_tried_and_why_others_lost(network: Path, tmp_path: Path) -> None:
     built = build(network, tmp_path / "out", budget="2%")
     rows = {row["pass"]: row for row in built.manifest.ledger}
-    assert list(rows)[-5:] == ["int8", "fp32", "int8-dynamic", "int8-weights", "int4-weights"]
-    chosen = [row for row in built.manifest.ledger[-5:] if row["status"] in ("kept", "repaired")]
+    assert list(rows)[-6:] == ["int8", "fp32", "int8-dynamic", "int8-qdq", "int8-weights", "int4-weights"]
+    chosen = [row for row in built.manifest.ledger[-6:] if row["status"] in ("kept", "repaired")]
     assert [row["pass"] for row in chosen] == [built.manifest.precision]
     assert chosen[0]["reason"].startswith("the smallest that keeps the budget")
-    holding = [row for row in built.manifest.ledger[-5:] if row["quality"] >= 0.98]
+    holding = [row for row in built.manifest.ledger[-6:] if row["quality"] >= 0.98]
     assert chosen[0]["bytes"] == min(row["bytes"] for row in holding)
     assert "is smaller" in rows["fp32"]["reason"]
     assert rows["int8"]["status"] in ("lost", "repaired")
     assert [point["kept"] for point in rows["int8"]["curve"]][:2] == [0, 1]
     points = built.measured["curve"]
-    assert {point["plan"] for point in points} == set(list(rows)[-5:])
+    assert {point["plan"] for point in points} == set(list(rows)[-6:])
     assert sum(point["chosen"] for point in points) == 1
     assert {point["latency_ms"] for point in points} == {None}
     page = (built.path / "report.html").read_text()

@@ -267,7 +267,7 @@ def test_the_command_builds_the_same_recipe_again(monkeypatch: pytest.MonkeyPatc
     seen: list[Any] = []
 
     def keep(source: str, *, out: Path | None, quiet: bool, **options: Any) -> Any:
-        seen.append(pipeline._with_options(make_recipe({"model": {"source": source}}), options))
+        seen.append(pipeline.with_options(make_recipe({"model": {"source": source}}), options))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "build", keep)
