@@ -65,6 +65,10 @@ def export_module(source: ModuleSource) -> ModuleExport:
         outputs=tuple(tensor_spec(value) for value in model.graph.outputs),
         axes=axes,
     )
+    if any(tensor.dtype == torch.bfloat16 for tensor in example.values()):
+        raise ConversionError(
+            "The example inputs are bfloat16, which numpy does not have: give module and inputs as float32."
+        )
     return ModuleExport(
         graph=Graph(model=model, signature=signature),
         reference=TorchReference(module, tuple(example), outputs),

@@ -165,7 +165,8 @@ def _tell_layers(config: Any, count: int, kept: Sequence[int]) -> None:
     if getattr(config, "num_hidden_layers", None) == count:
         config.num_hidden_layers = len(kept)
     for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == count and name != "architectures":
+        by_layer = "layer" in name or "window" in name
+        if by_layer and isinstance(value, list) and len(value) == count:
             setattr(config, name, [value[index] for index in kept])
 
 

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Self
 
-from onnxpress.errors import ArtifactError, OutputError
+from onnxpress.errors import ArtifactError, OutputError, RecipeError
 from onnxpress.manifest import FileEntry, Json, Manifest
 
 MANIFEST, MEASURED, REPORT = "manifest.json", "measured.json", "report.html"
@@ -172,6 +172,14 @@ class ArtifactWriter:
         if error.errno in _DISK_TROUBLE:
             return True
         return isinstance(error.filename, str) and Path(error.filename).is_relative_to(self.folder)
+
+
+def check_outside(folder: Path, artifact: Path, what: str) -> None:
+    """Raise RecipeError for a folder to keep things in that is inside of an artifact, which is replaced as a whole."""
+    if folder.resolve().is_relative_to(artifact.resolve()):
+        raise RecipeError(
+            f"The folder {folder} of {what} is inside of the artifact {artifact}, which is replaced as a whole: choose another."
+        )
 
 
 def _read(path: Path) -> str:

@@ -89,7 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         "--target", help="cpu, cpu-avx2 (x86 without VNNI), cpu-arm64, cuda, tensorrt (default: this machine's CPU)"
     )
     build.add_argument(
-        "--precision", help="fp32, int8, int8-dynamic, int8-qdq, fp8-qdq, int8-weights, int4-weights, fp16, bf16"
+        "--precision",
+        help="fp32, int8, int8-dynamic, int8-qdq, fp8-qdq, int8-weights, int4-weights, fp16, fp16-sparse, bf16",
     )
     build.add_argument("--out", type=Path, help="folder of the artifact (default: artifacts/NAME)")
     build.add_argument("--cache", choices=("fp32", "int8"), help="of a language model's keys and values (default fp32)")
@@ -509,7 +510,7 @@ def _columns(items: Sequence[str]) -> dict[str, str | int]:
         role, separator, name = item.partition("=")
         if not separator or not role or not name:
             raise UsageError(f"--column {item!r} is not of the form ROLE=NAME, e.g. text=sentence or label=2.")
-        columns[role] = int(name) if name.isdigit() else name
+        columns[role] = int(name) if name.isdecimal() else name
     return columns
 
 

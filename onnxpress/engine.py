@@ -122,8 +122,9 @@ class Engine:
 
         folder = self._checkpoint
         facts = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
-        given = {"task": facts["task"], "max_length": facts["max_length"], "name": Path(path).resolve().name, **options}
-        artifact = build(folder, out=path, file=str(folder / "evaluation.jsonl"), quiet=quiet, **given)
+        given = {"task": facts["task"], "max_length": facts["max_length"], "name": Path(path).resolve().name}
+        given |= {"file": str(folder / "evaluation.jsonl"), **options}
+        artifact = build(folder, out=path, quiet=quiet, **given)
         self._runner = load(artifact.path)
         return artifact
 

@@ -377,7 +377,7 @@ def _label(runner: Any, label: Json) -> str:
     text = str(label)
     if text in labels:
         return text
-    if text.lstrip("-").isdigit() and 0 <= int(text) < len(labels):
+    if text.lstrip("-").isdecimal() and 0 <= int(text) < len(labels):
         return str(labels[int(text)])
     raise RecipeError(f"The label {label!r} is not one of the model's: {', '.join(map(str, labels))}.")
 

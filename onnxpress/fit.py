@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from onnxpress import terminal
-from onnxpress.artifact import Artifact, ArtifactWriter
+from onnxpress.artifact import Artifact, ArtifactWriter, check_outside
 from onnxpress.errors import InputError, OutputError
 from onnxpress.evaluation import Sample
 from onnxpress.exporters import trainable
@@ -96,6 +96,7 @@ def fit(
         report.step("read the samples")
         with ArtifactWriter(artifact_folder):
             pass  # an --out that cannot be written is said now
+        check_outside(folder, Path(out), "--checkpoint")
         _check_checkpoint_folder(folder, resume=training.resume)
         samples = read_labelled(Path(train_file), task, columns)
         others = None if evaluation is None else read_labelled(Path(evaluation), task, columns)

@@ -33,6 +33,7 @@ def open_onnx(path: Path, *, task: str | None, max_length: int | None) -> Export
         raise SourceError(f"The file {path} does not exist.")
     try:
         model = ir.load(path)
+        ir.external_data.load_to_model(model)  # weights beside the file: the graphs of a build are elsewhere
         reference = Session(path)
     except ArtifactError as error:
         raise SourceError(str(error)) from None

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from onnxpress import evaluation, terminal
-from onnxpress.artifact import Artifact, ArtifactWriter
+from onnxpress.artifact import Artifact, ArtifactWriter, check_outside
 from onnxpress.decoder_workload import DecoderWorkload
 from onnxpress.errors import (
     ArtifactError,
@@ -137,6 +137,8 @@ def _build(
 ) -> Artifact:
     started = time.perf_counter()
     facts = find_target(recipe.build.target)
+    if recipe.distil is not None and recipe.distil.checkpoints is not None:
+        check_outside(Path(recipe.distil.checkpoints), folder, "distil.checkpoints")
     evaluation_file = workload_file(recipe.quality.file, "evaluation")
     calibration_file = workload_file(recipe.quality.calibration, "calibration")
     with ArtifactWriter(folder) as writer:
@@ -323,6 +325,10 @@ class _Press:
                 f"{self._gate.budget.metric} {self._gate.reference_value:.5g}. Prune less, let it learn with [distil] (for longer, "
                 "or on more of the texts that it is for), allow more with --budget, or keep it in spite of the budget with --keep-all."
             )
+        if smaller.planned is not None:
+            parity.check(
+                self._bench.open(smaller.planned)
+            )  # the graph that was pruned, against the module made as small
         self._parity, self._as_it_is = parity, judgement
         self._slower("prune", session)
         self._take(row, smaller.exported.graph, session, status="kept", reason=judgement.sentence())
@@ -382,7 +388,7 @@ class _Press:
         reason = plan.sentence(named=True) + (f"; {slower}" if slower else "")
         self._take_plan(row, plan, trials, status=plan.status, reason=reason)
         if step.name != _INT8_CACHE:
-            self.precision = step.name
+            self.precision = self._recipe.build.precision or step.name
 
     def choose(self, precisions: Mapping[str, Sequence[str]]) -> None:
         """The automatic plan: try all of some precisions and take the best; one row of the ledger each."""
@@ -533,7 +539,7 @@ def with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
         if key in ("prune", "distil"):
             if not isinstance(value, Mapping):
                 raise RecipeError(f"{key} is {value!r}; it takes a dict, the keys of the recipe's [{key}].")
-            content[key] = content.get(key, {}) | dict(value)
+            content[key] = (content.get(key) or {}) | dict(value)
             continue
         if key == "passes":
             before = content.get("passes", {})

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from onnxpress.calibration import ActivationStream, activations
 from onnxpress.errors import RecipeError
+from onnxpress.evaluation import LONG
 from onnxpress.exporters import Exported, original, resized
 from onnxpress.graph import Graph
 from onnxpress.manifest import Json
@@ -45,6 +46,7 @@ class Smaller(NamedTuple):
     exported: Exported
     changes: int
     notes: tuple[str, ...]
+    planned: Graph | None = None  # the graph that was pruned, where the module was not trained after that
 
 
 def make_smaller(
@@ -75,22 +77,40 @@ def make_smaller(
         activations=partial(activations, open_session=bench.open, inputs=workload.calibration),
         progress=progress,
     )
-    changes, notes = len(pruned.changes) + len(pruned.layers), _sizes(exported.graph, pruned)
+    changes, notes = len(pruned.changes) + len(pruned.layers), pruned.notes
     if module is None:
         if recipe.distil is not None:
             raise RecipeError("[distil] needs the PyTorch model; an .onnx file can be pruned, and not be trained.")
-        return Smaller(
-            dataclasses.replace(exported, graph=pruned.graph, reference=bench.open(pruned.graph)), changes, notes
-        )
+        smaller = dataclasses.replace(exported, graph=pruned.graph, reference=bench.open(pruned.graph))
+        return Smaller(smaller, changes, (_sizes(exported.graph, pruned.graph), *notes))
     student = resized(module, pruned)
     if recipe.distil is not None:
+        _check_texts(recipe, exported.graph.signature.task)
         notes += _distil(exported, module, student, pruned, recipe.distil, tokenizer_folder, progress)
-    return Smaller(export_again(student), changes, notes)
+    again = export_again(student)
+    planned = pruned.graph if recipe.distil is None else None
+    return Smaller(again, changes, (_sizes(exported.graph, again.graph), *notes), planned)
 
 
-def _sizes(before: Graph, pruned: Pruned) -> tuple[str, ...]:
-    was, now = before.weight_bytes() / 4e6, pruned.graph.weight_bytes() / 4e6
-    return (f"{was:.3g} million numbers became {now:.3g} million", *pruned.notes)
+def _check_texts(recipe: Recipe, task: str) -> None:
+    """Raise RecipeError where the student would learn from the texts that judge it."""
+    from onnxpress.training_texts import read_texts
+
+    assert recipe.distil is not None
+    if recipe.distil.file is None or recipe.quality.file is None or task == "module":
+        return
+    given = ((recipe.distil.file, recipe.distil.columns), (recipe.quality.file, recipe.quality.columns))
+    learned, judged = ({sample.text for sample in read_texts(Path(file), task, columns)} for file, columns in given)
+    both = [text for text in learned & judged if len(text) >= LONG]
+    if both:
+        raise RecipeError(
+            f"{len(both)} texts of {recipe.distil.file} are in {recipe.quality.file} too: what has learned from them cannot be "
+            "judged by them. Take them out."
+        )
+
+
+def _sizes(before: Graph, after: Graph) -> str:
+    return f"{before.weight_bytes() / 4e6:.3g} million numbers became {after.weight_bytes() / 4e6:.3g} million"
 
 
 def _distil(
@@ -131,7 +151,7 @@ def _distil(
         seed=section.seed,
         precision=section.precision,
         checkpoints=checkpoints,
-        resume=checkpoints is not None and checkpoints.is_dir() and any(checkpoints.iterdir()),
+        resume=checkpoints is not None and (checkpoints / "training.json").is_file(),
     )
     summary = distil(
         teacher,

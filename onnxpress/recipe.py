@@ -37,6 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from onnxpress.errors import RecipeError
 from onnxpress.machine import cpu_target
 from onnxpress.optimizers import make_pass
+from onnxpress.optimizers.prune import PruneOptions
 from onnxpress.optimizers.targets import GENERATION, target
 
 
@@ -100,9 +101,9 @@ class PruneSection(_Section):
     number of channels that stay is one of these.
     """
 
-    ffn: float = Field(default=0.0, ge=0)
-    heads: float = Field(default=0.0, ge=0)
-    layers: float = Field(default=0.0, ge=0)
+    ffn: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    heads: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    layers: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     multiple: int = Field(default=32, ge=1)
 
 
@@ -217,6 +218,8 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
             f"{where}: `prefer` is for builds that choose the precision themselves: give a `budget`, and neither `precision` nor "
             "`only` nor `keep_all`; or leave `prefer` out."
         )
+    if recipe.prune is not None:
+        PruneOptions(**recipe.prune.model_dump())  # says what is wrong with them
     order = [make_pass(name) for name in recipe.build.only]
     for step, later in pairwise(order):
         if later.lossless and not step.lossless:

@@ -136,6 +136,6 @@ def _label(label: Json, options: Mapping[str, Json]) -> int | float:
         raise RecipeError("Labels of models that give several a text are not trained on: leave the column out.")
     if text in names:
         return names.index(text)
-    if text.isdigit() and int(text) < len(names):
+    if text.isdecimal() and int(text) < len(names):
         return int(text)
     raise RecipeError(f"The label {label!r} is not one of the model's: {', '.join(names)}.")

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from onnxpress.artifact import check_outside
 from onnxpress.calibration import ActivationStream, Calibration
 from onnxpress.errors import OutputError, RecipeError
 from onnxpress.gate import Gate, Judgement
@@ -234,10 +235,7 @@ class Notebook:
 
 def notebook_folder(folder: Path, artifact: Path) -> Path:
     """The folder for notebooks, made where it is missing. Raises OutputError, and RecipeError where the artifact would replace it."""
-    if folder.resolve().is_relative_to(artifact.resolve()):
-        raise RecipeError(
-            f"The folder {folder} of --resume is inside of the artifact {artifact}, which is replaced as a whole: choose another."
-        )
+    check_outside(folder, artifact, "--resume")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -104,7 +104,12 @@ def prune(
                 "prune: layers were to go, but the graph's layers cannot be told apart (attention has to be fused)."
             )
         progress("how much each layer changes")
-        lost = _least_changing(graph, _number(options.layers, len(layers), "layers"), activations)
+        number = _number(options.layers, len(layers), "layers")
+        if not number:
+            raise RecipeError(
+                f"prune: so small a share of {len(layers)} layers is none at all; give a larger one, or a number."
+            )
+        lost = _least_changing(graph, number, activations)
         dropped = tuple(layers[index].constants() for index in lost)
         kept = tuple(index for index in kept if index not in lost)
         drop_layers(graph, [layers[index] for index in lost])
@@ -144,6 +149,7 @@ def prune(
             lost_heads.append(LostHeads(constants=names, before=place.heads, groups=place.units - len(gone)))
     graph.signature = _signature(graph)
     drop_unused_constants(graph)
+    notes.extend(f"{kind}: nothing went" for kind in ("heads", "ffn") if getattr(options, kind) and kind not in shares)
     notes.extend(
         f"{kind}: {len(errors)} places, {100 * max(errors):.1f} % of a layer's energy lost at most"
         for kind, errors in shares.items()

@@ -168,6 +168,8 @@ def _related(node: ir.Node, value: ir.Value, axis: int, lost: frozenset[int]) ->
         weight = constant(node.inputs[1])
         if weight is None or weight.ndim != 2 or axis != count - 1 or value is node.inputs[1]:
             raise NotFollowedError(node, "multiplies two computed values, or along another axis")
+        if len(node.inputs[1].uses()) > 1:  # type: ignore[union-attr]
+            raise NotFollowedError(node, f"shares its weight {node.inputs[1].name} with other layers")  # type: ignore[union-attr]
         if kind == "Gemm" and attribute(node, "transA", 0):
             raise NotFollowedError(node, "reads its input transposed")
         return

@@ -160,6 +160,16 @@ def test_what_cannot_be_followed_is_named_and_left_whole(middle: str, said: str,
         np.testing.assert_array_equal(run(graph, tmp_path, feeds), run(before, tmp_path, feeds))
 
 
+def test_a_weight_that_two_layers_share_stays_whole(tmp_path: Path) -> None:
+    graph = feed_forward("m = Gelu (g)")
+    other = feed_forward("m = Gelu (g) i = MatMul (m, down) j = MatMul (i, up) k = Add (j, b) l = Gelu (k)")
+    for name in ("up", "down"):
+        assert len(other.model.graph.initializers[name].uses()) == 2
+    with pytest.raises(RecipeError, match=r"nothing can go.*shares its weight (up|down) with other layers"):
+        pruned(other, tmp_path, ffn=0.5)
+    assert len(graph.model.graph) == 5
+
+
 def test_a_channel_that_is_an_output_stays(tmp_path: Path) -> None:
     graph = small_graph(
         "m = MatMul (x, up) y = MatMul (m, down)",

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -307,6 +308,19 @@ def test_an_onnx_file(tmp_path: Path) -> None:
     x = np.array([[-1, 2, 3, 0, 0, 0, 0, 4]], np.float32)
     factor = np.array(2, np.float32)  # no axes at all
     np.testing.assert_array_equal(runner.run({"x": x, "factor": factor})["y"], 2 * np.maximum(x, 0) ** 2)
+
+
+def test_an_onnx_file_with_its_weights_beside_it(tmp_path: Path) -> None:
+    weight = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32)
+    shapes = [helper.make_tensor_value_info(name, 1, ["batch", 16]) for name in "xy"]
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = helper.make_graph([node], "graph", shapes[:1], shapes[1:], [numpy_helper.from_array(weight, "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, tmp_path / "file.onnx", save_as_external_data=True, location="weights", size_threshold=0)
+    assert (tmp_path / "weights").stat().st_size >= weight.nbytes
+    built = onnxpress.build(tmp_path / "file.onnx", out=tmp_path / "out", precision="fp32", measure=False)
+    feeds = {"x": np.ones((2, 16), np.float32)}
+    np.testing.assert_allclose(onnxpress.load(built.path).run(feeds)["y"], feeds["x"] @ weight, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from tiny_models import WORDS, save_model
 import onnxpress
 from onnxpress.cli import main
 from onnxpress.errors import BudgetError, InputError, RecipeError
+from onnxpress.pipeline import with_options
 from onnxpress.recipe import make_recipe, read_recipe
 
 QUICK = {"measure": False, "samples": 24, "calibration_samples": 16}
@@ -130,13 +131,20 @@ def test_a_budget_that_the_pruned_model_does_not_meet(tmp_path: Path) -> None:
         ({"prune": 0.5}, RecipeError, r"prune is 0.5; it takes a dict"),
         ({"prune": {}}, RecipeError, "nothing is to go; set ffn, heads or layers"),
         ({"prune": {"ffn": 0.5}, "distil": {"file": "nowhere.txt"}}, RecipeError, "nowhere.txt"),
+        ({"prune": {"ffn": float("inf")}}, RecipeError, "'prune.ffn'"),
+        ({"prune": {"ffn": 1.5}}, RecipeError, "ffn is 1.5; it takes a share"),
+        (
+            {"prune": {"ffn": 0.5}, "distil": {"checkpoints": "artifacts/x/c"}, "out": "artifacts/x"},
+            RecipeError,
+            "inside of",
+        ),
     ],
 )
 def test_mistakes(
     options: dict[str, object], error: type[Exception], said: str, classifier: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=said):
-        onnxpress.build(classifier, out=tmp_path / "out", **options, **QUICK)
+        onnxpress.build(classifier, **{"out": tmp_path / "out", **options}, **QUICK)
     assert not (tmp_path / "out").exists()
 
 
@@ -152,10 +160,25 @@ def test_a_killed_training_goes_on_with_the_same_recipe_alone(classifier: Path, 
     assert not (tmp_path / "no").exists()
 
 
+def test_texts_that_judge_are_not_learned_from(classifier: Path, tmp_path: Path) -> None:
+    file = tmp_path / "same.csv"
+    lines = [" ".join(np.random.default_rng(seed).choice(WORDS, 12)) for seed in range(9)]
+    file.write_text("text\n" + "\n".join(lines), encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"9 texts of .* cannot be judged by them"):
+        onnxpress.build(
+            classifier, out=tmp_path / "out", prune={"ffn": 0.5}, distil={"file": str(file)}, file=str(file), **QUICK
+        )
+
+
 def test_paths_of_a_recipe_are_relative_to_it(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(
         '[model]\nsource = "x"\n[prune]\nffn = 0.5\n[distil]\nfile = "texts.txt"\ncheckpoints = "here"\n'
     )
+    plain = tmp_path / "plain.toml"
+    plain.write_text('[model]\nsource = "x"\n')
+    more = with_options(read_recipe(plain), {"prune": {"ffn": 0.5}, "distil": {"epochs": 2}})
+    assert more.distil is not None
+    assert more.distil.epochs == 2
     distil = read_recipe(tmp_path / "recipe.toml").distil
     assert distil is not None
     assert distil.file == str(tmp_path / "texts.txt")
