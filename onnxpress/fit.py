@@ -87,6 +87,8 @@ def fit(
     folder = (
         Path(checkpoint) if checkpoint is not None else artifact_folder.with_name(f"{artifact_folder.name}-checkpoint")
     )
+    if "file" in options:
+        raise InputError("fit judges the artifact by its evaluation samples: give them as evaluation, and no file.")
     chosen = {name: options.pop(name) for name in list(options) if name in _TRAINING}
     training = training_options(chosen, folder / _PROGRESS, frozen_encoder)
     revision = options.pop("revision", None)  # of the source; the build's is the folder

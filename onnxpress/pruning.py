@@ -32,12 +32,8 @@ from onnxpress.workload import Workload
 if TYPE_CHECKING:
     import torch
 
-_READABLE = (
-    "fold",
-    "fuse-gelu",
-    "fuse-layer-norm",
-    "fuse-attention",
-)  # passes after which heads and layers can be found
+# Passes after which heads and layers can be found.
+_READABLE = ("fold", "fuse-gelu", "fuse-layer-norm", "fuse-attention")
 
 
 class Smaller(NamedTuple):
@@ -124,7 +120,7 @@ def _distil(
 ) -> tuple[str, ...]:
     """Train the student in place; remarks for the ledger."""
     from onnxpress.optimizers.distil import DistilOptions, distil
-    from onnxpress.optimizers.training import TrainingOptions
+    from onnxpress.optimizers.training import TrainingOptions, has_begun
     from onnxpress.training_texts import training_examples
 
     options: Mapping[str, Json] = exported.options
@@ -151,7 +147,7 @@ def _distil(
         seed=section.seed,
         precision=section.precision,
         checkpoints=checkpoints,
-        resume=checkpoints is not None and (checkpoints / "training.json").is_file(),
+        resume=checkpoints is not None and has_begun(checkpoints),
     )
     summary = distil(
         teacher,

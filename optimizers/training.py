@@ -267,6 +267,11 @@ def _folder(checkpoints: Path | None, evaluation: Sequence[Item] | None) -> Iter
     yield checkpoints
 
 
+def has_begun(checkpoints: Path) -> bool:
+    """Whether a folder holds a training that can be resumed."""
+    return (checkpoints / _IDENTITY).is_file()
+
+
 def _checkpoint_to_resume(folder: Path, options: TrainingOptions, belongs: dict[str, Any]) -> Path | None:
     """The last whole checkpoint, None to begin at the start. Raises InputError where folder and options do not fit."""
     written = folder / _IDENTITY

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,7 @@ from tiny_models import CONFIGS
 from onnxpress.errors import InputError, OutputError, QualityError
 from onnxpress.optimizers.training import TrainingOptions, train
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On a busy machine threads that wait for each other cost a tiny model far more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 OPTIONS = TrainingOptions(epochs=2, batch_size=4, learning_rate=1e-3, seed=3)

@@ -148,7 +148,8 @@ def test_mistakes(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_killed_training_goes_on_with_the_same_recipe_alone(classifier: Path, texts: Path, tmp_path: Path) -> None:
+def test_checkpoints_are_for_the_same_recipe_alone(classifier: Path, texts: Path, tmp_path: Path) -> None:
+    """That a training which was killed comes to the same weights is test_training's and test_distil's."""
     checkpoints = tmp_path / "checkpoints"
     options = {"prune": {"ffn": 0.5}, "precision": "fp32", "keep_all": True, **QUICK}
     distil = {"file": str(texts), "checkpoints": str(checkpoints), "epochs": 1}
