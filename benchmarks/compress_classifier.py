@@ -69,7 +69,7 @@ def _as_csv(source: Path, folder: Path) -> Path:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("text", "label"))
-        writer.writerows((text.strip(), ("negative", "positive")[int(label)]) for label, text in pairs)
+        writer.writerows((text.strip(), label) for label, text in pairs)
     return path
 
 
@@ -100,10 +100,10 @@ def _measured(built: dict[str, Artifact], model: Path, rounds: int) -> dict[str,
     sessions = {name: onnxpress.load(artifact.path).session for name, artifact in built.items()}
     first = next(iter(built.values()))
     export = first.manifest.ledger[0]
-    rows = {"PyTorch fp32": [100 * export["quality"], round(export["bytes"] / 1e6, 1)]}
+    rows = {"PyTorch fp32": [round(export["quality"], 2), round(export["bytes"] / 1e6, 1)]}
     for name, artifact in built.items():
         size = sum(entry.size for file, entry in artifact.manifest.files.items() if file.startswith("model.onnx"))
-        rows[name] = [round(100 * artifact.manifest.ledger[-1]["quality"], 2), round(size / 1e6, 1)]
+        rows[name] = [round(artifact.manifest.ledger[-1]["quality"], 2), round(size / 1e6, 1)]
     for batch, length in SHAPES:
         feeds = random_tokens(first.manifest.signature, batch, length)
         tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
