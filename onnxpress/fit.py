@@ -252,6 +252,7 @@ def _fine_tune(
             options=training,
             collate=_collator(model, tokenizer, labels),
             evaluation=_items(tokenizer, judged, labels),
+            length=lambda item: len(item["encoding"].ids),
             compute_loss=_balanced_loss(learned_items, len(labels.names)) if balanced else None,
             metrics=lambda logits, gold: {name: metric(logits, gold)},
             best=name,

@@ -117,6 +117,7 @@ def distil(
             options=options.training,
             collate=lesson.collate,
             compute_loss=lesson.loss,
+            length=lambda example: len(example["input_ids"]),
             identity=lesson.identity(),
             progress=progress,
         )

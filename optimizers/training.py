@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -36,6 +37,7 @@ ComputeMetrics = Callable[[np.ndarray, np.ndarray], Mapping[str, float]]
 
 _IDENTITY = "training.json"  # what a folder of checkpoints belongs to
 _RECENT = 50  # steps that the reported loss is the mean of
+_POOL = 50  # batches whose texts are put together by length
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -105,6 +107,7 @@ def train(
     collate: Callable[[list[Item]], Batch],
     evaluation: Sequence[Item] | None = None,
     compute_loss: ComputeLoss | None = None,
+    length: Callable[[Item], int] | None = None,
     metrics: ComputeMetrics | None = None,
     best: str = "loss",
     identity: Mapping[str, Any] | None = None,
@@ -113,8 +116,9 @@ def train(
     """Train a model in place; with an evaluation set it ends with the weights of its best epoch.
 
     dataset: examples, dicts whose values are numbers, texts, lists or arrays; collate makes a batch of tensors of some.
-    compute_loss: where None, the model computes its own (a batch has labels). metrics: figures of the evaluation; `best` names the one
-    that decides, higher is better but for "loss". identity: what else decides the weights (a teacher, a temperature), JSON; a
+    compute_loss: where None, the model computes its own (a batch has labels). length: an example's; batches are then of like ones,
+    which need little padding. metrics: figures of the evaluation; `best` names the one that decides, higher is better but for
+    "loss". identity: what else decides the weights (a teacher, a temperature), JSON; a
     resume compares it. progress: is told the step and the loss at every step; what it raises ends the training.
 
     Raises InputError (no data, a checkpoint folder that does not fit), OutputError, and QualityError where a loss is no number.
@@ -134,6 +138,8 @@ def train(
             callbacks=[_Observer(options, progress)],
         )
         trainer.own_loss = compute_loss
+        if length is not None:
+            trainer.lengths = [length(dataset[index]) for index in range(len(dataset))]
         trainer.remove_callback(PrinterCallback)
         if options.patience is not None:
             trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=options.patience))
@@ -148,10 +154,16 @@ class _Trainer(Trainer):  # type: ignore[misc]
     """The Trainer with a loss of the caller's, that stops at a loss which is no number and writes no pickled arguments."""
 
     own_loss: ComputeLoss | None = None
+    lengths: Sequence[int] | None = None
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.losses: deque[float] = deque(maxlen=_RECENT)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        return _LikeLengths(self.lengths, self.args.train_batch_size, self.args.seed)
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -177,6 +189,35 @@ class _Trainer(Trainer):  # type: ignore[misc]
         super()._save(output_dir, state_dict)
         pickled = Path(output_dir or self.args.output_dir) / "training_args.bin"  # which nobody reads
         pickled.unlink(missing_ok=True)
+
+
+class _LikeLengths(torch.utils.data.Sampler[int]):
+    """Batches of texts of like lengths, which need little padding, in random order; seed and epoch alone decide it.
+
+    The Trainer's own sampler of this kind draws from the process's generator, so that a resume within an epoch sees another order.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self._lengths, self._batch_size, self._seed, self._epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        draw = random.Random(f"{self._seed} {self._epoch}")
+        order = draw.sample(range(len(self)), len(self))
+        pool = _POOL * self._batch_size
+        batches: list[list[int]] = []
+        for start in range(0, len(order), pool):
+            alike = sorted(order[start : start + pool], key=self._lengths.__getitem__)
+            batches += [alike[first : first + self._batch_size] for first in range(0, len(alike), self._batch_size)]
+        last = batches.pop()  # the one batch that may be short
+        draw.shuffle(batches)
+        return itertools.chain(*batches, last)
 
 
 class _Observer(TrainerCallback):  # type: ignore[misc]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,10 @@ def collate(items: list[Any]) -> dict[str, torch.Tensor]:
         "attention_mask": (ids != 0).long(),
         "labels": torch.tensor([item["labels"] for item in items]),
     }
+
+
+def length(item: Any) -> int:
+    return len(item["input_ids"])
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -109,10 +114,28 @@ def test_the_seed_decides_and_the_processs_random_numbers_go_on() -> None:
     assert not same(models[0], models[2])
 
 
+def test_every_epoch_has_all_examples_in_batches_of_like_lengths() -> None:
+    seen: list[list[int]] = []
+
+    def watching(items: list[Any]) -> dict[str, torch.Tensor]:
+        seen.append([item["number"] for item in items])
+        return collate(items)
+
+    data = [{**example, "number": number} for number, example in enumerate(examples(18))]
+    train(small_model(), data, options=OPTIONS, collate=watching, length=length)
+    epochs = [seen[:5], seen[5:]]
+    for batches in epochs:
+        assert [len(batch) for batch in batches] == [4, 4, 4, 4, 2]
+        assert sorted(itertools.chain(*batches)) == list(range(18))
+        spans = sorted((min(sizes), max(sizes)) for sizes in ([length(data[n]) for n in batch] for batch in batches))
+        assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans))
+    assert epochs[0] != epochs[1]
+
+
 @pytest.mark.parametrize("step", [2, 4, 6, 8])
 def test_a_kill_and_a_resume_give_the_weights_of_an_uninterrupted_run(tmp_path: Path, step: int) -> None:
     more: dict[str, Any] = {
-        "collate": collate, "evaluation": examples(6, seed=5), "metrics": accuracy, "best": "accuracy",
+        "collate": collate, "evaluation": examples(6, seed=5), "metrics": accuracy, "best": "accuracy", "length": length,
     }  # fmt: skip
     straight = small_model()
     expected = train(straight, examples(), options=OPTIONS, **more)
