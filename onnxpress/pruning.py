@@ -71,6 +71,7 @@ def make_smaller(
         PruneOptions(**recipe.prune.model_dump()),
         stream=partial(ActivationStream, open_session=bench.open, inputs=workload.calibration),
         activations=partial(activations, open_session=bench.open, inputs=workload.calibration),
+        training_follows=recipe.distil is not None,
         progress=progress,
     )
     changes, notes = len(pruned.changes) + len(pruned.layers), pruned.notes
@@ -162,6 +163,7 @@ def _distil(
         ),
         layers=pruned.kept_layers or None,
         pooling=getattr(getattr(exported.reference, "module", None), "pooling", None),
+        problem_type=options.get("problem_type"),
         progress=progress,
     )
     return (

@@ -94,6 +94,7 @@ def distil(
     options: DistilOptions | None = None,
     layers: Sequence[int] | None = None,
     pooling: Pooling | None = None,
+    problem_type: str | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> DistilSummary:
     """Train the student in place to answer like its teacher, which does not change; both end in evaluation mode.
@@ -101,15 +102,16 @@ def distil(
     teacher, student: transformers models with the task's head; they share no weights and answer in the same shapes. examples: input_ids
     and, where the model has them, token_type_ids, lists of token ids without padding; with labels (a number, or a list)
     where label_weight is above 0. layers: the teacher's layers that the student kept, in order from 0; None is all. pooling: the
-    module between token states and embeddings, (B, L, H) and mask (B, L) -> (B, D), of feature extraction.
+    module behind the token states of an encoder without a head, (B, L, H) and mask (B, L) -> (B, D): embeddings, or a classifier's
+    logits; it is not trained. problem_type: of a classifier; None is what the teacher's config says.
 
     Raises RecipeError and InputError, with the student unchanged; what training raises, with the student half trained.
     """
     options = options or DistilOptions()
-    lesson = _Lesson(teacher, student, task, options, pooling)
+    lesson = _Lesson(teacher, student, task, options, pooling, problem_type)
     lesson.check(examples, layers)
     measured = [examples[index] for index in range(min(_MEASURED, len(examples)))]
-    with lesson.teacher_at_work():
+    with lesson.teacher_at_work(), _frozen(student.get_input_embeddings()):
         before = lesson.mean_divergence(student, measured)
         summary = train(
             student,
@@ -135,17 +137,28 @@ class _Lesson:
         task: str,
         options: DistilOptions,
         pooling: Pooling | None,
+        problem_type: str | None,
     ) -> None:
         if task not in TASKS:
             raise RecipeError(f"There is no distillation for the task {task!r}; there is for {', '.join(TASKS)}.")
-        if pooling is not None and task != "feature-extraction":
-            raise RecipeError(f"A pooling was given for the task {task}; it goes with feature-extraction alone.")
+        if pooling is not None and task not in ("feature-extraction", "text-classification"):
+            raise RecipeError(
+                f"A pooling was given for the task {task}; it goes with feature-extraction and text-classification."
+            )
+        if pooling is not None and options.label_weight:
+            raise RecipeError(
+                "label_weight needs a model with a head of its own; this one is an encoder and a pooling."
+            )
         config: Any = teacher.config
         kind = task
         if task == "text-classification":
-            kind = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
+            kind = (
+                problem_type
+                or config.problem_type
+                or ("regression" if config.num_labels == 1 else "single_label_classification")
+            )
         self._divergence, self._names = _DIVERGENCES[kind]
-        if pooling is not None:
+        if pooling is not None and task == "feature-extraction":
             self._divergence, self._names = divergence.of_embeddings, ("embeddings",)
         self._teacher, self._student = teacher, student
         self._task, self._options, self._pooling = task, options, pooling
@@ -218,6 +231,7 @@ class _Lesson:
         options = self._options
         inputs = {name: tensor for name, tensor in batch.items() if name not in self._labels}
         real = batch["attention_mask"].bool()
+        model.eval()  # no dropout: it is one function that has to be learned, and the teacher answers without it too
         with torch.no_grad():
             self._move(real.device)
             wanted, their_hidden = self._answers(self._teacher, inputs)
@@ -261,7 +275,7 @@ class _Lesson:
         """The answers that the task compares (with the loss where there are labels), and the hidden states where wanted."""
         answer = model(**inputs, **self._extra, output_hidden_states=self._options.hidden_weight > 0, return_dict=True)
         if self._pooling is not None:
-            found = {"embeddings": self._pooling(answer["last_hidden_state"], inputs["attention_mask"])}
+            found = {self._names[0]: self._pooling(answer["last_hidden_state"], inputs["attention_mask"])}
         else:
             found = {name: answer[name] for name in self._names}
         if "loss" in answer and answer["loss"] is not None:
@@ -322,6 +336,19 @@ class _Lesson:
             self._teacher.to(device)
         if isinstance(self._pooling, torch.nn.Module):
             self._pooling.to(device)
+
+
+@contextmanager
+def _frozen(table: Any) -> Iterator[None]:
+    """The embeddings are the teacher's, and whole: texts of a few thousand words would only pull them away from the other words."""
+    parameters = [parameter for parameter in table.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

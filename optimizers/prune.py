@@ -5,7 +5,8 @@
 What is lost is chosen by what calibration inputs bring: for each layer in turn, behind layers that are pruned already, the second
 moments of what the last projection reads say how much each channel or head matters beside all others, and how the weights of those
 that stay make up for those that go (Optimal Brain Surgeon for groups of weights; arXiv 2203.07259, 2302.04089). All layers lose
-the same share: kernels and devices like equal shapes. Layers to lose are those that change their input least (arXiv 2403.03853).
+the same share: kernels and devices like equal shapes. Layers to lose are those that change their input least (arXiv 2403.03853);
+where training follows, those ahead of the last: the layers before them keep what they read (arXiv 2403.17887).
 """
 
 from __future__ import annotations
@@ -86,11 +87,12 @@ def prune(
     *,
     stream: Callable[[Graph], Stream],
     activations: Callable[[Graph, Sequence[str]], Iterator[Arrays]],
+    training_follows: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Pruned:
     """Prune a graph, which is changed in place. Layers go first, then heads and channels in the order of the graph.
 
-    stream: begins to walk a graph with calibration inputs; activations: values by name for one input after another.
+    training_follows: what goes may then be what is learned again best, and not what is missed least. stream: begins to walk a graph with calibration inputs; activations: values by name for one input after another.
     Raises RecipeError where more is to go than there is, or nothing of what is to go can be found.
     """
     before = {name: value.const_value for name, value in graph.model.graph.initializers.items()}
@@ -103,13 +105,16 @@ def prune(
             raise RecipeError(
                 "prune: layers were to go, but the graph's layers cannot be told apart (attention has to be fused)."
             )
-        progress("how much each layer changes")
         number = _number(options.layers, len(layers), "layers")
         if not number:
             raise RecipeError(
                 f"prune: so small a share of {len(layers)} layers is none at all; give a larger one, or a number."
             )
-        lost = _least_changing(graph, number, activations)
+        if training_follows:
+            lost = list(range(len(layers) - 1 - number, len(layers) - 1))
+        else:
+            progress("how much each layer changes")
+            lost = _least_changing(graph, number, activations)
         dropped = tuple(layers[index].constants() for index in lost)
         kept = tuple(index for index in kept if index not in lost)
         drop_layers(graph, [layers[index] for index in lost])
@@ -117,7 +122,7 @@ def prune(
     places, left = _places(graph, options)
     notes.extend(left)
     if not places and not dropped:
-        raise RecipeError(f"prune: nothing can go. {'; '.join(left) or 'The graph has no such place.'}")
+        raise RecipeError(f"prune: nothing can go. {'; '.join(left) or _why_nowhere(graph)}")
     shares: dict[str, list[float]] = {}
     walk = stream(graph)
     decided: list[tuple[_Place, list[int]]] = []
@@ -234,6 +239,16 @@ def _places(graph: Graph, options: PruneOptions) -> tuple[list[_Place], list[str
         left.append("there is no fused attention whose heads could go")
     order = {node: index for index, node in enumerate(graph.model.graph)}
     return sorted(found, key=lambda place: order[place.last.nodes[0]]), left
+
+
+def _why_nowhere(graph: Graph) -> str:
+    weights = [node.inputs[1] for node in graph.model.graph if node.op_type in ("MatMul", "Gemm")]
+    halves = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    if any(weight is not None and weight.is_initializer() and weight.dtype in halves for weight in weights):
+        return (
+            "The weights are in half precision: prune the float32 model, and convert what comes out (--precision fp16)."
+        )
+    return "The graph has no such place."
 
 
 def _heads_place(node: ir.Node, heads: Heads, last: Linear) -> _Place:

@@ -188,6 +188,48 @@ def test_embeddings_recover() -> None:
     assert 1 - cosine() < (1 - before) / 4
 
 
+def test_a_linear_head_behind_a_pooling_stays_and_is_listened_to() -> None:
+    teacher = encoder("feature-extraction")
+    student = smaller_encoder(teacher, channels=12, layers=(1,))
+    examples = [{"input_ids": row["input_ids"]} for row in questions(300, 3)]
+    torch.manual_seed(2)
+    head = torch.nn.Linear(teacher.config.hidden_size, 3)
+
+    def logits(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        weights = mask.float()[..., None]
+        answer: torch.Tensor = head((states * weights).sum(1) / weights.sum(1))
+        return answer
+
+    weight = head.weight.detach().clone()
+    options = DistilOptions(training=LONGER)
+    more: dict[str, Any] = {"task": "text-classification", "layers": [1], "pooling": logits}
+    kind = "single_label_classification"
+    summary = distil(teacher, student, examples, options=options, problem_type=kind, **more)
+    assert summary.after < summary.before / 4
+    assert torch.equal(head.weight, weight)
+    with pytest.raises(RecipeError, match="label_weight needs a model with a head of its own"):
+        distil(teacher, student, examples, options=DistilOptions(label_weight=1.0), **more)
+
+
+def test_neither_dropout_nor_the_embeddings_take_part() -> None:
+    teacher = encoder()
+    students = []
+    for rate in (0.0, 0.5):
+        student = smaller_encoder(teacher)
+        for module in student.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = rate
+        options = DistilOptions(training=TrainingOptions(epochs=1, batch_size=8))
+        distil(teacher, student, questions(32, seed=1), task="text-classification", options=options)
+        students.append(student)
+    one, other = (student.state_dict() for student in students)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    trained, whole = students[0].bert, teacher.bert
+    assert torch.equal(trained.embeddings.word_embeddings.weight, whole.embeddings.word_embeddings.weight)
+    assert not torch.equal(trained.encoder.layer[0].output.dense.bias, whole.encoder.layer[0].output.dense.bias)
+    assert all(parameter.requires_grad for parameter in students[0].parameters())
+
+
 def test_hidden_states_are_those_that_the_kept_layers_read() -> None:
     teacher = encoder("feature-extraction")
     rows = [{"input_ids": row["input_ids"]} for row in questions(12, 0)]
@@ -378,7 +420,8 @@ def test_two_processes_train_one_student(tmp_path: Path) -> None:
         ({"layers": [1, 0]}, "in order"),
         ({"layers": [0]}, "2 layers"),
         ({"task": "question-answering"}, "as a model for question-answering"),
-        ({"pooling": lambda states, mask: states[:, 0]}, "feature-extraction alone"),
+        ({"pooling": lambda states, mask: states[:, 0]}, "as a model for text-classification"),
+        ({"pooling": torch.nn.Identity(), "task": "token-classification"}, "goes with feature-extraction and text-cl"),
         ({"options": DistilOptions(label_weight=1.0)}, "no labels"),
     ],
 )

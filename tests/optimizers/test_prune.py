@@ -89,13 +89,14 @@ def run(graph: Graph, folder: Path, feeds: Arrays) -> Any:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, dict(feeds))[0]
 
 
-def pruned(graph: Graph, folder: Path, **options: Any) -> Pruned:
+def pruned(graph: Graph, folder: Path, *, training_follows: bool = False, **options: Any) -> Pruned:
     bench = Workbench(folder, target("cpu"))
     return prune(
         graph,
         PruneOptions(**options),
         stream=partial(ActivationStream, open_session=bench.open, inputs=inputs),
         activations=partial(activations, open_session=bench.open, inputs=inputs),
+        training_follows=training_follows,
     )
 
 
@@ -256,6 +257,11 @@ def test_layers_are_found_and_taken_out(tmp_path: Path) -> None:
         np.testing.assert_allclose(run(graph, tmp_path, feeds), run(shorter, tmp_path, feeds), atol=1e-6)
 
 
+def test_layers_ahead_of_the_last_go_where_training_follows(tmp_path: Path) -> None:
+    result = pruned(encoder(4), tmp_path, training_follows=True, layers=2)
+    assert result.kept_layers == (0, 3)
+
+
 def test_the_layer_that_does_least_goes(tmp_path: Path) -> None:
     graph = encoder(3)
     for name in ("wo1", "down1"):
@@ -326,6 +332,18 @@ def test_channels_that_stay_are_a_multiple(tmp_path: Path) -> None:
 def test_bad_options(options: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=said):
         pruned(encoder(2), tmp_path, **options)
+
+
+def test_weights_in_half_precision_are_named(tmp_path: Path) -> None:
+    graph = feed_forward("m = Gelu (g)")
+    for value in graph.model.graph.initializers.values():
+        if value.dtype == ir.DataType.FLOAT:
+            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float16), name=value.name)
+            value.dtype = ir.DataType.FLOAT16
+    with pytest.raises(
+        RecipeError, match=r"nothing can go\. The weights are in half precision: prune the float32 model"
+    ):
+        pruned(graph, tmp_path, ffn=0.5)
 
 
 def test_layers_that_cannot_be_told_apart(tmp_path: Path) -> None:
