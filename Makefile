@@ -6,13 +6,14 @@ MODEL ?= minilm
 OUT ?= artifacts
 ROUNDS ?= 5
 DATA ?=
+TARGET ?=
 # The first of these that is there and is new enough.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := $(VENV)/bin
 DEMO_TEXT := A small model that answers like the large one is worth more than a large one that waits.
 
-.PHONY: help setup demo build test test-oldest check bench bench-language bench-peers clean
+.PHONY: help setup demo build bundle test test-oldest check bench bench-language bench-peers clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -47,6 +48,14 @@ demo: $(VENV)/.demo ## all-MiniLM-L6-v2 from PyTorch to a proven int8 artifact t
 build: $(VENV)/.demo ## build models/MODEL/recipe.toml into OUT/MODEL
 	@test -f models/$(MODEL)/recipe.toml || { echo "models/$(MODEL)/recipe.toml does not exist; there are: $$(ls models)"; exit 2; }
 	@$(BIN)/onnxpress build models/$(MODEL)/recipe.toml --out $(OUT)/$(MODEL)
+
+bundle: $(VENV)/.demo ## MODEL built for a device and packed into one file (TARGET=raspberry-pi-5, linux-x86_64, …)
+	@test -n "$(TARGET)" || { echo "TARGET is needed: make bundle MODEL=$(MODEL) TARGET=raspberry-pi-5"; exit 2; }
+	@build=$$($(BIN)/python -c 'import sys; from onnxpress.devices import device; print(device(sys.argv[1]).builds[0])' "$(TARGET)" \
+		2>/dev/null) || { $(BIN)/onnxpress bundle none --target "$(TARGET)"; exit 2; }; \
+	test -f "$(OUT)/$(MODEL)-$$build/manifest.json" || \
+		$(BIN)/onnxpress build models/$(MODEL)/recipe.toml --target $$build --out "$(OUT)/$(MODEL)-$$build" && \
+	$(BIN)/onnxpress bundle "$(OUT)/$(MODEL)-$$build" --target "$(TARGET)"
 
 test: $(VENV)/.dev ## all tests, the files side by side on all cores
 	@echo "== pytest"

@@ -1,4 +1,4 @@
-"""The command line: build, fit, run, generate, chat, bench, verify, inspect, doctor. Each command is one function.
+"""The command line: build, fit, run, generate, chat, bench, verify, bundle, inspect, doctor. Each command is one function.
 
 run, verify, bench and doctor work where only the runtime is installed, so nothing heavy is imported at the top.
 Exit codes: 0 done, 1 the artifact is not good enough, 2 wrong use or input.
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxpress.devices import DEVICES
 from onnxpress.errors import InputError, MissingExtraError, OnnxpressError, UsageError
 
 if TYPE_CHECKING:
@@ -216,6 +217,13 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("artifact", type=Path)
     verify.add_argument("--json", action="store_true")
     _providers(verify)
+
+    bundle = _command(commands, "bundle", _bundle, "one file for a device, that runs and checks itself there")
+    bundle.add_argument("artifact", type=Path)
+    bundle.add_argument("--target", required=True, help=f"the device: {', '.join(DEVICES)}")
+    bundle.add_argument("--out", type=Path, help="the file (default: NAME-DEVICE.tar or .zip beside the artifact)")
+    bundle.add_argument("--latency-ms", type=float, help="the self-test fails where a golden input takes longer")
+    bundle.add_argument("--memory-mb", type=float, help="the self-test fails where the process takes more")
 
     inspect = _command(commands, "inspect", _inspect, "signature, operators, sizes, placement, ledger")
     inspect.add_argument("artifact", type=Path, help="an artifact, or an .onnx file (needs the build extra)")
@@ -477,6 +485,20 @@ def _verify(options: argparse.Namespace) -> int:
             print(
                 f"golden {row.case}, {row.output}: largest difference {row.max_abs:.3g} (allowed {row.tolerance:.3g})"
             )
+    return 0
+
+
+def _bundle(options: argparse.Namespace) -> int:
+    from onnxpress.bundle import bundle
+
+    place = bundle(
+        options.artifact,
+        target=options.target,
+        out=options.out,
+        latency_ms=options.latency_ms,
+        memory_mb=options.memory_mb,
+    )
+    print(f"{place}, {place.stat().st_size / 1e6:.1f} MB. There: unpack it, and python run.py --self-test")
     return 0
 
 

@@ -109,6 +109,11 @@ def check_onnxruntime(needed: str, what: object) -> None:
         )
 
 
+def newer(one: str, other: str) -> str:
+    """The newer of two versions."""
+    return max(one, other, key=_numbers)
+
+
 def _numbers(version: str) -> tuple[int, ...]:
     """(1, 30) of 1.30.2."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
@@ -128,7 +133,7 @@ def verify_golden(artifact: Artifact, session: Runnable) -> list[GoldenRow]:
     """Run the golden inputs and compare. Raises GoldenError naming the output, ArtifactError for a garbled file."""
     tolerances = artifact.manifest.options.get("golden_tolerance", {})
     rows = []
-    for case, arrays in sorted(_golden_cases(artifact).items()):
+    for case, arrays in sorted(golden_cases(artifact).items()):
         found = session.run(arrays["input"])
         for name, expected in arrays["output"].items():
             if name not in tolerances or name not in found:
@@ -148,7 +153,7 @@ def verify_golden(artifact: Artifact, session: Runnable) -> list[GoldenRow]:
     return rows
 
 
-def _golden_cases(artifact: Artifact) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+def golden_cases(artifact: Artifact) -> dict[str, dict[str, dict[str, np.ndarray]]]:
     """{case: {"input": {name: array}, "output": {name: array}}}."""
     path = artifact.file("golden.safetensors")
     cases: dict[str, dict[str, dict[str, np.ndarray]]] = {}

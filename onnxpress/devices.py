@@ -1,0 +1,69 @@
+"""The devices that bundles are made for: which builds suit them, and how they run.
+
+A build's target decides the form of its integers (signed on ARM, 7 bits on x86 without VNNI, symmetric for NVIDIA); what holds no
+quantized activations suits every CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from onnxpress.errors import RecipeError
+from onnxpress.manifest import Manifest
+
+_ANY_CPU = ("fp32", "int8-weights", "int4-weights")  # precisions that no CPU has kernels of its own for
+_X86, _ARM, _NVIDIA = ("cpu", "cpu-avx2"), ("cpu-arm64",), ("tensorrt", "cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A kind of device.
+
+    system, machine: what Python's platform module says there, in small letters. builds: the build targets that suit it, the usual one
+    first. threads: None takes all cores. minimum_onnxruntime: the first version that runs well there; an artifact may need a newer one.
+    python: whether a bundle brings run.py.
+    """
+
+    system: str
+    machine: str
+    builds: tuple[str, ...]
+    threads: int | None = None
+    minimum_onnxruntime: str = "1.30"
+    archive: Literal["tar", "zip"] = "tar"
+    python: bool = True
+
+    def providers(self, manifest: Manifest) -> tuple[str, ...]:
+        """Execution providers of an artifact there, in order, as `load` takes them."""
+        return (manifest.target, "cpu") if manifest.target in _NVIDIA else ("cpu",)
+
+
+DEVICES: Mapping[str, Device] = {
+    "linux-x86_64": Device(system="linux", machine="x86_64", builds=_X86),
+    "linux-aarch64": Device(system="linux", machine="aarch64", builds=_ARM),
+    "raspberry-pi-5": Device(system="linux", machine="aarch64", builds=_ARM, threads=4),
+    "jetson-orin": Device(system="linux", machine="aarch64", builds=_NVIDIA),
+    "jetson-thor": Device(system="linux", machine="aarch64", builds=_NVIDIA),
+    "windows-x86_64": Device(system="windows", machine="x86_64", builds=_X86, archive="zip"),
+    "macos-arm64": Device(system="darwin", machine="aarch64", builds=_ARM),
+    "android-arm64": Device(system="android", machine="aarch64", builds=_ARM, archive="zip", python=False),
+}
+
+
+def device(name: str) -> Device:
+    """Look a device up. Raises RecipeError that lists them."""
+    if name not in DEVICES:
+        raise RecipeError(f"Unknown device {name!r}; bundles are made for: {', '.join(DEVICES)}.")
+    return DEVICES[name]
+
+
+def check_fit(name: str, manifest: Manifest) -> None:
+    """Raise RecipeError where an artifact's quantization is not the device's, with the build that is."""
+    builds = device(name).builds
+    any_cpu = manifest.precision in _ANY_CPU and not {manifest.target, *builds} & set(_NVIDIA)
+    if manifest.target not in builds and not any_cpu:
+        raise RecipeError(
+            f"{manifest.name} was built for {manifest.target} at {manifest.precision}, which does not suit {name}: build it again "
+            f"with --target {builds[0]}."
+        )

@@ -1,0 +1,309 @@
+"""A bundle is one file that proves itself where it is unpacked: same input, same bytes; no change goes unseen."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from tiny_artifacts import save_artifact
+
+from onnxpress import on_device
+from onnxpress.bundle import bundle
+from onnxpress.cli import main
+from onnxpress.devices import DEVICES, check_fit
+from onnxpress.errors import ArtifactError, OutputError, RecipeError
+from onnxpress.on_device import BundleError, canonical, check_files, read_description, self_test
+
+HERE = next(
+    name
+    for name, facts in DEVICES.items()
+    if (facts.system, facts.machine)
+    == (
+        platform.system().lower(),
+        {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower()),
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle")
+    return bundle(save_artifact(folder / "tiny").path, target=HERE)
+
+
+@pytest.fixture
+def unpacked(archive: Path, tmp_path: Path) -> Path:
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path, filter="data")
+    return tmp_path / f"tiny-{HERE}"
+
+
+def run(folder: Path, *arguments: str, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """run.py in a process of its own, where some packages cannot be imported."""
+    blocked = ", ".join(f"{name}=None" for name in without)
+    code = f"import runpy, sys; sys.modules.update({blocked}); sys.argv = {['run.py', *arguments]!r}; "
+    code += f"runpy.run_path({str(folder / 'run.py')!r}, run_name='__main__')"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder.parent)
+
+
+def test_it_answers_and_checks_itself_with_three_packages_alone(unpacked: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in unpacked.rglob("*")}
+    without = ("torch", "transformers", "onnx", "onnx_ir", "safetensors", "tqdm", "jinja2", "rich", "pydantic")
+    done = run(unpacked, "--self-test", without=without)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "golden pair" in done.stdout
+    assert "verdict: good" in done.stdout
+    done = run(unpacked, "the cat", "a mat", without=without)
+    assert done.returncode == 0, done.stderr
+    from onnxpress import load
+
+    expected: Any = load(unpacked / "model" / HERE)
+    for line, vector in zip(done.stdout.splitlines(), expected.embed(["the cat", "a mat"]), strict=True):
+        np.testing.assert_allclose(json.loads(line), vector, atol=1e-6)
+    assert {path: path.stat().st_mtime_ns for path in unpacked.rglob("*")} == before, (
+        "a self-test leaves nothing behind"
+    )
+
+
+def test_the_runtime_is_the_bundles_own(unpacked: Path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(unpacked)!r}); import run; run.self_test(run.Path({str(unpacked)!r})); "
+    )
+    code += "import onnxpress; print(onnxpress.__file__)"
+    done = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == str(unpacked / "lib" / "onnxpress" / "__init__.py"), done.stderr
+
+
+@pytest.mark.newest
+def test_onnx_runtime_opens_it_as_a_model_package(unpacked: Path) -> None:
+    package = onnxruntime.ModelPackage.open(str(unpacked))
+    assert package.get_info()["package_name"] == "tiny"
+    package.close()
+    options = onnxruntime.SessionOptions()
+    options.add_provider("CPUExecutionProvider", {})
+    chosen = onnxruntime.ModelPackageContext(str(unpacked)).select_component(
+        "model", onnxruntime.ModelPackageOptions(options)
+    )
+    assert chosen.get_selected_variant_name() == HERE
+    feeds = {"input_ids": np.array([[2, 5, 3]]), "attention_mask": np.ones((1, 3), np.int64)}
+    assert chosen.create_session().run(None, feeds)[0].shape == (1, 6)
+
+
+def test_operators_are_those_of_the_graph(unpacked: Path) -> None:
+    lines = (unpacked / "required_operators_and_types.config").read_text().splitlines()
+    assert any(line.startswith("ai.onnx;13;") and "Gather" in line and "ReduceSum" in line for line in lines), lines
+
+
+def test_the_same_artifact_gives_the_same_bytes(archive: Path, tmp_path: Path) -> None:
+    again = bundle(archive.parent / "tiny", target=HERE, out=tmp_path / "again.tar")
+    assert again.read_bytes() == archive.read_bytes()
+    fits = save_artifact(tmp_path / "x86", target="cpu-avx2", precision="int8").path
+    first, second = (bundle(fits, target="windows-x86_64", out=tmp_path / f"{n}.zip").read_bytes() for n in (1, 2))
+    assert first == second
+
+
+def test_a_zip_for_windows_holds_what_a_tar_does(archive: Path, tmp_path: Path) -> None:
+    place = bundle(archive.parent / "tiny", target="windows-x86_64", out=tmp_path / "tiny.zip")
+    with zipfile.ZipFile(place) as file:
+        assert file.testzip() is None
+        file.extractall(tmp_path)
+    folder = tmp_path / "tiny-windows-x86_64"
+    assert check_files(folder, read_description(folder)) > 20
+
+
+def test_every_flipped_bit_of_every_file_is_seen(unpacked: Path) -> None:
+    draw = random.Random(0)
+    files = sorted(path for path in unpacked.rglob("*") if path.is_file() and path.stat().st_size)
+    for number in range(1000):
+        path = files[number % len(files)]
+        content = path.read_bytes()
+        place = draw.randrange(len(content))
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << draw.randrange(8)]) + content[place + 1 :])
+        with pytest.raises(BundleError, match="was changed after the bundle was made"):
+            check_files(unpacked, read_description(unpacked))
+        path.write_bytes(content)
+    assert self_test(unpacked).good
+
+
+def mutations(content: bytes) -> Iterator[bytes]:
+    """Archives with a bit flipped, cut short, or with parts put twice or left out."""
+    draw = random.Random(1)
+    for _ in range(200):
+        place = draw.randrange(len(content))
+        yield content[:place] + bytes([content[place] ^ 1 << draw.randrange(8)]) + content[place + 1 :]
+    for _ in range(50):
+        yield content[: draw.randrange(len(content))]
+    for _ in range(50):
+        start = 512 * draw.randrange(len(content) // 512)
+        end = start + 512 * draw.randrange(1, 40)
+        yield draw.choice((content[:start] + content[end:], content[:end] + content[start:]))
+
+
+def test_no_broken_archive_passes_for_a_whole_one(archive: Path, tmp_path: Path) -> None:
+    whole = tree(archive.read_bytes(), tmp_path / "whole")
+    refused = 0
+    for broken in mutations(archive.read_bytes()):
+        target = tmp_path / "inside" / "target"
+        try:
+            found = tree(broken, target)
+            check_files(target / f"tiny-{HERE}", read_description(target / f"tiny-{HERE}"))
+            assert found == whole, "what changed was padding, a date, or another name for the same content"
+        except (tarfile.TarError, BundleError, OSError, EOFError, UnicodeError, ValueError):
+            refused += 1
+        assert [path.name for path in (tmp_path / "inside").iterdir()] == ["target"], "written outside of the folder"
+        shutil.rmtree(tmp_path / "inside")
+    assert refused > 200
+
+
+def tree(content: bytes, folder: Path) -> dict[str, bytes]:
+    """Unpack as `tar` and Python do, and read everything."""
+    folder.mkdir(parents=True)
+    with tarfile.open(fileobj=io.BytesIO(content)) as file:
+        file.extractall(folder, filter="data")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def resealed(folder: Path, **changes: Any) -> None:
+    """bundle.json with other content and the right digest."""
+    description = {**json.loads((folder / "bundle.json").read_text()), **changes}
+    (folder / "bundle.json").write_text(canonical(description))
+
+
+def failed(folder: Path) -> str:
+    verdict = self_test(folder)
+    assert not verdict.good
+    return "; ".join(found for _, found, good in verdict.lines if not good)
+
+
+def test_what_is_missing_foreign_or_a_link_is_named(unpacked: Path) -> None:
+    (unpacked / "lib" / "extra.py").write_text("")
+    assert "'lib/extra.py' is not of the bundle" in failed(unpacked)
+    (unpacked / "lib" / "extra.py").unlink()
+    (unpacked / "README.md").rename(unpacked.parent / "README.md")
+    assert "'README.md' is missing" in failed(unpacked)
+    (unpacked / "README.md").symlink_to(unpacked.parent / "README.md")
+    assert "README.md is a link" in failed(unpacked)
+    (unpacked / "bundle.json").write_text("[]")
+    assert "bundle.json was changed" in failed(unpacked)
+    (unpacked / "bundle.json").unlink()
+    assert "bundle.json cannot be read" in failed(unpacked)
+
+
+def test_an_artifact_elsewhere_is_not_opened(unpacked: Path) -> None:
+    resealed(unpacked, artifact="../elsewhere")
+    assert "bundle.json was changed" in failed(unpacked)
+
+
+def test_another_machine_a_missing_package_and_a_wrong_answer(unpacked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as other:
+        other.setattr(platform, "machine", lambda: "riscv64")
+        assert f"is for {HERE}" in failed(unpacked)
+        assert "riscv64" in failed(unpacked)
+    done = run(unpacked, "--self-test", without=("tokenizers",))
+    assert done.returncode == 1
+    assert "pip install 'onnxruntime>=1.30' 'numpy>=2.0' 'tokenizers>=0.21'" in done.stdout
+    done = run(unpacked, "the cat", without=("onnxruntime",))
+    assert done.returncode == 2
+    assert "onnxruntime" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_budget_is_held(archive: Path, tmp_path: Path) -> None:
+    artifact = archive.parent / "tiny"
+    for budget, good in (
+        ({"latency_ms": 1e6, "memory_mb": 1e6}, True),
+        ({"latency_ms": 1e-6}, False),
+        ({"memory_mb": 1.0}, False),
+    ):
+        place = bundle(artifact, target=HERE, out=tmp_path / "tiny.tar", **budget)
+        tree(place.read_bytes(), tmp_path / "there")
+        assert self_test(tmp_path / "there" / f"tiny-{HERE}").good == good, budget
+        shutil.rmtree(tmp_path / "there")
+
+
+def test_another_answer_than_the_golden_one_is_not_good(tmp_path: Path) -> None:
+    options = {"golden_tolerance": {"embeddings": -1.0}}
+    place = bundle(save_artifact(tmp_path / "wrong", options=options).path, target=HERE)
+    tree(place.read_bytes(), tmp_path / "there")
+    assert "does not answer here as it did" in failed(tmp_path / "there" / f"tiny-{HERE}")
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "built_for", "said"),
+    [
+        ("raspberry-pi-5", "int8", "cpu-avx2", "--target cpu-arm64"),
+        ("linux-x86_64", "int8-qdq", "cpu-arm64", "--target cpu"),
+        ("jetson-orin", "fp32", "cpu", "--target tensorrt"),
+        ("android-arm64", "fp16", "cuda", "--target cpu-arm64"),
+        ("linux-x86_64", "fp32", "tensorrt", "--target cpu"),
+    ],
+)
+def test_a_build_for_something_else_is_refused(
+    target: str, precision: str, built_for: str, said: str, tmp_path: Path
+) -> None:
+    artifact = save_artifact(tmp_path / "tiny", target=built_for, precision=precision)
+    with pytest.raises(
+        RecipeError, match=f"built for {built_for} at {precision}, which does not suit {target}.*{said}"
+    ):
+        bundle(artifact.path, target=target)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "built_for"),
+    [("raspberry-pi-5", "fp32", "cpu-avx2"), ("macos-arm64", "int4-weights", "cpu"), ("jetson-thor", "fp16", "cuda")],
+)
+def test_builds_that_suit(target: str, precision: str, built_for: str, tmp_path: Path) -> None:
+    check_fit(target, save_artifact(tmp_path / "tiny", target=built_for, precision=precision).manifest)
+
+
+def test_mistakes(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = archive.parent / "tiny"
+    with pytest.raises(RecipeError, match="Unknown device 'toaster'; bundles are made for: linux-x86_64"):
+        bundle(artifact, target="toaster")
+    with pytest.raises(RecipeError, match="latency_ms is -1"):
+        bundle(artifact, target=HERE, latency_ms=-1)
+    with pytest.raises(ArtifactError, match="does not exist"):
+        bundle(tmp_path / "nothing", target=HERE)
+    with pytest.raises(OutputError, match="is a folder"):
+        bundle(artifact, target=HERE, out=tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        bundle(artifact, target=HERE, out=tmp_path / "file" / "tiny.tar")
+    assert main(["bundle", str(artifact), "--target", HERE, "--out", str(tmp_path / "tiny.tar")]) == 0
+    assert "python run.py --self-test" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "tiny.tar"}
+
+
+def test_a_full_disk_leaves_what_was_there(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "tiny.tar"
+    place.write_bytes(b"before")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "addfile", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        bundle(archive.parent / "tiny", target=HERE, out=place)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("tiny.tar", b"before")]
+
+
+def test_the_description_says_what_it_is_for(unpacked: Path) -> None:
+    description = read_description(unpacked)
+    assert description["target"] == HERE
+    assert description["providers"] == ["cpu"]
+    assert description["files"]["run.py"]["sha256"] == hashlib.sha256(Path(on_device.__file__).read_bytes()).hexdigest()
