@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     try:
         text = path.read_bytes()
-        description = json.loads(text)
+        description: dict[str, Any] = json.loads(text)
         whole = isinstance(description, dict) and canonical(description).encode() == text
         whole = whole and f"{description['artifact']}/manifest.json" in description["files"]
     except OSError as error:
@@ -159,7 +160,7 @@ def _check_speed(verdict: Verdict, artifact: Any, session: Any, budget: dict[str
     from onnxpress.runtime.loading import golden_cases
 
     for case, arrays in sorted(golden_cases(artifact).items()):
-        took = _milliseconds(lambda feeds=arrays["input"]: session.run(feeds))
+        took = _milliseconds(partial(session.run, arrays["input"]))
         shape = " x ".join(str(size) for size in next(iter(arrays["input"].values())).shape)
         _compare(verdict, f"latency {case}", took, "ms", budget.get("latency_ms"), f", inputs of {shape}")
     peak = _peak_megabytes()

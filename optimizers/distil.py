@@ -111,7 +111,7 @@ def distil(
     lesson = _Lesson(teacher, student, task, options, pooling, problem_type)
     lesson.check(examples, layers)
     measured = [examples[index] for index in range(min(_MEASURED, len(examples)))]
-    with lesson.teacher_at_work(), _frozen(student.get_input_embeddings()):
+    with lesson.teacher_at_work(), _frozen(student):
         before = lesson.mean_divergence(student, measured)
         summary = train(
             student,
@@ -339,8 +339,9 @@ class _Lesson:
 
 
 @contextmanager
-def _frozen(table: Any) -> Iterator[None]:
+def _frozen(student: torch.nn.Module) -> Iterator[None]:
     """The embeddings are the teacher's, and whole: texts of a few thousand words would only pull them away from the other words."""
+    table: torch.nn.Module = student.get_input_embeddings()  # type: ignore[operator]
     parameters = [parameter for parameter in table.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
