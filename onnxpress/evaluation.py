@@ -112,6 +112,11 @@ def budget_for(task: str, given: str | float | None, *, labelled: bool, problem_
         if labelled:
             return dataclasses.replace(default, limit=number / 100, kind="share")
         return dataclasses.replace(default, limit=1 - number / 100)
+    if labelled and not given.endswith("%") and 0 < number <= 1:
+        raise RecipeError(
+            f"The budget {given!r} is a value of {default.metric}, which goes from 0 to 100 with labels: give "
+            f'"{100 * number:g}" for that value, or "{100 * (1 - number):.4g}%" for the share that may be lost.'
+        )
     if not given.endswith("%") and 0 <= number <= (100 if labelled else 1):
         return dataclasses.replace(default, limit=number, kind="at least")
     scale = "0 to 100" if labelled else "0 to 1"

@@ -31,7 +31,17 @@ from onnxpress.exporters.tasks import find_task
 from onnxpress.exporters.trainable import Head, Trainable
 from onnxpress.exporters.transformers_encoder import open_encoder
 from onnxpress.exporters.transformers_model import load_config
-from onnxpress.labelled import Labels, find_labels, imbalance, normalized, read_labelled, split, write_samples
+from onnxpress.labelled import (
+    Labels,
+    find_labels,
+    imbalance,
+    normalized,
+    read_labelled,
+    split,
+    told,
+    without,
+    write_samples,
+)
 from onnxpress.manifest import Json
 from onnxpress.optimizers.linear_head import fit_linear_head
 from onnxpress.optimizers.training import Batch, Item, TrainingOptions, train
@@ -138,12 +148,17 @@ def fit_samples(
     """
     labels = find_labels(samples, kind, trainable.known_labels(source))
     learned = normalized(samples, labels.kind)
-    notes = [] if balanced else list(filter(None, [imbalance(learned, labels)]))
+    notes = [*filter(None, [told(labels) if kind is None else None, None if balanced else imbalance(learned, labels)])]
     if evaluation is None:
         learned, judged = split(learned, labels, training.seed)
         notes.append(f"{len(judged)} of {len(samples)} samples were held out for evaluation")
     else:
         judged = normalized(evaluation, labels.kind)
+    given, learned = len(learned), without(learned, judged)
+    if len(learned) < given:
+        notes.append(
+            f"{given - len(learned)} training texts are evaluation texts too, and are left out of the training"
+        )
     if balanced and labels.kind != "text-classification":
         raise InputError(f"balanced goes with one label a text (text-classification); the task is {labels.kind}.")
     for sample in judged:

@@ -21,7 +21,7 @@ class Judgement:
     """What the evaluation says of one graph.
 
     metrics: all figures; metric and value: the one that the budget is about; batch_cosine: how far an answer moves
-    with its batch-mates (1 is not at all); margin: what is left of the tightest of the limits on value, divergence and
+    with its batch-mates (1 is not at all); broken: the limits that are, in words; margin: what is left of the tightest of the limits on value, divergence and
     batch_cosine, as a share of what it allows; holds: none of them is broken.
     """
 
@@ -31,11 +31,13 @@ class Judgement:
     batch_cosine: float
     holds: bool
     margin: float
+    broken: tuple[str, ...] = ()
 
     def sentence(self) -> str:
         """The verdict in a few words."""
         divergence = f", divergence {self.metrics['kl_mean']:.2g} nats" if "kl_mean" in self.metrics else ""
-        return f"{self.metric} {self.value:.5g}{divergence}, alone against batched {self.batch_cosine:.6f}"
+        limits = f" ({', '.join(self.broken)})" if self.broken else ""
+        return f"{self.metric} {self.value:.5g}{divergence}, alone against batched {self.batch_cosine:.6f}{limits}"
 
 
 class Gate:
@@ -63,12 +65,16 @@ class Gate:
     def verdict(self, metrics: Mapping[str, float], batch_cosine: float) -> Judgement:
         """What the budget makes of figures. batch_cosine is 1 where rows will run alone: batch-mates cannot matter then."""
         value = metrics[self.budget.metric]
-        margins = [
-            self.budget.margin(self.reference_value, value),
-            (batch_cosine - BATCH_COSINE) / (1 - BATCH_COSINE),
-        ]
+        limit = self.budget.limit_value(self.reference_value)
+        limits = {
+            f"{self.budget.metric} of at least {limit:.5g} is allowed": self.budget.margin(self.reference_value, value),
+            f"at least {BATCH_COSINE} in a batch is allowed": (batch_cosine - BATCH_COSINE) / (1 - BATCH_COSINE),
+        }
         if math.isfinite(self.budget.divergence):
-            margins.append(1 - metrics.get("kl_mean", 0.0) / self.budget.divergence)
+            limits[f"at most {self.budget.divergence:g} nats are allowed, whatever the budget"] = (
+                1 - metrics.get("kl_mean", 0.0) / self.budget.divergence
+            )
+        margins = list(limits.values())
         return Judgement(
             metrics=dict(metrics),
             metric=self.budget.metric,
@@ -77,4 +83,5 @@ class Gate:
             holds=all(margin >= 0 for margin in margins),
             # What is not a number is as bad as can be; min() would pass over it.
             margin=-math.inf if any(map(math.isnan, margins)) else min(margins),
+            broken=tuple(text for text, margin in limits.items() if not margin >= 0),
         )

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from onnxpress.errors import InputError
-from onnxpress.evaluation import Sample, read_samples
+from onnxpress.evaluation import LONG, Sample, read_samples
 from onnxpress.manifest import Json
 
 # What can be fitted → the task of the artifact, and transformers' problem_type.
@@ -29,6 +29,7 @@ KINDS: Mapping[str, tuple[str, str | None]] = {
 }
 _SAMPLE_FILES = (".csv", ".tsv", ".jsonl")
 _COLUMN_FILES = (".conll", ".conllu", ".bio", ".iob", ".iob2")
+_TAG = r"O|[BI]-.+"
 _SEPARATOR = "|"  # between several labels in one column
 _SHARE = 0.1  # of the samples that are split off
 _FEWEST = 8  # samples that can be split
@@ -183,6 +184,31 @@ def split(samples: Sequence[Sample], labels: Labels, seed: int) -> tuple[list[Sa
     return [*train, *alone], evaluation
 
 
+def told(labels: Labels) -> str | None:
+    """What to say where classes were told from labels that could be numbers to predict."""
+    if (
+        labels.kind != "text-classification"
+        or len(labels.names) < 3
+        or any(_number(name) is None for name in labels.names)
+    ):
+        return None
+    return f"the labels are {len(labels.names)} whole numbers, taken as classes; --task regression predicts numbers"
+
+
+def without(learned: Sequence[Sample], judged: Sequence[Sample]) -> list[Sample]:
+    """The training samples whose texts are not among those of the evaluation, unless they are short ("thanks").
+
+    Raises InputError where none is left.
+    """
+    texts = {(sample.text, sample.text_pair) for sample in judged if len(sample.text) >= LONG}
+    left = [sample for sample in learned if (sample.text, sample.text_pair) not in texts]
+    if not left:
+        raise InputError(
+            "All training texts are evaluation texts too; what was learned cannot be judged by them. Give others."
+        )
+    return left
+
+
 def imbalance(samples: Sequence[Sample], labels: Labels) -> str | None:
     """What to say where labels are uneven; None where they are not."""
     if labels.kind != "text-classification":
@@ -213,9 +239,9 @@ def _kind_of(samples: Sequence[Sample]) -> str:
         return "token-classification"
     if any(isinstance(label, list) for label in labels):
         return "multi-label-classification"
-    numbers = [_number(label) for label in labels]
-    if all(number is not None for number in numbers) and any(number % 1 for number in numbers if number is not None):
-        return "regression"
+    if all(_float(label) is not None for label in labels):
+        numbers = [_normal(label, "regression") for label in labels]  # which says what is not finite
+        return "regression" if any(number % 1 for number in numbers) else "text-classification"
     return "text-classification"
 
 
@@ -223,6 +249,11 @@ def _normal(label: Json, kind: str) -> Json:
     if kind == "token-classification":
         if not isinstance(label, tuple):
             raise InputError(f"The task {kind} needs tokens and tags, two lists a sample; a label is {label!r}.")
+        wrong = next((tag for tag in label[1] if not re.fullmatch(_TAG, str(tag))), None)
+        if wrong is not None:
+            raise InputError(
+                f"The tag {wrong!r} is not understood: O, B-TYPE and I-TYPE are, B for the first token of an entity."
+            )
         return label
     if isinstance(label, tuple):
         raise InputError(f"Samples of tokens and tags go with the task token-classification, not with {kind}.")
@@ -258,11 +289,15 @@ def _names(sample: Sample, kind: str) -> Sequence[str]:
 
 
 def _number(label: Json) -> float | None:
+    number = _float(label)
+    return number if number is not None and np.isfinite(number) else None
+
+
+def _float(label: Json) -> float | None:
     try:
-        number = float(label)
+        return float(label)
     except (TypeError, ValueError):
         return None
-    return number if np.isfinite(number) else None
 
 
 def _order(name: str) -> tuple[float, str]:
@@ -316,7 +351,7 @@ def _conll(path: Path, lines: Sequence[str]) -> list[Sample]:
                 samples.append(Sample(text=" ".join(tokens), label=(tokens, tags)))
                 tokens, tags = [], []
             continue
-        if len(columns) < 2 or not re.fullmatch(r"O|[BI]-.+", columns[-1]):
+        if len(columns) < 2 or not re.fullmatch(_TAG, columns[-1]):
             raise InputError(f"{path}, line {number}: a token and, last, its tag (O, B-TYPE or I-TYPE) are expected.")
         tokens.append(columns[0])
         tags.append(columns[-1])

@@ -52,6 +52,11 @@ class ModuleWorkload:
                 refuse_overlap(evaluation, calibration)
             if evaluation.labels is not None:
                 self._check_classes(evaluation.labels)
+            elif evaluation.calls() < 2:
+                raise RecipeError(
+                    f"{evaluation.path} has {len(evaluation)} samples and no labels: how much of the answers' variance is kept cannot be "
+                    "told from one call. Give more samples, or labels."
+                )
 
     @property
     def labelled(self) -> bool:

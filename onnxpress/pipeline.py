@@ -321,9 +321,14 @@ class _Press:
         row["metrics"] = {name: _rounded(value) for name, value in judgement.metrics.items()}
         if not judgement.holds and not self._recipe.build.keep_all:
             raise BudgetError(
-                f"The pruned model is over the budget: {judgement.sentence()}, where the original has "
-                f"{self._gate.budget.metric} {self._gate.reference_value:.5g}. Prune less, let it learn with [distil] (for longer, "
-                "or on more of the texts that it is for), allow more with --budget, or keep it in spite of the budget with --keep-all."
+                f"The pruned model is not good enough: {judgement.sentence()}; the original has "
+                f"{self._gate.budget.metric} {self._gate.reference_value:.5g}. Prune less, "
+                + (
+                    "let it learn with [distil] (for longer, or on more of the texts that it is for), "
+                    if smaller.can_learn
+                    else ""
+                )
+                + "allow more with --budget, or keep it all the same with --keep-all."
             )
         if smaller.planned is not None:
             parity.check(

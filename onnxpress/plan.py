@@ -162,7 +162,7 @@ def choose_automatically(
     """
     if not as_it_is.holds:
         raise BudgetError(
-            f"The budget asks for a {as_it_is.metric} of at least {gate.budget.limit_value(gate.reference_value):.5g}; the original "
+            f"The budget asks for {as_it_is.metric} of at least {gate.budget.limit_value(gate.reference_value):.5g}; the original "
             f"itself has {as_it_is.value:.5g}, so no plan can keep it. Allow more with --budget."
         )
     plans: dict[str, Plan] = {}

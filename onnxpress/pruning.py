@@ -43,6 +43,7 @@ class Smaller(NamedTuple):
     changes: int
     notes: tuple[str, ...]
     planned: Graph | None = None  # the graph that was pruned, where the module was not trained after that
+    can_learn: bool = True  # whether there is a module to train
 
 
 def make_smaller(
@@ -79,7 +80,7 @@ def make_smaller(
         if recipe.distil is not None:
             raise RecipeError("[distil] needs the PyTorch model; an .onnx file can be pruned, and not be trained.")
         smaller = dataclasses.replace(exported, graph=pruned.graph, reference=bench.open(pruned.graph))
-        return Smaller(smaller, changes, (_sizes(exported.graph, pruned.graph), *notes))
+        return Smaller(smaller, changes, (_sizes(exported.graph, pruned.graph), *notes), can_learn=False)
     student = resized(module, pruned)
     if recipe.distil is not None:
         _check_texts(recipe, exported.graph.signature.task)
@@ -98,8 +99,8 @@ def _check_texts(recipe: Recipe, task: str) -> None:
         return
     given = ((recipe.distil.file, recipe.distil.columns), (recipe.quality.file, recipe.quality.columns))
     learned, judged = ({sample.text for sample in read_texts(Path(file), task, columns)} for file, columns in given)
-    both = [text for text in learned & judged if len(text) >= LONG]
-    if both:
+    both = learned & judged
+    if any(len(text) >= LONG for text in both):
         raise RecipeError(
             f"{len(both)} texts of {recipe.distil.file} are in {recipe.quality.file} too: what has learned from them cannot be "
             "judged by them. Take them out."

@@ -38,7 +38,7 @@ from onnxpress.errors import RecipeError
 from onnxpress.machine import cpu_target
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.prune import PruneOptions
-from onnxpress.optimizers.targets import GENERATION, target
+from onnxpress.optimizers.targets import GENERATION, TARGETS, target
 
 
 class _Section(BaseModel):
@@ -203,7 +203,7 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
     if recipe.build.precision not in (None, *facts.precisions):
         raise RecipeError(
             f"{where}: precision {recipe.build.precision!r} does not go with target {facts.name!r}; "
-            f"it takes: {', '.join(facts.precisions)}."
+            f"it takes: {', '.join(facts.precisions)}.{_where(recipe.build.precision)}"
         )
     if recipe.build.only and recipe.build.precision is not None:
         raise RecipeError(f"{where}: `only` names the passes itself; leave `precision` out, or `only`.")
@@ -240,6 +240,12 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
                 f"it runs: {', '.join(runs)}."
             )
     return recipe
+
+
+def _where(precision: str | None) -> str:
+    """Which targets run a precision that one does not."""
+    names = [name for name, facts in TARGETS.items() if precision in facts.precisions]
+    return f" {precision} brings speed on --target {' or '.join(names)} alone." if names else ""
 
 
 def _explain(item: Mapping[str, Any]) -> str:

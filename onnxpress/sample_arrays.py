@@ -57,7 +57,7 @@ def read_arrays(path: Path, signature: Signature) -> SampleArrays:
     labels = None if _LABELS in names else arrays.pop(_LABELS, None)
     if sorted(arrays) != sorted(names):
         raise RecipeError(
-            f"{path} has the arrays {', '.join(sorted(arrays)) or 'none'}; the model takes {', '.join(names)}: give one array for each "
+            f"{path} has {', '.join(sorted(arrays)) or 'no arrays'}; the model takes {', '.join(names)}: give one array for each "
             f"input by its name, and {_LABELS} if there are any."
         )
     for spec in signature.inputs:
@@ -103,7 +103,8 @@ def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
             with np.load(path, allow_pickle=False) as file:
                 return {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, ArtifactError, AttributeError) as error:
-        raise RecipeError(f"{path} cannot be read as arrays of numbers: {error}") from None
+        why = "it holds no plain arrays" if "pickle" in str(error) else error  # NumPy would advise to trust the file
+        raise RecipeError(f"{path} cannot be read as arrays of numbers: {why}.") from None
     raise RecipeError(
         f"{path} does not go with a plain module or an .onnx file, which take arrays: give .npz (numpy.savez) or .safetensors."
     )

@@ -118,7 +118,7 @@ def prune(
         dropped = tuple(layers[index].constants() for index in lost)
         kept = tuple(index for index in kept if index not in lost)
         drop_layers(graph, [layers[index] for index in lost])
-        notes.append(f"layers {', '.join(str(index + 1) for index in lost)} of {len(layers)} are gone")
+        notes.append(f"gone of the {len(layers)} layers: {', '.join(f'number {index + 1}' for index in lost)}")
     places, left = _places(graph, options)
     notes.extend(left)
     if not places and not dropped:

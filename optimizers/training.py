@@ -14,6 +14,7 @@ import json
 import math
 import random
 import re
+import shutil
 import tempfile
 import time
 from collections import deque
@@ -25,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
 
 from onnxpress.errors import InputError, OutputError, QualityError
 
@@ -143,7 +145,12 @@ def train(
         trainer.remove_callback(PrinterCallback)
         if options.patience is not None:
             trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=options.patience))
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except QualityError:
+            if options.checkpoints is not None and not any(_is_whole(path) for path in folder.glob("checkpoint-*")):
+                shutil.rmtree(folder)  # nothing to resume: other options may begin anew there
+            raise
     model.to(origin).eval()
     if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
         raise QualityError(_not_a_number(trainer.state.global_step, "weights"))
@@ -186,7 +193,11 @@ class _Trainer(Trainer):  # type: ignore[misc]
         return loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
         super()._save(output_dir, state_dict)
+        if shown:
+            logging.enable_progress_bar()
         pickled = Path(output_dir or self.args.output_dir) / "training_args.bin"  # which nobody reads
         pickled.unlink(missing_ok=True)
 
@@ -377,7 +388,7 @@ def _identity(
         "best metric": best,
         "training data": _digest(dataset),
         "evaluation data": None if evaluation is None else _digest(evaluation),
-        "initial weights": weights.hexdigest(),
+        "model to begin with (its weights, or what was pruned of them)": weights.hexdigest(),
         "setup": hashlib.sha256(json.dumps(more, sort_keys=True).encode()).hexdigest(),
     }
 

@@ -242,6 +242,13 @@ def test_a_loss_that_is_no_number_stops_at_its_step() -> None:
         train(small_model(), examples(), options=OPTIONS, collate=collate, compute_loss=broken)
 
 
+def test_a_training_that_failed_at_once_leaves_nothing_to_resume(tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, learning_rate=1e30, checkpoints=tmp_path / "run")
+    with pytest.raises(QualityError, match="not finite"):
+        train(small_model(), examples(), options=options, collate=collate)
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_that_are_no_numbers_are_said() -> None:
     def infinite_gradient(model: Any, batch: Any) -> Any:
         outputs = model(**batch)

@@ -386,6 +386,8 @@ def test_budgets_hold_up_to_their_limit() -> None:
 
 def test_budgets_of_the_user() -> None:
     assert budget_for("feature-extraction", "0.5%", labelled=False).limit == pytest.approx(0.995)
+    with pytest.raises(RecipeError, match=r"goes from 0 to 100 with labels: give \"99\" for that value, or \"1%\""):
+        budget_for("text-classification", "0.99", labelled=True)
     assert budget_for("feature-extraction", "0.97", labelled=False) == Budget(metric="cosine_mean", limit=0.97)
     labelled = budget_for("question-answering", "0.5%", labelled=True)
     assert labelled == Budget(metric="f1", limit=0.005, kind="share")

@@ -21,7 +21,7 @@ from onnxpress.cli import main
 from onnxpress.engine import Engine
 from onnxpress.errors import InputError, OutputError, SourceError
 from onnxpress.fit import fit, fit_samples, torch_runner
-from onnxpress.labelled import find_labels, labelled_samples, normalized, read_labelled, split
+from onnxpress.labelled import find_labels, labelled_samples, normalized, read_labelled, split, told
 from onnxpress.optimizers.training import TrainingOptions
 
 FAST: dict[str, Any] = {
@@ -331,6 +331,8 @@ def test_the_command_line_and_a_resume(
         (["a"] * 9, ["x", ["x", "y"]] * 4 + ["y"], "text-classification", "one label a text"),
         (["a"] * 9, [1.5, "nine"] * 4 + [2], "regression", "'nine' is no finite number"),
         (["a"] * 9, [1.5, float("nan")] * 4 + [2], "text-classification", "no finite number"),
+        (["a"] * 9, ["1.5", "nan", "2"] * 3, None, "'nan' is no finite number"),
+        ([["a"], ["b"]], [["O"], ["ANI"]], None, "The tag 'ANI' is not understood: O, B-TYPE and I-TYPE"),
         (["a"] * 30, [str(index) for index in range(30)], None, "30 different labels"),
         (["a"] * 4, ["x", "y"] * 2, None, "too few to split"),
         (["a"] * 9, list("abcdefghi"), None, "too few samples of most labels"),
@@ -344,6 +346,25 @@ def test_labels_that_cannot_be(texts: Any, labels: Any, kind: str | None, messag
         samples = labelled_samples(texts, labels)
         found = find_labels(samples, kind)
         split(normalized(samples, found.kind), found, 0)
+
+
+def test_texts_that_judge_are_not_learned_from(sentence_model: Path, tmp_path: Path) -> None:
+    texts, labels = animals(20)
+    texts = [f"{text}, and that is the end of story number {index}" for index, text in enumerate(texts)]
+    samples, more = labelled_samples(texts, labels), dict[str, Any](frozen_encoder=True, training=TrainingOptions())
+    facts = fit_samples(sentence_model, samples[4:], samples[:8], folder=tmp_path / "some", **more)
+    assert (facts["training_samples"], facts["evaluation_samples"]) == (12, 8)
+    assert "4 training texts are evaluation texts too, and are left out of the training" in facts["notes"]
+    with pytest.raises(InputError, match="All training texts are evaluation texts too"):
+        fit_samples(sentence_model, samples, samples, folder=tmp_path / "all", **more)
+    assert [path.name for path in tmp_path.iterdir()] == ["some"]
+
+
+def test_whole_numbers_are_classes_and_that_is_said() -> None:
+    labels = find_labels(labelled_samples(["a"] * 9, ["1.0", "2", 3.0] * 3), None)
+    assert labels.names == ("1", "2", "3")
+    assert told(labels) == "the labels are 3 whole numbers, taken as classes; --task regression predicts numbers"
+    assert told(find_labels(labelled_samples(["a"] * 4, ["0", "1"] * 2), None)) is None
 
 
 def test_files_and_options_that_cannot_be(model: Path, tmp_path: Path) -> None:

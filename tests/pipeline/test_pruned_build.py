@@ -112,7 +112,7 @@ def test_a_plain_module_and_an_onnx_file(tmp_path: Path) -> None:
 
 def test_a_budget_that_the_pruned_model_does_not_meet(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "encoder", "bert")
-    with pytest.raises(BudgetError, match=r"The pruned model is over the budget: cosine_mean 0\.\d+.*Prune less"):
+    with pytest.raises(BudgetError, match=r"The pruned model is not good enough: cosine_mean 0\.\d+.*Prune less"):
         onnxpress.build(folder, out=tmp_path / "out", prune={"ffn": 0.5, "multiple": 1}, budget="0.99999", **QUICK)
     assert not (tmp_path / "out").exists()
 
