@@ -123,13 +123,16 @@ def _plot(path: Path, rows: dict[str, list[float]]) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for name, row in rows.items():
+    for number, (name, row) in enumerate(sorted(rows.items(), key=lambda item: item[1][2])):
         axes.plot(row[2], row[0], "o")
         slowest = row[2] == max(row[2] for row in rows.values())
-        side = {"xytext": (-6, 4), "ha": "right"} if slowest else {"xytext": (6, 4), "ha": "left"}
+        height = -12 if number % 2 else 4  # neighbours may be near each other
+        side = {"xytext": (-6, height), "ha": "right"} if slowest else {"xytext": (6, height), "ha": "left"}
         axes.annotate(name, (row[2], row[0]), textcoords="offset points", fontsize=8, **side)
     axes.set_xscale("log")
-    axes.margins(x=0.1)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.margins(x=0.1, y=0.1)
     axes.set_xlabel(f"milliseconds, batch {SHAPES[0][0]}, {SHAPES[0][1]} tokens")
     axes.set_ylabel("SST-2 dev accuracy, %")
     axes.grid(alpha=0.3)
