@@ -137,7 +137,7 @@ class _Lesson:
         task: str,
         options: DistilOptions,
         pooling: Pooling | None,
-        problem_type: str | None,
+        problem_type: str | None = None,
     ) -> None:
         if task not in TASKS:
             raise RecipeError(f"There is no distillation for the task {task!r}; there is for {', '.join(TASKS)}.")

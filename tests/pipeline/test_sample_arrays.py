@@ -55,8 +55,8 @@ def test_both_kinds_of_files_are_read(suffix: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"image": None}, "has the arrays kind; the model takes image, kind"),
-        ({"pixels": np.zeros((6, 2))}, "has the arrays image, kind, pixels"),
+        ({"image": None}, "has kind; the model takes image, kind"),
+        ({"pixels": np.zeros((6, 2))}, "has image, kind, pixels"),
         ({"image": np.zeros((6, 1, 8, 8))}, "image is float64 of shape"),
         ({"image": np.zeros((6, 1, 9, 8), np.float32)}, r"takes float32 of shape \(samples, 1, 8, 8\)"),
         ({"image": np.zeros((6, 64), np.float32)}, r"takes float32 of shape \(samples, 1, 8, 8\)"),
