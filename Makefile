@@ -53,7 +53,7 @@ bundle: $(VENV)/.demo ## MODEL built for a device and packed into one file (TARG
 	@test -n "$(TARGET)" || { echo "TARGET is needed: make bundle MODEL=$(MODEL) TARGET=raspberry-pi-5"; exit 2; }
 	@build=$$($(BIN)/python -c 'import sys; from onnxpress.devices import device; print(device(sys.argv[1]).builds[0])' "$(TARGET)" \
 		2>/dev/null) || { $(BIN)/onnxpress bundle none --target "$(TARGET)"; exit 2; }; \
-	test -f "$(OUT)/$(MODEL)-$$build/manifest.json" || \
+	test "$(OUT)/$(MODEL)-$$build/manifest.json" -nt models/$(MODEL)/recipe.toml || \
 		$(BIN)/onnxpress build models/$(MODEL)/recipe.toml --target $$build --out "$(OUT)/$(MODEL)-$$build" && \
 	$(BIN)/onnxpress bundle "$(OUT)/$(MODEL)-$$build" --target "$(TARGET)"
 

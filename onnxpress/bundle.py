@@ -5,7 +5,7 @@
     NAME-DEVICE/lib/onnxpress/            the runtime, pure Python
     NAME-DEVICE/run.py                    on_device.py: answers, and the self-test
     NAME-DEVICE/bundle.json               what the bundle is for, its budget, the digest of every file
-    NAME-DEVICE/required_operators_and_types.config    for a reduced build of ONNX Runtime
+    NAME-DEVICE/required_operators_and_types.config    for a reduced build of ONNX Runtime; where made on such a machine
     NAME-DEVICE/README.md
 
 The same artifact gives the same bytes: files in the order of their names, without times and owners.
@@ -32,12 +32,13 @@ from onnxpress import __version__
 from onnxpress.artifact import Artifact, check_outside
 from onnxpress.devices import Device, check_fit, device
 from onnxpress.errors import ConversionError, OutputError, RecipeError
-from onnxpress.on_device import DESCRIPTION, canonical
+from onnxpress.on_device import DESCRIPTION, canonical, this_machine
 from onnxpress.runtime.loading import newer
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 _CORE = ("__init__.py", "errors.py", "manifest.py", "artifact.py")  # what the runtime imports of onnxpress
 _OPERATORS = "required_operators_and_types.config"
+_LARGEST = 2**31  # bytes of a model in ONNX Runtime's own format, from which the list of operators is taken
 _HERE = Path(__file__).parent
 
 Source = Path | bytes
@@ -65,6 +66,12 @@ def bundle(
     for name, value in budget.items():
         if value is not None and not 0 < value < float("inf"):
             raise RecipeError(f"{name} is {value!r}; it takes a number above 0.")
+    if memory_mb is not None and facts.system == "windows":
+        raise RecipeError(
+            "A memory budget cannot be held to on Windows, which does not tell Python; leave memory_mb out."
+        )
+    if not facts.python and (latency_ms is not None or memory_mb is not None):
+        raise RecipeError(f"A bundle for {target} has no self-test that could hold a budget; leave the budget out.")
     name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', opened.manifest.name).strip('.-') or 'model'}-{target}"
     place = Path(out) if out is not None else opened.path.parent / f"{name}.{facts.archive}"
     check_outside(place, opened.path, "the bundle")
@@ -111,9 +118,15 @@ def _contents(artifact: Artifact, target: str, facts: Device) -> dict[str, Sourc
     }
     for path in sorted(artifact.path.rglob("*")):
         name = path.relative_to(artifact.path).as_posix()
-        if path.is_file() and (name in manifest.files or name in ("manifest.json", "measured.json")):
+        if (
+            path.is_file()
+            and not path.is_symlink()
+            and (name in manifest.files or name in ("manifest.json", "measured.json"))
+        ):
             files[f"model/{target}/{name}"] = path
-    if provider == _PROVIDERS["cpu"]:
+    weights = sum(entry.size for name, entry in manifest.files.items() if name.startswith("model.onnx"))
+    here = this_machine() == (facts.system, facts.machine)  # ONNX Runtime chooses kernels by the machine that it is on
+    if here and provider == _PROVIDERS["cpu"] and weights < _LARGEST:
         files[_OPERATORS] = _required_operators(artifact)
     if facts.python:
         files["run.py"] = _HERE / "on_device.py"
@@ -169,12 +182,12 @@ def _readme(artifact: Artifact, target: str, facts: Device) -> str:
     if facts.python:
         lines += [
             "```",
-            f"python -m pip install {' '.join(repr(name) for name in _requirements(artifact, facts))}",
+            "python -m pip install " + " ".join(f'"{name}"' for name in _requirements(artifact, facts)),
             "python run.py --self-test     # every file, the golden answers, latency and memory: exit code 0 or 1",
             'python run.py "a text"',
             "```",
             "",
-            f"From Python: `sys.path.insert(0, 'lib')`, then `onnxpress.load('model/{target}')`.",
+            f"From Python: `sys.dont_write_bytecode = True; sys.path.insert(0, 'lib')`, then `onnxpress.load('model/{target}')`.",
         ]
     lines += [
         "The folder is a model package that ONNX Runtime opens by itself (OrtModelPackageApi; in Python `ModelPackageContext`),",
@@ -229,7 +242,7 @@ def _write_zip(file: IO[bytes], files: Mapping[str, Source]) -> None:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for path, source in files.items():
             entry = zipfile.ZipInfo(path)  # of the first day that a zip knows
-            entry.external_attr = 0o644 << 16
+            entry.create_system, entry.external_attr = 3, 0o644 << 16  # as on Unix, wherever it is made
             with _opened(source) as content, archive.open(entry, "w", force_zip64=True) as place:
                 while block := content.read(2**20):
                     place.write(block)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from onnxpress.errors import RecipeError
-from onnxpress.manifest import Manifest
+
+if TYPE_CHECKING:
+    from onnxpress.manifest import Manifest
 
 _ANY_CPU = ("fp32", "int8-weights", "int4-weights")  # precisions that no CPU has kernels of its own for
 _X86, _ARM, _NVIDIA = ("cpu", "cpu-avx2"), ("cpu-arm64",), ("tensorrt", "cuda")
@@ -62,6 +64,9 @@ def check_fit(name: str, manifest: Manifest) -> None:
     """Raise RecipeError where an artifact's quantization is not the device's, with the build that is."""
     builds = device(name).builds
     any_cpu = manifest.precision in _ANY_CPU and not {manifest.target, *builds} & set(_NVIDIA)
+    any_cpu = any_cpu and not manifest.recipe.get("build", {}).get(
+        "only"
+    )  # several passes, of which precision is the last
     if manifest.target not in builds and not any_cpu:
         raise RecipeError(
             f"{manifest.name} was built for {manifest.target} at {manifest.precision}, which does not suit {name}: build it again "

@@ -146,19 +146,27 @@ def fit_samples(
 
     Raises InputError, SourceError, QualityError.
     """
+    notes: list[str] = []
+    if evaluation is not None:
+        given, samples = len(samples), without(samples, evaluation)
+        if not samples:
+            raise InputError(
+                "All training texts are evaluation texts too; what was learned cannot be judged by them. Give others."
+            )
+        if len(samples) < given:
+            left = given - len(samples)
+            notes.append(f"{left} training texts are evaluation texts too, and are left out of the training")
     labels = find_labels(samples, kind, trainable.known_labels(source))
     learned = normalized(samples, labels.kind)
-    notes = [*filter(None, [told(labels) if kind is None else None, None if balanced else imbalance(learned, labels)])]
+    notes += filter(None, [told(labels) if kind is None else None, None if balanced else imbalance(learned, labels)])
     if evaluation is None:
         learned, judged = split(learned, labels, training.seed)
+        judged = without(judged, learned)
+        if not judged:
+            raise InputError("Too few different texts were given to hold some out for evaluation; give --eval FILE.")
         notes.append(f"{len(judged)} of {len(samples)} samples were held out for evaluation")
     else:
         judged = normalized(evaluation, labels.kind)
-    given, learned = len(learned), without(learned, judged)
-    if len(learned) < given:
-        notes.append(
-            f"{given - len(learned)} training texts are evaluation texts too, and are left out of the training"
-        )
     if balanced and labels.kind != "text-classification":
         raise InputError(f"balanced goes with one label a text (text-classification); the task is {labels.kind}.")
     for sample in judged:

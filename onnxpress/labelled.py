@@ -195,18 +195,10 @@ def told(labels: Labels) -> str | None:
     return f"the labels are {len(labels.names)} whole numbers, taken as classes; --task regression predicts numbers"
 
 
-def without(learned: Sequence[Sample], judged: Sequence[Sample]) -> list[Sample]:
-    """The training samples whose texts are not among those of the evaluation, unless they are short ("thanks").
-
-    Raises InputError where none is left.
-    """
-    texts = {(sample.text, sample.text_pair) for sample in judged if len(sample.text) >= LONG}
-    left = [sample for sample in learned if (sample.text, sample.text_pair) not in texts]
-    if not left:
-        raise InputError(
-            "All training texts are evaluation texts too; what was learned cannot be judged by them. Give others."
-        )
-    return left
+def without(samples: Sequence[Sample], others: Sequence[Sample]) -> list[Sample]:
+    """The samples whose texts are not among those of others, unless they are short ("thanks")."""
+    texts = {(other.text, other.text_pair) for other in others if len(other.text + (other.text_pair or "")) >= LONG}
+    return [sample for sample in samples if (sample.text, sample.text_pair) not in texts]
 
 
 def imbalance(samples: Sequence[Sample], labels: Labels) -> str | None:

@@ -9,13 +9,20 @@ digest that bundle.json has of it.
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    if sys.version_info < (3, 11):  # noqa: UP036  a device's Python is not chosen by pyproject.toml
+        sys.exit(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}.")
+    if not sys.flags.safe_path:
+        del sys.path[0]  # the bundle's folder: what is imported below must not come from there
 import argparse
 import hashlib
+import io
 import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -41,6 +48,8 @@ def canonical(description: dict[str, Any]) -> str:
 def read_description(folder: Path) -> dict[str, Any]:
     """bundle.json. Raises BundleError where one character of it was changed."""
     path = folder / DESCRIPTION
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise BundleError(f"{path} is no plain file. Copy the bundle again, into an empty folder.")
     try:
         text = path.read_bytes()
         description: dict[str, Any] = json.loads(text)
@@ -74,10 +83,15 @@ def check_files(folder: Path, description: dict[str, Any]) -> int:
     return len(found)
 
 
+def this_machine() -> tuple[str, str]:
+    """System and processor, as devices are told apart."""
+    machine = platform.machine().lower()
+    return platform.system().lower(), _MACHINES.get(machine, machine)
+
+
 def check_machine(description: dict[str, Any]) -> str:
     """This machine in words. Raises BundleError where the bundle is for another kind."""
-    system, machine = platform.system().lower(), platform.machine().lower()
-    machine = _MACHINES.get(machine, machine)
+    system, machine = this_machine()
     wanted = (description["system"], description["machine"])
     if (system, machine) != wanted:
         raise BundleError(
@@ -89,11 +103,16 @@ def check_machine(description: dict[str, Any]) -> str:
 
 def open_artifact(folder: Path, description: dict[str, Any]) -> tuple[Any, Any]:
     """The artifact and the runner of its task, with the bundle's own runtime. Raises BundleError where a package is missing."""
-    sys.dont_write_bytecode = True  # a file that is not of the bundle would be one
+    sys.dont_write_bytecode = True
+    sys.pycache_prefix = str(
+        folder / "no-bytecode"
+    )  # bytecode that lies in the bundle was not compared: it is not read
     library = str(folder / "lib")
     if library not in sys.path:
         sys.path.insert(0, library)
     try:
+        import onnxruntime  # noqa: F401
+
         from onnxpress.artifact import Artifact
         from onnxpress.runtime.loading import load_artifact
         from onnxpress.runtime.providers import CPU
@@ -104,7 +123,7 @@ def open_artifact(folder: Path, description: dict[str, Any]) -> tuple[Any, Any]:
         ]
         return artifact, load_artifact(artifact, providers=providers)
     except ImportError as error:
-        needed = " ".join(f"'{name}'" for name in description["requires"])
+        needed = " ".join(f'"{name}"' for name in description["requires"])
         raise BundleError(f"{error.name or error} cannot be imported here: python -m pip install {needed}") from None
 
 
@@ -187,6 +206,11 @@ def _milliseconds(call: Callable[[], Any]) -> float:
 
 
 def _peak_megabytes() -> float | None:
+    status = Path(
+        "/proc/self/status"
+    )  # of Linux, where the other figure may be that of the process that started this one
+    if status.is_file() and "VmHWM:" in (text := status.read_text()):
+        return int(text.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
     try:
         import resource
     except ImportError:  # Windows
@@ -196,15 +220,22 @@ def _peak_megabytes() -> float | None:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """All that is no folder, links too (which then have no digest of their own: a link is never of a bundle)."""
-    for root, folders, names in os.walk(folder):
+    """All files but Python's bytecode, which is not read. Raises BundleError for links, devices, and folders that cannot be read."""
+
+    def unreadable(error: OSError) -> None:
+        raise BundleError(
+            f"{error.filename} cannot be read: {error.strerror}. Copy the bundle again, into an empty folder."
+        )
+
+    for root, folders, names in os.walk(folder, onerror=unreadable):
         for name in [*names, *(each for each in folders if (Path(root) / each).is_symlink())]:
             path = Path(root) / name
-            if path.is_symlink():
+            if path.is_symlink() or not path.is_file():
                 raise BundleError(
-                    f"{path} is a link, and not of the bundle. Copy the bundle again, into an empty folder."
+                    f"{path} is no plain file, and not of the bundle. Copy the bundle again, into an empty folder."
                 )
             yield path.relative_to(folder).as_posix(), path
+        folders[:] = [each for each in folders if each != "__pycache__"]
 
 
 def _is_ours(error: Exception) -> bool:
@@ -237,6 +268,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="the verdict as JSON")
     options = parser.parse_args(arguments)
     folder = Path(__file__).resolve().parent
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # Windows has others
     if options.self_test:
         verdict = self_test(folder)
         if options.json:

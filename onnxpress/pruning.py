@@ -98,7 +98,10 @@ def _check_texts(recipe: Recipe, task: str) -> None:
     if recipe.distil.file is None or recipe.quality.file is None or task == "module":
         return
     given = ((recipe.distil.file, recipe.distil.columns), (recipe.quality.file, recipe.quality.columns))
-    learned, judged = ({sample.text for sample in read_texts(Path(file), task, columns)} for file, columns in given)
+    learned, judged = (
+        {text for sample in read_texts(Path(file), task, columns) for text in (sample.text, sample.text_pair) if text}
+        for file, columns in given
+    )
     both = learned & judged
     if any(len(text) >= LONG for text in both):
         raise RecipeError(

@@ -14,7 +14,6 @@ import json
 import math
 import random
 import re
-import shutil
 import tempfile
 import time
 from collections import deque
@@ -39,7 +38,7 @@ ComputeMetrics = Callable[[np.ndarray, np.ndarray], Mapping[str, float]]
 
 _IDENTITY = "training.json"  # what a folder of checkpoints belongs to
 _RECENT = 50  # steps that the reported loss is the mean of
-_POOL = 50  # batches whose texts are put together by length
+_POOL = 50  # batches at most whose texts are put together by length
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -149,7 +148,9 @@ def train(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except QualityError:
             if options.checkpoints is not None and not any(_is_whole(path) for path in folder.glob("checkpoint-*")):
-                shutil.rmtree(folder)  # nothing to resume: other options may begin anew there
+                with contextlib.suppress(OSError):  # nothing to resume: other options may begin anew there
+                    (folder / _IDENTITY).unlink()
+                    folder.rmdir()
             raise
     model.to(origin).eval()
     if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
@@ -221,7 +222,7 @@ class _LikeLengths(torch.utils.data.Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         draw = random.Random(f"{self._seed} {self._epoch}")
         order = draw.sample(range(len(self)), len(self))
-        pool = _POOL * self._batch_size
+        pool = self._batch_size * max(1, min(_POOL, len(order) // (4 * self._batch_size)))  # batches differ each epoch
         batches: list[list[int]] = []
         for start in range(0, len(order), pool):
             alike = sorted(order[start : start + pool], key=self._lengths.__getitem__)

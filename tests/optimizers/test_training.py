@@ -115,21 +115,31 @@ def test_the_seed_decides_and_the_processs_random_numbers_go_on() -> None:
 
 
 def test_every_epoch_has_all_examples_in_batches_of_like_lengths() -> None:
-    seen: list[list[int]] = []
+    data = [{**example, "number": number} for number, example in enumerate(examples(66))]
 
-    def watching(items: list[Any]) -> dict[str, torch.Tensor]:
-        seen.append([item["number"] for item in items])
-        return collate(items)
+    def epochs(by_length: bool) -> list[list[list[int]]]:
+        seen: list[list[int]] = []
 
-    data = [{**example, "number": number} for number, example in enumerate(examples(18))]
-    train(small_model(), data, options=OPTIONS, collate=watching, length=length)
-    epochs = [seen[:5], seen[5:]]
-    for batches in epochs:
-        assert [len(batch) for batch in batches] == [4, 4, 4, 4, 2]
-        assert sorted(itertools.chain(*batches)) == list(range(18))
-        spans = sorted((min(sizes), max(sizes)) for sizes in ([length(data[n]) for n in batch] for batch in batches))
-        assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans))
-    assert epochs[0] != epochs[1]
+        def watching(items: list[Any]) -> dict[str, torch.Tensor]:
+            seen.append([item["number"] for item in items])
+            return collate(items)
+
+        train(small_model(), data, options=OPTIONS, collate=watching, length=length if by_length else None)
+        assert len(seen) == 34
+        return [seen[:17], seen[17:]]
+
+    def padding(batches: list[list[int]]) -> int:
+        sizes = [[length(data[number]) for number in batch] for batch in batches]
+        return sum(max(batch) * len(batch) - sum(batch) for batch in sizes)
+
+    first, second = epochs(by_length=True)
+    by_chance, _ = epochs(by_length=False)
+    for batches in (first, second):
+        assert [len(batch) for batch in batches] == [4] * 16 + [2]
+        assert sorted(itertools.chain(*batches)) == list(range(66))
+        assert padding(batches) < padding(by_chance) / 2
+    as_sets = [{frozenset(batch) for batch in batches} for batches in (first, second)]
+    assert len(as_sets[0] & as_sets[1]) < 4, "batches are made anew, not only put in another order"
 
 
 @pytest.mark.parametrize("step", [2, 4, 6, 8])

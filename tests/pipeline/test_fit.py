@@ -262,7 +262,7 @@ def test_cut_texts_are_counted(model: Path, tmp_path: Path) -> None:
     texts, labels = animals(40)
     samples = labelled_samples([*texts, "cat " * 60], [*labels, "feline"])
     facts = fit_samples(
-        model, samples, samples, folder=tmp_path / "one", frozen_encoder=True, training=TrainingOptions()
+        model, samples, samples[:40], folder=tmp_path / "one", frozen_encoder=True, training=TrainingOptions()
     )
     assert facts["notes"] == ["1 of 41 training texts were cut at 40 tokens"]
 
@@ -357,6 +357,11 @@ def test_texts_that_judge_are_not_learned_from(sentence_model: Path, tmp_path: P
     assert "4 training texts are evaluation texts too, and are left out of the training" in facts["notes"]
     with pytest.raises(InputError, match="All training texts are evaluation texts too"):
         fit_samples(sentence_model, samples, samples, folder=tmp_path / "all", **more)
+    first = [sample for sample in samples if sample.label == samples[0].label]
+    with pytest.raises(InputError, match="All training samples have the label"):
+        fit_samples(sentence_model, samples, first, folder=tmp_path / "one", **more)
+    with pytest.raises(InputError, match="Too few different texts"):
+        fit_samples(sentence_model, (samples[0], samples[1]) * 20, None, folder=tmp_path / "two", **more)
     assert [path.name for path in tmp_path.iterdir()] == ["some"]
 
 
