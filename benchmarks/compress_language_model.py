@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("artifacts/compressed-language-model"))
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=2, help="of distilling; 0 leaves it out")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
@@ -54,8 +54,9 @@ def main() -> None:
     ways: dict[str, dict[str, Any]] = {
         "whole": {},
         "pruned": {"prune": PRUNED},
-        "pruned, distilled": {"prune": PRUNED, "distil": distil},
     }
+    if arguments.epochs:
+        ways["pruned, distilled"] = {"prune": PRUNED, "distil": distil}
     built = {
         f"{way}, {precision}": _built(f"{way}, {precision}", precision, more, arguments)
         for way, more in ways.items()
@@ -109,9 +110,10 @@ def _measured(built: dict[str, Artifact], arguments: argparse.Namespace) -> dict
         in_float = built[f"{name.rpartition(', ')[0]}, fp32"]
         perplexity = workload.metrics(reference, workload.answers(runner.session))["perplexity"]
         rows[name] = [_bytes(in_float) / 4e6, _bytes(built[name]) / 1e6, perplexity]
-    prompt = np.random.default_rng(0).integers(5, 4000, PROMPT).tolist()
+    draw = np.random.default_rng(0)
 
     def generate(runner: Generator, count: int) -> None:
+        prompt = draw.integers(5, 4000, PROMPT).tolist()  # a new one each time: what is known already is not read again
         for _ in runner.stream([prompt], max_new_tokens=count, ignore_eos=True):
             pass
 
