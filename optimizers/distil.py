@@ -340,7 +340,10 @@ class _Lesson:
 
 @contextmanager
 def _frozen(student: torch.nn.Module) -> Iterator[None]:
-    """The embeddings are the teacher's, and whole: texts of a few thousand words would only pull them away from the other words."""
+    """The embeddings are the teacher's, and whole: texts of a few thousand words would only pull them away from the other words.
+
+    An output table that is the same one stays too.
+    """
     table: torch.nn.Module = student.get_input_embeddings()  # type: ignore[operator]
     parameters = [parameter for parameter in table.parameters() if parameter.requires_grad]
     for parameter in parameters:
