@@ -30,12 +30,11 @@ from typing import IO
 
 from onnxpress import __version__
 from onnxpress.artifact import Artifact, check_outside
-from onnxpress.devices import Device, check_fit, device
+from onnxpress.devices import Device, check_fit, device, providers
 from onnxpress.errors import ConversionError, OutputError, RecipeError
 from onnxpress.on_device import DESCRIPTION, canonical, this_machine
-from onnxpress.runtime.loading import newer
+from onnxpress.runtime.providers import CPU, PROVIDERS
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 _CORE = ("__init__.py", "errors.py", "manifest.py", "artifact.py")  # what the runtime imports of onnxpress
 _OPERATORS = "required_operators_and_types.config"
 _LARGEST = 2**31  # bytes of a model in ONNX Runtime's own format, from which the list of operators is taken
@@ -84,13 +83,13 @@ def bundle(
         "target": target,
         "system": facts.system,
         "machine": facts.machine,
-        "providers": list(facts.providers(opened.manifest)),
+        "providers": list(providers(opened.manifest)),
         "threads": facts.threads,
         "artifact": f"model/{target}",
-        "requires": _requirements(opened, facts),
+        "requires": _requirements(opened),
         "budget": {key: value for key, value in budget.items() if value is not None},
         "made_with": f"onnxpress {__version__}",
-        "files": {path: _entry(source) for path, source in sorted(files.items())},
+        "files": {path: _sha256(source) for path, source in sorted(files.items())},
     }
     files[DESCRIPTION] = canonical(description).encode()
     with _replacing(place) as file:
@@ -103,8 +102,8 @@ def bundle(
 def _contents(artifact: Artifact, target: str, facts: Device) -> dict[str, Source]:
     """Everything but bundle.json, by path in the bundle."""
     manifest = artifact.manifest
-    provider = _PROVIDERS[facts.providers(manifest)[0]]
-    variant = {"ep": provider, "executor_info": {"ort": {"model_file": "model.onnx"}}}
+    provider = PROVIDERS[providers(manifest)[0]]
+    variant = {"ep": provider.registered_as, "executor_info": {"ort": {"model_file": "model.onnx"}}}
     package = {
         "schema_version": "1.0",
         "package_name": manifest.name,
@@ -126,7 +125,7 @@ def _contents(artifact: Artifact, target: str, facts: Device) -> dict[str, Sourc
             files[f"model/{target}/{name}"] = path
     weights = sum(entry.size for name, entry in manifest.files.items() if name.startswith("model.onnx"))
     here = this_machine() == (facts.system, facts.machine)  # ONNX Runtime chooses kernels by the machine that it is on
-    if here and provider == _PROVIDERS["cpu"] and weights < _LARGEST:
+    if here and provider is CPU and weights < _LARGEST:
         files[_OPERATORS] = _required_operators(artifact)
     if facts.python:
         files["run.py"] = _HERE / "on_device.py"
@@ -135,10 +134,9 @@ def _contents(artifact: Artifact, target: str, facts: Device) -> dict[str, Sourc
     return files
 
 
-def _requirements(artifact: Artifact, facts: Device) -> list[str]:
-    needed = newer(artifact.manifest.minimum_onnxruntime, facts.minimum_onnxruntime)
-    wheel = "onnxruntime" if facts.providers(artifact.manifest) == ("cpu",) else "onnxruntime-gpu"
-    packages = [f"{wheel}>={needed}", "numpy>=2.0", "tokenizers>=0.21"]
+def _requirements(artifact: Artifact) -> list[str]:
+    wheel = "onnxruntime" if providers(artifact.manifest) == ("cpu",) else "onnxruntime-gpu"
+    packages = [f"{wheel}>={artifact.manifest.minimum_onnxruntime}", "numpy>=2.0", "tokenizers>=0.21"]
     return [*packages, "jinja2>=3.1.6"] if artifact.manifest.task == "text-generation" else packages
 
 
@@ -182,7 +180,7 @@ def _readme(artifact: Artifact, target: str, facts: Device) -> str:
     if facts.python:
         lines += [
             "```",
-            "python -m pip install " + " ".join(f'"{name}"' for name in _requirements(artifact, facts)),
+            "python -m pip install " + " ".join(f'"{name}"' for name in _requirements(artifact)),
             "python run.py --self-test     # every file, the golden answers, latency and memory: exit code 0 or 1",
             'python run.py "a text"',
             "```",
@@ -200,11 +198,9 @@ def _json(content: object) -> bytes:
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _entry(source: Source) -> dict[str, str | int]:
-    if isinstance(source, bytes):
-        return {"sha256": hashlib.sha256(source).hexdigest(), "size": len(source)}
-    with source.open("rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": source.stat().st_size}
+def _sha256(source: Source) -> str:
+    with _opened(source) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
@@ -248,5 +244,5 @@ def _write_zip(file: IO[bytes], files: Mapping[str, Source]) -> None:
                     place.write(block)
 
 
-def _opened(source: Source) -> IO[bytes]:
+def _opened(source: Source) -> io.BytesIO | io.BufferedReader:
     return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")

@@ -24,21 +24,15 @@ class Device:
     """A kind of device.
 
     system, machine: what Python's platform module says there, in small letters. builds: the build targets that suit it, the usual one
-    first. threads: None takes all cores. minimum_onnxruntime: the first version that runs well there; an artifact may need a newer one.
-    python: whether a bundle brings run.py.
+    first. threads: None takes all cores. python: whether a bundle brings run.py.
     """
 
     system: str
     machine: str
     builds: tuple[str, ...]
     threads: int | None = None
-    minimum_onnxruntime: str = "1.30"
     archive: Literal["tar", "zip"] = "tar"
     python: bool = True
-
-    def providers(self, manifest: Manifest) -> tuple[str, ...]:
-        """Execution providers of an artifact there, in order, as `load` takes them."""
-        return (manifest.target, "cpu") if manifest.target in _NVIDIA else ("cpu",)
 
 
 DEVICES: Mapping[str, Device] = {
@@ -58,6 +52,11 @@ def device(name: str) -> Device:
     if name not in DEVICES:
         raise RecipeError(f"Unknown device {name!r}; bundles are made for: {', '.join(DEVICES)}.")
     return DEVICES[name]
+
+
+def providers(manifest: Manifest) -> tuple[str, ...]:
+    """Execution providers of an artifact on its device, in order, as `load` takes them."""
+    return (manifest.target, "cpu") if manifest.target in _NVIDIA else ("cpu",)
 
 
 def check_fit(name: str, manifest: Manifest) -> None:

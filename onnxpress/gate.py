@@ -21,8 +21,8 @@ class Judgement:
     """What the evaluation says of one graph.
 
     metrics: all figures; metric and value: the one that the budget is about; batch_cosine: how far an answer moves
-    with its batch-mates (1 is not at all); broken: the limits that are, in words; margin: what is left of the tightest of the limits on value, divergence and
-    batch_cosine, as a share of what it allows; holds: none of them is broken.
+    with its batch-mates (1 is not at all); margin: what is left of the tightest of the limits on value, divergence and
+    batch_cosine, as a share of what it allows; holds: none of them is broken; broken: those that are, in words.
     """
 
     metrics: dict[str, float]

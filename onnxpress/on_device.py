@@ -78,7 +78,7 @@ def check_files(folder: Path, description: dict[str, Any]) -> int:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror or error}. Copy the bundle again.") from None
-        if digest != entries[name]["sha256"]:
+        if digest != entries[name]:
             raise BundleError(f"{path} was changed after the bundle was made. Copy the bundle again.")
     return len(found)
 

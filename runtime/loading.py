@@ -109,11 +109,6 @@ def check_onnxruntime(needed: str, what: object) -> None:
         )
 
 
-def newer(one: str, other: str) -> str:
-    """The newer of two versions."""
-    return max(one, other, key=_numbers)
-
-
 def _numbers(version: str) -> tuple[int, ...]:
     """(1, 30) of 1.30.2."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])

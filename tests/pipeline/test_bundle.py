@@ -348,4 +348,4 @@ def test_the_description_says_what_it_is_for(unpacked: Path) -> None:
     description = read_description(unpacked)
     assert description["target"] == HERE
     assert description["providers"] == ["cpu"]
-    assert description["files"]["run.py"]["sha256"] == hashlib.sha256(Path(on_device.__file__).read_bytes()).hexdigest()
+    assert description["files"]["run.py"] == hashlib.sha256(Path(on_device.__file__).read_bytes()).hexdigest()

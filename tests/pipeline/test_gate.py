@@ -47,7 +47,8 @@ def test_probabilities_that_collapse_break_the_budget() -> None:
     assert collapsed.value == 1
     assert not collapsed.holds
     assert collapsed.margin < 0
-    assert "nats" in collapsed.sentence()
+    assert len(collapsed.broken) == 1, "the limit that breaks is named, and no other"
+    assert "nats are allowed, whatever the budget)" in collapsed.sentence()
 
 
 def test_what_is_not_a_number_breaks_the_budget() -> None:
