@@ -28,11 +28,11 @@ $(VENV)/.python:
 
 $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 	@echo "== installing onnxpress[build,cpu,demo] into $(VENV) (a few minutes the first time; torch is large)"
-	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[build,cpu,demo]' && touch $@
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[build,cpu,demo,secure]' && touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
 	@echo "== installing the tools for tests and checks into $(VENV)"
-	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[build,cpu,demo,dev]' && touch $@
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[build,cpu,demo,secure,dev]' && touch $@
 
 setup: $(VENV)/.dev ## make .venv with everything
 
@@ -65,7 +65,7 @@ test-oldest: ## all tests with the oldest supported versions, in an environment 
 	@test -n "$(PYTHON)" || { echo "onnxpress needs Python 3.11 or newer"; exit 2; }
 	@echo "== making .venv-oldest"
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
-	@.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[build,cpu,demo,dev]'
+	@.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[build,cpu,demo,secure,dev]'
 	@.venv-oldest/bin/python -m pytest -n auto --dist loadfile -m "not venv and not newest"
 
 check: $(VENV)/.dev ## ruff and mypy

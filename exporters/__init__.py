@@ -11,6 +11,7 @@ import torch
 
 from onnxpress.errors import SourceError
 from onnxpress.exporters.exported import Exported
+from onnxpress.exporters.license import license_files, stated_license
 from onnxpress.exporters.module import export_module
 from onnxpress.exporters.reference import TorchReference
 from onnxpress.exporters.resized import original, resized
@@ -96,7 +97,7 @@ def export(
         name=found.name,
         graph=result.graph,
         reference=result.reference,
-        options=result.options,
-        tokenizer_files=result.tokenizer.files,
+        options={**result.options, **stated_license(found.folder)},
+        files=(*result.tokenizer.files, *license_files(found.folder)),
         notes=result.notes,
     )

@@ -15,8 +15,8 @@ class Exported:
     """An exported model.
 
     reference: the original, answering the same signature. options: the manifest's (labels, max_length…).
-    example: for plain modules, the inputs that it was exported with. tokenizer_files: to copy into the artifact,
-    tokenizer.json among them for text tasks. notes: for the ledger.
+    example: for plain modules, the inputs that it was exported with. files: to copy into the artifact: tokenizer.json
+    and what belongs to it for text tasks, the model's licence. notes: for the ledger.
     """
 
     name: str
@@ -24,5 +24,5 @@ class Exported:
     reference: Runnable
     options: Mapping[str, Json]
     example: Arrays = field(default_factory=dict)
-    tokenizer_files: tuple[Path, ...] = ()
+    files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()

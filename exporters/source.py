@@ -17,7 +17,7 @@ import torch
 from onnxpress.errors import SourceError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py"]
+_WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py", "README.md", "LICENSE*", "NOTICE*"]
 _UNWANTED_FILES = ["onnx/*", "openvino/*", "*checkpoint-*"]
 
 

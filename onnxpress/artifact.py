@@ -16,11 +16,12 @@ import shutil
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Self
 
+from onnxpress.encryption import SUFFIX, decrypt, read_key
 from onnxpress.errors import ArtifactError, OutputError, RecipeError
 from onnxpress.manifest import FileEntry, Json, Manifest
 
@@ -30,15 +31,19 @@ _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """An artifact on disk."""
+    """An artifact on disk. key: of one whose files are encrypted."""
 
     path: Path
     manifest: Manifest
     measured: Mapping[str, Json]
+    key: bytes | None = field(default=None, repr=False)
 
     @classmethod
-    def open(cls, path: Path | str, *, verify: bool = True) -> Artifact:
-        """Read an artifact. verify: every file has the digest and size of the manifest. Raises ArtifactError."""
+    def open(cls, path: Path | str, *, verify: bool = True, key: str | bytes | None = None) -> Artifact:
+        """Read an artifact. verify: every file has the digest and size of the manifest; of encrypted ones, `read` sees to it.
+
+        key: as encryption.read_key takes it, where the files are encrypted. Raises ArtifactError, UsageError.
+        """
         folder = Path(path)
         if not folder.is_dir():
             what = "is a file" if folder.exists() else "does not exist"
@@ -47,12 +52,21 @@ class Artifact:
         if not manifest_path.is_file():
             raise ArtifactError(f"{folder} has no {MANIFEST}, so it is no artifact; `onnxpress build` makes one.")
         manifest = Manifest.from_json(_read(manifest_path), where=str(manifest_path))
+        encrypted = [name for name in manifest.files if _inside(folder, name + SUFFIX).is_file()]
+        if encrypted and key is None:
+            raise ArtifactError(
+                f"{folder} is encrypted; it needs its key (--key, key=): file:PATH, env:NAME or command:LINE."
+            )
+        if not encrypted and key is not None:
+            raise ArtifactError(f"A key was given, and {folder} is not encrypted: it is not what it should be.")
         for name, entry in manifest.files.items():
-            file = _inside(folder, name)
+            file = _inside(folder, name + SUFFIX if encrypted else name)
             if not file.is_file():
                 raise ArtifactError(f"{folder} is incomplete: {name} is missing. Build or copy it again.")
             try:
-                changed = file.stat().st_size != entry.size or (verify and _sha256(file) != entry.sha256)
+                changed = not encrypted and (
+                    file.stat().st_size != entry.size or (verify and _sha256(file) != entry.sha256)
+                )
             except OSError as error:
                 raise ArtifactError(f"{file} cannot be read: {error.strerror or error}.") from None
             if changed:
@@ -60,13 +74,35 @@ class Artifact:
                     f"{file} was changed after the build: its content does not fit the digest in {MANIFEST}. "
                     "Build or copy the artifact again."
                 )
-        return cls(path=folder, manifest=manifest, measured=_read_measured(folder, verify=verify))
+        secret = None if key is None else read_key(key)
+        return cls(path=folder, manifest=manifest, measured=_read_measured(folder, verify=verify), key=secret)
 
     def file(self, name: str) -> Path:
-        """Path of one of the artifact's files. Raises ArtifactError if the manifest does not have it."""
+        """Path of one of the artifact's files. Raises ArtifactError if the manifest does not have it, or it is encrypted."""
+        self._check_name(name)
+        if self.key is not None:
+            raise ArtifactError(f"{self.path} is encrypted; this needs the artifact that it was made of.")
+        return self.path / name
+
+    def read(self, name: str) -> bytes | bytearray:
+        """Content of one of the artifact's files, decrypted where it is encrypted. Raises ArtifactError."""
+        self._check_name(name)
+        path = self.path / name
+        if self.key is None:
+            try:
+                return path.read_bytes()
+            except OSError as error:
+                raise ArtifactError(f"{path} cannot be read: {error.strerror or error}.") from None
+        content = decrypt(path.with_name(path.name + SUFFIX), name=name, key=self.key)
+        if hashlib.sha256(content).hexdigest() != self.manifest.files[name].sha256:
+            raise ArtifactError(
+                f"{path}{SUFFIX} is not the file of this artifact's {MANIFEST}. Copy the artifact again."
+            )
+        return content
+
+    def _check_name(self, name: str) -> None:
         if name not in self.manifest.files:
             raise ArtifactError(f"{self.path} has no file {name}; it has: {', '.join(self.manifest.files)}.")
-        return self.path / name
 
 
 class ArtifactWriter:

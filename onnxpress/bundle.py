@@ -4,43 +4,65 @@
     NAME-DEVICE/model/DEVICE/             the artifact
     NAME-DEVICE/lib/onnxpress/            the runtime, pure Python
     NAME-DEVICE/run.py                    on_device.py: answers, and the self-test
-    NAME-DEVICE/bundle.json               what the bundle is for, its budget, the digest of every file
+    NAME-DEVICE/update.py                 on_device_update.py: puts the next bundle in this one's place
+    NAME-DEVICE/bundle.json               what the bundle is for, its budget, the digest of every file, the parts of large ones
+    NAME-DEVICE/model.sig                 the signature of all other files, and beside it its own digest; if it is signed
+    NAME-DEVICE/sbom.cdx.json, LICENSES.md    what is in it and what it needs, under which licences
     NAME-DEVICE/required_operators_and_types.config    for a reduced build of ONNX Runtime; where made on such a machine
     NAME-DEVICE/README.md
 
-The same artifact gives the same bytes: files in the order of their names, without times and owners.
+The same artifact gives the same bytes: files in the order of their names but for bundle.json, which comes first, without times and
+owners.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
 import json
 import logging
-import os
 import re
-import tarfile
 import tempfile
 import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from onnxpress import __version__
 from onnxpress.artifact import Artifact, check_outside
+from onnxpress.bundle_archive import (
+    Source,
+    known_parts,
+    named_chunks,
+    opened,
+    read_bundle,
+    replacing,
+    sent,
+    sha256,
+    size,
+    write_tar,
+    write_zip,
+)
+from onnxpress.chunks import LARGEST
 from onnxpress.devices import Device, check_fit, device, providers
-from onnxpress.errors import ConversionError, OutputError, RecipeError
-from onnxpress.on_device import DESCRIPTION, canonical, this_machine
+from onnxpress.encryption import SUFFIX, encrypt, read_key
+from onnxpress.errors import ConversionError, RecipeError
+from onnxpress.materials import bill_of_materials, licences
+from onnxpress.on_device import (
+    DESCRIPTION,
+    SIGNATURE,
+    SIGNATURE_DIGEST,
+    canonical,
+    digest_line,
+    this_machine,
+)
 from onnxpress.runtime.providers import CPU, PROVIDERS
+from onnxpress.signing import Signer
 
-_CORE = ("__init__.py", "errors.py", "manifest.py", "artifact.py")  # what the runtime imports of onnxpress
+# What the runtime imports of onnxpress.
+_CORE = ("__init__.py", "errors.py", "manifest.py", "artifact.py", "encryption.py")
 _OPERATORS = "required_operators_and_types.config"
 _LARGEST = 2**31  # bytes of a model in ONNX Runtime's own format, from which the list of operators is taken
 _HERE = Path(__file__).parent
-
-Source = Path | bytes
 
 
 def bundle(
@@ -50,17 +72,23 @@ def bundle(
     out: Path | str | None = None,
     latency_ms: float | None = None,
     memory_mb: float | None = None,
+    sign: Path | str | None = None,
+    certificate: Path | str | None = None,
+    encrypt_with: str | bytes | None = None,
+    delta: Path | str | None = None,
 ) -> Path:
     """Write the bundle of an artifact for a device, and return its path.
 
     target: a name of devices.py. out: the file; by default NAME-DEVICE.tar (or .zip) beside the artifact. latency_ms, memory_mb: the
-    budget that the self-test holds the device to: of one call with each golden input, and of the whole process.
+    budget that the self-test holds the device to: of one call with each golden input, and of the whole process. sign, certificate: as
+    signing.Signer takes them. encrypt_with: a key as encryption.read_key takes it. delta: a bundle that the device has; what is written
+    (NAME-DEVICE.delta.tar) then holds only what that one lacks, for update.py.
 
-    Raises RecipeError (an unknown device, an artifact that does not suit it), ArtifactError, OutputError.
+    Raises RecipeError (an unknown device, an artifact that does not suit it, a key that cannot sign), ArtifactError, OutputError.
     """
     facts = device(target)
-    opened = Artifact.open(artifact)
-    check_fit(target, opened.manifest)
+    source = Artifact.open(artifact)
+    check_fit(target, source.manifest)
     budget = {"latency_ms": latency_ms, "memory_mb": memory_mb}
     for name, value in budget.items():
         if value is not None and not 0 < value < float("inf"):
@@ -71,32 +99,89 @@ def bundle(
         )
     if not facts.python and (latency_ms is not None or memory_mb is not None):
         raise RecipeError(f"A bundle for {target} has no self-test that could hold a budget; leave the budget out.")
-    name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', opened.manifest.name).strip('.-') or 'model'}-{target}"
-    place = Path(out) if out is not None else opened.path.parent / f"{name}.{facts.archive}"
-    check_outside(place, opened.path, "the bundle")
-    files = _contents(opened, target, facts)
-    description = {
+    if not facts.python and encrypt_with is not None:
+        raise RecipeError(f"A bundle for {target} brings nothing that decrypts; leave the encryption out.")
+    if facts.archive != "tar" and delta is not None:
+        raise RecipeError(f"A bundle for {target} is a zip, which is put in its place whole; leave --delta out.")
+    if certificate is not None and sign is None:
+        raise RecipeError("A certificate needs its key to sign with: --sign KEY.")
+    signer = None if sign is None else Signer(Path(sign), None if certificate is None else Path(certificate))
+    known = None if delta is None else known_parts(read_bundle(Path(delta)))
+    name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', source.manifest.name).strip('.-') or 'model'}-{target}"
+    place = (
+        Path(out)
+        if out is not None
+        else source.path.parent / f"{name}{'' if delta is None else '.delta'}.{facts.archive}"
+    )
+    check_outside(place, source.path, "the bundle")
+    with contextlib.ExitStack() as stack:
+        files = _contents(source, target, facts)
+        if encrypt_with is not None:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxpress-bundle-")))
+            _encrypt(files, f"model/{target}/", source, read_key(encrypt_with), scratch)
+        requires = _requirements(source, secured=signer is not None or encrypt_with is not None)
+        options = "" if signer is None else " --signed-by KEY.pem"
+        options += "" if encrypt_with is None else " --key file:KEY"
+        files["README.md"] = _readme(source, target, facts, requires, options).encode()
+        digests = {path: sha256(content) for path, content in files.items()}
+        files["LICENSES.md"] = licences(source, requires).encode()
+        files["sbom.cdx.json"] = _json(bill_of_materials(source, target, requires, digests))
+        digests |= {path: sha256(files[path]) for path in ("LICENSES.md", "sbom.cdx.json")}
+        described = _describe(source, target, facts, requires, budget, files, digests)
+        head = {DESCRIPTION: canonical(described).encode()}
+        if signer is not None:
+            head[SIGNATURE] = signer.sign(name, {**digests, DESCRIPTION: sha256(head[DESCRIPTION])})
+            head[SIGNATURE_DIGEST] = digest_line(head[SIGNATURE])
+        write = write_zip if facts.archive == "zip" else write_tar
+        with replacing(place) as file:
+            write(
+                file, ((f"{name}/{path}", content) for path, content in (*head.items(), *sent(files, described, known)))
+            )
+    return place
+
+
+def _describe(
+    source: Artifact,
+    target: str,
+    facts: Device,
+    requires: list[str],
+    budget: Mapping[str, float | None],
+    files: Mapping[str, Source],
+    digests: Mapping[str, str],
+) -> dict[str, Any]:
+    """What bundle.json says."""
+    return {
         "schema_version": 1,
-        "name": opened.manifest.name,
-        "task": opened.manifest.task,
-        "precision": opened.manifest.precision,
+        "name": source.manifest.name,
+        "task": source.manifest.task,
+        "precision": source.manifest.precision,
         "target": target,
         "system": facts.system,
         "machine": facts.machine,
-        "providers": list(providers(opened.manifest)),
+        "providers": list(providers(source.manifest)),
         "threads": facts.threads,
         "artifact": f"model/{target}",
-        "requires": _requirements(opened),
+        "requires": requires,
         "budget": {key: value for key, value in budget.items() if value is not None},
         "made_with": f"onnxpress {__version__}",
-        "files": {path: _sha256(source) for path, source in sorted(files.items())},
+        "files": digests,
+        "sizes": {path: size(content) for path, content in files.items()},
+        "chunks": {
+            path: [name for name, _ in named_chunks(content)]
+            for path, content in files.items()
+            if size(content) > LARGEST
+        },
     }
-    files[DESCRIPTION] = canonical(description).encode()
-    with _replacing(place) as file:
-        (_write_zip if facts.archive == "zip" else _write_tar)(
-            file, {f"{name}/{path}": files[path] for path in sorted(files)}
-        )
-    return place
+
+
+def _encrypt(files: dict[str, Source], prefix: str, artifact: Artifact, key: bytes, scratch: Path) -> None:
+    """Put encrypted files in the place of the artifact's, but for its manifest and measurements."""
+    for number, name in enumerate(artifact.manifest.files):
+        source = files.pop(prefix + name)
+        place = scratch / str(number)
+        with opened(source) as content, place.open("wb") as file:
+            encrypt(content, file, name=name, key=key)
+        files[prefix + name + SUFFIX] = place
 
 
 def _contents(artifact: Artifact, target: str, facts: Device) -> dict[str, Source]:
@@ -113,7 +198,6 @@ def _contents(artifact: Artifact, target: str, facts: Device) -> dict[str, Sourc
     files: dict[str, Source] = {
         "manifest.json": _json(package),
         "model/component.json": _json({"variants": {target: variant}}),
-        "README.md": _readme(artifact, target, facts).encode(),
     }
     for path in sorted(artifact.path.rglob("*")):
         name = path.relative_to(artifact.path).as_posix()
@@ -129,15 +213,18 @@ def _contents(artifact: Artifact, target: str, facts: Device) -> dict[str, Sourc
         files[_OPERATORS] = _required_operators(artifact)
     if facts.python:
         files["run.py"] = _HERE / "on_device.py"
+        files["update.py"] = _HERE / "on_device_update.py"
         files |= {f"lib/onnxpress/{name}": _HERE / name for name in _CORE}
         files |= {f"lib/onnxpress/runtime/{path.name}": path for path in sorted((_HERE / "runtime").glob("*.py"))}
     return files
 
 
-def _requirements(artifact: Artifact) -> list[str]:
+def _requirements(artifact: Artifact, *, secured: bool) -> list[str]:
+    """What the device needs beside Python, for pip."""
     wheel = "onnxruntime" if providers(artifact.manifest) == ("cpu",) else "onnxruntime-gpu"
     packages = [f"{wheel}>={artifact.manifest.minimum_onnxruntime}", "numpy>=2.0", "tokenizers>=0.21"]
-    return [*packages, "jinja2>=3.1.6"] if artifact.manifest.task == "text-generation" else packages
+    packages += ["jinja2>=3.1.6"] * (artifact.manifest.task == "text-generation")
+    return [*packages, "cryptography>=45"] if secured else packages
 
 
 def _required_operators(artifact: Artifact) -> bytes:
@@ -169,7 +256,7 @@ def _required_operators(artifact: Artifact) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
-def _readme(artifact: Artifact, target: str, facts: Device) -> str:
+def _readme(artifact: Artifact, target: str, facts: Device, requires: list[str], options: str) -> str:
     manifest = artifact.manifest
     lines = [
         f"# {manifest.name} for {target}",
@@ -180,12 +267,23 @@ def _readme(artifact: Artifact, target: str, facts: Device) -> str:
     if facts.python:
         lines += [
             "```",
-            "python -m pip install " + " ".join(f'"{name}"' for name in _requirements(artifact)),
-            "python run.py --self-test     # every file, the golden answers, latency and memory: exit code 0 or 1",
-            'python run.py "a text"',
+            "python -m pip install " + " ".join(f'"{name}"' for name in requires),
+            f"python run.py --self-test{options}     # every file, the golden answers, latency and memory: exit code 0 or 1",
+            f'python run.py "a text"{options}',
             "```",
+            *_SIGNED_WORDS * ("--signed-by" in options),
             "",
-            f"From Python: `sys.dont_write_bytecode = True; sys.path.insert(0, 'lib')`, then `onnxpress.load('model/{target}')`.",
+            "From Python, after the same checks (they leave nothing behind: `python -B`):",
+            "",
+            "```python",
+            "import sys",
+            "",
+            'sys.path.insert(0, "FOLDER")  # this folder',
+            "import run",
+            "",
+            "model = run.load()",
+            *_answer_lines(manifest.task),
+            "```",
         ]
     lines += [
         "The folder is a model package that ONNX Runtime opens by itself (OrtModelPackageApi; in Python `ModelPackageContext`),",
@@ -194,55 +292,22 @@ def _readme(artifact: Artifact, target: str, facts: Device) -> str:
     return "\n".join(lines) + "\n"
 
 
+_SIGNED_WORDS = (
+    "",
+    "KEY.pem is the signer's public key, or certificates that the signer's must lead to. It has to come another way than this folder.",
+    "The form is OpenSSF Model Signing: `model_signing verify key --public_key KEY.pem --signature model.sig .` checks the same.",
+)
+
+
+def _answer_lines(task: str) -> list[str]:
+    """A call of the runner, for the README."""
+    if task == "module":
+        return ["print(model.run({name: array}))"]
+    if task == "text-generation":
+        return ['print(model.generate(["A text"])[0].text)']
+    samples = '[("A question", "Its context")]' if task == "question-answering" else '["A text"]'
+    return [f"print(model.answer_texts({samples}))"]
+
+
 def _json(content: object) -> bytes:
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _sha256(source: Source) -> str:
-    with _opened(source) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _replacing(place: Path) -> Iterator[IO[bytes]]:
-    """A file that takes its place when it is whole. Raises OutputError."""
-    if place.is_dir():
-        raise OutputError(f"{place} is a folder; --out names the bundle's file.")
-    part = place.with_name(f".{place.name}.part-{os.getpid()}")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(place)
-    except OSError as error:
-        raise OutputError(f"The bundle {place} cannot be written: {error.strerror or error}.") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def _write_tar(file: IO[bytes], files: Mapping[str, Source]) -> None:
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        for path, source in files.items():
-            entry = tarfile.TarInfo(path)
-            entry.mode = 0o644
-            with _opened(source) as content:
-                entry.size = content.seek(0, io.SEEK_END)
-                content.seek(0)
-                archive.addfile(entry, content)
-
-
-def _write_zip(file: IO[bytes], files: Mapping[str, Source]) -> None:
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for path, source in files.items():
-            entry = zipfile.ZipInfo(path)  # of the first day that a zip knows
-            entry.create_system, entry.external_attr = 3, 0o644 << 16  # as on Unix, wherever it is made
-            with _opened(source) as content, archive.open(entry, "w", force_zip64=True) as place:
-                while block := content.read(2**20):
-                    place.write(block)
-
-
-def _opened(source: Source) -> io.BytesIO | io.BufferedReader:
-    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")

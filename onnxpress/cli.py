@@ -1,4 +1,4 @@
-"""The command line: build, fit, run, generate, chat, bench, verify, bundle, inspect, doctor. Each command is one function.
+"""The command line: build, fit, run, generate, chat, bench, verify, bundle, deploy, inspect, doctor. Each command is one function.
 
 run, verify, bench and doctor work where only the runtime is installed, so nothing heavy is imported at the top.
 Exit codes: 0 done, 1 the artifact is not good enough, 2 wrong use or input.
@@ -187,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--top-k", type=int, help="how many answers (question-answering, fill-mask)")
     run.add_argument("--json", action="store_true", help="one JSON document")
     _providers(run)
+    _key(run)
 
     generate = _command(commands, "generate", _generate, "continue prompts with a language model")
     generate.add_argument("artifact", type=Path)
@@ -213,10 +214,16 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file")
     _providers(bench)
 
-    verify = _command(commands, "verify", _verify, "check hashes and golden outputs, here and now")
-    verify.add_argument("artifact", type=Path)
+    verify = _command(
+        commands, "verify", _verify, "check hashes and golden outputs, here and now; of a bundle, hashes and signature"
+    )
+    verify.add_argument("artifact", type=Path, help="an artifact, or a bundle (its file, or its folder)")
+    verify.add_argument(
+        "--signed-by", type=Path, metavar="FILE", help="of a bundle: the key, or certificates, in PEM form"
+    )
     verify.add_argument("--json", action="store_true")
     _providers(verify)
+    _key(verify)
 
     bundle = _command(commands, "bundle", _bundle, "one file for a device, that runs and checks itself there")
     bundle.add_argument("artifact", type=Path)
@@ -224,6 +231,23 @@ def _parser() -> argparse.ArgumentParser:
     bundle.add_argument("--out", type=Path, help="the file (default: NAME-DEVICE.tar or .zip beside the artifact)")
     bundle.add_argument("--latency-ms", type=float, help="the self-test fails where a golden input takes longer")
     bundle.add_argument("--memory-mb", type=float, help="the self-test fails where the process takes more")
+    bundle.add_argument("--sign", type=Path, metavar="KEY", help="PEM file of a private key (P-256, P-384 or P-521)")
+    bundle.add_argument(
+        "--certificate", type=Path, metavar="FILE", help="PEM: the key's, then those between it and a root"
+    )
+    bundle.add_argument("--encrypt", metavar="SOURCE", help="of the key: file:PATH, env:NAME or command:LINE")
+    bundle.add_argument("--delta", type=Path, metavar="OLD", help="write only what this older bundle does not have")
+
+    deploy = _command(
+        commands, "deploy", _deploy, "bring a bundle to a device over ssh, test it there, and switch to it"
+    )
+    deploy.add_argument("bundle", type=Path)
+    deploy.add_argument("host", metavar="USER@DEVICE")
+    deploy.add_argument("--place", help="folder there (default: onnxpress/NAME-DEVICE in the home folder)")
+    deploy.add_argument("--python", default="python3", help="the device's Python (default python3)")
+    deploy.add_argument("--signed-by", type=Path, metavar="FILE", help="send nothing that was not signed by this key")
+    deploy.add_argument("--key", metavar="SOURCE", help="where the device has the key of an encrypted model")
+    deploy.add_argument("--ssh", default="ssh", metavar="COMMAND", help='e.g. "ssh -p 2222 -i key" (default ssh)')
 
     inspect = _command(commands, "inspect", _inspect, "signature, operators, sizes, placement, ledger")
     inspect.add_argument("artifact", type=Path, help="an artifact, or an .onnx file (needs the build extra)")
@@ -248,6 +272,10 @@ def _providers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-fallback", action="store_true", help="take what loads, and say what it was")
 
 
+def _key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--key", metavar="SOURCE", help="of an encrypted artifact: file:PATH, env:NAME or command:LINE")
+
+
 def _sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, help="tokens of an answer at most (default 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
@@ -265,6 +293,7 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cache-mb", type=int, default=2048, help="most memory for keys and values (default 2048)")
     _providers(parser)
+    _key(parser)
 
 
 _SAMPLING = (
@@ -385,7 +414,7 @@ def _run(options: argparse.Namespace) -> int:
     from onnxpress.inspection import say_fallback
     from onnxpress.runtime import Generator, ModuleRunner, load
 
-    runner = load(options.artifact, providers=options.provider, allow_fallback=options.allow_fallback)
+    runner = load(options.artifact, providers=options.provider, allow_fallback=options.allow_fallback, key=options.key)
     say_fallback(runner.session)
     if isinstance(runner, Generator):
         raise UsageError("This artifact is a language model: use `onnxpress generate` or `onnxpress chat`.")
@@ -441,6 +470,7 @@ def _generator(options: argparse.Namespace) -> Any:
         options.artifact,
         providers=options.provider,
         allow_fallback=options.allow_fallback,
+        key=options.key,
         cache_bytes=options.cache_mb * 2**20,
     )
     say_fallback(runner.session)
@@ -465,9 +495,16 @@ def _bench(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from onnxpress.artifact import Artifact
     from onnxpress.inspection import say_fallback
+    from onnxpress.on_device import DESCRIPTION
     from onnxpress.runtime.loading import open_session, verify_golden
 
-    artifact = Artifact.open(options.artifact)
+    if options.artifact.is_file() or (options.artifact / DESCRIPTION).is_file():
+        return _verify_bundle(options)
+    if options.signed_by is not None:
+        raise UsageError(
+            f"{options.artifact} is no bundle, and bundles alone are signed (onnxpress bundle --sign KEY)."
+        )
+    artifact = Artifact.open(options.artifact, key=options.key)
     session = open_session(artifact, providers=options.provider, allow_fallback=options.allow_fallback)
     say_fallback(session)
     rows = verify_golden(artifact, session)
@@ -488,6 +525,27 @@ def _verify(options: argparse.Namespace) -> int:
     return 0
 
 
+def _verify_bundle(options: argparse.Namespace) -> int:
+    from onnxpress.bundle_archive import unpacked
+
+    with unpacked(options.artifact, options.signed_by) as (_, description, found):
+        pass
+    if options.json:
+        _print_json(
+            {
+                "bundle": str(options.artifact),
+                "target": description["target"],
+                "files": len(description["files"]),
+                "found": found,
+            }
+        )
+    else:
+        print(
+            f"{description['name']} for {description['target']}: {'; '.join(found)}. Its answers are checked there: run.py --self-test"
+        )
+    return 0
+
+
 def _bundle(options: argparse.Namespace) -> int:
     from onnxpress.bundle import bundle
 
@@ -497,8 +555,33 @@ def _bundle(options: argparse.Namespace) -> int:
         out=options.out,
         latency_ms=options.latency_ms,
         memory_mb=options.memory_mb,
+        sign=options.sign,
+        certificate=options.certificate,
+        encrypt_with=options.encrypt,
+        delta=options.delta,
     )
-    print(f"{place}, {place.stat().st_size / 1e6:.1f} MB. There: unpack it, and python run.py --self-test")
+    then = (
+        "unpack it, and python run.py --self-test" if options.delta is None else f"python update.py PLACE {place.name}"
+    )
+    print(f"{place}, {place.stat().st_size / 1e6:.1f} MB. There: {then}")
+    return 0
+
+
+def _deploy(options: argparse.Namespace) -> int:
+    import shlex
+
+    from onnxpress.deploy import deploy
+
+    size = deploy(
+        options.bundle,
+        options.host,
+        place=options.place,
+        python=options.python,
+        signed_by=options.signed_by,
+        key=options.key,
+        ssh=shlex.split(options.ssh),
+    )
+    print(f"{options.host} runs it now; {size / 1e6:.2f} MB were sent.")
     return 0
 
 

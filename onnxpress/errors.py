@@ -57,6 +57,10 @@ class OutputError(UsageError):
     """The output folder cannot be written."""
 
 
+class DeployError(UsageError):
+    """A device cannot be reached, or did not take a bundle."""
+
+
 class MissingExtraError(UsageError):
     """A package that belongs to an extra is not installed."""
 
@@ -77,3 +81,7 @@ class BudgetError(QualityError):
 
 class GoldenError(QualityError):
     """An artifact does not reproduce its golden outputs."""
+
+
+class SelfTestError(QualityError):
+    """A bundle is not good on its device."""

@@ -48,7 +48,6 @@ def open_onnx(path: Path, *, task: str | None, max_length: int | None) -> Export
         reference=reference,
         options={},
         example=example,
-        tokenizer_files=(),
         name=path.stem,
         notes=("the original is the ONNX file itself",),
     )

@@ -2,9 +2,11 @@
 
     python run.py --self-test [--json]    files, golden outputs, latency and memory: one page, exit code 0 or 1
     python run.py "a text" […]            one JSON answer a line
+    python run.py --check [FOLDER]        files and signature alone, of this bundle or of another one
 
-Needs Python 3.11 with onnxruntime, numpy and tokenizers. Nothing else of the bundle is opened or imported before every file has the
-digest that bundle.json has of it.
+Needs Python 3.11 with onnxruntime, numpy and tokenizers; and cryptography for signatures and encrypted models. Nothing else of the
+bundle is opened or imported before every file has the digest that bundle.json has of it and, with --signed-by, the digest that was
+signed. Who can change run.py can change what it says: what comes from outside is checked by the run.py that is there already.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ if __name__ == "__main__":
     if not sys.flags.safe_path:
         del sys.path[0]  # the bundle's folder: what is imported below must not come from there
 import argparse
+import base64
+import binascii
 import hashlib
 import io
 import json
@@ -30,6 +34,8 @@ from pathlib import Path
 from typing import Any
 
 DESCRIPTION = "bundle.json"
+SIGNATURE, SIGNATURE_DIGEST = "model.sig", "model.sig.sha256"  # these two cannot be in what is signed
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 _TIMED_SECONDS, _TIMED_CALLS = 2.0, 50
 
@@ -69,6 +75,7 @@ def check_files(folder: Path, description: dict[str, Any]) -> int:
     entries = description["files"]
     found = dict(_files(folder))
     found.pop(DESCRIPTION, None)
+    _check_signature_file(found.pop(SIGNATURE, None), found.pop(SIGNATURE_DIGEST, None))
     for what, names in (("is missing", set(entries) - set(found)), ("is not of the bundle", set(found) - set(entries))):
         if names:
             raise BundleError(f"{folder}: {min(names)!r} {what}. Copy the bundle again, into an empty folder.")
@@ -81,6 +88,140 @@ def check_files(folder: Path, description: dict[str, Any]) -> int:
         if digest != entries[name]:
             raise BundleError(f"{path} was changed after the bundle was made. Copy the bundle again.")
     return len(found)
+
+
+def _check_signature_file(signature: Path | None, digest: Path | None) -> None:
+    """A signature that was damaged shows also where nobody asks whose it is."""
+    if signature is None and digest is None:
+        return
+    if signature is None or digest is None:
+        missing = SIGNATURE if signature is None else SIGNATURE_DIGEST
+        raise BundleError(f"{missing} is missing beside the other file of the signature. Copy the bundle again.")
+    if digest.read_bytes() != digest_line(signature.read_bytes()):
+        raise BundleError(f"{signature} was changed after the bundle was made. Copy the bundle again.")
+
+
+def digest_line(signature: bytes) -> bytes:
+    """What `sha256sum model.sig` prints."""
+    return f"{hashlib.sha256(signature).hexdigest()}  {SIGNATURE}\n".encode()
+
+
+def check_signature(folder: Path, description: dict[str, Any], trusted: Path) -> str:
+    """Whether who is trusted signed these very files, which `check_files` has compared with the description; returns who it was.
+
+    trusted: PEM file with a public key, or with the certificates that the signer's must lead to. The format is OpenSSF Model Signing 1.0
+    (a DSSE envelope with an in-toto statement of all digests, in a Sigstore bundle). Raises BundleError.
+    """
+    try:
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives.asymmetric import ec
+    except ImportError:
+        raise BundleError("A signature is checked with cryptography: python -m pip install cryptography") from None
+    path = folder / SIGNATURE
+    if not path.is_file():
+        raise BundleError(f"{folder} is not signed, and a signature is demanded (--signed-by {trusted}).")
+    try:
+        bundle = json.loads(path.read_bytes())
+        envelope, material = bundle["dsseEnvelope"], bundle["verificationMaterial"]
+        payload = base64.b64decode(envelope["payload"], validate=True)
+        signature = base64.b64decode(envelope["signatures"][0]["sig"], validate=True)
+        statement = json.loads(payload)
+        signed = {
+            str(entry["name"]): (entry["algorithm"], entry["digest"]) for entry in statement["predicate"]["resources"]
+        }
+        is_ours = envelope["payloadType"] == PAYLOAD_TYPE and "model_signing/signature/v1" in statement["predicateType"]
+    except (ValueError, RecursionError, TypeError, KeyError, IndexError, AttributeError, binascii.Error):
+        is_ours = False
+    if not is_ours:
+        raise BundleError(f"{path} is no signature of the form of OpenSSF Model Signing 1.0.")
+    key, signer = _trusted_key(trusted, material)
+    try:
+        key.verify(signature, pre_authentication(payload), ec.ECDSA(hash_of(key)))
+    except InvalidSignature:
+        raise BundleError(
+            f"The signature of {folder} is not that of {trusted}: the key is another, or the signature was changed."
+        ) from None
+    files = {**description["files"], DESCRIPTION: hashlib.sha256((folder / DESCRIPTION).read_bytes()).hexdigest()}
+    if signed != {name: ("sha256", digest) for name, digest in files.items()}:
+        raise BundleError(f"{folder} was changed after it was signed: its files are not those of {path}.")
+    return signer
+
+
+def pre_authentication(payload: bytes) -> bytes:
+    """What of a payload is signed. Source: DSSE 1.0, PAE (https://github.com/secure-systems-lab/dsse/blob/v1.0.0/protocol.md)."""
+    return b"DSSEv1 %d %s %d %s" % (len(PAYLOAD_TYPE), PAYLOAD_TYPE.encode(), len(payload), payload)
+
+
+def hash_of(key: Any) -> Any:
+    """The hash that goes with an elliptic curve. Raises BundleError for keys that the standard does not take."""
+    from cryptography.hazmat.primitives import hashes
+
+    fitting: dict[str, Any] = {"secp256r1": hashes.SHA256, "secp384r1": hashes.SHA384, "secp521r1": hashes.SHA512}
+    curve = getattr(getattr(key, "curve", None), "name", None)
+    if curve not in fitting:
+        raise BundleError(
+            f"A signing key has to be of the curve P-256, P-384 or P-521; this one is {curve or 'of another kind'}."
+        )
+    return fitting[curve]()
+
+
+def _trusted_key(trusted: Path, material: Any) -> tuple[Any, str]:
+    """The key to check with, and whose it is: that of the file, or of a certificate that those of the file vouch for today."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
+
+    try:
+        pem = trusted.read_bytes()
+    except OSError as error:
+        raise BundleError(f"The key {trusted} cannot be read: {error.strerror or error}.") from None
+    try:
+        if b"BEGIN CERTIFICATE" not in pem:
+            return serialization.load_pem_public_key(pem), f"the key {trusted.name}"
+        roots = x509.load_pem_x509_certificates(pem)
+    except Exception as error:  # cryptography has many
+        raise BundleError(f"{trusted} holds neither a public key nor certificates in PEM form: {error}") from None
+    try:
+        entries = material["x509CertificateChain"]["certificates"]
+        chain = [
+            x509.load_der_x509_certificate(base64.b64decode(entry["rawBytes"], validate=True)) for entry in entries
+        ]
+        signer = chain[0]
+    except (ValueError, TypeError, KeyError, IndexError):
+        raise BundleError(
+            f"The bundle was signed with a bare key; {trusted} holds certificates. Give the public key."
+        ) from None
+    return _vouched_for(signer, chain[1:], roots, trusted), signer.subject.rfc4514_string()
+
+
+def _vouched_for(signer: Any, between: list[Any], roots: list[Any], trusted: Path) -> Any:
+    """The public key of a certificate that is valid now, may sign, and leads to a root. Raises BundleError."""
+    import datetime
+
+    from cryptography import x509
+    from cryptography.x509 import verification
+
+    now = datetime.datetime.now(datetime.UTC)
+    name = signer.subject.rfc4514_string()
+    if not signer.not_valid_before_utc <= now <= signer.not_valid_after_utc:
+        raise BundleError(
+            f"The signer's certificate ({name}) is valid from {signer.not_valid_before_utc:%Y-%m-%d} to "
+            f"{signer.not_valid_after_utc:%Y-%m-%d}; here it is {now:%Y-%m-%d}. Sign the bundle again, or set the clock."
+        )
+    usage = {extension.oid: extension.value for extension in signer.extensions}
+    may = usage.get(x509.KeyUsage.oid)
+    purposes = usage.get(x509.ExtendedKeyUsage.oid)
+    if not (may is not None and may.digital_signature) and not (
+        purposes is not None and x509.oid.ExtendedKeyUsageOID.CODE_SIGNING in purposes
+    ):
+        raise BundleError(f"The certificate {name} may not sign: it lacks the key usage digitalSignature.")
+    any_leaf = verification.ExtensionPolicy.permit_all()
+    policy = verification.PolicyBuilder().store(verification.Store(roots)).time(now)
+    policy = policy.extension_policies(ca_policy=verification.ExtensionPolicy.webpki_defaults_ca(), ee_policy=any_leaf)
+    try:
+        policy.build_client_verifier().verify(signer, between)
+    except verification.VerificationError as error:
+        raise BundleError(f"The signer's certificate ({name}) does not lead to one of {trusted}: {error}") from None
+    return signer.public_key()
 
 
 def this_machine() -> tuple[str, str]:
@@ -101,8 +242,25 @@ def check_machine(description: dict[str, Any]) -> str:
     return f"{platform.node() or 'this machine'}, {system} {machine}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
-def open_artifact(folder: Path, description: dict[str, Any]) -> tuple[Any, Any]:
-    """The artifact and the runner of its task, with the bundle's own runtime. Raises BundleError where a package is missing."""
+def check(folder: Path, signed_by: Path | None = None) -> tuple[dict[str, Any], list[str]]:
+    """Compare a bundle's files with its description and, where who signed is given, with what was signed.
+
+    Returns the description, and in words what was found. Nothing of the bundle is run. Raises BundleError.
+    """
+    description = read_description(folder)
+    found = [f"{check_files(folder, description)} have the digests of {DESCRIPTION}"]
+    if signed_by is not None:
+        found.append(f"by {check_signature(folder, description, signed_by)}")
+    elif (folder / SIGNATURE).is_file():
+        found.append("there is one; whose it is was not checked: --signed-by FILE")
+    return description, found
+
+
+def open_artifact(folder: Path, description: dict[str, Any], key: str | None = None) -> tuple[Any, Any]:
+    """The artifact and the runner of its task, with the bundle's own runtime. Raises BundleError where a package is missing.
+
+    key: where that of an encrypted model is found, as `onnxpress.load` takes it.
+    """
     sys.dont_write_bytecode = True
     sys.pycache_prefix = str(
         folder / "no-bytecode"
@@ -117,7 +275,8 @@ def open_artifact(folder: Path, description: dict[str, Any]) -> tuple[Any, Any]:
         from onnxpress.runtime.loading import load_artifact
         from onnxpress.runtime.providers import CPU
 
-        artifact = Artifact.open(folder / description["artifact"], verify=False)  # its files have just been compared
+        # Its files have just been compared.
+        artifact = Artifact.open(folder / description["artifact"], verify=False, key=key)
         providers = [
             CPU(threads=description["threads"]) if name == "cpu" else name for name in description["providers"]
         ]
@@ -143,18 +302,19 @@ class Verdict:
         self.lines.append((what, found, good))
 
 
-def self_test(folder: Path) -> Verdict:
+def self_test(folder: Path, *, signed_by: Path | None = None, key: str | None = None) -> Verdict:
     """Check a bundle, from its files to its speed; the first thing that fails ends it."""
     verdict = Verdict()
     try:
-        description = read_description(folder)
+        description, found = check(folder, signed_by)
         verdict.add(
             "bundle",
             f"{description['name']} for {description['target']}: {description['task']}, {description['precision']}",
         )
-        verdict.add("files", f"{check_files(folder, description)} have the digests of {DESCRIPTION}")
+        for what, words in zip(("files", "signature"), found, strict=False):
+            verdict.add(what, words)
         verdict.add("machine", check_machine(description))
-        artifact, runner = open_artifact(folder, description)
+        artifact, runner = open_artifact(folder, description, key)
         _check_answers(verdict, artifact, runner.session)
         _check_speed(verdict, artifact, runner.session, description["budget"])
     except BundleError as error:
@@ -242,11 +402,18 @@ def _is_ours(error: Exception) -> bool:
     return any(kind.__name__ == "OnnxpressError" for kind in type(error).__mro__)
 
 
-def _answers(folder: Path, texts: list[str]) -> Iterator[Any]:
-    description = read_description(folder)
-    check_files(folder, description)
+def load(folder: Path | str | None = None, *, signed_by: Path | None = None, key: str | None = None) -> Any:
+    """The runner of a bundle's task, as `onnxpress.load` gives it, after all checks. folder: by default that of this file.
+
+    Raises BundleError, and the runtime's own errors.
+    """
+    place = Path(__file__).resolve().parent if folder is None else Path(folder)
+    description, _ = check(place, signed_by)
     check_machine(description)
-    _, runner = open_artifact(folder, description)
+    return open_artifact(place, description, key)[1]
+
+
+def _answers(runner: Any, texts: list[str]) -> Iterator[Any]:
     from onnxpress.runtime.generator import Generator
     from onnxpress.runtime.module_runner import ModuleRunner
 
@@ -265,13 +432,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="*", metavar="TEXT")
     parser.add_argument("--self-test", action="store_true")
+    parser.add_argument("--check", nargs="?", type=Path, const=Path(__file__).resolve().parent, metavar="FOLDER")
+    parser.add_argument("--signed-by", type=Path, metavar="FILE", help="PEM: the signer's public key, or certificates")
+    parser.add_argument("--key", metavar="SOURCE", help="of an encrypted model: file:PATH, env:NAME or command:LINE")
     parser.add_argument("--json", action="store_true", help="the verdict as JSON")
     options = parser.parse_args(arguments)
     folder = Path(__file__).resolve().parent
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # Windows has others
     if options.self_test:
-        verdict = self_test(folder)
+        verdict = self_test(folder, signed_by=options.signed_by, key=options.key)
         if options.json:
             lines = [{"what": what, "found": found, "good": good} for what, found, good in verdict.lines]
             print(json.dumps({"good": verdict.good, "lines": lines}))
@@ -280,11 +450,14 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{'ok  ' if good else 'BAD '} {what:<16} {found}")
             print(f"verdict: {'good' if verdict.good else 'NOT GOOD'}")
         return 0 if verdict.good else 1
-    if not options.texts:
-        parser.error("give a text, or --self-test")
+    if not options.texts and not options.check:
+        parser.error("give a text, --self-test or --check")
     try:
-        for answer in _answers(folder, options.texts):
-            print(json.dumps(answer, ensure_ascii=False))
+        if options.check:
+            print(*check(options.check, options.signed_by)[1], sep="\n")
+        else:
+            for answer in _answers(load(signed_by=options.signed_by, key=options.key), options.texts):
+                print(json.dumps(answer, ensure_ascii=False))
     except Exception as error:
         if not isinstance(error, BundleError) and not _is_ours(error):
             raise

@@ -148,7 +148,7 @@ def _build(
 
         report.step("export")
         exported = _export(recipe, given)
-        _copy_tokenizer(exported, writer.folder)
+        _copy_files(exported, writer.folder)
         if recipe.build.cache != "fp32" and not _generates(exported):
             raise RecipeError(f"A cache of {recipe.build.cache} was asked for; {exported.name} is no language model.")
         workload = _workload(recipe, exported, writer.folder, evaluation_file, calibration_file)
@@ -649,8 +649,8 @@ def _timed_systems(workload: Workload, reference: Runnable, ours: Mapping[str, R
     return ours if isinstance(workload, DecoderWorkload) else {"PyTorch": reference, **ours}
 
 
-def _copy_tokenizer(exported: Exported, folder: Path) -> None:
-    for path in exported.tokenizer_files:
+def _copy_files(exported: Exported, folder: Path) -> None:
+    for path in exported.files:
         shutil.copyfile(path, folder / path.name)
 
 

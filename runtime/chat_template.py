@@ -15,7 +15,7 @@ from typing import Any
 from onnxpress.errors import ArtifactError, InputError
 from onnxpress.manifest import Json
 
-_FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
+FILES = _FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 _RESERVED = frozenset({"messages", "add_generation_prompt", "self", "raise_exception", "strftime_now"})
 _LONGEST = 10_000_000  # characters
@@ -43,17 +43,22 @@ class ChatTemplate:
 
     @classmethod
     def from_folder(cls, folder: Path) -> ChatTemplate | None:
-        """The template of an artifact or model folder; None where it has none. Raises ArtifactError."""
+        """The template of a model folder; None where it has none. Raises ArtifactError."""
+        names = (name for name in (_CONFIG, _FILE) if (folder / name).is_file())
+        return cls.from_files({name: (folder / name).read_bytes() for name in names}, where=folder)
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes | bytearray], *, where: Path) -> ChatTemplate | None:
+        """The template in the contents of FILES, by name; None where they have none. Raises ArtifactError."""
         config: Any = {}
-        path = folder / _CONFIG
-        if path.is_file():
-            try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise ArtifactError(f"{path} is not valid JSON: {error}.") from None
-        source = config.get("chat_template")
-        if (folder / _FILE).is_file():
-            source = (folder / _FILE).read_text(encoding="utf-8")
+        try:
+            if _CONFIG in files:
+                config = json.loads(files[_CONFIG])
+            source = config.get("chat_template")
+            if _FILE in files:
+                source = files[_FILE].decode()
+        except (ValueError, RecursionError, AttributeError) as error:
+            raise ArtifactError(f"{where / _CONFIG} or {_FILE} is not valid: {error}.") from None
         if isinstance(source, list):  # several, by name
             named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
             source = named.get("default")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from onnxpress.artifact import Artifact
 from onnxpress.errors import ArtifactError, GoldenError
 from onnxpress.manifest import Runnable
+from onnxpress.runtime import chat_template
 from onnxpress.runtime.chat_template import ChatTemplate
 from onnxpress.runtime.embedder import Embedder
 from onnxpress.runtime.fill_mask import FillMask
@@ -20,11 +22,13 @@ from onnxpress.runtime.module_runner import ModuleRunner
 from onnxpress.runtime.providers import Provider, check_wheel
 from onnxpress.runtime.question_answerer import QuestionAnswerer
 from onnxpress.runtime.session import Session
-from onnxpress.runtime.tensor_file import read_tensors
+from onnxpress.runtime.tensor_file import tensors_of
 from onnxpress.runtime.text_classifier import TextClassifier
 from onnxpress.runtime.text_runner import TOKENS_PER_CHUNK, TextRunner
 from onnxpress.runtime.token_classifier import TokenClassifier
-from onnxpress.runtime.tokenization import Tokenizer
+from onnxpress.runtime.tokenization import TOKENIZER, Tokenizer
+
+MODEL, GOLDEN = "model.onnx", "golden.safetensors"
 
 RUNNERS: Mapping[str, type[TextRunner]] = {
     runner.task: runner for runner in (Embedder, TextClassifier, TokenClassifier, QuestionAnswerer, FillMask)
@@ -39,14 +43,16 @@ def load(
     providers: Sequence[str | Provider] | None = None,
     allow_fallback: bool = False,
     verify: bool = True,
+    key: str | bytes | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> Runner:
     """Open an artifact: Embedder, TextClassifier, TokenClassifier, QuestionAnswerer, FillMask, Generator or ModuleRunner.
 
     providers: e.g. ("cuda", "cpu"), or options such as CPU(threads=2); None is the CPU. verify: check all digests.
+    key: of an encrypted artifact, its 32 bytes or where to find them: "file:PATH", "env:NAME", "command:LINE".
     cache_bytes: for a language model, the most memory for keys and values. Raises ArtifactError, ProviderError.
     """
-    artifact = Artifact.open(path, verify=verify)
+    artifact = Artifact.open(path, verify=verify, key=key)
     return load_artifact(artifact, providers=providers, allow_fallback=allow_fallback, cache_bytes=cache_bytes)
 
 
@@ -68,11 +74,17 @@ def load_artifact(
             f"{Generator.task}, module."
         )
     options = manifest.options
-    tokenizer = Tokenizer.from_folder(
-        artifact.path, max_length=options["max_length"], pad_token_id=options["pad_token_id"]
+    if TOKENIZER not in manifest.files:
+        raise ArtifactError(f"{artifact.path} has no {TOKENIZER}, so it cannot take text.")
+    tokenizer = Tokenizer.from_content(
+        artifact.read(TOKENIZER),
+        max_length=options["max_length"],
+        pad_token_id=options["pad_token_id"],
+        where=artifact.path / TOKENIZER,
     )
     if manifest.task == Generator.task:
-        template = ChatTemplate.from_folder(artifact.path)
+        names = [name for name in chat_template.FILES if name in manifest.files]
+        template = ChatTemplate.from_files({name: artifact.read(name) for name in names}, where=artifact.path)
         return Generator(session, tokenizer, options, template, cache_bytes=cache_bytes)
     # What the build found necessary goes before what it found fastest.
     chunk = manifest.session.get("tokens_per_chunk") or artifact.measured.get("tokens_per_chunk") or TOKENS_PER_CHUNK
@@ -88,13 +100,19 @@ def open_session(
     manifest = artifact.manifest
     check_onnxruntime(manifest.minimum_onnxruntime, artifact.path)
     return Session(
-        artifact.file("model.onnx"),
+        artifact.path / MODEL,
+        content=None if artifact.key is None else partial(_model_files, artifact),
         signature=manifest.signature,
         providers=providers or ("cpu",),
         allow_fallback=allow_fallback,
         disabled_optimizers=manifest.session.get("disabled_optimizers", ()),
-        cache_key=manifest.files["model.onnx"].sha256,
+        cache_key=manifest.files[MODEL].sha256,
     )
+
+
+def _model_files(artifact: Artifact) -> dict[str, bytes | bytearray]:
+    names = [name for name in artifact.manifest.files if name == MODEL or name.startswith(f"{MODEL}.")]
+    return {name: artifact.read(name) for name in names}
 
 
 def check_onnxruntime(needed: str, what: object) -> None:
@@ -150,9 +168,9 @@ def verify_golden(artifact: Artifact, session: Runnable) -> list[GoldenRow]:
 
 def golden_cases(artifact: Artifact) -> dict[str, dict[str, dict[str, np.ndarray]]]:
     """{case: {"input": {name: array}, "output": {name: array}}}."""
-    path = artifact.file("golden.safetensors")
+    path = artifact.path / GOLDEN
     cases: dict[str, dict[str, dict[str, np.ndarray]]] = {}
-    for key, array in read_tensors(path).items():
+    for key, array in tensors_of(artifact.read(GOLDEN), where=path).items():
         kind, _, rest = key.partition(".")
         case, _, name = rest.partition(".")
         if kind not in ("input", "output") or not name:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ _NUMPY = {
 class Session:
     """An ONNX model, open on the providers that were asked for.
 
-    path: model.onnx. signature: what inputs are checked against; without it, what the file declares. providers:
+    path: model.onnx. content: gives the model's files by name (model.onnx, and its data) in the place of those on disk, as often as it
+    is opened. signature: what inputs are checked against; without it, what the file declares. providers:
     names ("cpu", "cuda", "tensorrt") or options (CPU(threads=2)), in order. allow_fallback: take what loads;
     `fallback_note` then says what did not. disabled_optimizers: names of ONNX Runtime's graph optimizers.
     cache_key: identifies the model in engine caches; None takes its SHA-256 when it is needed.
@@ -49,6 +50,7 @@ class Session:
         self,
         path: Path | str,
         *,
+        content: Callable[[], Mapping[str, bytes | bytearray]] | None = None,
         signature: Signature | None = None,
         providers: Sequence[str | Provider] = ("cpu",),
         allow_fallback: bool = False,
@@ -56,6 +58,7 @@ class Session:
         cache_key: str | None = None,
     ) -> None:
         self.path = Path(path)
+        self._content = content
         self.fallback_note = ""
         self._disabled = tuple(disabled_optimizers)
         self._cache_key = cache_key
@@ -164,13 +167,18 @@ class Session:
         options.inter_op_num_threads = 1
         if record_placement:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        if not self.path.is_file():
+        if self._content is None and not self.path.is_file():
             raise ArtifactError(f"The model {self.path} does not exist.")
         key = self._engine_key()
         providers = [(provider.registered_as, provider.options(self._signature, key)) for provider in self._providers]
+        files = {} if self._content is None else dict(self._content())
         try:
+            model = bytes(files.pop(self.path.name)) if files else self.path
+            if files:
+                data = [np.frombuffer(content, np.uint8) for content in files.values()]
+                options.add_external_initializers_from_files_in_memory(list(files), data, [len(one) for one in data])
             return onnxruntime.InferenceSession(
-                self.path,
+                model,
                 options,
                 providers=providers,
                 disabled_optimizers=list(self._disabled) or None,

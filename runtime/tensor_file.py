@@ -34,7 +34,14 @@ _DTYPES = {
 def read_tensors(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     """All tensors of a file by name. Raises ArtifactError where the file is garbled."""
     try:
-        content = path.read_bytes()
+        return tensors_of(path.read_bytes(), where=path)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def tensors_of(content: bytes | bytearray, *, where: object) -> dict[str, np.ndarray[Any, Any]]:
+    """All tensors of a file's content by name; `where` names the file in errors. Raises ArtifactError where it is garbled."""
+    try:
         length = int.from_bytes(content[:8], "little")
         if 8 + length > len(content):
             raise ValueError("the header is longer than the file")
@@ -49,6 +56,8 @@ def read_tensors(path: Path) -> dict[str, np.ndarray[Any, Any]]:
             if not 0 <= start <= end <= len(data) or end - start != math.prod(entry["shape"]) * dtype.itemsize:
                 raise ValueError(f"tensor {name} does not fit the file")
             tensors[name] = np.frombuffer(data[start:end], dtype).reshape(entry["shape"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not a readable safetensors file ({error}); build the artifact again.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtifactError(
+            f"{where} is not a readable safetensors file ({error}); build the artifact again."
+        ) from None
     return tensors

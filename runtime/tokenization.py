@@ -12,6 +12,8 @@ import numpy as np
 
 from onnxpress.errors import ArtifactError, InputError
 
+TOKENIZER = "tokenizer.json"
+
 Sample = str | tuple[str, str]
 
 
@@ -53,15 +55,22 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, folder: Path, *, max_length: int, pad_token_id: int = 0) -> Tokenizer:
         """Read tokenizer.json. Raises ArtifactError."""
+        path = folder / TOKENIZER
+        if not path.is_file():
+            raise ArtifactError(f"{folder} has no {TOKENIZER}, so it cannot take text.")
+        return cls.from_content(path.read_bytes(), max_length=max_length, pad_token_id=pad_token_id, where=path)
+
+    @classmethod
+    def from_content(
+        cls, content: bytes | bytearray, *, max_length: int, pad_token_id: int, where: object
+    ) -> Tokenizer:
+        """What a tokenizer.json holds; `where` names the file in errors. Raises ArtifactError."""
         import tokenizers
 
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise ArtifactError(f"{folder} has no tokenizer.json, so it cannot take text.")
         try:
-            inner = tokenizers.Tokenizer.from_file(str(path))
+            inner = tokenizers.Tokenizer.from_buffer(bytes(content))
         except Exception as error:  # the library raises Exception itself
-            raise ArtifactError(f"{path} is not a tokenizer that this version of tokenizers reads: {error}") from None
+            raise ArtifactError(f"{where} is not a tokenizer that this version of tokenizers reads: {error}") from None
         return cls(inner, max_length=max_length, pad_token_id=pad_token_id)
 
     def encode(self, samples: Sequence[Sample]) -> list[Encoding]:

@@ -14,7 +14,12 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from onnxpress.artifact import Artifact, ArtifactWriter
+from onnxpress.devices import DEVICES
 from onnxpress.manifest import Json, Manifest, Signature, TensorSpec
+from onnxpress.on_device import this_machine
+
+# The device that this machine is.
+HERE = next(name for name, facts in DEVICES.items() if (facts.system, facts.machine) == this_machine())
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = (

@@ -100,7 +100,7 @@ def test_older_tokenizer_is_converted(tmp_path):
     (folder / "vocab.txt").write_text("\n".join(words))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
     exported = export(folder)
-    written = next(path for path in exported.tokenizer_files if path.name == "tokenizer.json")
+    written = next(path for path in exported.files if path.name == "tokenizer.json")
     assert written.parent != folder
     assert json.loads(written.read_text())["model"]["vocab"] == {word: index for index, word in enumerate(words)}
     assert exported.notes[1] == "tokenizer: converted to tokenizer.json"
@@ -109,7 +109,7 @@ def test_older_tokenizer_is_converted(tmp_path):
 def test_declared_lower_casing_goes_into_the_tokenizer(folder):
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 16, "do_lower_case": true}')
     exported = export(folder)
-    written = next(path for path in exported.tokenizer_files if path.name == "tokenizer.json")
+    written = next(path for path in exported.files if path.name == "tokenizer.json")
     assert json.loads(written.read_text())["normalizer"] == {"type": "Lowercase"}
 
 

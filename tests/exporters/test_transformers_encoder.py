@@ -75,7 +75,7 @@ def test_signature_and_options_of_a_classifier(tmp_path):
         "labels": ["bad", "good"],
         "problem_type": "single_label_classification",
     }
-    assert {path.name for path in exported.tokenizer_files} == {"tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in exported.files} == {"tokenizer.json", "tokenizer_config.json"}
 
 
 @pytest.mark.parametrize(

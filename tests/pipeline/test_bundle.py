@@ -21,24 +21,14 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from tiny_artifacts import save_artifact
+from tiny_artifacts import HERE, save_artifact
 
 from onnxpress import on_device
 from onnxpress.bundle import bundle
 from onnxpress.cli import main
-from onnxpress.devices import DEVICES, check_fit
+from onnxpress.devices import check_fit
 from onnxpress.errors import ArtifactError, OutputError, RecipeError
 from onnxpress.on_device import BundleError, canonical, check_files, read_description, self_test
-
-HERE = next(
-    name
-    for name, facts in DEVICES.items()
-    if (facts.system, facts.machine)
-    == (
-        platform.system().lower(),
-        {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower()),
-    )
-)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,155 @@
+"""A bundle's archive: written so that the same files give the same bytes, read with all checks.
+
+What changed since another bundle is the same tar with the parts alone that the other one does not have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Protocol, cast
+
+from onnxpress.chunks import chunks
+from onnxpress.errors import ArtifactError, OutputError
+from onnxpress.on_device import BundleError, check
+from onnxpress.on_device_update import CHUNKS
+
+Source = Path | bytes
+
+
+class Writable(Protocol):
+    """What an archive is written to."""
+
+    def write(self, content: bytes, /) -> int:
+        """Write all of it."""
+        ...
+
+
+def known_parts(description: Mapping[str, Any]) -> set[str]:
+    """Digests of the files of a bundle, and names of their parts."""
+    return {*description["files"].values(), *(name for names in description["chunks"].values() for name in names)}
+
+
+@contextlib.contextmanager
+def unpacked(bundle: Path, signed_by: Path | None = None) -> Iterator[tuple[Path, dict[str, Any], list[str]]]:
+    """The folder of a bundle, unpacked for as long as it is needed, its description, and what the checks found, all passed.
+
+    bundle: a tar, a zip, or a folder that is unpacked already. signed_by: as on_device.check takes it. Raises ArtifactError.
+    """
+    with tempfile.TemporaryDirectory(prefix="onnxpress-bundle-") as scratch:
+        folder = bundle
+        try:
+            if not bundle.is_dir():
+                if zipfile.is_zipfile(bundle):
+                    with zipfile.ZipFile(bundle) as archive:
+                        archive.extractall(scratch)
+                else:
+                    with tarfile.open(bundle) as archive:
+                        archive.extractall(scratch, filter="data")
+                inside = list(Path(scratch).iterdir())
+                folder = inside[0] if len(inside) == 1 and inside[0].is_dir() else Path(scratch)
+            description, found = check(folder, signed_by)
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError) as error:
+            raise ArtifactError(f"{bundle} is no bundle that can be read: {error}.") from None
+        except OSError as error:
+            raise ArtifactError(f"{bundle} cannot be read: {error.strerror or error}.") from None
+        except BundleError as error:
+            raise ArtifactError(str(error).replace(str(folder), str(bundle))) from None
+        yield folder, description, found
+
+
+def read_bundle(bundle: Path) -> dict[str, Any]:
+    """What a bundle says of itself. Raises ArtifactError where it is not whole."""
+    with unpacked(bundle) as (_, description, _):
+        return description
+
+
+def sent(
+    files: Mapping[str, Source], description: Mapping[str, Any], known: set[str] | None
+) -> Iterator[tuple[str, Source]]:
+    """What a bundle's archive holds beside the description and the signature: all files, or what is not known yet."""
+    known = None if known is None else set(known)
+    for path, source in sorted(files.items()):
+        if known is None:
+            yield path, source
+        elif description["files"][path] in known:
+            continue
+        elif path not in description["chunks"]:
+            yield path, source
+        else:
+            for name, content in named_chunks(source):
+                if name not in known:
+                    known.add(name)
+                    yield f"{CHUNKS}/{name}", content
+
+
+def named_chunks(source: Source) -> Iterator[tuple[str, bytes]]:
+    """Parts of a file, with names of their sizes and digests."""
+    with opened(source) as file:
+        for part in chunks(file):
+            yield f"{len(part)}-{hashlib.sha256(part).hexdigest()[:32]}", part
+
+
+def size(source: Source) -> int:
+    """Bytes of a file."""
+    return len(source) if isinstance(source, bytes) else source.stat().st_size
+
+
+def sha256(source: Source) -> str:
+    """Digest of a file, in hexadecimal digits."""
+    with opened(source) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(place: Path) -> Iterator[IO[bytes]]:
+    """A file that takes its place when it is whole. Raises OutputError."""
+    if place.is_dir():
+        raise OutputError(f"{place} is a folder; --out names the bundle's file.")
+    part = place.with_name(f".{place.name}.part-{os.getpid()}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(place)
+    except OSError as error:
+        raise OutputError(f"The bundle {place} cannot be written: {error.strerror or error}.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_tar(file: Writable, files: Iterable[tuple[str, Source]]) -> None:
+    """Write files in the order in which they come, without times and owners."""
+    with tarfile.open(fileobj=cast(IO[bytes], file), mode="w|", format=tarfile.PAX_FORMAT) as archive:
+        for path, source in files:
+            entry = tarfile.TarInfo(path)
+            entry.mode = 0o644
+            entry.size = size(source)
+            with opened(source) as content:
+                archive.addfile(entry, content)
+
+
+def write_zip(file: IO[bytes], files: Iterable[tuple[str, Source]]) -> None:
+    """As `write_tar`, not compressed: weights hardly can be."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for path, source in files:
+            entry = zipfile.ZipInfo(path)  # of the first day that a zip knows
+            entry.create_system, entry.external_attr = 3, 0o644 << 16  # as on Unix, wherever it is made
+            with opened(source) as content, archive.open(entry, "w", force_zip64=True) as place:
+                while block := content.read(2**20):
+                    place.write(block)
+
+
+def opened(source: Source) -> io.BytesIO | io.BufferedReader:
+    """A file to read."""
+    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")

@@ -1,0 +1,137 @@
+"""Brings a bundle to a device over ssh: what changed is sent, tested there, and switched to when it is good.
+
+The device needs Python 3.11 and what the bundle's run.py needs; nothing has to be there before. update.py is sent with the bundle, and
+is this machine's own: what the device is told to run was checked here first.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from onnxpress.bundle_archive import known_parts, sent, unpacked, write_tar
+from onnxpress.errors import DeployError, RecipeError, SelfTestError
+from onnxpress.on_device import DESCRIPTION, SIGNATURE, SIGNATURE_DIGEST
+
+_UPDATE = Path(__file__).with_name("on_device_update.py")
+_SSH_FAILED, _PARTS_MISSING = 255, 3
+
+
+def deploy(
+    bundle: Path | str,
+    host: str,
+    *,
+    place: str | None = None,
+    python: str = "python3",
+    signed_by: Path | None = None,
+    key: str | None = None,
+    ssh: Sequence[str] = ("ssh",),
+    quiet: bool = False,
+) -> int:
+    """Deploy a bundle to user@device; returns the bytes that were sent. The self-test's page goes to standard output.
+
+    place: the folder there, by default onnxpress/NAME in the home folder; PLACE/current leads to the bundle. python: the device's Python
+    with the packages that the bundle needs. signed_by: a public key or certificates; the signature is checked here, before anything is
+    sent. key: where the device finds the key of an encrypted model. ssh: the command.
+
+    Raises RecipeError, ArtifactError (a bundle that is not whole, or not signed so), SelfTestError where the device found it not good,
+    and DeployError for all that stops it on the way; in each case what was current there still is.
+    """
+    if host.startswith("-") or not host:
+        raise RecipeError(f"{host!r} is no host; it is given as user@device.")
+    with unpacked(Path(bundle), signed_by) as (folder, description, _):
+        if not (folder / "update.py").is_file() or description["system"] == "windows":
+            raise RecipeError(f"A bundle for {description['target']} cannot be deployed over ssh; copy {bundle} there.")
+        there = place or f"onnxpress/{folder.name}"
+        found = _run([*ssh, host, f"cat {shlex.quote(f'{there}/current/{DESCRIPTION}')} 2>/dev/null || true"], host)
+        known = _known(found)
+        options = ["-"] if key is None else ["-", "--key", key]
+        for attempt in (known, None) if known is not None else (None,):
+            code, size = _send(
+                folder, description, attempt, [*ssh, host], _command(python, there, options), quiet=quiet
+            )
+            if code != _PARTS_MISSING:
+                break
+    if code == 1:
+        raise SelfTestError(f"The self-test on {host} is not good; what was current there still is.")
+    if code == _SSH_FAILED:
+        raise DeployError(f"The connection to {host} failed or broke; what was current there still is.")
+    if code != 0:
+        raise DeployError(
+            f"{host} did not take the bundle (exit code {code}, reason above); what was current there still is."
+        )
+    return size
+
+
+def _command(python: str, place: str, options: Sequence[str]) -> str:
+    """Runs update.py, which standard input begins with."""
+    code = f"import sys; exec(compile(sys.stdin.buffer.read({_UPDATE.stat().st_size}), 'update.py', 'exec'))"
+    return shlex.join([python, "-c", code, place, *options])
+
+
+def _send(
+    folder: Path, description: dict[str, Any], known: set[str] | None, ssh: Sequence[str], command: str, *, quiet: bool
+) -> tuple[int, int]:
+    """The remote command's exit code, and how many bytes it was sent."""
+    files = {path: folder / path for path in description["files"]}
+    head = [(name, folder / name) for name in (DESCRIPTION, SIGNATURE, SIGNATURE_DIGEST) if (folder / name).is_file()]
+    process = _started([*ssh, command])
+    assert process.stdin is not None
+    with tqdm(
+        unit="B", unit_scale=True, unit_divisor=1000, desc="sent", disable=True if quiet else None, leave=False
+    ) as bar:
+        counted = _Counted(process.stdin, bar)
+        try:
+            process.stdin.write(_UPDATE.read_bytes())
+            # A tar is named after its folder, whose name does not count there.
+            write_tar(
+                counted, ((f"bundle/{path}", source) for path, source in (*head, *sent(files, description, known)))
+            )
+            process.stdin.close()
+        except BrokenPipeError:  # the other side has ended; its exit code says why
+            process.stdin = None
+    return process.wait(), counted.size
+
+
+class _Counted:
+    """A file that counts what is written."""
+
+    def __init__(self, file: IO[bytes], bar: Any) -> None:
+        self._file, self._bar = file, bar
+        self.size = 0
+
+    def write(self, content: bytes) -> int:
+        self.size += len(content)
+        self._bar.update(len(content))
+        return self._file.write(content)
+
+
+def _known(text: bytes) -> set[str] | None:
+    """What the device has, by its own word: a wrong one is met there, where every file is compared."""
+    try:
+        return known_parts(json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _run(command: Sequence[str], host: str) -> bytes:
+    process = _started(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    output, _ = process.communicate()
+    if process.returncode != 0:
+        raise DeployError(f"{host} cannot be reached by {command[0]} (exit code {process.returncode}, reason above).")
+    return bytes(output)
+
+
+def _started(
+    command: Sequence[str], stdin: int = subprocess.PIPE, stdout: int | None = None
+) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(command, stdin=stdin, stdout=stdout)
+    except OSError as error:
+        raise DeployError(f"{command[0]} cannot be started: {error.strerror or error}.") from None

@@ -1,0 +1,154 @@
+"""What is in a bundle and what it needs: the bill of materials (CycloneDX 1.6, JSON), and notes on licences."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from onnxpress import __version__
+from onnxpress.artifact import Artifact
+from onnxpress.manifest import TensorSpec
+
+_OURS = "Apache-2.0"
+# SPDX expressions, as the packages state them.
+_PACKAGES = {
+    "onnxruntime": "MIT",
+    "onnxruntime-gpu": "MIT",
+    "numpy": "BSD-3-Clause AND 0BSD AND MIT AND Zlib AND CC0-1.0",
+    "tokenizers": "Apache-2.0",
+    "jinja2": "BSD-3-Clause",
+    "cryptography": "Apache-2.0 OR BSD-3-Clause",
+}
+# Model cards write these in small letters.
+_SPDX = {
+    name.lower(): name for name in ("Apache-2.0", "MIT", "BSD-3-Clause", "CC-BY-4.0", "CC-BY-NC-4.0", "CC-BY-SA-4.0")
+}
+_TEXTS = re.compile(r"(LICEN[CS]E|NOTICE|COPYING)", re.IGNORECASE)
+
+
+def bill_of_materials(
+    artifact: Artifact, target: str, requires: Sequence[str], digests: Mapping[str, str]
+) -> dict[str, Any]:
+    """CycloneDX of a bundle. requires: for pip; digests: SHA-256 of the bundle's files, by path."""
+    manifest = artifact.manifest
+    root = f"{manifest.name}-{target}"
+    model = {
+        "type": "machine-learning-model",
+        "bom-ref": "model",
+        "name": manifest.name,
+        "description": f"{manifest.task}, {manifest.precision}",
+        **({} if (stated := _stated(artifact)) is None else {"licenses": [stated]}),
+        "modelCard": {
+            "modelParameters": {
+                "task": manifest.task,
+                "inputs": [{"format": _shown(spec)} for spec in manifest.signature.inputs],
+                "outputs": [{"format": _shown(spec)} for spec in manifest.signature.outputs],
+            },
+            "quantitativeAnalysis": {"performanceMetrics": _metrics(artifact)},
+        },
+        "components": [_file(path, digest) for path, digest in sorted(digests.items()) if path.startswith("model/")],
+    }
+    runtime: dict[str, Any] = {
+        "type": "library",
+        "bom-ref": "onnxpress",
+        "name": "onnxpress",
+        "version": __version__,
+        "licenses": [{"expression": _OURS}],
+        "components": [_file(path, digest) for path, digest in sorted(digests.items()) if path.startswith("lib/")],
+    }
+    packages = [_package(requirement) for requirement in requires]
+    components = [model, *([runtime] if runtime["components"] else []), *packages]
+    references = [component["bom-ref"] for component in components]
+    content = {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "metadata": {
+            "tools": {"components": [{"type": "application", "name": "onnxpress", "version": __version__}]},
+            "component": {"type": "application", "bom-ref": root, "name": root},
+        },
+        "components": components,
+        "dependencies": [
+            {"ref": root, "dependsOn": references},
+            *({"ref": reference, "dependsOn": []} for reference in references),
+        ],
+    }
+    name = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps(content, sort_keys=True))  # of the content: no clock, no chance
+    return {**content, "serialNumber": f"urn:uuid:{name}"}
+
+
+def licences(artifact: Artifact, requires: Sequence[str]) -> str:
+    """Markdown for people: what is here, what is installed beside it, and the texts that the model came with."""
+    manifest = artifact.manifest
+    stated = manifest.options.get("license")
+    source = manifest.recipe.get("model", {}).get("source") or "not told"
+    model = f"{stated}, as its model card states" if stated else "not stated by the checkpoint: ask who gave it to you"
+    lines = [
+        "# Licences",
+        "",
+        "What this folder holds:",
+        "",
+        f"- the model {manifest.name} (made of: {source}), with its tokenizer: {model}.",
+        f"- onnxpress {__version__}, its runtime alone: {_OURS}, text below.",
+        "",
+        "What is installed beside it, and is not in this folder:",
+        "",
+        *(f"- {requirement}: {_PACKAGES[_package_name(requirement)]}" for requirement in requires),
+    ]
+    texts = {name: artifact.read(name).decode(errors="replace") for name in manifest.files if _TEXTS.match(name)}
+    texts = {f"The model's {name}": text for name, text in texts.items()} | {"Of onnxpress": _our_text()}
+    for title, text in texts.items():
+        lines += ["", f"## {title}", "", *(f"    {line}".rstrip() for line in text.strip("\n").splitlines())]
+    return "\n".join(lines) + "\n"
+
+
+def _stated(artifact: Artifact) -> dict[str, Any] | None:
+    stated = artifact.manifest.options.get("license")
+    if not stated:
+        return None
+    return {"license": {"id": _SPDX[stated]} if stated in _SPDX else {"name": stated}}
+
+
+def _metrics(artifact: Artifact) -> list[dict[str, str]]:
+    """What the last pass that was judged came to, against the original."""
+    judged = [row for row in artifact.manifest.ledger if row.get("metrics")]
+    return (
+        [{"type": name, "value": f"{value:.6g}"} for name, value in sorted(judged[-1]["metrics"].items())]
+        if judged
+        else []
+    )
+
+
+def _package(requirement: str) -> dict[str, Any]:
+    name = _package_name(requirement)
+    return {
+        "type": "library",
+        "bom-ref": f"pkg:pypi/{name}",
+        "name": name,
+        "purl": f"pkg:pypi/{name}",
+        "scope": "required",
+        "licenses": [{"expression": _PACKAGES[name]}],
+        "properties": [{"name": "onnxpress:requirement", "value": requirement}],
+    }
+
+
+def _package_name(requirement: str) -> str:
+    return requirement.partition(">=")[0]
+
+
+def _file(path: str, digest: str) -> dict[str, Any]:
+    return {"type": "file", "bom-ref": path, "name": path, "hashes": [{"alg": "SHA-256", "content": digest}]}
+
+
+def _shown(spec: TensorSpec) -> str:
+    return f"{spec.name} {spec.dtype} [{', '.join(map(str, spec.shape))}]"
+
+
+def _our_text() -> str:
+    found = importlib.metadata.files("onnxpress") or []
+    text = next((path.read_text(encoding="utf-8") for path in found if path.name == "LICENSE"), None)
+    return f"{_OURS}: https://www.apache.org/licenses/LICENSE-2.0" if text is None else text

@@ -1,0 +1,315 @@
+"""Puts a bundle in its place on a device, or what changed of one, and switches to it if it is good. This file is the bundle's update.py.
+
+    python update.py PLACE FILE     FILE: the tar of a bundle, whole or made with --delta; - is standard input
+    python update.py PLACE --back   switches to the release before the current one
+
+    PLACE/releases/ID      bundles, unpacked: the current one and the one before
+    PLACE/current          a link to one of them, switched in one step, after the new one's self-test said that it is good
+    PLACE/previous         a link to the one before
+
+Needs Python 3.11 on a POSIX system and nothing else; the self-test needs what run.py needs. Exit codes: 0 switched, 1 the self-test is
+not good, 3 the current bundle is not the one that the changes are of, or damaged, 2 anything else; where it is not 0, nothing was switched, and nothing of the new bundle is left. With --signed-by, the run.py
+beside this file, or the current one's, checks the signature before anything of the new bundle is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+DESCRIPTION, CHUNKS = "bundle.json", ".chunks"
+_BESIDE = ("model.sig", "model.sig.sha256")  # what bundle.json cannot list
+_LARGEST_DESCRIPTION = 2**26
+_BLOCK = 2**20
+
+
+class UpdateError(Exception):
+    """The bundle cannot be put in its place."""
+
+    exit_code = 2
+
+
+class PartsError(UpdateError):
+    """What the bundle builds upon is not here as it should be."""
+
+    exit_code = 3
+
+
+class NotGoodError(UpdateError):
+    """The new bundle's self-test says that it is not good."""
+
+    exit_code = 1
+
+
+def update(place: Path, stream: IO[bytes], *, signed_by: str | None = None, key: str | None = None) -> Path:
+    """Receive a bundle, test it, switch to it; returns its folder. Raises UpdateError."""
+    with _alone(place):
+        releases = place / "releases"
+        releases.mkdir(exist_ok=True)
+        for leftover in releases.glob(".part-*"):  # of an update that was killed: nobody else is at work here
+            shutil.rmtree(leftover, ignore_errors=True)
+        part = releases / f".part-{os.getpid()}"
+        try:
+            _receive(stream, part, place / "current")
+            if signed_by is not None:
+                _check_signature(part, place / "current", signed_by)
+            _self_test(part, key)
+            name = hashlib.sha256((part / DESCRIPTION).read_bytes()).hexdigest()[:16]
+            release, number = releases / name, 1
+            while release.exists():  # the same bundle again: beside itself, so that the link never leads nowhere
+                release, number = releases / f"{name}-{number}", number + 1
+            part.rename(release)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        before = (place / "current").resolve() if (place / "current").is_symlink() else None
+        if before is not None and before != release.resolve() and before.is_dir():
+            _link(place / "previous", before.name)
+        _link(place / "current", release.name)
+        kept = {(place / link).resolve() for link in ("current", "previous")}
+        for old in releases.iterdir():
+            if old.resolve() not in kept:
+                shutil.rmtree(old, ignore_errors=True)
+        return release
+
+
+def back(place: Path) -> Path:
+    """Switch to the release before the current one; returns its folder. Raises UpdateError."""
+    with _alone(place):
+        current, previous = ((place / link).resolve() for link in ("current", "previous"))
+        if not (place / "previous").is_symlink() or not previous.is_dir() or previous == current:
+            raise UpdateError(f"{place} has no release before the current one.")
+        _link(place / "current", previous.name)
+        _link(place / "previous", current.name)
+        return previous
+
+
+@contextlib.contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """No other update is at work in this place. A lock of the system: whoever dies lets go of it."""
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UpdateError(f"Another update of {place} is at work; try again when it has ended.") from None
+        yield
+
+
+def _receive(stream: IO[bytes], part: Path, current: Path) -> None:
+    """Write the bundle's files into a folder, each with the digest that its bundle.json has of it."""
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        first = archive.next()
+        if first is None or _path(first) != DESCRIPTION or not 0 < first.size <= _LARGEST_DESCRIPTION:
+            raise UpdateError(f"This is no bundle: it does not begin with {DESCRIPTION}.")
+        text = _member(archive, first).read()
+        files, sizes, chunks = _described(text)
+        here = _parts_of(current)
+        needed = sum(size for path, size in sizes.items() if files[path] not in here)
+        part.mkdir()
+        free = shutil.disk_usage(part).free
+        if needed > free:
+            raise UpdateError(
+                f"{needed / 1e6:.1f} MB are needed in {part.parent.parent}, and {free / 1e6:.1f} MB are free."
+            )
+        (part / DESCRIPTION).write_bytes(text)
+        with (part / CHUNKS).open("w+b") as store:
+            sent: dict[str, tuple[Path, int, int]] = {}
+            while (member := archive.next()) is not None:
+                path = _path(member)
+                content = _member(archive, member)
+                if path in _BESIDE or path in files:
+                    with _new(part / path) as place:
+                        shutil.copyfileobj(content, place, _BLOCK)
+                elif path.startswith(f"{CHUNKS}/"):
+                    sent[path.removeprefix(f"{CHUNKS}/")] = (part / CHUNKS, store.tell(), member.size)
+                    shutil.copyfileobj(content, store, _BLOCK)
+                else:
+                    raise UpdateError(
+                        f"The bundle holds {path!r}, which its {DESCRIPTION} does not name. Nothing was changed."
+                    )
+            store.flush()
+            for path, digest in files.items():
+                _assemble(part / path, digest, chunks.get(path, [digest]), here | sent)
+        (part / CHUNKS).unlink()
+
+
+def _assemble(place: Path, digest: str, parts: list[str], found: dict[str, tuple[Path, int, int]]) -> None:
+    """Make a file that was not sent whole of its parts, and compare its digest."""
+    if not place.exists():
+        if digest in found and found[digest][0].name != CHUNKS:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(found[digest][0], place)
+            except OSError:  # a file system without links
+                shutil.copyfile(found[digest][0], place)
+        else:
+            with _new(place) as file:
+                for name in parts:
+                    if name not in found:
+                        raise PartsError(
+                            "What changed since another bundle than the current one was sent: send the whole bundle."
+                        )
+                    source, start, size = found[name]
+                    with source.open("rb") as content:
+                        content.seek(start)
+                        while size and (block := content.read(min(size, _BLOCK))):
+                            file.write(block)
+                            size -= len(block)
+    with place.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+            raise PartsError(
+                f"{place.name} is not what {DESCRIPTION} says: it was changed on the way, or here. Send the whole bundle."
+            )
+
+
+def _parts_of(folder: Path) -> dict[str, tuple[Path, int, int]]:
+    """Where the current bundle has the content of a digest: {digest: (file, start, bytes)}."""
+    try:
+        files, sizes, chunks = _described((folder / DESCRIPTION).read_bytes())
+    except (OSError, UpdateError):
+        return {}
+    found: dict[str, tuple[Path, int, int]] = {}
+    for path, digest in files.items():
+        file, start = folder.resolve() / path, 0
+        if not file.is_file() or file.stat().st_size != sizes[path]:
+            continue
+        found[digest] = (file, 0, sizes[path])
+        for entry in chunks.get(path, ()):
+            size = entry.partition("-")[0]
+            found[entry] = (file, start, int(size))
+            start += int(size)
+    return found
+
+
+def _described(text: bytes) -> tuple[dict[str, str], dict[str, int], dict[str, list[str]]]:
+    """Digests, sizes and chunks of bundle.json, whose paths must not lead out of the folder."""
+    try:
+        content = json.loads(text)
+        files = {str(path): str(digest) for path, digest in content["files"].items()}
+        sizes = {path: int(content["sizes"][path]) for path in files}
+        chunks = {str(path): [str(entry) for entry in entries] for path, entries in content["chunks"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UpdateError(f"{DESCRIPTION} is not valid: this is no bundle, or one of another version.") from None
+    for path in files:
+        parts = PurePosixPath(path)
+        odd = parts.is_absolute() or ".." in parts.parts or "\\" in path or "\0" in path or parts.as_posix() != path
+        if odd or path == "." or parts.parts[0] in (DESCRIPTION, CHUNKS, *_BESIDE):
+            raise UpdateError(f"{DESCRIPTION} names {path!r}, which cannot be a file of a bundle. Do not use it.")
+    return files, sizes, chunks
+
+
+def _path(member: tarfile.TarInfo) -> str:
+    """Path in the bundle, without the bundle's own folder."""
+    return member.name.partition("/")[2]
+
+
+def _member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    content = archive.extractfile(member) if member.isreg() else None
+    if content is None:
+        raise UpdateError(f"The bundle holds {member.name!r}, which is no plain file. Nothing was changed.")
+    return content
+
+
+@contextlib.contextmanager
+def _new(path: Path) -> Iterator[IO[bytes]]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        raise UpdateError(f"The bundle holds {path.name!r} twice. Nothing was changed.")
+    with path.open("xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check_signature(part: Path, current: Path, signed_by: str) -> None:
+    beside = Path(globals().get("__file__", "/none")).resolve().with_name("run.py")
+    checker = next((path for path in (beside, current / "run.py") if path.is_file()), None)
+    if checker is None:
+        raise UpdateError(
+            "No run.py is here that could check the signature: start the update.py of a bundle that you trust."
+        )
+    done = subprocess.run(
+        [sys.executable, checker, "--check", part, "--signed-by", signed_by],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise UpdateError(done.stderr.strip().replace(str(part), "The bundle") or "The signature could not be checked.")
+
+
+def _self_test(part: Path, key: str | None) -> None:
+    if not (part / "run.py").is_file():
+        raise UpdateError("This bundle brings no self-test: it is for a device that runs no Python.")
+    command = [sys.executable, str(part / "run.py"), "--self-test", *([] if key is None else ["--key", key])]
+    if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
+        raise NotGoodError("The self-test is not good: nothing was switched, and the new bundle is gone again.")
+
+
+def _link(link: Path, release: str) -> None:
+    """Point a link to a release, in one step."""
+    new = link.with_name(f".{link.name}-{os.getpid()}")
+    new.unlink(missing_ok=True)
+    new.symlink_to(Path("releases") / release)
+    new.replace(link)
+
+
+def _end(number: int, _: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("place", type=Path)
+    parser.add_argument("file", nargs="?", help="- is standard input")
+    parser.add_argument("--back", action="store_true")
+    parser.add_argument("--signed-by", metavar="FILE", help="PEM: the signer's public key, or certificates")
+    parser.add_argument("--key", metavar="SOURCE", help="of an encrypted model, for the self-test")
+    options = parser.parse_args(arguments)
+    if options.back == (options.file is not None):
+        parser.error("give the bundle's file, or --back")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)  # so that what was begun is removed
+    try:
+        if options.back:
+            release = back(options.place)
+        elif options.file == "-":
+            release = update(options.place, sys.stdin.buffer, signed_by=options.signed_by, key=options.key)
+        else:
+            with Path(options.file).open("rb") as file:
+                release = update(options.place, file, signed_by=options.signed_by, key=options.key)
+    except UpdateError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except (tarfile.TarError, EOFError) as error:
+        print(f"The bundle ended too early, or is no tar: {error}. Nothing was changed.", file=sys.stderr)
+        return 2
+    except OSError as error:
+        what = f" ({error.filename})" if error.filename else ""
+        print(
+            f"The bundle cannot be put in its place: {error.strerror or error}{what}. Nothing was changed.",
+            file=sys.stderr,
+        )
+        return 2
+    print(f"{options.place / 'current'} is now {release.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
+    sys.exit(main())
