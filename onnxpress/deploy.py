@@ -6,6 +6,7 @@ is this machine's own: what the device is told to run was checked here first.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import subprocess
@@ -95,7 +96,8 @@ def _send(
             )
             process.stdin.close()
         except BrokenPipeError:  # the other side has ended; its exit code says why
-            process.stdin = None
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
     return process.wait(), counted.size
 
 

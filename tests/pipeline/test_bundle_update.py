@@ -14,33 +14,16 @@ import sys
 import tarfile
 from pathlib import Path
 
-import numpy as np
-import onnx
 import pytest
-from onnx import numpy_helper
-from tiny_artifacts import HERE, fill, manifest
+from large_artifacts import save_large
+from tiny_artifacts import HERE
 
 from onnxpress import on_device_update
-from onnxpress.artifact import ArtifactWriter
 from onnxpress.bundle import bundle
 from onnxpress.bundle_archive import unpacked
 from onnxpress.chunks import LARGEST, SMALLEST, chunks
 from onnxpress.errors import ArtifactError, RecipeError
 from onnxpress.on_device_update import NotGoodError, PartsError, UpdateError, back, update
-
-
-def save_large(destination: Path, *, changed: bytes = b"", name: str = "large") -> Path:
-    """A tiny embedder with 6 MB of further weights; changed: what is put into their middle."""
-    with ArtifactWriter(destination) as writer:
-        fill(writer.folder)
-        model = onnx.load(writer.folder / "model.onnx")
-        content = np.random.default_rng(7).bytes(6_000_000)
-        content = content[:3_000_000] + changed + content[3_000_000:]
-        model.graph.initializer.append(numpy_helper.from_array(np.frombuffer(content, np.uint8), "weights"))
-        onnx.save(model, writer.folder / "model.onnx")
-        writer.seal(manifest(name=name))
-        writer.write_measured({}, "<html></html>")
-        return writer.publish().path
 
 
 @pytest.fixture(scope="module")
