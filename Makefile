@@ -7,13 +7,16 @@ OUT ?= artifacts
 ROUNDS ?= 5
 DATA ?=
 TARGET ?=
+HOST ?=
+BUNDLE_OPTIONS ?=
+DEPLOY_OPTIONS ?=
 # The first of these that is there and is new enough.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := $(VENV)/bin
 DEMO_TEXT := A small model that answers like the large one is worth more than a large one that waits.
 
-.PHONY: help setup demo build bundle test test-oldest check bench bench-language bench-peers clean
+.PHONY: help setup demo build bundle deploy test test-oldest check bench bench-language bench-peers clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -49,13 +52,18 @@ build: $(VENV)/.demo ## build models/MODEL/recipe.toml into OUT/MODEL
 	@test -f models/$(MODEL)/recipe.toml || { echo "models/$(MODEL)/recipe.toml does not exist; there are: $$(ls models)"; exit 2; }
 	@$(BIN)/onnxpress build models/$(MODEL)/recipe.toml --out $(OUT)/$(MODEL)
 
-bundle: $(VENV)/.demo ## MODEL built for a device and packed into one file (TARGET=raspberry-pi-5, linux-x86_64, …)
+bundle: $(VENV)/.demo ## MODEL built for a device and packed into one file (TARGET=raspberry-pi-5, linux-x86_64, …; BUNDLE_OPTIONS="--sign key.pem")
 	@test -n "$(TARGET)" || { echo "TARGET is needed: make bundle MODEL=$(MODEL) TARGET=raspberry-pi-5"; exit 2; }
 	@build=$$($(BIN)/python -c 'import sys; from onnxpress.devices import device; print(device(sys.argv[1]).builds[0])' "$(TARGET)" \
 		2>/dev/null) || { $(BIN)/onnxpress bundle none --target "$(TARGET)"; exit 2; }; \
 	test "$(OUT)/$(MODEL)-$$build/manifest.json" -nt models/$(MODEL)/recipe.toml || \
 		$(BIN)/onnxpress build models/$(MODEL)/recipe.toml --target $$build --out "$(OUT)/$(MODEL)-$$build" && \
-	$(BIN)/onnxpress bundle "$(OUT)/$(MODEL)-$$build" --target "$(TARGET)"
+	$(BIN)/onnxpress bundle "$(OUT)/$(MODEL)-$$build" --target "$(TARGET)" $(BUNDLE_OPTIONS)
+
+deploy: ## bundle, then bring it to HOST=user@device over ssh, test it there, switch to it (DEPLOY_OPTIONS="--python venv/bin/python")
+	@test -n "$(HOST)" || { echo "HOST is needed: make deploy HOST=pi@raspberrypi.local MODEL=$(MODEL) TARGET=raspberry-pi-5"; exit 2; }
+	@$(MAKE) --no-print-directory bundle
+	@$(BIN)/onnxpress deploy "$(OUT)/$(MODEL)-$(TARGET).tar" "$(HOST)" $(DEPLOY_OPTIONS)
 
 test: $(VENV)/.dev ## all tests, the files side by side on all cores
 	@echo "== pytest"

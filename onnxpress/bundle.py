@@ -188,7 +188,7 @@ def _contents(artifact: Artifact, target: str, facts: Device) -> dict[str, Sourc
     """Everything but bundle.json, by path in the bundle."""
     manifest = artifact.manifest
     provider = PROVIDERS[providers(manifest)[0]]
-    variant = {"ep": provider.registered_as, "executor_info": {"ort": {"model_file": "model.onnx"}}}
+    variant = {"ep": provider.registered_as, "executor_info": {"ort": {"model_file": facts.model}}}
     package = {
         "schema_version": "1.0",
         "package_name": manifest.name,
@@ -209,8 +209,15 @@ def _contents(artifact: Artifact, target: str, facts: Device) -> dict[str, Sourc
             files[f"model/{target}/{name}"] = path
     weights = sum(entry.size for name, entry in manifest.files.items() if name.startswith("model.onnx"))
     here = this_machine() == (facts.system, facts.machine)  # ONNX Runtime chooses kernels by the machine that it is on
-    if here and provider is CPU and weights < _LARGEST:
-        files[_OPERATORS] = _required_operators(artifact)
+    if facts.model == "model.ort":
+        if weights >= _LARGEST:
+            raise RecipeError(
+                f"{manifest.name} has {weights / 1e9:.1f} GB of weights; ONNX Runtime's own format holds 2 GiB."
+            )
+        files = {path: source for path, source in files.items() if not path.startswith(f"model/{target}/model.onnx")}
+        files[f"model/{target}/model.ort"], files[_OPERATORS] = _optimized(artifact, elsewhere=not here)
+    elif here and provider is CPU and weights < _LARGEST:
+        _, files[_OPERATORS] = _optimized(artifact, elsewhere=False)
     if facts.python:
         files["run.py"] = _HERE / "on_device.py"
         files["update.py"] = _HERE / "on_device_update.py"
@@ -227,18 +234,25 @@ def _requirements(artifact: Artifact, *, secured: bool) -> list[str]:
     return [*packages, "cryptography>=45"] if secured else packages
 
 
-def _required_operators(artifact: Artifact) -> bytes:
-    """ONNX Runtime's own list of what it runs after its optimizations, which its build takes (--include_ops_by_config)."""
+def _optimized(artifact: Artifact, *, elsewhere: bool) -> tuple[bytes, bytes]:
+    """The model in ONNX Runtime's own format, after its optimizations, and its own list of what that needs.
+
+    Its build takes the list (--include_ops_by_config). elsewhere: without what it would choose for this machine's processor, and with
+    what it would choose for one that multiplies signed numbers.
+    """
     import onnxruntime
     from onnxruntime.tools.ort_format_model import create_config_from_models
 
     logging.getLogger("ort_format_model.utils").setLevel(logging.WARNING)  # it says on stderr where it writes
     with tempfile.TemporaryDirectory(prefix="onnxpress-bundle-") as scratch:
-        optimized, config = Path(scratch) / "model.ort", Path(scratch) / _OPERATORS
+        model, config = Path(scratch) / "model.ort", Path(scratch) / _OPERATORS
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.optimized_model_filepath = str(optimized)
+        options.optimized_model_filepath = str(model)
         options.add_session_config_entry("session.save_model_format", "ORT")
+        if elsewhere:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+            options.add_session_config_entry("session.qdqisint8allowed", "1")
         disabled = artifact.manifest.session.get("disabled_optimizers", ())
         try:
             onnxruntime.InferenceSession(
@@ -249,11 +263,11 @@ def _required_operators(artifact: Artifact) -> bytes:
             )
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ResourceWarning)  # it leaves the file open
-                create_config_from_models([optimized], config, True)
+                create_config_from_models([model], config, True)
         except Exception as error:  # ONNX Runtime's exceptions share no base
-            raise ConversionError(f"ONNX Runtime cannot list what {artifact.path} needs: {error}") from None
+            raise ConversionError(f"ONNX Runtime cannot write {artifact.path} in its own format: {error}") from None
         lines = [line for line in config.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    return ("\n".join(lines) + "\n").encode()
+        return model.read_bytes(), ("\n".join(lines) + "\n").encode()
 
 
 def _readme(artifact: Artifact, target: str, facts: Device, requires: list[str], options: str) -> str:

@@ -24,7 +24,8 @@ class Device:
     """A kind of device.
 
     system, machine: what Python's platform module says there, in small letters. builds: the build targets that suit it, the usual one
-    first. threads: None takes all cores. python: whether a bundle brings run.py.
+    first. threads: None takes all cores. model: the file that ONNX Runtime opens; model.ort, in its own format, where it is usually a
+    reduced build, which reads no other. python: whether a bundle brings run.py.
     """
 
     system: str
@@ -32,6 +33,7 @@ class Device:
     builds: tuple[str, ...]
     threads: int | None = None
     archive: Literal["tar", "zip"] = "tar"
+    model: Literal["model.onnx", "model.ort"] = "model.onnx"
     python: bool = True
 
 
@@ -43,7 +45,9 @@ DEVICES: Mapping[str, Device] = {
     "jetson-thor": Device(system="linux", machine="aarch64", builds=_NVIDIA),
     "windows-x86_64": Device(system="windows", machine="x86_64", builds=_X86, archive="zip"),
     "macos-arm64": Device(system="darwin", machine="aarch64", builds=_ARM),
-    "android-arm64": Device(system="android", machine="aarch64", builds=_ARM, archive="zip", python=False),
+    "android-arm64": Device(
+        system="android", machine="aarch64", builds=_ARM, archive="zip", model="model.ort", python=False
+    ),
 }
 
 

@@ -29,6 +29,7 @@ from onnxpress.cli import main
 from onnxpress.devices import check_fit
 from onnxpress.errors import ArtifactError, OutputError, RecipeError
 from onnxpress.on_device import BundleError, canonical, check_files, read_description, self_test
+from onnxpress.runtime.tensor_file import read_tensors
 
 
 @pytest.fixture(scope="module")
@@ -290,13 +291,32 @@ def test_several_passes_are_judged_by_the_target_alone(tmp_path: Path) -> None:
 def test_a_bundle_for_android_and_one_for_jetson(tmp_path: Path) -> None:
     android = bundle(save_artifact(tmp_path / "tiny").path, target="android-arm64")
     names = zipfile.ZipFile(android).namelist()
-    assert "tiny-android-arm64/model/component.json" in names
-    assert not any(name.endswith((".py", ".config")) for name in names)
+    assert "tiny-android-arm64/required_operators_and_types.config" in names
+    assert not any(name.endswith((".py", ".onnx")) for name in names)
+    with zipfile.ZipFile(android) as file:
+        file.extractall(tmp_path / "android")
+    package = tmp_path / "android" / "tiny-android-arm64"
+    chosen = json.loads((package / "model" / "component.json").read_text())["variants"]["android-arm64"]
+    model = package / "model" / "android-arm64" / chosen["executor_info"]["ort"]["model_file"]
+    golden = read_tensors(model.with_name("golden.safetensors"))
+    feeds = {name: golden[f"input.pair.{name}"] for name in ("input_ids", "attention_mask")}
+    found = onnxruntime.InferenceSession(model).run(None, feeds)[0]
+    np.testing.assert_allclose(found, golden["output.pair.embeddings"], atol=1e-6)
     jetson = bundle(save_artifact(tmp_path / "gpu", target="tensorrt", precision="fp16").path, target="jetson-orin")
     tree(jetson.read_bytes(), tmp_path / "there")
     description = read_description(tmp_path / "there" / "tiny-jetson-orin")
     assert description["providers"] == ["tensorrt", "cpu"]
     assert description["requires"][0] == "onnxruntime-gpu>=1.30"
+
+
+def test_an_older_runtime_and_a_missing_provider(unpacked: Path, tmp_path: Path) -> None:
+    newer = bundle(
+        save_artifact(tmp_path / "newer", minimum_onnxruntime="99.1").path, target=HERE, out=tmp_path / "n.tar"
+    )
+    tree(newer.read_bytes(), tmp_path / "there")
+    assert "needs ONNX Runtime 99.1 or newer" in failed(tmp_path / "there" / f"tiny-{HERE}")
+    resealed(unpacked, providers=["tensorrt", "cpu"])
+    assert "The provider tensorrt was asked for" in failed(unpacked)
 
 
 def test_mistakes(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
