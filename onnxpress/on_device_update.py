@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -99,6 +98,8 @@ def back(place: Path) -> Path:
 @contextlib.contextmanager
 def _alone(place: Path) -> Iterator[None]:
     """No other update is at work in this place. A lock of the system: whoever dies lets go of it."""
+    import fcntl  # of POSIX systems; the rest of this file is imported on others too
+
     place.mkdir(parents=True, exist_ok=True)
     with (place / ".lock").open("a") as lock:
         try:
