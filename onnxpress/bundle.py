@@ -282,6 +282,8 @@ def _readme(artifact: Artifact, target: str, facts: Device, requires: list[str],
         lines += [
             "```",
             "python -m pip install " + " ".join(f'"{name}"' for name in requires),
+            *["# onnxruntime-gpu for this device comes from NVIDIA, with JetPack; PyPI has none for it"]
+            * (facts.machine == "aarch64" and requires[0].startswith("onnxruntime-gpu")),
             f"python run.py --self-test{options}     # every file, the golden answers, latency and memory: exit code 0 or 1",
             f'python run.py "a text"{options}',
             "```",

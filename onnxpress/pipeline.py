@@ -199,7 +199,10 @@ def _build(
         report.step("golden outputs")
         save(press.graph, writer.folder / "model.onnx")
         tolerance = write_golden(
-            writer.folder / "golden.safetensors", press.session, workload.golden(press.session), exact=press.exact
+            writer.folder / "golden.safetensors",
+            press.session,
+            workload.golden(press.session),
+            unrounded=None if press.exact else press.unrounded,
         )
         options: dict[str, Json] = {**exported.options, "golden_tolerance": tolerance}
         session_options: dict[str, Json] = {"disabled_optimizers": list(facts.disabled_optimizers)}
@@ -305,6 +308,7 @@ class _Press:
         self.search: dict[str, Json] = {}
         self.precision = "fp32"
         self.exact = True
+        self.unrounded = session  # what answers as the graph did before the first lossy pass
         self.rows_alone = False
         self._quality = _rounded(gate.reference_value)
         self._as_it_is = gate.verdict(gate.reference_metrics, 1.0)  # what is said of the float graph
@@ -334,7 +338,7 @@ class _Press:
             parity.check(
                 self._bench.open(smaller.planned)
             )  # the graph that was pruned, against the module made as small
-        self._parity, self._as_it_is = parity, judgement
+        self._parity, self._as_it_is, self.unrounded = parity, judgement, session
         self._slower("prune", session)
         self._take(row, smaller.exported.graph, session, status="kept", reason=judgement.sentence())
 
