@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := $(VENV)/bin
 DEMO_TEXT := A small model that answers like the large one is worth more than a large one that waits.
 
-.PHONY: help setup demo build bundle test test-oldest check bench bench-language bench-peers clean
+.PHONY: help setup demo build bundle test test-oldest test-browser check bench bench-language bench-peers clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -49,13 +49,15 @@ build: $(VENV)/.demo ## build models/MODEL/recipe.toml into OUT/MODEL
 	@test -f models/$(MODEL)/recipe.toml || { echo "models/$(MODEL)/recipe.toml does not exist; there are: $$(ls models)"; exit 2; }
 	@$(BIN)/onnxpress build models/$(MODEL)/recipe.toml --out $(OUT)/$(MODEL)
 
-bundle: $(VENV)/.demo ## MODEL built for a device and packed into one file (TARGET=raspberry-pi-5, linux-x86_64, …)
+bundle: $(VENV)/.demo ## MODEL built for a device and packed into one file (TARGET=raspberry-pi-5, linux-x86_64, browser, …)
 	@test -n "$(TARGET)" || { echo "TARGET is needed: make bundle MODEL=$(MODEL) TARGET=raspberry-pi-5"; exit 2; }
-	@build=$$($(BIN)/python -c 'import sys; from onnxpress.devices import device; print(device(sys.argv[1]).builds[0])' "$(TARGET)" \
+	@build=$$($(BIN)/python -c 'import sys; from onnxpress.devices import device; builds = device(sys.argv[1]).builds; \
+		print(f"--target {builds[0]}" if builds else "--precision fp32")' "$(TARGET)" \
 		2>/dev/null) || { $(BIN)/onnxpress bundle none --target "$(TARGET)"; exit 2; }; \
-	test "$(OUT)/$(MODEL)-$$build/manifest.json" -nt models/$(MODEL)/recipe.toml || \
-		$(BIN)/onnxpress build models/$(MODEL)/recipe.toml --target $$build --out "$(OUT)/$(MODEL)-$$build" && \
-	$(BIN)/onnxpress bundle "$(OUT)/$(MODEL)-$$build" --target "$(TARGET)"
+	place="$(OUT)/$(MODEL)-$${build##* }"; \
+	test "$$place/manifest.json" -nt models/$(MODEL)/recipe.toml || \
+		$(BIN)/onnxpress build models/$(MODEL)/recipe.toml $$build --out "$$place" && \
+	$(BIN)/onnxpress bundle "$$place" --target "$(TARGET)"
 
 test: $(VENV)/.dev ## all tests, the files side by side on all cores
 	@echo "== pytest"
@@ -67,6 +69,11 @@ test-oldest: ## all tests with the oldest supported versions, in an environment 
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	@.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[build,cpu,demo,dev]'
 	@.venv-oldest/bin/python -m pytest -n auto --dist loadfile -m "not venv and not newest"
+
+test-browser: $(VENV)/.dev ## the page of a browser bundle, in headless Chromium (Debian: apt-get install chromium npm)
+	@for tool in chromium npm; do command -v $$tool >/dev/null || \
+		{ echo "$$tool is missing; on Debian: apt-get install chromium npm"; exit 2; }; done
+	@$(BIN)/python -m pytest tests/pipeline/test_browser_bundle.py -m browser
 
 check: $(VENV)/.dev ## ruff and mypy
 	@$(BIN)/ruff check .

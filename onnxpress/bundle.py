@@ -34,6 +34,7 @@ from onnxpress.devices import Device, check_fit, device, providers
 from onnxpress.errors import ConversionError, OutputError, RecipeError
 from onnxpress.on_device import DESCRIPTION, canonical, this_machine
 from onnxpress.runtime.providers import CPU, PROVIDERS
+from onnxpress.web import web_files
 
 _CORE = ("__init__.py", "errors.py", "manifest.py", "artifact.py")  # what the runtime imports of onnxpress
 _OPERATORS = "required_operators_and_types.config"
@@ -131,7 +132,7 @@ def _contents(artifact: Artifact, target: str, facts: Device) -> dict[str, Sourc
         files["run.py"] = _HERE / "on_device.py"
         files |= {f"lib/onnxpress/{name}": _HERE / name for name in _CORE}
         files |= {f"lib/onnxpress/runtime/{path.name}": path for path in sorted((_HERE / "runtime").glob("*.py"))}
-    return files
+    return files | web_files(artifact) if target == "browser" else files
 
 
 def _requirements(artifact: Artifact) -> list[str]:

@@ -498,7 +498,8 @@ def _bundle(options: argparse.Namespace) -> int:
         latency_ms=options.latency_ms,
         memory_mb=options.memory_mb,
     )
-    print(f"{place}, {place.stat().st_size / 1e6:.1f} MB. There: unpack it, and python run.py --self-test")
+    then = "serve its folder: python -m http.server" if options.target == "browser" else "python run.py --self-test"
+    print(f"{place}, {place.stat().st_size / 1e6:.1f} MB. There: unpack it, and {then}")
     return 0
 
 
