@@ -71,8 +71,8 @@ test-oldest: ## all tests with the oldest supported versions, in an environment 
 	@.venv-oldest/bin/python -m pytest -n auto --dist loadfile -m "not venv and not newest"
 
 test-browser: $(VENV)/.dev ## the page of a browser bundle, in headless Chromium (Debian: apt-get install chromium npm)
-	@for tool in chromium npm; do command -v $$tool >/dev/null || \
-		{ echo "$$tool is missing; on Debian: apt-get install chromium npm"; exit 2; }; done
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null && command -v npm >/dev/null || \
+		{ echo "Chromium and npm are needed; on Debian: apt-get install chromium npm"; exit 2; }
 	@$(BIN)/python -m pytest tests/pipeline/test_browser_bundle.py -m browser
 
 check: $(VENV)/.dev ## ruff and mypy

@@ -44,10 +44,11 @@ DEVICES: Mapping[str, Device] = {
     "windows-x86_64": Device(system="windows", machine="x86_64", builds=_X86, archive="zip"),
     "macos-arm64": Device(system="darwin", machine="aarch64", builds=_ARM),
     "android-arm64": Device(system="android", machine="aarch64", builds=_ARM, archive="zip", python=False),
-    # What has no integer activations. WebAssembly's integer kernels are exact, but its float kernels differ in the last bit, and now and then
-    # an activation rounds to the next integer: MiniLM at int8 (for cpu, cpu-avx2, cpu-arm64) is as near to the original as in Python (cosine
-    # 0.99065 and 0.99060 over 50 texts), but off by up to 0.018 in one of its two golden cases, where 0.010 is allowed. fp32 is within 1e-7 of
-    # 2e-4, int8-weights within 0.008 of 0.011, int4-weights within 0.004 of 0.012. (ONNX Runtime Web 1.30.0, Chromium 156)
+    # What has no integer activations. WebAssembly's integer kernels are exact, but its float kernels differ in the last bit, and
+    # now and then an activation rounds to the next integer: MiniLM at int8 (for cpu, cpu-avx2, cpu-arm64) is as near to the
+    # original as in Python (cosine 0.99065 and 0.99060 over 50 texts), but off by up to 0.018 in one of its two golden cases,
+    # where 0.010 is allowed. fp32 is within 1e-7 of 2e-4, int8-weights within 0.008 of 0.011, int4-weights within 0.004 of
+    # 0.012. (ONNX Runtime Web 1.30.0)
     "browser": Device(system="browser", machine="wasm", builds=(), archive="zip", python=False),
 }
 

@@ -1,7 +1,7 @@
-"""What a bundle for browsers holds beside the artifact: a page that checks it and answers, and the libraries that the page runs.
+"""What a bundle for browsers holds beside the artifact: a page that checks it and answers, and the libraries that it runs.
 
-The libraries come from npm, whose own configuration says from where; they are kept in a cache, and compared with their digests at each
-use. Nothing on the page is loaded from elsewhere.
+The libraries come from npm, whose own configuration says from where; they are kept in a cache, and compared with their
+digests at each use. Nothing on the page is loaded from elsewhere.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -32,7 +33,7 @@ _ANSWERED = ("feature-extraction", "text-classification")  # tasks whose answers
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """An npm package. integrity: what `npm view NAME@VERSION dist.integrity` says. members: path in the bundle by path in it."""
+    """An npm package. integrity: as `npm view NAME@VERSION dist.integrity` says. members: path in the bundle by path in it."""
 
     name: str
     version: str
@@ -80,18 +81,19 @@ _TEXTS = (
 def web_files(artifact: Artifact) -> dict[str, Path | bytes]:
     """The files by their path in the bundle, whose artifact lies in model/browser.
 
-    Raises RecipeError for an artifact that no browser runs, MissingExtraError where the libraries cannot be had, OutputError where
-    they cannot be kept.
+    Raises RecipeError for an artifact that no browser runs, MissingExtraError where the libraries cannot be had, OutputError
+    where they cannot be kept.
     """
     manifest = artifact.manifest
     if manifest.task == "text-generation":
         raise RecipeError(
-            f"{manifest.name} is a language model (text-generation), which bundles for browsers do not run; bundles for other devices do."
+            f"{manifest.name} is a language model (text-generation), which bundles for browsers do not run; "
+            "bundles for other devices do."
         )
     if _numbers(manifest.minimum_onnxruntime) > _numbers(RUNTIME.version):
         raise RecipeError(
-            f"{manifest.name} needs ONNX Runtime {manifest.minimum_onnxruntime} or newer; bundles for browsers hold {RUNTIME.version}, "
-            "the newest that is published for them. Make the bundle for another device."
+            f"{manifest.name} needs ONNX Runtime {manifest.minimum_onnxruntime} or newer; bundles for browsers hold "
+            f"{RUNTIME.version}. Make the bundle for another device."
         )
     files: dict[str, Path | bytes] = {name: _PAGE / name for name in _PAGE_FILES}
     for package in (RUNTIME, TOKENIZERS):
@@ -114,9 +116,9 @@ def _tarball(package: Package) -> bytes:
     """The package as npm publishes it, from the cache, or fetched into it."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onnxpress" / "npm"
     place = cache / f"{package.name.strip('@').replace('/', '-')}-{package.version}.tgz"  # as `npm pack` names it
-    if place.is_file() and _fits(content := place.read_bytes(), package):
-        return content
     try:
+        if place.is_file() and _fits(content := place.read_bytes(), package):
+            return content
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="fetching-", dir=cache) as scratch:
             _fetch(package, scratch)
@@ -140,13 +142,14 @@ def _fetch(package: Package, folder: str) -> None:
     what = f"A bundle for browsers holds {package.name} {package.version}, which npm fetches once"
     if npm is None:
         raise MissingExtraError(f"{what}; npm is not on the PATH: install it (Debian: apt-get install npm).")
-    command = [npm, "pack", f"{package.name}@{package.version}", "--pack-destination", folder, "--ignore-scripts"]
+    wanted = f"{package.name}@{package.version}"
+    command = [npm, "pack", wanted, "--pack-destination", folder, "--ignore-scripts"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode != 0:
-        said = [line.removeprefix("npm error ") for line in done.stderr.splitlines() if line.startswith("npm error ")]
-        raise MissingExtraError(
-            f"{what}, and could not: {' '.join(said[:3]) or f'exit code {done.returncode}'}. Try `{' '.join(command[1:3])}` with npm."
-        )
+        said = re.findall(r"^npm (?:error|ERR!) (.+)$", done.stderr, re.MULTILINE)[:3] or [
+            f"exit code {done.returncode}"
+        ]
+        raise MissingExtraError(f"{what}, and could not: {'; '.join(said)}. Try it yourself: npm pack {wanted}")
 
 
 def _fits(content: bytes, package: Package) -> bool:
@@ -189,11 +192,12 @@ Serve this folder with any web server, over https, or on your own machine:
 
     python3 -m http.server 8000 --bind 127.0.0.1      # then open http://localhost:8000
 
-The page compares every file with bundle.json, runs the golden inputs, and says whether the model answers as it did when it was built.
-It loads nothing from elsewhere. With the headers `Cross-Origin-Opener-Policy: same-origin` and
+The page compares every file with bundle.json, runs the golden inputs, and says whether the model answers as it did when it
+was built. It loads nothing from elsewhere. With the headers `Cross-Origin-Opener-Policy: same-origin` and
 `Cross-Origin-Embedder-Policy: require-corp` it runs on several threads.
 
-It contains onnxruntime-web {RUNTIME.version} (MIT) and {TOKENIZERS.name} {TOKENIZERS.version} (Apache-2.0); their licenses are in vendor/.
+It contains onnxruntime-web {RUNTIME.version} (MIT) and {TOKENIZERS.name} {TOKENIZERS.version} (Apache-2.0); their licenses
+are in vendor/.
 """
 
 

@@ -35,7 +35,7 @@ async function fetchFile(path) {
   const address = path.split("/").map(encodeURIComponent).join("/");
   let response;
   try {
-    // Past the cache, and into it: all bundles' files are of one date, by which a cache would take an older bundle's for this one's.
+    // Past the cache, and into it: all bundles' files have one date, so that a cache would take an older bundle's for these.
     response = await fetch(new URL(address, document.baseURI), { cache: "reload" });
     if (response.ok) return await response.arrayBuffer();
   } catch (error) {

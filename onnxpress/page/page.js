@@ -183,7 +183,11 @@ function addLine(what, found, good) {
 function judge(good) {
   element("verdict").className = good ? "good" : "bad";
   element("judgement").textContent = good ? "good" : "NOT GOOD";
-  tell(good ? "Every file is whole, and the model answers here as it did when it was built." : "Do not rely on this bundle here; the check says why.");
+  tell(
+    good
+      ? "Every file is whole, and the model answers here as it did when it was built."
+      : "Do not rely on this bundle here; the check says why.",
+  );
 }
 
 function tell(text) {

@@ -21,7 +21,7 @@ const WIDE_CHINESE = /[\u{20000}-\u{2A6DF}\u{2A700}-\u{2B73F}\u{2B740}-\u{2B81F}
 // {ids, types, truncated}: one text, cut to maxLength tokens, of which the special ones stay. Throws an Error in plain words.
 export function encode(tokenizer, text, maxLength) {
   if (!text.trim()) throw new Error("The text is empty; there is nothing to answer.");
-  if (!text.isWellFormed()) throw new Error("The text holds half a character (a lone surrogate).");
+  if (text.isWellFormed?.() === false) throw new Error("The text holds half a character (a lone surrogate).");
   const { ids, token_type_ids: types = ids.map(() => 0) } = tokenizer.encode(text, { return_token_type_ids: true });
   if (ids.length === 0) throw new Error("The text has no tokens: the model's vocabulary holds none of its characters.");
   const excess = ids.length - maxLength;
