@@ -129,7 +129,7 @@ async function answerEmbeddings(model) {
     const vector = embedding(outputs, model.manifest.options);
     vectors.push(vector);
     const numbers = vector.slice(0, 8).map((number) => number.toFixed(6));
-    const more = vector.length > numbers.length ? ", …" : "";
+    const more = vector.length > numbers.length ? ",\u00a0…" : "";
     shown.push(make("p", "numbers", numbers.join(", ") + more), make("p", "aside", `${vector.length} numbers; ${note}`));
   }
   if (vectors.length === 2) shown.unshift(make("p", "similarity", `cosine similarity ${cosine(...vectors).toFixed(4)}`));
