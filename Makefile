@@ -16,7 +16,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := $(VENV)/bin
 DEMO_TEXT := A small model that answers like the large one is worth more than a large one that waits.
 
-.PHONY: help setup demo build bundle deploy test test-oldest check bench bench-language bench-peers clean
+.PHONY: help setup demo build bundle deploy test test-oldest test-browser check bench bench-language bench-peers clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -52,7 +52,7 @@ build: $(VENV)/.demo ## build models/MODEL/recipe.toml into OUT/MODEL
 	@test -f models/$(MODEL)/recipe.toml || { echo "models/$(MODEL)/recipe.toml does not exist; there are: $$(ls models)"; exit 2; }
 	@$(BIN)/onnxpress build models/$(MODEL)/recipe.toml --out $(OUT)/$(MODEL)
 
-bundle: $(VENV)/.demo ## MODEL built for a device and packed into one file (TARGET=raspberry-pi-5, linux-x86_64, …; BUNDLE_OPTIONS="--sign key.pem")
+bundle: $(VENV)/.demo ## MODEL built for a device and packed into one file (TARGET=raspberry-pi-5, linux-x86_64, browser, …; BUNDLE_OPTIONS="--sign key.pem")
 	@test -n "$(TARGET)" || { echo "TARGET is needed: make bundle MODEL=$(MODEL) TARGET=raspberry-pi-5"; exit 2; }
 	@build=$$($(BIN)/python -c 'import sys; from onnxpress.devices import device; print(device(sys.argv[1]).builds[0])' "$(TARGET)" \
 		2>/dev/null) || { $(BIN)/onnxpress bundle none --target "$(TARGET)"; exit 2; }; \
@@ -75,6 +75,11 @@ test-oldest: ## all tests with the oldest supported versions, in an environment 
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	@.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[build,cpu,demo,secure,dev]'
 	@.venv-oldest/bin/python -m pytest -n auto --dist loadfile -m "not venv and not newest"
+
+test-browser: $(VENV)/.dev ## the page of a browser bundle, in headless Chromium (Debian: apt-get install chromium npm)
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null && command -v npm >/dev/null || \
+		{ echo "Chromium and npm are needed; on Debian: apt-get install chromium npm"; exit 2; }
+	@$(BIN)/python -m pytest tests/pipeline/test_browser_bundle.py -m browser
 
 check: $(VENV)/.dev ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -57,6 +57,7 @@ from onnxpress.on_device import (
 )
 from onnxpress.runtime.providers import CPU, PROVIDERS
 from onnxpress.signing import Signer
+from onnxpress.web import web_files
 
 # What the runtime imports of onnxpress.
 _CORE = ("__init__.py", "errors.py", "manifest.py", "artifact.py", "encryption.py")
@@ -223,7 +224,7 @@ def _contents(artifact: Artifact, target: str, facts: Device) -> dict[str, Sourc
         files["update.py"] = _HERE / "on_device_update.py"
         files |= {f"lib/onnxpress/{name}": _HERE / name for name in _CORE}
         files |= {f"lib/onnxpress/runtime/{path.name}": path for path in sorted((_HERE / "runtime").glob("*.py"))}
-    return files
+    return files | web_files(artifact) if target == "browser" else files
 
 
 def _requirements(artifact: Artifact, *, secured: bool) -> list[str]:

@@ -560,9 +560,8 @@ def _bundle(options: argparse.Namespace) -> int:
         encrypt_with=options.encrypt,
         delta=options.delta,
     )
-    then = (
-        "unpack it, and python run.py --self-test" if options.delta is None else f"python update.py PLACE {place.name}"
-    )
+    then = "serve its folder: python -m http.server" if options.target == "browser" else "python run.py --self-test"
+    then = f"unpack it, and {then}" if options.delta is None else f"python update.py PLACE {place.name}"
     print(f"{place}, {place.stat().st_size / 1e6:.1f} MB. There: {then}")
     return 0
 

@@ -48,6 +48,10 @@ DEVICES: Mapping[str, Device] = {
     "android-arm64": Device(
         system="android", machine="aarch64", builds=_ARM, archive="zip", model="model.ort", python=False
     ),
+    # WebAssembly's integer kernels are exact. Signed weights of 7 bits are the fastest there.
+    "browser": Device(
+        system="browser", machine="wasm", builds=("cpu-avx2", "cpu", "cpu-arm64"), archive="zip", python=False
+    ),
 }
 
 

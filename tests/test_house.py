@@ -100,4 +100,7 @@ def test_wheel_and_sdist_hold_everything(tmp_path: Path) -> None:
         assert module in sdist or inner in sdist
     for path in (ROOT / "onnxpress" / "data").glob("*.*"):
         assert f"onnxpress/data/{path.name}" in wheel
+    for path in (ROOT / "onnxpress" / "page").iterdir():
+        assert f"onnxpress/page/{path.name}" in wheel
+        assert f"onnxpress/page/{path.name}" in sdist
     assert "onnxpress/py.typed" in wheel

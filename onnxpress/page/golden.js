@@ -1,0 +1,81 @@
+// Golden inputs and outputs: reads them, compares, times.
+// safetensors: 8 bytes little-endian length of the header, the header as JSON ({name: {dtype, shape, data_offsets}}), raw data.
+
+import { BundleError, parse } from "./bundle.js";
+
+const TYPES = {
+  F64: ["float64", Float64Array],
+  F32: ["float32", Float32Array],
+  F16: ["float16", globalThis.Float16Array],
+  I64: ["int64", BigInt64Array],
+  I32: ["int32", Int32Array],
+  I16: ["int16", Int16Array],
+  I8: ["int8", Int8Array],
+  U64: ["uint64", BigUint64Array],
+  U32: ["uint32", Uint32Array],
+  U16: ["uint16", Uint16Array],
+  U8: ["uint8", Uint8Array],
+  BOOL: ["bool", Uint8Array],
+};
+const TIMED_MS = 1000;
+const TIMED_CALLS = 50;
+
+// [{name, input: {name: {type, shape, data}}, output: {…}}] in the order of their names.
+export function goldenCases(content) {
+  const start = 8 + Number(new DataView(content).getBigUint64(0, true));
+  const cases = new Map();
+  for (const [key, { dtype, shape, data_offsets: offsets }] of Object.entries(parse(content.slice(8, start)))) {
+    if (key === "__metadata__") continue;
+    const [, kind, name, tensor] = /^(input|output)\.([^.]*)\.(.+)$/s.exec(key);
+    const [type, TypedArray] = TYPES[dtype] ?? [];
+    if (!TypedArray) throw new BundleError(`Golden ${key} is of the type ${dtype}, which this browser has not.`);
+    const data = new TypedArray(content.slice(start + offsets[0], start + offsets[1]));
+    if (!cases.has(name)) cases.set(name, { name, input: {}, output: {} });
+    cases.get(name)[kind][tensor] = { type, shape, data };
+  }
+  return [...cases.values()].sort((one, other) => (one.name < other.name ? -1 : 1));
+}
+
+// Rows of {what, found, good} for one case; run takes and gives {name: tensor}.
+export async function checkCase(golden, run, tolerances, makeTensor) {
+  const feeds = {};
+  for (const [name, { type, data, shape }] of Object.entries(golden.input)) feeds[name] = makeTensor(type, data, shape);
+  const found = await run(feeds);
+  const rows = Object.entries(golden.output).map(([name, expected]) => {
+    const allowed = tolerances[name] ?? NaN; // nothing is within NaN
+    const largest = largestDifference(found[name], expected);
+    return {
+      what: `golden ${golden.name}`,
+      found: `${name}: largest difference ${largest.toPrecision(3)} (allowed ${allowed})`,
+      good: largest <= allowed,
+    };
+  });
+  const milliseconds = await median(() => run(feeds));
+  const shape = Object.values(golden.input)[0].shape.join(" × ");
+  rows.push({ what: `latency ${golden.name}`, found: `${milliseconds.toFixed(1)} ms a call, inputs of ${shape}`, good: true });
+  return rows;
+}
+
+// Infinite where the shapes differ, NaN where either has one.
+function largestDifference(found, expected) {
+  if (!found || String(found.dims) !== String(expected.shape)) return Infinity;
+  let largest = 0;
+  for (let index = 0; index < expected.data.length; index += 1) {
+    const difference = Math.abs(Number(found.data[index]) - Number(expected.data[index]));
+    if (Number.isNaN(difference)) return NaN;
+    largest = Math.max(largest, difference);
+  }
+  return largest;
+}
+
+async function median(call) {
+  const durations = [];
+  const end = performance.now() + TIMED_MS;
+  while (durations.length === 0 || (performance.now() < end && durations.length < TIMED_CALLS)) {
+    const start = performance.now();
+    await call();
+    durations.push(performance.now() - start);
+  }
+  durations.sort((one, other) => one - other);
+  return durations[Math.floor(durations.length / 2)];
+}
