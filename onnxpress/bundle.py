@@ -57,7 +57,7 @@ from onnxpress.on_device import (
 )
 from onnxpress.runtime.providers import CPU, PROVIDERS
 from onnxpress.signing import Signer
-from onnxpress.web import web_files
+from onnxpress.web import PACKAGES, web_files
 
 # What the runtime imports of onnxpress.
 _CORE = ("__init__.py", "errors.py", "manifest.py", "artifact.py", "encryption.py")
@@ -120,13 +120,14 @@ def bundle(
         if encrypt_with is not None:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxpress-bundle-")))
             _encrypt(files, f"model/{target}/", source, read_key(encrypt_with), scratch)
-        requires = _requirements(source, secured=signer is not None or encrypt_with is not None)
+        requires = _requirements(source, secured=signer is not None or encrypt_with is not None) if facts.python else []
+        packages = PACKAGES if target == "browser" else ()
         options = "" if signer is None else " --signed-by KEY.pem"
         options += "" if encrypt_with is None else " --key file:KEY"
-        files["README.md"] = _readme(source, target, facts, requires, options).encode()
+        files.setdefault("README.md", _readme(source, target, facts, requires, options).encode())
         digests = {path: sha256(content) for path, content in files.items()}
-        files["LICENSES.md"] = licences(source, requires).encode()
-        files["sbom.cdx.json"] = _json(bill_of_materials(source, target, requires, digests))
+        files["LICENSES.md"] = licences(source, requires, packages).encode()
+        files["sbom.cdx.json"] = _json(bill_of_materials(source, target, requires, packages, digests))
         digests |= {path: sha256(files[path]) for path in ("LICENSES.md", "sbom.cdx.json")}
         described = _describe(source, target, facts, requires, budget, files, digests)
         head = {DESCRIPTION: canonical(described).encode()}

