@@ -49,7 +49,7 @@ def deploy(
     with unpacked(Path(bundle), signed_by) as (folder, description, _):
         if not (folder / "update.py").is_file() or description["system"] == "windows":
             raise RecipeError(f"A bundle for {description['target']} cannot be deployed over ssh; copy {bundle} there.")
-        there = place or f"onnxpress/{folder.name}"
+        there = (place or f"onnxpress/{folder.name}").removeprefix("~/")  # ssh begins in the home folder
         found = _run([*ssh, host, f"cat {shlex.quote(f'{there}/current/{DESCRIPTION}')} 2>/dev/null || true"], host)
         known = _known(found)
         options = ["-"] if key is None else ["-", "--key", key]

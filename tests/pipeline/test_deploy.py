@@ -228,6 +228,15 @@ def test_devices_that_cannot(
         send(tmp_path / "nothing.tar")
 
 
+def test_a_place_in_the_home_folder(archives: dict[str, Path], send: Callable[..., int]) -> None:
+    name = f"onnxpress-test-{os.getpid()}"
+    try:
+        send(archives["old"], place=f"~/{name}")
+        assert (Path.home() / name / "current" / "run.py").is_file()
+    finally:
+        shutil.rmtree(Path.home() / name, ignore_errors=True)
+
+
 def test_the_command(
     archives: dict[str, Path], ssh: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
