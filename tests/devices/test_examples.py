@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_artifacts import save_artifact
 
+import onnxpress
 from onnxpress import load
 from onnxpress.bundle import bundle
 from onnxpress.devices import DEVICES
@@ -112,3 +114,23 @@ def test_cpp_refuses_what_it_cannot_read(program: Path, tmp_path: Path) -> None:
     assert run(program, artifact)[0] == 2
     code, output = run(program, tmp_path / "nothing")
     assert (code, output) == (2, f"{tmp_path / 'nothing' / 'manifest.json'} cannot be read\n")
+
+
+def test_cpp_reads_the_form_for_android_too(program: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(bundle(save_artifact(tmp_path / "tiny").path, target="android-arm64")) as file:
+        file.extractall(tmp_path)
+    folder = tmp_path / "tiny-android-arm64"
+    assert (folder / "run.cpp").read_bytes() == (Path(onnxpress.__file__).parent / "on_device.cpp").read_bytes()
+    code, output = run(program, folder / "model" / "android-arm64")
+    assert (code, output.endswith("verdict: good\n")) == (0, True), output
+
+
+def test_no_cpp_where_it_could_not_open_the_model(tmp_path: Path) -> None:
+    nvidia = save_artifact(tmp_path / "nvidia", target="tensorrt", precision="fp16").path
+    secret = {"encrypt_with": bytes(range(32))}
+    for artifact, target, more in ((nvidia, "jetson-orin", {}), (save_artifact(tmp_path / "tiny").path, HERE, secret)):
+        archive = bundle(artifact, target=target, out=tmp_path / "bundle.tar", **more)
+        with tarfile.open(archive) as file:
+            names = [Path(name).name for name in file.getnames()]
+            assert "run.py" in names
+            assert "run.cpp" not in names
