@@ -83,11 +83,11 @@ test-browser: $(VENV)/.dev ## the page of a browser bundle, in headless Chromium
 
 test-aarch64: $(VENV)/.dev ## bundles on an emulated arm64 processor: the tests, and MODEL for linux-aarch64 (Debian; downloads 120 MB)
 	@PYTHON="$(BIN)/python" bash tests/devices/setup.sh aarch64
-	@$(BIN)/python -m pytest -m aarch64
+	@$(BIN)/python -m pytest tests/devices/test_aarch64.py
 	@$(MAKE) --no-print-directory bundle MODEL=$(MODEL) TARGET=linux-aarch64
 	@rm -rf .devices/bundle && mkdir .devices/bundle && tar xf $(OUT)/$(MODEL)-linux-aarch64.tar -C .devices/bundle
 	@.devices/aarch64/python .devices/bundle/$(MODEL)-linux-aarch64/run.py --self-test
-	@.devices/aarch64/python .devices/bundle/$(MODEL)-linux-aarch64/run.py "$(DEMO_TEXT)" | cut -c 1-120
+	@set -o pipefail; .devices/aarch64/python .devices/bundle/$(MODEL)-linux-aarch64/run.py "$(DEMO_TEXT)" | cut -c 1-120
 
 check: $(VENV)/.dev ## ruff and mypy
 	@$(BIN)/ruff check .

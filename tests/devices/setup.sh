@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 [ $# -gt 0 ] || { echo "Name what to bring: aarch64, cpp." >&2; exit 2; }
-command -v apt-get dpkg-deb > /dev/null || { echo "apt-get and dpkg-deb are needed: this runs on Debian and its kin." >&2; exit 2; }
+command -v apt-get > /dev/null && command -v dpkg-deb > /dev/null || { echo "apt-get and dpkg-deb are needed: this runs on Debian and its kin." >&2; exit 2; }
 
 private_apt() { # FOLDER ARCHITECTURE apt-get's arguments: as on a machine of that architecture where nothing is installed
   local folder=$1 architecture=$2
@@ -70,7 +70,7 @@ WRAPPER
 
 bring_cpp() { # FOLDER
   local site
-  site=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' | head -1)
+  site=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' 'Label: Debian' | head -1)
   mkdir -p "$1/apt"
   # Debian 13 is the first release with these headers; a program that is compiled with them runs with every newer library.
   echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $site trixie main" > "$1/apt/sources.list"
