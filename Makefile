@@ -16,11 +16,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := $(VENV)/bin
 DEMO_TEXT := A small model that answers like the large one is worth more than a large one that waits.
 
-.PHONY: help setup demo build bundle deploy test test-oldest test-browser check bench bench-language bench-peers clean
+.PHONY: help setup demo build bundle deploy test test-oldest test-browser test-aarch64 check bench bench-language bench-peers clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 	@echo "  variables: MODEL=$(MODEL) OUT=$(OUT) VENV=$(VENV) DATA=folder with benchmark data"
 
 # One stamp for each set of packages; it is made again when pyproject.toml or the pins change.
@@ -81,6 +81,14 @@ test-browser: $(VENV)/.dev ## the page of a browser bundle, in headless Chromium
 		{ echo "Chromium and npm are needed; on Debian: apt-get install chromium npm"; exit 2; }
 	@$(BIN)/python -m pytest tests/pipeline/test_browser_bundle.py -m browser
 
+test-aarch64: $(VENV)/.dev ## bundles on an emulated arm64 processor: the tests, and MODEL for linux-aarch64 (Debian; downloads 120 MB)
+	@PYTHON="$(BIN)/python" bash tests/devices/setup.sh aarch64
+	@$(BIN)/python -m pytest tests/devices/test_aarch64.py
+	@$(MAKE) --no-print-directory bundle MODEL=$(MODEL) TARGET=linux-aarch64
+	@rm -rf .devices/bundle && mkdir .devices/bundle && tar xf $(OUT)/$(MODEL)-linux-aarch64.tar -C .devices/bundle
+	@.devices/aarch64/python .devices/bundle/$(MODEL)-linux-aarch64/run.py --self-test
+	@set -o pipefail; .devices/aarch64/python .devices/bundle/$(MODEL)-linux-aarch64/run.py "$(DEMO_TEXT)" | cut -c 1-120
+
 check: $(VENV)/.dev ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -96,5 +104,5 @@ bench-language: bench-peers ## language models side by side (DATA=folder with lm
 	@bash benchmarks/language.sh "$(BIN)/python" "$(OUT)" "$(ROUNDS)" "$(DATA)"
 
 clean: ## remove environments, artifacts and caches
-	rm -rf .venv .venv-oldest .venv-peers .bench-cache $(OUT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest .venv-peers .bench-cache .devices $(OUT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

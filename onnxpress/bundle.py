@@ -4,6 +4,7 @@
     NAME-DEVICE/model/DEVICE/             the artifact
     NAME-DEVICE/lib/onnxpress/            the runtime, pure Python
     NAME-DEVICE/run.py                    on_device.py: answers, and the self-test
+    NAME-DEVICE/run.cpp                   on_device.cpp: the golden answers from C++; on the CPU, where nothing is encrypted
     NAME-DEVICE/update.py                 on_device_update.py: puts the next bundle in this one's place
     NAME-DEVICE/bundle.json               what the bundle is for, its budget, the digest of every file, the parts of large ones
     NAME-DEVICE/model.sig                 the signature of all other files, and beside it its own digest; if it is signed
@@ -120,11 +121,16 @@ def bundle(
         if encrypt_with is not None:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxpress-bundle-")))
             _encrypt(files, f"model/{target}/", source, read_key(encrypt_with), scratch)
+        elif target != "browser" and providers(source.manifest) == ("cpu",):
+            files["run.cpp"] = _HERE / "on_device.cpp"
         requires = _requirements(source, secured=signer is not None or encrypt_with is not None) if facts.python else []
         packages = PACKAGES if target == "browser" else ()
         options = "" if signer is None else " --signed-by KEY.pem"
         options += "" if encrypt_with is None else " --key file:KEY"
-        files.setdefault("README.md", _readme(source, target, facts, requires, options).encode())
+        readme = _readme(source, target, facts, requires, options) + (
+            _CPP_WORDS.format(target=target) if "run.cpp" in files else ""
+        )
+        files.setdefault("README.md", readme.encode())
         digests = {path: sha256(content) for path, content in files.items()}
         files["LICENSES.md"] = licences(source, requires, packages).encode()
         files["sbom.cdx.json"] = _json(bill_of_materials(source, target, requires, packages, digests))
@@ -310,6 +316,14 @@ def _readme(artifact: Artifact, target: str, facts: Device, requires: list[str],
     return "\n".join(lines) + "\n"
 
 
+_CPP_WORDS = """
+From C++17, with ONNX Runtime and nlohmann/json; run.cpp opens the model and compares its golden answers, here as it is done on Linux:
+
+```sh
+g++ -std=c++17 run.cpp -o ../run -I "$ONNXRUNTIME/include" -L "$ONNXRUNTIME/lib" -lonnxruntime
+LD_LIBRARY_PATH="$ONNXRUNTIME/lib" ../run model/{target}
+```
+"""
 _SIGNED_WORDS = (
     "",
     "KEY.pem is the signer's public key, or certificates that the signer's must lead to. It has to come another way than this folder.",
