@@ -261,6 +261,12 @@ def open_artifact(folder: Path, description: dict[str, Any], key: str | None = N
 
     key: where that of an encrypted model is found, as `onnxpress.load` takes it.
     """
+    try:
+        import numpy  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import tokenizers  # noqa: F401  these with their bytecode: what is imported below has none
+    except ImportError as error:
+        raise _missing(error, description) from None
     sys.dont_write_bytecode = True
     sys.pycache_prefix = str(
         folder / "no-bytecode"
@@ -269,8 +275,6 @@ def open_artifact(folder: Path, description: dict[str, Any], key: str | None = N
     if library not in sys.path:
         sys.path.insert(0, library)
     try:
-        import onnxruntime  # noqa: F401
-
         from onnxpress.artifact import Artifact
         from onnxpress.runtime.loading import load_artifact
         from onnxpress.runtime.providers import CPU
@@ -282,8 +286,12 @@ def open_artifact(folder: Path, description: dict[str, Any], key: str | None = N
         ]
         return artifact, load_artifact(artifact, providers=providers)
     except ImportError as error:
-        needed = " ".join(f'"{name}"' for name in description["requires"])
-        raise BundleError(f"{error.name or error} cannot be imported here: python -m pip install {needed}") from None
+        raise _missing(error, description) from None
+
+
+def _missing(error: ImportError, description: dict[str, Any]) -> BundleError:
+    needed = " ".join(f'"{name}"' for name in description["requires"])
+    return BundleError(f"{error.name or error} cannot be imported here: python -m pip install {needed}")
 
 
 class Verdict:

@@ -206,6 +206,8 @@ def _build(
         )
         options: dict[str, Json] = {**exported.options, "golden_tolerance": tolerance}
         session_options: dict[str, Json] = {"disabled_optimizers": list(facts.disabled_optimizers)}
+        if facts.exact_products:
+            session_options["exact_products"] = True
         if press.rows_alone:
             session_options["tokens_per_chunk"] = 1
         manifest = Manifest(

@@ -59,6 +59,7 @@ class Workbench:
             signature=graph.signature,
             providers=self._providers,
             disabled_optimizers=self._target.disabled_optimizers,
+            exact_products=self._target.exact_products,
         )
         weakref.finalize(session, shutil.rmtree, path.parent, ignore_errors=True)
         return session

@@ -106,6 +106,7 @@ def open_session(
         providers=providers or ("cpu",),
         allow_fallback=allow_fallback,
         disabled_optimizers=manifest.session.get("disabled_optimizers", ()),
+        exact_products=manifest.session.get("exact_products", False),
         cache_key=manifest.files[MODEL].sha256,
     )
 

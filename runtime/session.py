@@ -38,7 +38,8 @@ class Session:
     path: model.onnx. content: gives the model's files by name (model.onnx, and its data) in the place of those on disk, as often as it
     is opened. signature: what inputs are checked against; without it, what the file declares. providers:
     names ("cpu", "cuda", "tensorrt") or options (CPU(threads=2)), in order. allow_fallback: take what loads;
-    `fallback_note` then says what did not. disabled_optimizers: names of ONNX Runtime's graph optimizers.
+    `fallback_note` then says what did not. disabled_optimizers: names of ONNX Runtime's graph optimizers. exact_products: whether x86
+    CPUs keep from faster kernels for signed weights of 8 bits, whose 16-bit sums overflow.
     cache_key: identifies the model in engine caches; None takes its SHA-256 when it is needed.
 
     `run` may be called from several threads at once.
@@ -55,12 +56,14 @@ class Session:
         providers: Sequence[str | Provider] = ("cpu",),
         allow_fallback: bool = False,
         disabled_optimizers: Sequence[str] = (),
+        exact_products: bool = False,
         cache_key: str | None = None,
     ) -> None:
         self.path = Path(path)
         self._content = content
         self.fallback_note = ""
         self._disabled = tuple(disabled_optimizers)
+        self._exact_products = exact_products
         self._cache_key = cache_key
         check_wheel()
         self._providers = self._loadable(make_providers(providers), allow_fallback=allow_fallback)
@@ -165,6 +168,8 @@ class Session:
         options.log_severity_level = 4  # what goes wrong is raised
         options.intra_op_num_threads = threads or self.threads
         options.inter_op_num_threads = 1
+        if self._exact_products:
+            options.add_session_config_entry("session.x64quantprecision", "1")
         if record_placement:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if self._content is None and not self.path.is_file():

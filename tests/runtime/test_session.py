@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from tiny_artifacts import DIM, MAX_LENGTH, SIGNATURE, save_embedder, weights
 
 from onnxpress.errors import ArtifactError, InputError
@@ -142,6 +142,20 @@ def test_eight_threads_get_equal_answers(session: Session) -> None:
         calls = [pool.submit(run, given) for _ in range(20) for run in (session.run, session.run_on_one_thread)]
         for call in calls:
             np.testing.assert_array_equal(call.result()["embeddings"], expected)
+
+
+def test_exact_products_of_signed_weights_on_every_cpu(tmp_path: Path) -> None:
+    weight = numpy_helper.from_array(np.full((64, 32), 127, np.int8), "weight")
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "weight"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, ["batch", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, ["batch", 32])],
+        [weight],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "p.onnx")
+    found = Session(tmp_path / "p.onnx", exact_products=True).run({"x": np.full((3, 64), 255, np.uint8)})["y"]
+    np.testing.assert_array_equal(found, np.full((3, 32), 255 * 127 * 64))
 
 
 def test_binding_reads_and_writes_the_same_arrays(session: Session) -> None:
