@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-_TEXTS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
+_TEXTS = re.compile(r"(LICEN[CS]E|NOTICE|COPYING)", re.IGNORECASE)
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---", re.DOTALL)
 _LICENSE = re.compile(r"^license:[ \t]*['\"]?([\w.+-]{1,64})['\"]?[ \t]*$", re.MULTILINE)
 _LARGEST = 2**20  # bytes of a text
@@ -23,6 +23,9 @@ def stated_license(folder: Path) -> dict[str, str]:
 
 
 def license_files(folder: Path) -> tuple[Path, ...]:
-    """Texts of licences beside the weights."""
-    found = {path for name in _TEXTS for path in folder.glob(name)}
-    return tuple(sorted(path for path in found if path.is_file() and path.stat().st_size <= _LARGEST))
+    """Texts of licences beside the weights; a link may lead to the hub's cache, and not elsewhere."""
+    place = folder.resolve()
+    roots = (place, place.parent.parent / "blobs")
+    found = [path for path in folder.iterdir() if _TEXTS.match(path.name) and path.is_file()]
+    inside = [path for path in found if any(path.resolve().is_relative_to(root) for root in roots)]
+    return tuple(sorted(path for path in inside if path.stat().st_size <= _LARGEST))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from onnxpress.errors import OnnxpressError
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from onnxpress.engine import Engine
     from onnxpress.pipeline import build
     from onnxpress.runtime import load
+
+# ONNX Runtime's wheels report how they are used, unless this is set before they are imported. Set it to 0 to let them.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 __all__ = ["Engine", "OnnxpressError", "__version__", "build", "load"]

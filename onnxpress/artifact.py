@@ -49,6 +49,10 @@ class Artifact:
             what = "is a file" if folder.exists() else "does not exist"
             raise ArtifactError(f"{folder} {what}; give the folder of an artifact, made with `onnxpress build`.")
         manifest_path = folder / MANIFEST
+        if (folder / "bundle.json").is_file():
+            raise ArtifactError(
+                f"{folder} is a bundle: its run.py opens it (README.md there); the artifact is in its folder model."
+            )
         if not manifest_path.is_file():
             raise ArtifactError(f"{folder} has no {MANIFEST}, so it is no artifact; `onnxpress build` makes one.")
         manifest = Manifest.from_json(_read(manifest_path), where=str(manifest_path))

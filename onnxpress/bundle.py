@@ -47,6 +47,7 @@ from onnxpress.chunks import LARGEST
 from onnxpress.devices import Device, check_fit, device, providers
 from onnxpress.encryption import SUFFIX, encrypt, read_key
 from onnxpress.errors import ConversionError, RecipeError
+from onnxpress.manifest import Manifest
 from onnxpress.materials import bill_of_materials, licences
 from onnxpress.on_device import (
     DESCRIPTION,
@@ -207,13 +208,11 @@ def _contents(artifact: Artifact, target: str, facts: Device) -> dict[str, Sourc
         "manifest.json": _json(package),
         "model/component.json": _json({"variants": {target: variant}}),
     }
-    for path in sorted(artifact.path.rglob("*")):
-        name = path.relative_to(artifact.path).as_posix()
-        if (
-            path.is_file()
-            and not path.is_symlink()
-            and (name in manifest.files or name in ("manifest.json", "measured.json"))
-        ):
+    for name in (*manifest.files, "manifest.json", "measured.json"):
+        path = artifact.path / name
+        if path.is_symlink():
+            raise RecipeError(f"{path} is a link; a bundle is made of plain files: copy the artifact.")
+        if path.is_file():
             files[f"model/{target}/{name}"] = path
     weights = sum(entry.size for name, entry in manifest.files.items() if name.startswith("model.onnx"))
     here = this_machine() == (facts.system, facts.machine)  # ONNX Runtime chooses kernels by the machine that it is on
@@ -228,7 +227,8 @@ def _contents(artifact: Artifact, target: str, facts: Device) -> dict[str, Sourc
         _, files[_OPERATORS] = _optimized(artifact, elsewhere=False)
     if facts.python:
         files["run.py"] = _HERE / "on_device.py"
-        files["update.py"] = _HERE / "on_device_update.py"
+        if facts.archive == "tar":
+            files["update.py"] = _HERE / "on_device_update.py"  # for POSIX systems
         files |= {f"lib/onnxpress/{name}": _HERE / name for name in _CORE}
         files |= {f"lib/onnxpress/runtime/{path.name}": path for path in sorted((_HERE / "runtime").glob("*.py"))}
     return files | web_files(artifact) if target == "browser" else files
@@ -293,21 +293,19 @@ def _readme(artifact: Artifact, target: str, facts: Device, requires: list[str],
             *["# onnxruntime-gpu for this device comes from NVIDIA, with JetPack; PyPI has none for it"]
             * (facts.machine == "aarch64" and requires[0].startswith("onnxruntime-gpu")),
             f"python run.py --self-test{options}     # every file, the golden answers, latency and memory: exit code 0 or 1",
-            f'python run.py "a text"{options}',
+            f"python run.py {_example(manifest)[0]}{options}",
             "```",
             *_SIGNED_WORDS * ("--signed-by" in options),
             "",
-            "From Python, after the same checks (they leave nothing behind: `python -B`):",
+            "From Python, after the same checks:",
             "",
             "```python",
-            "import sys",
+            "import runpy",
             "",
-            'sys.path.insert(0, "FOLDER")  # this folder',
-            "import run",
-            "",
-            "model = run.load()",
-            *_answer_lines(manifest.task),
+            f'model = runpy.run_path("FOLDER/run.py")["load"]({_load_arguments(options)})  # FOLDER: this one',
+            f"print({_example(manifest)[1]})",
             "```",
+            "",
         ]
     lines += [
         "The folder is a model package that ONNX Runtime opens by itself (OrtModelPackageApi; in Python `ModelPackageContext`),",
@@ -326,19 +324,28 @@ LD_LIBRARY_PATH="$ONNXRUNTIME/lib" ../run model/{target}
 """
 _SIGNED_WORDS = (
     "",
-    "KEY.pem is the signer's public key, or certificates that the signer's must lead to. It has to come another way than this folder.",
+    "KEY.pem is the signer's public key, or certificates that the signer's must lead to. It has to come another way than this folder, and to",
+    "lie outside of it.",
     "The form is OpenSSF Model Signing: `model_signing verify key --public_key KEY.pem --signature model.sig .` checks the same.",
 )
 
 
-def _answer_lines(task: str) -> list[str]:
-    """A call of the runner, for the README."""
-    if task == "module":
-        return ["print(model.run({name: array}))"]
-    if task == "text-generation":
-        return ['print(model.generate(["A text"])[0].text)']
-    samples = '[("A question", "Its context")]' if task == "question-answering" else '["A text"]'
-    return [f"print(model.answer_texts({samples}))"]
+def _example(manifest: Manifest) -> tuple[str, str]:
+    """An answer, asked for on the command line and from Python."""
+    if manifest.task == "module":
+        return "--check", f"model.run({{{', '.join(f'{spec.name!r}: …' for spec in manifest.signature.inputs)}}})"
+    if manifest.task == "text-generation":
+        return '"A text"', 'model.generate(["A text"])[0].text'
+    if manifest.task == "question-answering":
+        return '"A question" --pair "Its context"', 'model.answer_texts([("A question", "Its context")])'
+    text = f"A {manifest.options.get('mask_token', '')} text" if manifest.task == "fill-mask" else "A text"
+    return f'"{text}"', f'model.answer_texts(["{text}"])'
+
+
+def _load_arguments(options: str) -> str:
+    """The command line's options as arguments of `load`."""
+    given = {"--signed-by": 'signed_by="KEY.pem"', "--key": 'key="file:KEY"'}
+    return ", ".join(argument for option, argument in given.items() if option in options)
 
 
 def _json(content: object) -> bytes:

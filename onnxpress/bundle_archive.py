@@ -9,16 +9,17 @@ import contextlib
 import hashlib
 import io
 import os
+import shutil
 import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol, cast
 
 from onnxpress.chunks import chunks
 from onnxpress.errors import ArtifactError, OutputError
-from onnxpress.on_device import BundleError, check
+from onnxpress.on_device import DESCRIPTION, SIGNATURE, SIGNATURE_DIGEST, BundleError, check
 from onnxpress.on_device_update import CHUNKS
 
 Source = Path | bytes
@@ -47,22 +48,64 @@ def unpacked(bundle: Path, signed_by: Path | None = None) -> Iterator[tuple[Path
         folder = bundle
         try:
             if not bundle.is_dir():
-                if zipfile.is_zipfile(bundle):
-                    with zipfile.ZipFile(bundle) as archive:
-                        archive.extractall(scratch)
-                else:
-                    with tarfile.open(bundle) as archive:
-                        archive.extractall(scratch, filter="data")
-                inside = list(Path(scratch).iterdir())
-                folder = inside[0] if len(inside) == 1 and inside[0].is_dir() else Path(scratch)
+                folder = _unpack(bundle, Path(scratch))
             description, found = check(folder, signed_by)
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError) as error:
+            if folder != bundle and not _is_as_written(bundle, folder, description, Path(scratch)):
+                raise ArtifactError(
+                    f"{bundle} was packed again, or something was added to it: another program may unpack other files than were "
+                    "compared here. Take the file that `onnxpress bundle` wrote, or give the unpacked folder."
+                )
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
             raise ArtifactError(f"{bundle} is no bundle that can be read: {error}.") from None
         except OSError as error:
-            raise ArtifactError(f"{bundle} cannot be read: {error.strerror or error}.") from None
+            raise ArtifactError(f"{bundle} cannot be read or unpacked: {error.strerror or error}.") from None
         except BundleError as error:
+            if (folder / CHUNKS).is_dir() or bundle.name.endswith(".delta.tar"):
+                raise ArtifactError(f"{bundle} holds only what changed; give the whole bundle.") from None
             raise ArtifactError(str(error).replace(str(folder), str(bundle))) from None
         yield folder, description, found
+
+
+def _unpack(bundle: Path, scratch: Path) -> Path:
+    """The bundle's folder in scratch: plain files alone, none outside of it."""
+    if bundle.suffix == ".zip":
+        with zipfile.ZipFile(bundle) as archive:
+            archive.extractall(scratch)  # which leaves out what leads outside
+    else:
+        with tarfile.open(bundle, "r:") as tar:
+            for member in tar:
+                parts = PurePosixPath(member.name).parts
+                content = tar.extractfile(member) if member.isreg() and not member.issparse() else None
+                if content is None or not parts or parts[0] == "/" or ".." in parts or "\\" in member.name:
+                    raise ValueError(f"it holds {member.name!r}")
+                place = scratch.joinpath(*parts)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with place.open("xb") as file:
+                    shutil.copyfileobj(content, file)
+    inside = list(scratch.iterdir())
+    if len(inside) != 1 or not inside[0].is_dir():
+        raise ValueError("it is not one folder")
+    return inside[0]
+
+
+def _is_as_written(bundle: Path, folder: Path, description: Mapping[str, Any], scratch: Path) -> bool:
+    """Whether an archive has the very bytes that are written of what was unpacked of it."""
+    again = scratch / "again"
+    with again.open("wb") as file:
+        write = write_zip if bundle.suffix == ".zip" else write_tar
+        write(file, ((f"{folder.name}/{path}", source) for path, source in entries(folder, description)))
+    same = sha256(again) == sha256(bundle)
+    again.unlink()
+    return same
+
+
+def entries(
+    folder: Path, description: Mapping[str, Any], known: set[str] | None = None
+) -> Iterator[tuple[str, Source]]:
+    """What the archive of an unpacked bundle holds, in order; known: parts to leave out."""
+    head = (DESCRIPTION, SIGNATURE, SIGNATURE_DIGEST)
+    yield from ((name, folder / name) for name in head if (folder / name).is_file())
+    yield from sent({path: folder / path for path in description["files"]}, description, known)
 
 
 def read_bundle(bundle: Path) -> dict[str, Any]:

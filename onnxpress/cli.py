@@ -498,7 +498,11 @@ def _verify(options: argparse.Namespace) -> int:
     from onnxpress.on_device import DESCRIPTION
     from onnxpress.runtime.loading import open_session, verify_golden
 
-    if options.artifact.is_file() or (options.artifact / DESCRIPTION).is_file():
+    if (
+        options.artifact.is_file()
+        or (options.artifact / DESCRIPTION).is_file()
+        or options.artifact.suffix in (".tar", ".zip")
+    ):
         return _verify_bundle(options)
     if options.signed_by is not None:
         raise UsageError(
@@ -528,6 +532,10 @@ def _verify(options: argparse.Namespace) -> int:
 def _verify_bundle(options: argparse.Namespace) -> int:
     from onnxpress.bundle_archive import unpacked
 
+    if options.key is not None or options.provider or options.allow_fallback:
+        raise UsageError(
+            "Of a bundle, files and signature are verified; --key, --provider and --allow-fallback are for artifacts."
+        )
     with unpacked(options.artifact, options.signed_by) as (_, description, found):
         pass
     if options.json:
@@ -540,9 +548,7 @@ def _verify_bundle(options: argparse.Namespace) -> int:
             }
         )
     else:
-        print(
-            f"{description['name']} for {description['target']}: {'; '.join(found)}. Its answers are checked there: run.py --self-test"
-        )
+        print(f"{description['name']} for {description['target']}: {'; '.join(found)}. Its answers are checked there.")
     return 0
 
 
@@ -560,8 +566,9 @@ def _bundle(options: argparse.Namespace) -> int:
         encrypt_with=options.encrypt,
         delta=options.delta,
     )
-    then = "serve its folder: python -m http.server" if options.target == "browser" else "python run.py --self-test"
-    then = f"unpack it, and {then}" if options.delta is None else f"python update.py PLACE {place.name}"
+    then = "unpack it, and python run.py --self-test" if DEVICES[options.target].python else "unpack it"
+    then = "unpack it, and serve its folder: python -m http.server" if options.target == "browser" else then
+    then = f"python PLACE/current/update.py PLACE {place.name}" if options.delta is not None else then
     print(f"{place}, {place.stat().st_size / 1e6:.1f} MB. There: {then}")
     return 0
 
@@ -571,6 +578,10 @@ def _deploy(options: argparse.Namespace) -> int:
 
     from onnxpress.deploy import deploy
 
+    try:
+        ssh = shlex.split(options.ssh)
+    except ValueError as error:
+        raise UsageError(f"--ssh {options.ssh!r} is not a command: {error}.") from None
     size = deploy(
         options.bundle,
         options.host,
@@ -578,7 +589,7 @@ def _deploy(options: argparse.Namespace) -> int:
         python=options.python,
         signed_by=options.signed_by,
         key=options.key,
-        ssh=shlex.split(options.ssh),
+        ssh=ssh,
     )
     print(f"{options.host} runs it now; {size / 1e6:.2f} MB were sent.")
     return 0

@@ -16,12 +16,13 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from onnxpress.bundle_archive import known_parts, sent, unpacked, write_tar
+from onnxpress.bundle_archive import entries, known_parts, unpacked, write_tar
 from onnxpress.errors import DeployError, RecipeError, SelfTestError
-from onnxpress.on_device import DESCRIPTION, SIGNATURE, SIGNATURE_DIGEST
+from onnxpress.on_device import DESCRIPTION
+from onnxpress.on_device_update import NotGoodError
 
 _UPDATE = Path(__file__).with_name("on_device_update.py")
-_SSH_FAILED, _PARTS_MISSING = 255, 3
+_SSH_FAILED, _PARTS_MISSING, _TOO_OLD = 255, 3, 9  # exit codes
 
 
 def deploy(
@@ -46,21 +47,29 @@ def deploy(
     """
     if host.startswith("-") or not host:
         raise RecipeError(f"{host!r} is no host; it is given as user@device.")
+    if not ssh:
+        raise RecipeError("The ssh command is empty.")
+    python = python.removeprefix("~/")  # ssh begins in the home folder
     with unpacked(Path(bundle), signed_by) as (folder, description, _):
-        if not (folder / "update.py").is_file() or description["system"] == "windows":
+        if not (folder / "update.py").is_file():
             raise RecipeError(f"A bundle for {description['target']} cannot be deployed over ssh; copy {bundle} there.")
-        there = (place or f"onnxpress/{folder.name}").removeprefix("~/")  # ssh begins in the home folder
-        found = _run([*ssh, host, f"cat {shlex.quote(f'{there}/current/{DESCRIPTION}')} 2>/dev/null || true"], host)
-        known = _known(found)
+        there = (place or f"onnxpress/{description['name']}-{description['target']}").removeprefix("~/")
+        if there.rstrip("/") in ("", "~", ".", ".."):
+            raise RecipeError(f"{place!r} is no place of its own for a bundle; name a folder.")
+        known = _known(_run([*ssh, host, _asking(python, there)], host, python))
         options = ["-"] if key is None else ["-", "--key", key]
         for attempt in (known, None) if known is not None else (None,):
-            code, size = _send(
+            code, size, whole = _send(
                 folder, description, attempt, [*ssh, host], _command(python, there, options), quiet=quiet
             )
             if code != _PARTS_MISSING:
                 break
-    if code == 1:
+    if code == NotGoodError.exit_code:
         raise SelfTestError(f"The self-test on {host} is not good; what was current there still is.")
+    if code == _SSH_FAILED and whole:
+        raise DeployError(
+            f"The connection to {host} broke after all was sent: it may have switched. Deploy again, or look there."
+        )
     if code == _SSH_FAILED:
         raise DeployError(f"The connection to {host} failed or broke; what was current there still is.")
     if code != 0:
@@ -70,35 +79,45 @@ def deploy(
     return size
 
 
+def _asking(python: str, place: str) -> str:
+    """Prints the current bundle's description; fails where Python is missing or too old."""
+    version = f"import sys; sys.exit({_TOO_OLD} * (sys.version_info < (3, 11)))"
+    return f"{shlex.join([python, '-c', version])} && {{ cat {shlex.quote(f'{place}/current/{DESCRIPTION}')} 2>/dev/null || true; }}"
+
+
 def _command(python: str, place: str, options: Sequence[str]) -> str:
     """Runs update.py, which standard input begins with."""
     code = f"import sys; exec(compile(sys.stdin.buffer.read({_UPDATE.stat().st_size}), 'update.py', 'exec'))"
-    return shlex.join([python, "-c", code, place, *options])
+    return shlex.join(
+        [python, "-I", "-c", code, place, *options]
+    )  # -I: nothing is imported from the folder where ssh begins
 
 
 def _send(
     folder: Path, description: dict[str, Any], known: set[str] | None, ssh: Sequence[str], command: str, *, quiet: bool
-) -> tuple[int, int]:
-    """The remote command's exit code, and how many bytes it was sent."""
-    files = {path: folder / path for path in description["files"]}
-    head = [(name, folder / name) for name in (DESCRIPTION, SIGNATURE, SIGNATURE_DIGEST) if (folder / name).is_file()]
+) -> tuple[int, int, bool]:
+    """The remote command's exit code, how many bytes it was sent, and whether that was all."""
     process = _started([*ssh, command])
     assert process.stdin is not None
     with tqdm(
         unit="B", unit_scale=True, unit_divisor=1000, desc="sent", disable=True if quiet else None, leave=False
     ) as bar:
-        counted = _Counted(process.stdin, bar)
+        counted, whole = _Counted(process.stdin, bar), False
         try:
             process.stdin.write(_UPDATE.read_bytes())
             # A tar is named after its folder, whose name does not count there.
-            write_tar(
-                counted, ((f"bundle/{path}", source) for path, source in (*head, *sent(files, description, known)))
-            )
+            write_tar(counted, ((f"bundle/{path}", source) for path, source in entries(folder, description, known)))
             process.stdin.close()
+            whole = True
         except BrokenPipeError:  # the other side has ended; its exit code says why
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
-    return process.wait(), counted.size
+        except BaseException:
+            process.kill()
+            process.wait()
+            process.stdin.close()
+            raise
+    return process.wait(), counted.size, whole
 
 
 class _Counted:
@@ -122,9 +141,13 @@ def _known(text: bytes) -> set[str] | None:
         return None
 
 
-def _run(command: Sequence[str], host: str) -> bytes:
+def _run(command: Sequence[str], host: str, python: str) -> bytes:
     process = _started(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     output, _ = process.communicate()
+    if process.returncode == _TOO_OLD:
+        raise DeployError(f"{python} on {host} is older than Python 3.11: name another with --python.")
+    if process.returncode in (126, 127):
+        raise DeployError(f"{python} cannot be started on {host} (reason above): name another with --python.")
     if process.returncode != 0:
         raise DeployError(f"{host} cannot be reached by {command[0]} (exit code {process.returncode}, reason above).")
     return bytes(output)

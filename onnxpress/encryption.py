@@ -37,7 +37,7 @@ def read_key(source: str | bytes) -> bytes:
         kind, _, rest = source.partition(":")
         if kind not in _SOURCES or not rest:
             raise UsageError("A key is given as file:PATH, env:NAME or command:LINE, never itself.")
-        content, where = _SOURCES[kind](rest), f"The key of {source}"
+        content, where = _SOURCES[kind](rest), f"What {kind}: gave as key"
     try:
         key = bytes.fromhex(content.strip())
     except ValueError:
@@ -116,7 +116,7 @@ def _nonce(number: int, *, last: bool) -> bytes:
 
 def _from_file(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise UsageError(f"The key's file {path} cannot be read: {reason}.") from None
@@ -124,7 +124,7 @@ def _from_file(path: str) -> str:
 
 def _from_environment(name: str) -> str:
     if name not in os.environ:
-        raise UsageError(f"The environment has no variable {name}, which should hold the key.")
+        raise UsageError("The environment has no variable of the name that env: gives; it should hold the key.")
     return os.environ[name]
 
 
@@ -132,9 +132,10 @@ def _from_command(line: str) -> str:
     try:
         done = subprocess.run(shlex.split(line), stdout=subprocess.PIPE, text=True, check=True)
     except subprocess.CalledProcessError as error:
-        raise UsageError(f"The command for the key failed with exit code {error.returncode}: {line}") from None
+        raise UsageError(f"The command for the key failed with exit code {error.returncode}.") from None
     except (OSError, ValueError) as error:
-        raise UsageError(f"The command for the key cannot be run ({error}): {line}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"The command for the key cannot be run: {reason}.") from None
     return done.stdout
 
 

@@ -11,20 +11,20 @@ signed. Who can change run.py can change what it says: what comes from outside i
 
 from __future__ import annotations
 
+import os
 import sys
 
-if __name__ == "__main__":
-    if sys.version_info < (3, 11):  # noqa: UP036  a device's Python is not chosen by pyproject.toml
-        sys.exit(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}.")
-    if not sys.flags.safe_path:
-        del sys.path[0]  # the bundle's folder: what is imported below must not come from there
+if __name__ == "__main__" and sys.version_info < (3, 11):
+    sys.exit(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}.")
+if sys.path:  # what is imported below must not come from the bundle's folder
+    here = os.path.dirname(os.path.realpath(__file__))  # noqa: PTH120  pathlib is not imported yet
+    sys.path[:] = [path for path in sys.path if os.path.realpath(path or ".") != here]
 import argparse
 import base64
 import binascii
 import hashlib
 import io
 import json
-import os
 import platform
 import statistics
 import time
@@ -36,6 +36,19 @@ from typing import Any
 DESCRIPTION = "bundle.json"
 SIGNATURE, SIGNATURE_DIGEST = "model.sig", "model.sig.sha256"  # these two cannot be in what is signed
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
+_WORDS = {
+    "name",
+    "target",
+    "task",
+    "precision",
+    "system",
+    "machine",
+    "providers",
+    "threads",
+    "requires",
+    "budget",
+    "chunks",
+}
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 _TIMED_SECONDS, _TIMED_CALLS = 2.0, 50
 
@@ -60,7 +73,10 @@ def read_description(folder: Path) -> dict[str, Any]:
         text = path.read_bytes()
         description: dict[str, Any] = json.loads(text)
         whole = isinstance(description, dict) and canonical(description).encode() == text
-        whole = whole and f"{description['artifact']}/manifest.json" in description["files"]
+        whole = whole and isinstance(description["files"], dict)
+        whole = (
+            whole and f"{description['artifact']}/manifest.json" in description["files"] and set(description) >= _WORDS
+        )
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror or error}. Copy the bundle again.") from None
     except (ValueError, RecursionError, TypeError, KeyError):
@@ -193,12 +209,11 @@ def _trusted_key(trusted: Path, material: Any) -> tuple[Any, str]:
     return _vouched_for(signer, chain[1:], roots, trusted), signer.subject.rfc4514_string()
 
 
-def _vouched_for(signer: Any, between: list[Any], roots: list[Any], trusted: Path) -> Any:
-    """The public key of a certificate that is valid now, may sign, and leads to a root. Raises BundleError."""
+def check_certificate(signer: Any) -> None:
+    """Raise BundleError for a certificate that is not valid now, or may not sign."""
     import datetime
 
     from cryptography import x509
-    from cryptography.x509 import verification
 
     now = datetime.datetime.now(datetime.UTC)
     name = signer.subject.rfc4514_string()
@@ -207,16 +222,33 @@ def _vouched_for(signer: Any, between: list[Any], roots: list[Any], trusted: Pat
             f"The signer's certificate ({name}) is valid from {signer.not_valid_before_utc:%Y-%m-%d} to "
             f"{signer.not_valid_after_utc:%Y-%m-%d}; here it is {now:%Y-%m-%d}. Sign the bundle again, or set the clock."
         )
-    usage = {extension.oid: extension.value for extension in signer.extensions}
-    may = usage.get(x509.KeyUsage.oid)
-    purposes = usage.get(x509.ExtendedKeyUsage.oid)
-    if not (may is not None and may.digital_signature) and not (
-        purposes is not None and x509.oid.ExtendedKeyUsageOID.CODE_SIGNING in purposes
-    ):
+    try:
+        usage: dict[Any, Any] = {extension.oid: extension.value for extension in signer.extensions}
+    except ValueError as error:
+        raise BundleError(f"The certificate {name} cannot be read: {error}") from None
+    may, purposes = usage.get(x509.KeyUsage.oid), usage.get(x509.ExtendedKeyUsage.oid)
+    if (may is None and purposes is None) or (may is not None and not may.digital_signature):
         raise BundleError(f"The certificate {name} may not sign: it lacks the key usage digitalSignature.")
+    if purposes is not None and x509.oid.ExtendedKeyUsageOID.CODE_SIGNING not in purposes:
+        raise BundleError(f"The certificate {name} is for other purposes: its extended key usage lacks codeSigning.")
+
+
+def _vouched_for(signer: Any, between: list[Any], roots: list[Any], trusted: Path) -> Any:
+    """The public key of a certificate that is valid now, may sign, and leads to a root. Raises BundleError."""
+    import datetime
+
+    from cryptography import x509
+    from cryptography.x509 import verification
+
+    check_certificate(signer)
+    now, name = datetime.datetime.now(datetime.UTC), signer.subject.rfc4514_string()
     any_leaf = verification.ExtensionPolicy.permit_all()
     policy = verification.PolicyBuilder().store(verification.Store(roots)).time(now)
-    policy = policy.extension_policies(ca_policy=verification.ExtensionPolicy.webpki_defaults_ca(), ee_policy=any_leaf)
+    # The web's policy for authorities, but for their extended key usage, which the web wants to be its own.
+    authorities = verification.ExtensionPolicy.webpki_defaults_ca().may_be_present(
+        x509.ExtendedKeyUsage, verification.Criticality.AGNOSTIC, None
+    )
+    policy = policy.extension_policies(ca_policy=authorities, ee_policy=any_leaf)
     try:
         policy.build_client_verifier().verify(signer, between)
     except verification.VerificationError as error:
@@ -248,11 +280,11 @@ def check(folder: Path, signed_by: Path | None = None) -> tuple[dict[str, Any], 
     Returns the description, and in words what was found. Nothing of the bundle is run. Raises BundleError.
     """
     description = read_description(folder)
-    found = [f"{check_files(folder, description)} have the digests of {DESCRIPTION}"]
+    found = [f"{check_files(folder, description)} files have the digests of {DESCRIPTION}"]
     if signed_by is not None:
         found.append(f"by {check_signature(folder, description, signed_by)}")
     elif (folder / SIGNATURE).is_file():
-        found.append("there is one; whose it is was not checked: --signed-by FILE")
+        found.append("there is one; --signed-by FILE checks whose it is")
     return description, found
 
 
@@ -261,6 +293,7 @@ def open_artifact(folder: Path, description: dict[str, Any], key: str | None = N
 
     key: where that of an encrypted model is found, as `onnxpress.load` takes it.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # which its wheels have switched on
     try:
         import numpy  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -388,7 +421,7 @@ def _peak_megabytes() -> float | None:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """All files but Python's bytecode, which is not read. Raises BundleError for links, devices, and folders that cannot be read."""
+    """All files. Raises BundleError for links, devices, and folders that cannot be read."""
 
     def unreadable(error: OSError) -> None:
         raise BundleError(
@@ -403,42 +436,42 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
                     f"{path} is no plain file, and not of the bundle. Copy the bundle again, into an empty folder."
                 )
             yield path.relative_to(folder).as_posix(), path
-        folders[:] = [each for each in folders if each != "__pycache__"]
 
 
 def _is_ours(error: Exception) -> bool:
     return any(kind.__name__ == "OnnxpressError" for kind in type(error).__mro__)
 
 
-def load(folder: Path | str | None = None, *, signed_by: Path | None = None, key: str | None = None) -> Any:
+def load(folder: Path | str | None = None, *, signed_by: Path | str | None = None, key: str | None = None) -> Any:
     """The runner of a bundle's task, as `onnxpress.load` gives it, after all checks. folder: by default that of this file.
 
     Raises BundleError, and the runtime's own errors.
     """
     place = Path(__file__).resolve().parent if folder is None else Path(folder)
-    description, _ = check(place, signed_by)
+    description, _ = check(place, None if signed_by is None else Path(signed_by))
     check_machine(description)
     return open_artifact(place, description, key)[1]
 
 
-def _answers(runner: Any, texts: list[str]) -> Iterator[Any]:
+def _answers(runner: Any, texts: list[str], pairs: list[str]) -> Iterator[Any]:
+    if pairs and len(pairs) != len(texts):
+        raise BundleError(f"{len(texts)} texts and {len(pairs)} --pair were given; each text needs one pair.")
     from onnxpress.runtime.generator import Generator
     from onnxpress.runtime.module_runner import ModuleRunner
 
     if isinstance(runner, ModuleRunner):
-        raise BundleError(
-            "This model takes arrays, not text: use it from Python, onnxpress.load(folder).run({name: array})."
-        )
+        raise BundleError("This model takes arrays, not text: use it from Python, as README.md says.")
     if isinstance(runner, Generator):
         yield from (generation.text for generation in runner.generate(texts))
     else:
-        yield from runner.answer_texts(texts)
+        yield from runner.answer_texts(list(zip(texts, pairs, strict=True)) if pairs else texts)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="*", metavar="TEXT")
+    parser.add_argument("--pair", action="append", default=[], help="the second text of each; a question's context")
     parser.add_argument("--self-test", action="store_true")
     parser.add_argument("--check", nargs="?", type=Path, const=Path(__file__).resolve().parent, metavar="FOLDER")
     parser.add_argument("--signed-by", type=Path, metavar="FILE", help="PEM: the signer's public key, or certificates")
@@ -448,6 +481,8 @@ def main(arguments: list[str] | None = None) -> int:
     folder = Path(__file__).resolve().parent
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # Windows has others
+    if options.texts and (options.self_test or options.check):
+        parser.error("give texts, --self-test or --check")
     if options.self_test:
         verdict = self_test(folder, signed_by=options.signed_by, key=options.key)
         if options.json:
@@ -464,8 +499,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.check:
             print(*check(options.check, options.signed_by)[1], sep="\n")
         else:
-            for answer in _answers(load(signed_by=options.signed_by, key=options.key), options.texts):
+            for answer in _answers(load(signed_by=options.signed_by, key=options.key), options.texts, options.pair):
                 print(json.dumps(answer, ensure_ascii=False))
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if not isinstance(error, BundleError) and not _is_ours(error):
             raise

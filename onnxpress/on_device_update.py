@@ -7,23 +7,32 @@
     PLACE/current          a link to one of them, switched in one step, after the new one's self-test said that it is good
     PLACE/previous         a link to the one before
 
-Needs Python 3.11 on a POSIX system and nothing else; the self-test needs what run.py needs. Exit codes: 0 switched, 1 the self-test is
+Needs Python 3.11 on a POSIX system and nothing else; the self-test needs what run.py needs. Exit codes: 0 switched, 4 the self-test is
 not good, 3 the current bundle is not the one that the changes are of, or damaged, 2 anything else; where it is not 0, nothing was switched, and nothing of the new bundle is left. With --signed-by, the run.py
 beside this file, or the current one's, checks the signature before anything of the new bundle is run.
 """
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    if sys.version_info < (3, 11):  # noqa: UP036  a device's Python is not chosen by pyproject.toml
+        print(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}.", file=sys.stderr)
+        sys.exit(2)
+    if not sys.flags.safe_path:
+        del sys.path[0]  # the bundle's folder: nothing is imported from there
 import argparse
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -32,6 +41,8 @@ from typing import IO, Any
 DESCRIPTION, CHUNKS = "bundle.json", ".chunks"
 _BESIDE = ("model.sig", "model.sig.sha256")  # what bundle.json cannot list
 _LARGEST_DESCRIPTION = 2**26
+_RELEASE, _PART = re.compile(r"[0-9a-f]{16}(-\d+)?"), re.compile(r"\.part-\d+")
+_CHUNK = re.compile(r"(\d{1,8})-[0-9a-f]{32}")
 _BLOCK = 2**20
 
 
@@ -50,7 +61,7 @@ class PartsError(UpdateError):
 class NotGoodError(UpdateError):
     """The new bundle's self-test says that it is not good."""
 
-    exit_code = 1
+    exit_code = 4  # and not 1, with which Python ends where a program breaks down
 
 
 def update(place: Path, stream: IO[bytes], *, signed_by: str | None = None, key: str | None = None) -> Path:
@@ -58,41 +69,65 @@ def update(place: Path, stream: IO[bytes], *, signed_by: str | None = None, key:
     with _alone(place):
         releases = place / "releases"
         releases.mkdir(exist_ok=True)
-        for leftover in releases.glob(".part-*"):  # of an update that was killed: nobody else is at work here
-            shutil.rmtree(leftover, ignore_errors=True)
+        before = _current(place)
         part = releases / f".part-{os.getpid()}"
         try:
             _receive(stream, part, place / "current")
             if signed_by is not None:
-                _check_signature(part, place / "current", signed_by)
+                _check(part, place / "current", signed_by)
             _self_test(part, key)
             name = hashlib.sha256((part / DESCRIPTION).read_bytes()).hexdigest()[:16]
             release, number = releases / name, 1
             while release.exists():  # the same bundle again: beside itself, so that the link never leads nowhere
                 release, number = releases / f"{name}-{number}", number + 1
+            _synced(part)
             part.rename(release)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-        before = (place / "current").resolve() if (place / "current").is_symlink() else None
-        if before is not None and before != release.resolve() and before.is_dir():
-            _link(place / "previous", before.name)
-        _link(place / "current", release.name)
-        kept = {(place / link).resolve() for link in ("current", "previous")}
-        for old in releases.iterdir():
-            if old.resolve() not in kept:
-                shutil.rmtree(old, ignore_errors=True)
+        try:
+            _link(place / "current", release.name)
+        except OSError:
+            shutil.rmtree(release, ignore_errors=True)
+            raise
+        with contextlib.suppress(OSError):  # what was asked for is done; the next update puts this right
+            if before is not None and not before.name.startswith(name):  # the same again leaves the way back as it was
+                _link(place / "previous", before.name)
+            kept = {(place / link).resolve() for link in ("current", "previous")}
+            for old in releases.iterdir():
+                if _RELEASE.fullmatch(old.name) and old.resolve() not in kept:
+                    shutil.rmtree(old, ignore_errors=True)
         return release
 
 
-def back(place: Path) -> Path:
-    """Switch to the release before the current one; returns its folder. Raises UpdateError."""
+def back(place: Path, *, signed_by: str | None = None) -> Path:
+    """Switch to the release before the current one, if it is whole; returns its folder. Raises UpdateError."""
+    current, previous = ((place / link).resolve() for link in ("current", "previous"))
+    if not (place / "previous").is_symlink() or not previous.is_dir() or previous == current:
+        raise UpdateError(f"{place} has no release before the current one.")
     with _alone(place):
-        current, previous = ((place / link).resolve() for link in ("current", "previous"))
-        if not (place / "previous").is_symlink() or not previous.is_dir() or previous == current:
-            raise UpdateError(f"{place} has no release before the current one.")
+        _check(previous, place / "current", signed_by)
         _link(place / "current", previous.name)
         _link(place / "previous", current.name)
         return previous
+
+
+def _current(place: Path) -> Path | None:
+    """The release that is switched to; what a killed update left is removed. Raises UpdateError where the place is another's."""
+    link, releases = place / "current", place / "releases"
+    foreign = [
+        path.name for path in releases.iterdir() if not _RELEASE.fullmatch(path.name) and not _PART.fullmatch(path.name)
+    ]
+    if foreign:
+        raise UpdateError(f"{releases} holds {min(foreign)!r}, which no update put there: choose another place.")
+    ours = not os.path.lexists(link) or (link.is_symlink() and link.resolve().parent == releases.resolve())
+    if not ours:
+        raise UpdateError(f"{link} is not a link to one of {releases}: choose another place.")
+    for leftover in (*releases.glob(".part-*"), *place.glob(".current-*"), *place.glob(".previous-*")):
+        if leftover.is_symlink():
+            leftover.unlink()
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+    return link.resolve() if link.is_dir() else None
 
 
 @contextlib.contextmanager
@@ -118,6 +153,7 @@ def _receive(stream: IO[bytes], part: Path, current: Path) -> None:
         text = _member(archive, first).read()
         files, sizes, chunks = _described(text)
         here = _parts_of(current)
+        wanted = {name for names in chunks.values() for name in names}
         needed = sum(size for path, size in sizes.items() if files[path] not in here)
         part.mkdir()
         free = shutil.disk_usage(part).free
@@ -125,17 +161,24 @@ def _receive(stream: IO[bytes], part: Path, current: Path) -> None:
             raise UpdateError(
                 f"{needed / 1e6:.1f} MB are needed in {part.parent.parent}, and {free / 1e6:.1f} MB are free."
             )
-        (part / DESCRIPTION).write_bytes(text)
+        with _new(part / DESCRIPTION) as place:
+            place.write(text)
         with (part / CHUNKS).open("w+b") as store:
             sent: dict[str, tuple[Path, int, int]] = {}
             while (member := archive.next()) is not None:
                 path = _path(member)
                 content = _member(archive, member)
+                chunk = path.removeprefix(f"{CHUNKS}/")
+                size = member.size if path in _BESIDE else sizes.get(path, _chunk_size(chunk))
+                if member.size != size:
+                    raise UpdateError(
+                        f"The bundle holds {path!r} at another size than {DESCRIPTION} says. Nothing was changed."
+                    )
                 if path in _BESIDE or path in files:
                     with _new(part / path) as place:
                         shutil.copyfileobj(content, place, _BLOCK)
-                elif path.startswith(f"{CHUNKS}/"):
-                    sent[path.removeprefix(f"{CHUNKS}/")] = (part / CHUNKS, store.tell(), member.size)
+                elif chunk in wanted and chunk not in sent:
+                    sent[chunk] = (part / CHUNKS, store.tell(), member.size)
                     shutil.copyfileobj(content, store, _BLOCK)
                 else:
                     raise UpdateError(
@@ -161,7 +204,8 @@ def _assemble(place: Path, digest: str, parts: list[str], found: dict[str, tuple
                 for name in parts:
                     if name not in found:
                         raise PartsError(
-                            "What changed since another bundle than the current one was sent: send the whole bundle."
+                            "Parts are lacking: it ended too early, or holds what changed since another bundle than the current one. "
+                            "Send the whole bundle."
                         )
                     source, start, size = found[name]
                     with source.open("rb") as content:
@@ -189,9 +233,8 @@ def _parts_of(folder: Path) -> dict[str, tuple[Path, int, int]]:
             continue
         found[digest] = (file, 0, sizes[path])
         for entry in chunks.get(path, ()):
-            size = entry.partition("-")[0]
-            found[entry] = (file, start, int(size))
-            start += int(size)
+            found[entry] = (file, start, _chunk_size(entry))
+            start += _chunk_size(entry)
     return found
 
 
@@ -202,7 +245,13 @@ def _described(text: bytes) -> tuple[dict[str, str], dict[str, int], dict[str, l
         files = {str(path): str(digest) for path, digest in content["files"].items()}
         sizes = {path: int(content["sizes"][path]) for path in files}
         chunks = {str(path): [str(entry) for entry in entries] for path, entries in content["chunks"].items()}
+        valid = all(size >= 0 for size in sizes.values()) and all(
+            map(_CHUNK.fullmatch, itertools.chain(*chunks.values()))
+        )
+        json.dumps([files, chunks], ensure_ascii=False).encode()  # half a character can hide behind an escape
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        valid = False
+    if not valid:
         raise UpdateError(f"{DESCRIPTION} is not valid: this is no bundle, or one of another version.") from None
     for path in files:
         parts = PurePosixPath(path)
@@ -212,13 +261,19 @@ def _described(text: bytes) -> tuple[dict[str, str], dict[str, int], dict[str, l
     return files, sizes, chunks
 
 
+def _chunk_size(name: str) -> int:
+    """Bytes of a part, with which its name begins; -1 for what is no name of one."""
+    match = _CHUNK.fullmatch(name)
+    return int(match[1]) if match else -1
+
+
 def _path(member: tarfile.TarInfo) -> str:
     """Path in the bundle, without the bundle's own folder."""
     return member.name.partition("/")[2]
 
 
 def _member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
-    content = archive.extractfile(member) if member.isreg() else None
+    content = archive.extractfile(member) if member.isreg() and not member.issparse() else None
     if content is None:
         raise UpdateError(f"The bundle holds {member.name!r}, which is no plain file. Nothing was changed.")
     return content
@@ -235,21 +290,24 @@ def _new(path: Path) -> Iterator[IO[bytes]]:
         os.fsync(file.fileno())
 
 
-def _check_signature(part: Path, current: Path, signed_by: str) -> None:
+def _check(folder: Path, current: Path, signed_by: str | None) -> None:
+    """Have a run.py that is there already compare a bundle's files and signature; nothing of the bundle is run."""
     beside = Path(globals().get("__file__", "/none")).resolve().with_name("run.py")
     checker = next((path for path in (beside, current / "run.py") if path.is_file()), None)
     if checker is None:
         raise UpdateError(
-            "No run.py is here that could check the signature: start the update.py of a bundle that you trust."
+            "No run.py is here that could check the bundle: start the update.py of a bundle that you trust."
         )
-    done = subprocess.run(
-        [sys.executable, checker, "--check", part, "--signed-by", signed_by],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [
+        sys.executable,
+        str(checker),
+        "--check",
+        str(folder),
+        *([] if signed_by is None else ["--signed-by", signed_by]),
+    ]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
-        raise UpdateError(done.stderr.strip().replace(str(part), "The bundle") or "The signature could not be checked.")
+        raise UpdateError(done.stderr.strip().replace(str(folder), "The bundle") or "The bundle could not be checked.")
 
 
 def _self_test(part: Path, key: str | None) -> None:
@@ -266,6 +324,15 @@ def _link(link: Path, release: str) -> None:
     new.unlink(missing_ok=True)
     new.symlink_to(Path("releases") / release)
     new.replace(link)
+
+
+def _synced(folder: Path) -> None:
+    """What was written survives a power cut: the folders too, whose files are synced one by one."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
 
 
 def _end(number: int, _: Any) -> None:
@@ -287,7 +354,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, _end)  # so that what was begun is removed
     try:
         if options.back:
-            release = back(options.place)
+            release = back(options.place, signed_by=options.signed_by)
         elif options.file == "-":
             release = update(options.place, sys.stdin.buffer, signed_by=options.signed_by, key=options.key)
         else:
@@ -306,7 +373,8 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    print(f"{options.place / 'current'} is now {release.name}")
+    with contextlib.suppress(OSError):  # whoever listened may be gone
+        print(f"{options.place / 'current'} is now {release.name}")
     return 0
 
 

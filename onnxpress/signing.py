@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from onnxpress.errors import MissingExtraError, RecipeError
-from onnxpress.on_device import PAYLOAD_TYPE, SIGNATURE, SIGNATURE_DIGEST, BundleError, hash_of, pre_authentication
+from onnxpress.on_device import (
+    PAYLOAD_TYPE,
+    SIGNATURE,
+    SIGNATURE_DIGEST,
+    BundleError,
+    check_certificate,
+    hash_of,
+    pre_authentication,
+)
 
 PASSWORD = "ONNXPRESS_SIGNING_PASSWORD"  # the variable's name
 
@@ -32,19 +40,31 @@ class Signer:
             from cryptography.hazmat.primitives import serialization
         except ImportError:
             raise MissingExtraError("Signing needs the package cryptography: pip install 'onnxpress[secure]'") from None
-        content = _read(key)
+        content, chain = _read(key), b"" if certificate is None else _read(certificate)
         password = os.environ.get(PASSWORD)
         try:
             self._key: Any = serialization.load_pem_private_key(content, password.encode() if password else None)
             self._hash = hash_of(self._key)
-            self._chain = x509.load_pem_x509_certificates(_read(certificate)) if certificate else []
         except TypeError:
             what = "has no password, and one was given" if password else "is protected by a password"
             raise RecipeError(f"The signing key {key} {what}: see the variable {PASSWORD}.") from None
         except BundleError as error:
             raise RecipeError(f"{key}: {error} openssl ecparam -name prime256v1 -genkey -noout -out key.pem") from None
-        except ValueError as error:
-            raise RecipeError(f"{key} or its certificate cannot be read as PEM: {error}") from None
+        except Exception as error:  # cryptography has many
+            what = (
+                "cannot be opened with the password given"
+                if password
+                else "cannot be read as a private key in PEM form"
+            )
+            raise RecipeError(f"{key} {what}: {error}") from None
+        try:
+            self._chain = x509.load_pem_x509_certificates(chain) if certificate else []
+            for one in self._chain[:1]:
+                check_certificate(one)
+        except BundleError as error:
+            raise RecipeError(str(error)) from None
+        except Exception as error:
+            raise RecipeError(f"{certificate} cannot be read as certificates in PEM form: {error}") from None
         if self._chain and self._chain[0].public_key() != self._key.public_key():
             raise RecipeError(f"The first certificate of {certificate} is not that of the key {key}.")
 

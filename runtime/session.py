@@ -67,6 +67,8 @@ class Session:
         self._cache_key = cache_key
         check_wheel()
         self._providers = self._loadable(make_providers(providers), allow_fallback=allow_fallback)
+        if content is not None and any(getattr(provider, "cache_folder", None) for provider in self._providers):
+            raise ProviderError("A cache of engines would hold an encrypted model in plain: leave cache_folder out.")
         self._signature = signature
         self._session = self._open(threads=None)
         self.signature = signature or _declared_signature(self._session)

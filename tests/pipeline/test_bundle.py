@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import marshal
+import os
 import platform
 import py_compile
 import random
@@ -79,14 +80,23 @@ def test_nothing_of_the_bundles_folder_is_imported_before_it_is_compared(unpacke
     assert "'statistics.py' is not of the bundle" in done.stdout, done.stderr
 
 
-def test_bytecode_beside_the_runtime_is_neither_read_nor_in_the_way(unpacked: Path) -> None:
-    source = unpacked / "lib" / "onnxpress" / "errors.py"
-    bytecode = source.parent / "__pycache__" / f"errors.{sys.implementation.cache_tag}.pyc"
-    py_compile.compile(str(source), cfile=str(bytecode), doraise=True)
-    header = bytecode.read_bytes()[:16]
-    bytecode.write_bytes(header + marshal.dumps(compile("raise SystemExit('read')", "errors.py", "exec")))
-    done = subprocess.run([sys.executable, unpacked / "run.py", "--self-test"], capture_output=True, text=True)
-    assert "verdict: good" in done.stdout, done.stdout + done.stderr
+def test_bytecode_is_foreign_and_the_readmes_way_does_not_read_it(unpacked: Path) -> None:
+    evil = marshal.dumps(compile("raise SystemExit('read')", "run.py", "exec"))
+    bytecode = unpacked / "__pycache__" / f"run.{sys.implementation.cache_tag}.pyc"
+    py_compile.compile(str(unpacked / "run.py"), cfile=str(bytecode), doraise=True)
+    bytecode.write_bytes(bytecode.read_bytes()[:16] + evil)
+    (unpacked / "base64.py").write_text("raise SystemExit('imported')")
+    code = f"import runpy; runpy.run_path({str(unpacked / 'run.py')!r})['load']()"
+    for command in ([unpacked / "run.py", "--self-test"], ["-c", code]):
+        done = subprocess.run(
+            [sys.executable, *command],
+            capture_output=True,
+            text=True,
+            cwd=unpacked,
+            env={**os.environ, "PYTHONPATH": ":"},
+        )
+        assert done.returncode == 1
+        assert "is not of the bundle" in done.stdout + done.stderr
 
 
 def test_the_runtime_is_the_bundles_own(unpacked: Path) -> None:

@@ -130,7 +130,7 @@ def test_wrong_keys(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (KEY.hex(), "never itself"),
         ("password:abc", "never itself"),
         ("file:", "never itself"),
-        ("env:NO_SUCH_VARIABLE", "no variable NO_SUCH_VARIABLE"),
+        ("env:NO_SUCH_VARIABLE", "no variable of the name"),
         ("command:no-such-program", "cannot be run"),
         ("command:false", "failed with exit code 1"),
         ("command:'", "cannot be run"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import io
 import json
 import random
 import shutil
@@ -26,6 +27,7 @@ from onnxpress.bundle_archive import unpacked
 from onnxpress.cli import main
 from onnxpress.errors import ArtifactError, RecipeError
 from onnxpress.on_device import BundleError, canonical, check, digest_line
+from onnxpress.on_device_update import UpdateError, back, update
 
 NOW = datetime.datetime.now(datetime.UTC)
 DAY = datetime.timedelta(days=1)
@@ -44,7 +46,7 @@ def save_key(path: Path, curve: ec.EllipticCurve, password: bytes | None = None)
 def certificate(
     name: str, key: Any, issuer: str, issuer_key: Any, *, signs: bool = True, **options: Any
 ) -> x509.Certificate:
-    """options: authority (may issue others), start and end in days from now, usage (whether it may sign)."""
+    """options: authority (may issue others), start and end in days from now, purpose (its extended key usage)."""
     authority = options.get("authority", False)
     builder = (
         x509.CertificateBuilder()
@@ -69,8 +71,9 @@ def certificate(
     builder = builder.add_extension(x509.KeyUsage(**usage), critical=True)
     if authority:
         builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-    elif signs:
-        builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CODE_SIGNING]), critical=False)
+    purpose = options.get("purpose", None if authority or not signs else ExtendedKeyUsageOID.CODE_SIGNING)
+    if purpose is not None:
+        builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
     return builder.sign(issuer_key, hashes.SHA256())
 
 
@@ -93,9 +96,12 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "expired": {"start": -20, "end": -1},
         "early": {"start": 1},
         "unfit": {"signs": False},
+        "web": {"purpose": ExtendedKeyUsageOID.SERVER_AUTH},
     }
     for name, options in chains.items():
         save_pem(folder / f"{name}.chain", certificate("the signer", signer, "between", between, **options), middle)
+    coding = certificate("between", between, "root", root, authority=True, purpose=ExtendedKeyUsageOID.CODE_SIGNING)
+    save_pem(folder / "issuers.chain", certificate("the signer", signer, "between", between), coding)
     return folder
 
 
@@ -123,14 +129,14 @@ def signed(artifact: Path, keys: Path, tmp_path: Path) -> Callable[..., Path]:
 def test_a_key(signed: Callable[..., Path], keys: Path) -> None:
     folder = signed()
     assert check(folder, keys / "signer.pub")[1][1] == "by the key signer.pub"
-    assert "not checked" in check(folder)[1][1]
+    assert "--signed-by FILE checks whose it is" in check(folder)[1][1]
     with pytest.raises(BundleError, match=r"is not that of .*other\.pub"):
         check(folder, keys / "other.pub")
     with pytest.raises(BundleError, match="signed with a bare key"):
         check(folder, keys / "roots.pem")
 
 
-def test_certificates(signed: Callable[..., Path], keys: Path) -> None:
+def test_certificates(signed: Callable[..., Path], keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = signed(chain="good")
     assert check(folder, keys / "roots.pem")[1][1] == "by CN=the signer"
     assert check(folder, keys / "signer.pub")[1][1] == "by the key signer.pub", "who has the key may go by it"
@@ -140,9 +146,16 @@ def test_certificates(signed: Callable[..., Path], keys: Path) -> None:
         ("expired", "is valid from .*Sign the bundle again, or set the clock"),
         ("early", "is valid from"),
         ("unfit", "may not sign: it lacks the key usage digitalSignature"),
+        ("web", "is for other purposes: its extended key usage lacks codeSigning"),
     ):
+        with pytest.raises(RecipeError, match=said):
+            signed(chain=chain)
+        with monkeypatch.context() as careless:  # somebody else's tool signed
+            careless.setattr("onnxpress.signing.check_certificate", lambda _: None)
+            folder = signed(chain=chain)
         with pytest.raises(BundleError, match=said):
-            check(signed(chain=chain), keys / "roots.pem")
+            check(folder, keys / "roots.pem")
+    assert check(signed(chain="issuers"), keys / "roots.pem"), "authorities may be for code signing alone"
 
 
 @pytest.mark.parametrize("chain", [None, "good"])
@@ -293,6 +306,7 @@ def test_verify_and_python(artifact: Path, keys: Path, tmp_path: Path, capsys: p
     readme = (tmp_path / "there" / "README.md").read_text()
     assert "--signed-by KEY.pem" in readme
     example = readme.partition("```python\n")[2].partition("```")[0].replace("FOLDER", str(tmp_path / "there"))
+    example = example.replace("KEY.pem", str(keys / "signer.pub"))
     done = subprocess.run([sys.executable, "-B", "-c", example], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)
@@ -310,12 +324,12 @@ def test_keys_that_cannot_sign(artifact: Path, keys: Path, tmp_path: Path, monke
     save_key(tmp_path / "secret.pem", ec.SECP256R1(), password=b"a word")
     for key, chain, said in (
         (tmp_path / "nothing", None, "cannot be read: No such file"),
-        (tmp_path / "text", None, "cannot be read as PEM"),
+        (tmp_path / "text", None, "cannot be read as a private key in PEM form"),
         (tmp_path / "rsa", None, "P-256, P-384 or P-521; this one is of another kind"),
         (tmp_path / "k1.pem", None, "this one is secp256k1"),
         (tmp_path / "secret.pem", None, "is protected by a password: see the variable ONNXPRESS_SIGNING_PASSWORD"),
         (keys / "other.pem", keys / "good.chain", "is not that of the key"),
-        (keys / "signer.pem", tmp_path / "text", "cannot be read as PEM"),
+        (keys / "signer.pem", tmp_path / "text", "cannot be read as certificates in PEM form"),
     ):
         with pytest.raises(RecipeError, match=said):
             sign(key, chain)
@@ -324,7 +338,7 @@ def test_keys_that_cannot_sign(artifact: Path, keys: Path, tmp_path: Path, monke
     with pytest.raises(RecipeError, match="has no password, and one was given"):
         sign(keys / "signer.pem")
     monkeypatch.setenv("ONNXPRESS_SIGNING_PASSWORD", "another")
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(RecipeError, match="cannot be opened with the password given"):
         sign(tmp_path / "secret.pem")
     with pytest.raises(RecipeError, match="needs its key to sign with"):
         bundle(artifact, target=HERE, certificate=keys / "good.chain")
@@ -333,3 +347,77 @@ def test_keys_that_cannot_sign(artifact: Path, keys: Path, tmp_path: Path, monke
         unpacked(bundle(artifact, target=HERE), keys / "signer.pub"),
     ):
         pass
+
+
+def test_an_archive_that_was_packed_again_is_not_verified(artifact: Path, keys: Path, tmp_path: Path) -> None:
+    place = bundle(artifact, target=HERE, sign=keys / "signer.pem", out=tmp_path / "it.tar")
+    whole = place.read_bytes()
+    with tarfile.open(place) as archive:
+        archive.extractall(tmp_path / "there", filter="data")
+    name = f"tiny-{HERE}"
+    evil = io.BytesIO()
+    with tarfile.open(fileobj=evil, mode="w") as archive:
+        archive.addfile(entry := tarfile.TarInfo(f"{name}/run.py"), io.BytesIO())
+    by_hand = io.BytesIO()
+    with tarfile.open(fileobj=by_hand, mode="w") as archive:
+        archive.add(tmp_path / "there" / name, name)
+    end = whole.rstrip(b"\0")
+    tricks = (
+        whole + evil.getvalue(),  # another archive behind it
+        end + bytes(-len(end) % 512) + b"garbage" + bytes(505) + evil.getvalue(),  # which other programs skip over
+        by_hand.getvalue(),
+        whole + b"more",
+    )
+    for number, content in enumerate(tricks):
+        (tmp_path / "trick.tar").write_bytes(content)
+        said = r"was packed again, or something was added|is no bundle"
+        with pytest.raises(ArtifactError, match=said), unpacked(tmp_path / "trick.tar", keys / "signer.pub"):
+            pytest.fail(f"{number} was accepted")
+    assert entry.size == 0
+    with unpacked(place, keys / "signer.pub"):
+        pass
+    with unpacked(tmp_path / "there" / name, keys / "signer.pub"):
+        pass
+
+
+@pytest.mark.parametrize("path", ["../outside", "/outside", "it/../../outside", "it\\outside"])
+def test_nothing_is_unpacked_elsewhere(path: str, tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
+    with tarfile.open(tmp_path / "inside" / "it.tar", "w") as archive:
+        entry = tarfile.TarInfo(path)
+        entry.size = 4
+        archive.addfile(entry, io.BytesIO(b"evil"))
+    with (
+        pytest.raises(ArtifactError, match="is no bundle that can be read: it holds"),
+        unpacked(tmp_path / "inside" / "it.tar"),
+    ):
+        pass
+    assert [one.name for one in tmp_path.iterdir()] == ["inside"]
+
+
+def test_an_update_is_checked_by_the_bundle_that_is_there(artifact: Path, keys: Path, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+
+    def put(place: Path, **options: str) -> Path:
+        with place.open("rb") as file:
+            return update(there, file, **options)
+
+    unsigned = bundle(artifact, target=HERE, out=tmp_path / "unsigned.tar")
+    signed_one = bundle(artifact, target=HERE, sign=keys / "signer.pem", latency_ms=1e6, out=tmp_path / "signed.tar")
+    with pytest.raises(UpdateError, match=r"No run\.py is here that could check"):
+        put(signed_one, signed_by=str(keys / "signer.pub"))
+    put(unsigned)
+    first = (there / "current").resolve()
+    for place, key, said in (
+        (unsigned, "signer", "is not signed, and a signature is demanded"),
+        (signed_one, "other", "is not that of"),
+    ):
+        with pytest.raises(UpdateError, match=said):
+            put(place, signed_by=str(keys / f"{key}.pub"))
+        assert (there / "current").resolve() == first
+        assert len(list((there / "releases").iterdir())) == 1
+    second = put(signed_one, signed_by=str(keys / "signer.pub"))
+    with pytest.raises(UpdateError, match="is not signed"):
+        back(there, signed_by=str(keys / "signer.pub"))
+    assert (there / "current").resolve() == second.resolve()
+    assert back(there) == first

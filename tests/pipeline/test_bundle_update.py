@@ -117,7 +117,7 @@ def test_a_delta_of_another_bundle_or_on_a_damaged_one_asks_for_the_whole(
     archives: dict[str, Path], tmp_path: Path
 ) -> None:
     there = tmp_path / "there"
-    with pytest.raises(PartsError, match="send the whole bundle"):
+    with pytest.raises(PartsError, match="Send the whole bundle"):
         put(there, archives["delta"])
     release = put(there, archives["old"])
     model = release / "model" / HERE / "model.onnx"
@@ -253,6 +253,64 @@ def test_one_that_is_killed_leaves_the_current_one_and_the_next_cleans_up(
     assert not list((tmp_path / "releases").glob(".part-*"))
 
 
+def test_a_place_of_somebody_else_is_left_alone(archives: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "releases" / "my-thesis").mkdir(parents=True)
+    with pytest.raises(UpdateError, match="holds 'my-thesis', which no update put there"):
+        put(tmp_path, archives["old"])
+    (tmp_path / "releases" / "my-thesis").rmdir()
+    (tmp_path / "current").mkdir()
+    with pytest.raises(UpdateError, match="is not a link to one of"):
+        put(tmp_path, archives["old"])
+    (tmp_path / "current").rmdir()
+    (tmp_path / "current").symlink_to("elsewhere")
+    with pytest.raises(UpdateError, match="is not a link to one of"):
+        put(tmp_path, archives["old"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "current", "releases"]
+    assert not list((tmp_path / "releases").iterdir())
+
+
+def test_the_same_twice_leaves_the_way_back(archives: dict[str, Path], tmp_path: Path) -> None:
+    first = put(tmp_path, archives["old"])
+    put(tmp_path, archives["delta"])
+    put(tmp_path, archives["new"])
+    assert back(tmp_path) == first.resolve()
+
+
+def test_the_way_back_is_checked(archives: dict[str, Path], tmp_path: Path) -> None:
+    first = put(tmp_path, archives["old"])
+    second = put(tmp_path, archives["new"])
+    (first / "README.md").write_text("damaged")
+    with pytest.raises(UpdateError, match=r"README\.md was changed"):
+        back(tmp_path)
+    assert (tmp_path / "current").resolve() == second.resolve()
+
+
+def test_a_damaged_description_of_the_current_one_does_not_block_the_next(
+    archives: dict[str, Path], tmp_path: Path
+) -> None:
+    release = put(tmp_path, archives["old"])
+    text = (release / "bundle.json").read_text()
+    for damaged in (text.replace('"chunks"', '"chunkz"'), text.replace("-", "x"), "[]", "{}", ""):
+        (release / "bundle.json").write_text(damaged)
+        with pytest.raises(PartsError):
+            put(tmp_path, archives["delta"])
+    put(tmp_path, archives["new"])
+
+
+@pytest.mark.parametrize("name", ["run.py", ".chunks/70000-" + "0" * 32, ".chunks/x"])
+def test_more_than_was_described_is_not_written(archives: dict[str, Path], name: str, tmp_path: Path) -> None:
+    text = json.dumps(described(archives["old"])).encode()
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as file:
+        for path, data in (("b/bundle.json", text), (f"b/{name}", bytes(500_000))):
+            entry = tarfile.TarInfo(path)
+            entry.size = len(data)
+            file.addfile(entry, io.BytesIO(data))
+    archive.seek(0)
+    with pytest.raises(UpdateError, match="at another size than"):
+        update(tmp_path, archive)
+
+
 def test_what_is_no_bundle(archives: dict[str, Path], tmp_path: Path) -> None:
     for broken in (b"", b"not a tar", os.urandom(20000)):
         with pytest.raises((UpdateError, tarfile.TarError)):
@@ -263,7 +321,7 @@ def test_what_is_no_bundle(archives: dict[str, Path], tmp_path: Path) -> None:
     artifact = archives["new"].with_name("new")
     with pytest.raises(ArtifactError, match="is no bundle that can be read"):
         bundle(artifact, target=HERE, delta=tmp_path / "file")
-    with pytest.raises(ArtifactError, match="cannot be read: No such file"):
+    with pytest.raises(ArtifactError, match="cannot be read or unpacked: No such file"):
         bundle(artifact, target=HERE, delta=tmp_path / "nothing")
     with pytest.raises(RecipeError, match="is a zip, which is put in its place whole"):
         bundle(artifact, target="windows-x86_64", delta=archives["old"])
