@@ -9,11 +9,13 @@ OnnxpressError
 │   ├── InputError           text, arrays or token ids that the model cannot take
 │   ├── ProviderError        an execution provider that did not load; names the missing library
 │   ├── OutputError          an output folder that cannot be written
+│   ├── DeployError          a device that cannot be reached, or did not take a bundle
 │   └── MissingExtraError    a package of an extra that is not installed
 └── QualityError             exit 1: the result is not good enough
     ├── ParityError          the exported graph does not answer like PyTorch
     ├── BudgetError          no plan keeps the quality budget
-    └── GoldenError          an artifact does not reproduce its golden outputs
+    ├── GoldenError          an artifact does not reproduce its golden outputs
+    └── SelfTestError        a bundle is not good on its device
 
 A message is one paragraph: what was given, what is allowed, what to do.
 """
