@@ -40,7 +40,7 @@ from typing import IO, Any
 
 DESCRIPTION, CHUNKS = "bundle.json", ".chunks"
 _BESIDE = ("model.sig", "model.sig.sha256")  # what bundle.json cannot list
-_LARGEST_DESCRIPTION = 2**26
+_LARGEST = 2**26  # bytes of what no other file gives the size of
 _RELEASE, _PART = re.compile(r"[0-9a-f]{16}(-\d+)?"), re.compile(r"\.part-\d+")
 _CHUNK = re.compile(r"(\d{1,8})-[0-9a-f]{32}")
 _BLOCK = 2**20
@@ -122,11 +122,11 @@ def _current(place: Path) -> Path | None:
     ours = not os.path.lexists(link) or (link.is_symlink() and link.resolve().parent == releases.resolve())
     if not ours:
         raise UpdateError(f"{link} is not a link to one of {releases}: choose another place.")
-    for leftover in (*releases.glob(".part-*"), *place.glob(".current-*"), *place.glob(".previous-*")):
+    for leftover in releases.glob(".part-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in (*place.glob(".current-*"), *place.glob(".previous-*")):
         if leftover.is_symlink():
             leftover.unlink()
-        else:
-            shutil.rmtree(leftover, ignore_errors=True)
     return link.resolve() if link.is_dir() else None
 
 
@@ -148,7 +148,7 @@ def _receive(stream: IO[bytes], part: Path, current: Path) -> None:
     """Write the bundle's files into a folder, each with the digest that its bundle.json has of it."""
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         first = archive.next()
-        if first is None or _path(first) != DESCRIPTION or not 0 < first.size <= _LARGEST_DESCRIPTION:
+        if first is None or _path(first) != DESCRIPTION or not 0 < first.size <= _LARGEST:
             raise UpdateError(f"This is no bundle: it does not begin with {DESCRIPTION}.")
         text = _member(archive, first).read()
         files, sizes, chunks = _described(text)
@@ -169,7 +169,7 @@ def _receive(stream: IO[bytes], part: Path, current: Path) -> None:
                 path = _path(member)
                 content = _member(archive, member)
                 chunk = path.removeprefix(f"{CHUNKS}/")
-                size = member.size if path in _BESIDE else sizes.get(path, _chunk_size(chunk))
+                size = min(member.size, _LARGEST) if path in _BESIDE else sizes.get(path, _chunk_size(chunk))
                 if member.size != size:
                     raise UpdateError(
                         f"The bundle holds {path!r} at another size than {DESCRIPTION} says. Nothing was changed."

@@ -96,12 +96,14 @@ def test_it_answers_and_leaves_no_file(folder: Path, monkeypatch: pytest.MonkeyP
     np.testing.assert_array_equal(opened.embed(["the cat sat"]), plain.embed(["the cat sat"]))
     before = set(folder.rglob("*"))
     monkeypatch.setenv("THE_KEY", KEY.hex())
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "no-such-folder"))  # where a decrypted copy could have gone
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))  # where a decrypted copy would go
     command = [sys.executable, folder / "run.py", "the cat", "--key", "env:THE_KEY"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(json.loads(done.stdout), plain.embed(["the cat"])[0], atol=1e-6)
     assert set(folder.rglob("*")) == before
+    assert not list((tmp_path / "scratch").iterdir())
     assert self_test(folder, key="env:THE_KEY").good
 
 
