@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -32,6 +31,7 @@ from onnxpress import __version__
 from onnxpress.artifact import Artifact, check_outside
 from onnxpress.bundle_archive import (
     Source,
+    folder_name,
     known_parts,
     named_chunks,
     opened,
@@ -110,7 +110,7 @@ def bundle(
         raise RecipeError("A certificate needs its key to sign with: --sign KEY.")
     signer = None if sign is None else Signer(Path(sign), None if certificate is None else Path(certificate))
     known = None if delta is None else known_parts(read_bundle(Path(delta)))
-    name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', source.manifest.name).strip('.-') or 'model'}-{target}"
+    name = folder_name(source.manifest.name, target)
     place = (
         Path(out)
         if out is not None

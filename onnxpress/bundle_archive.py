@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import shutil
 import tarfile
 import tempfile
@@ -106,6 +107,11 @@ def entries(
     head = (DESCRIPTION, SIGNATURE, SIGNATURE_DIGEST)
     yield from ((name, folder / name) for name in head if (folder / name).is_file())
     yield from sent({path: folder / path for path in description["files"]}, description, known)
+
+
+def folder_name(name: str, target: str) -> str:
+    """NAME-DEVICE, of which a bundle's archive and folder are called; names from strangers lead nowhere."""
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('.-') or 'model'}-{target}"
 
 
 def read_bundle(bundle: Path) -> dict[str, Any]:

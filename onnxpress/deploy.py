@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from onnxpress.bundle_archive import entries, known_parts, unpacked, write_tar
+from onnxpress.bundle_archive import entries, folder_name, known_parts, unpacked, write_tar
 from onnxpress.errors import DeployError, RecipeError, SelfTestError
 from onnxpress.on_device import DESCRIPTION
 from onnxpress.on_device_update import NotGoodError
@@ -53,7 +53,7 @@ def deploy(
     with unpacked(Path(bundle), signed_by) as (folder, description, _):
         if not (folder / "update.py").is_file():
             raise RecipeError(f"A bundle for {description['target']} cannot be deployed over ssh; copy {bundle} there.")
-        there = (place or f"onnxpress/{description['name']}-{description['target']}").removeprefix("~/")
+        there = (place or f"onnxpress/{folder_name(description['name'], description['target'])}").removeprefix("~/")
         if there.rstrip("/") in ("", "~", ".", ".."):
             raise RecipeError(f"{place!r} is no place of its own for a bundle; name a folder.")
         known = _known(_run([*ssh, host, _asking(python, there)], host, python))
