@@ -51,7 +51,7 @@ class Artifact:
         manifest_path = folder / MANIFEST
         if (folder / "bundle.json").is_file():
             raise ArtifactError(
-                f"{folder} is a bundle: its run.py opens it (README.md there); the artifact is in its folder model."
+                f"{folder} is a bundle: its run.py opens it (README.md there); the artifact is in its folder model/DEVICE."
             )
         if not manifest_path.is_file():
             raise ArtifactError(f"{folder} has no {MANIFEST}, so it is no artifact; `onnxpress build` makes one.")

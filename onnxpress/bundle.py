@@ -116,6 +116,8 @@ def bundle(
         if out is not None
         else source.path.parent / f"{name}{'' if delta is None else '.delta'}.{facts.archive}"
     )
+    if place.suffix != f".{facts.archive}":
+        raise RecipeError(f"A bundle for {target} is a {facts.archive}; {place} has to end in .{facts.archive}.")
     check_outside(place, source.path, "the bundle")
     with contextlib.ExitStack() as stack:
         files = _contents(source, target, facts)

@@ -80,6 +80,8 @@ def _unpack(bundle: Path, scratch: Path) -> Path:
                 if content is None or not parts or parts[0] == "/" or ".." in parts or "\\" in member.name:
                     raise ValueError(f"it holds {member.name!r}")
                 place = scratch.joinpath(*parts)
+                if ":" in member.name or not place.resolve().is_relative_to(scratch.resolve()):  # drives of Windows
+                    raise ValueError(f"it holds {member.name!r}")
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with place.open("xb") as file:
                     shutil.copyfileobj(content, file)
@@ -91,13 +93,25 @@ def _unpack(bundle: Path, scratch: Path) -> Path:
 
 def _is_as_written(bundle: Path, folder: Path, description: Mapping[str, Any], scratch: Path) -> bool:
     """Whether an archive has the very bytes that are written of what was unpacked of it."""
-    again = scratch / "again"
-    with again.open("wb") as file:
-        write = write_zip if bundle.suffix == ".zip" else write_tar
-        write(file, ((f"{folder.name}/{path}", source) for path, source in entries(folder, description)))
-    same = sha256(again) == sha256(bundle)
-    again.unlink()
-    return same
+    files = ((f"{folder.name}/{path}", source) for path, source in entries(folder, description))
+    if bundle.suffix == ".zip":
+        with (scratch / "again").open("wb") as file:
+            write_zip(file, files)
+        return sha256(scratch / "again") == sha256(bundle)
+    hashed = _Hashed()
+    write_tar(hashed, files)
+    return hashed.digest.hexdigest() == sha256(bundle)
+
+
+class _Hashed:
+    """A file of which only the digest is kept."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+
+    def write(self, content: bytes, /) -> int:
+        self.digest.update(content)
+        return len(content)
 
 
 def entries(
@@ -194,7 +208,8 @@ def write_zip(file: IO[bytes], files: Iterable[tuple[str, Source]]) -> None:
         for path, source in files:
             entry = zipfile.ZipInfo(path)  # of the first day that a zip knows
             entry.create_system, entry.external_attr = 3, 0o644 << 16  # as on Unix, wherever it is made
-            with opened(source) as content, archive.open(entry, "w", force_zip64=True) as place:
+            entry.file_size = size(source)  # by which zip64 is chosen
+            with opened(source) as content, archive.open(entry, "w") as place:
                 while block := content.read(2**20):
                     place.write(block)
 

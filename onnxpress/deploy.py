@@ -115,7 +115,8 @@ def _send(
         except BaseException:
             process.kill()
             process.wait()
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
             raise
     return process.wait(), counted.size, whole
 

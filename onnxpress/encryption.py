@@ -119,7 +119,7 @@ def _from_file(path: str) -> str:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise UsageError(f"The key's file {path} cannot be read: {reason}.") from None
+        raise UsageError(f"The file that file: gives for the key cannot be read: {reason}.") from None
 
 
 def _from_environment(name: str) -> str:

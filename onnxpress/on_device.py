@@ -9,8 +9,6 @@ bundle is opened or imported before every file has the digest that bundle.json h
 signed. Who can change run.py can change what it says: what comes from outside is checked by the run.py that is there already.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 
@@ -216,16 +214,16 @@ def check_certificate(signer: Any) -> None:
     from cryptography import x509
 
     now = datetime.datetime.now(datetime.UTC)
-    name = signer.subject.rfc4514_string()
+    try:
+        name = signer.subject.rfc4514_string()
+        usage: dict[Any, Any] = {extension.oid: extension.value for extension in signer.extensions}
+    except Exception as error:  # cryptography has many
+        raise BundleError(f"The signer's certificate cannot be read: {error}") from None
     if not signer.not_valid_before_utc <= now <= signer.not_valid_after_utc:
         raise BundleError(
             f"The signer's certificate ({name}) is valid from {signer.not_valid_before_utc:%Y-%m-%d} to "
             f"{signer.not_valid_after_utc:%Y-%m-%d}; here it is {now:%Y-%m-%d}. Sign the bundle again, or set the clock."
         )
-    try:
-        usage: dict[Any, Any] = {extension.oid: extension.value for extension in signer.extensions}
-    except ValueError as error:
-        raise BundleError(f"The certificate {name} cannot be read: {error}") from None
     may, purposes = usage.get(x509.KeyUsage.oid), usage.get(x509.ExtendedKeyUsage.oid)
     if (may is None and purposes is None) or (may is not None and not may.digital_signature):
         raise BundleError(f"The certificate {name} may not sign: it lacks the key usage digitalSignature.")
@@ -284,7 +282,7 @@ def check(folder: Path, signed_by: Path | None = None) -> tuple[dict[str, Any], 
     if signed_by is not None:
         found.append(f"by {check_signature(folder, description, signed_by)}")
     elif (folder / SIGNATURE).is_file():
-        found.append("there is one; --signed-by FILE checks whose it is")
+        found.append("there is a signature; --signed-by FILE checks whose it is")
     return description, found
 
 
@@ -501,6 +499,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             for answer in _answers(load(signed_by=options.signed_by, key=options.key), options.texts, options.pair):
                 print(json.dumps(answer, ensure_ascii=False))
+        sys.stdout.flush()  # here, so that a pipe without a reader is met here and not at the end
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:

@@ -12,8 +12,6 @@ not good, 3 the current bundle is not the one that the changes are of, or damage
 beside this file, or the current one's, checks the signature before anything of the new bundle is run.
 """
 
-from __future__ import annotations
-
 import sys
 
 if __name__ == "__main__":
@@ -80,8 +78,10 @@ def update(place: Path, stream: IO[bytes], *, signed_by: str | None = None, key:
             release, number = releases / name, 1
             while release.exists():  # the same bundle again: beside itself, so that the link never leads nowhere
                 release, number = releases / f"{name}-{number}", number + 1
-            _synced(part)
+            for path in (part, *part.rglob("*")):
+                _sync_folder(path)
             part.rename(release)
+            _sync_folder(releases)
         finally:
             shutil.rmtree(part, ignore_errors=True)
         try:
@@ -92,7 +92,8 @@ def update(place: Path, stream: IO[bytes], *, signed_by: str | None = None, key:
         with contextlib.suppress(OSError):  # what was asked for is done; the next update puts this right
             if before is not None and not before.name.startswith(name):  # the same again leaves the way back as it was
                 _link(place / "previous", before.name)
-            kept = {(place / link).resolve() for link in ("current", "previous")}
+            # The one before stays for as long as somebody may be using it: until the next update.
+            kept = {before, *((place / link).resolve() for link in ("current", "previous"))}
             for old in releases.iterdir():
                 if _RELEASE.fullmatch(old.name) and old.resolve() not in kept:
                     shutil.rmtree(old, ignore_errors=True)
@@ -101,10 +102,12 @@ def update(place: Path, stream: IO[bytes], *, signed_by: str | None = None, key:
 
 def back(place: Path, *, signed_by: str | None = None) -> Path:
     """Switch to the release before the current one, if it is whole; returns its folder. Raises UpdateError."""
-    current, previous = ((place / link).resolve() for link in ("current", "previous"))
-    if not (place / "previous").is_symlink() or not previous.is_dir() or previous == current:
+    if not (place / "previous").is_symlink():
         raise UpdateError(f"{place} has no release before the current one.")
     with _alone(place):
+        current, previous = ((place / link).resolve() for link in ("current", "previous"))
+        if not previous.is_dir() or previous == current:
+            raise UpdateError(f"{place} has no release before the current one.")
         _check(previous, place / "current", signed_by)
         _link(place / "current", previous.name)
         _link(place / "previous", current.name)
@@ -119,8 +122,8 @@ def _current(place: Path) -> Path | None:
     ]
     if foreign:
         raise UpdateError(f"{releases} holds {min(foreign)!r}, which no update put there: choose another place.")
-    ours = not os.path.lexists(link) or (link.is_symlink() and link.resolve().parent == releases.resolve())
-    if not ours:
+    inside = Path(os.path.realpath(link)).parent == Path(os.path.realpath(releases))  # resolve() raises for a loop
+    if os.path.lexists(link) and not (link.is_symlink() and inside):
         raise UpdateError(f"{link} is not a link to one of {releases}: choose another place.")
     for leftover in releases.glob(".part-*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -170,6 +173,10 @@ def _receive(stream: IO[bytes], part: Path, current: Path) -> None:
                 content = _member(archive, member)
                 chunk = path.removeprefix(f"{CHUNKS}/")
                 size = min(member.size, _LARGEST) if path in _BESIDE else sizes.get(path, _chunk_size(chunk))
+                if path not in _BESIDE and path not in files and chunk not in wanted:
+                    raise UpdateError(
+                        f"The bundle holds {path!r}, which its {DESCRIPTION} does not name. Nothing was changed."
+                    )
                 if member.size != size:
                     raise UpdateError(
                         f"The bundle holds {path!r} at another size than {DESCRIPTION} says. Nothing was changed."
@@ -177,13 +184,9 @@ def _receive(stream: IO[bytes], part: Path, current: Path) -> None:
                 if path in _BESIDE or path in files:
                     with _new(part / path) as place:
                         shutil.copyfileobj(content, place, _BLOCK)
-                elif chunk in wanted and chunk not in sent:
+                elif chunk not in sent:
                     sent[chunk] = (part / CHUNKS, store.tell(), member.size)
                     shutil.copyfileobj(content, store, _BLOCK)
-                else:
-                    raise UpdateError(
-                        f"The bundle holds {path!r}, which its {DESCRIPTION} does not name. Nothing was changed."
-                    )
             store.flush()
             for path, digest in files.items():
                 _assemble(part / path, digest, chunks.get(path, [digest]), here | sent)
@@ -324,15 +327,16 @@ def _link(link: Path, release: str) -> None:
     new.unlink(missing_ok=True)
     new.symlink_to(Path("releases") / release)
     new.replace(link)
+    _sync_folder(link.parent)
 
 
-def _synced(folder: Path) -> None:
-    """What was written survives a power cut: the folders too, whose files are synced one by one."""
-    for path in (folder, *folder.rglob("*")):
-        if path.is_dir():
-            descriptor = os.open(path, os.O_RDONLY)
+def _sync_folder(path: Path) -> None:
+    """The names in a folder survive a power cut, as its files do, where the file system knows how."""
+    if path.is_dir():
+        descriptor = os.open(path, os.O_RDONLY)
+        with contextlib.suppress(OSError):
             os.fsync(descriptor)
-            os.close(descriptor)
+        os.close(descriptor)
 
 
 def _end(number: int, _: Any) -> None:

@@ -4,7 +4,7 @@
 #   cpp       headers of ONNX Runtime and of nlohmann/json: .devices/cpp/include
 # Needs apt, of Debian 12 or newer. Everything is unpacked there and nothing installed: apt works on folders of its own, and the
 # machine's dpkg does not hear of arm64. What has been made by this script as it is, from the same pins, is left as it is.
-#   PYTHON=.venv/bin/python tests/devices/setup.sh aarch64 cpp
+#   PYTHON=.venv/bin/python bash tests/devices/setup.sh aarch64 cpp
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}

@@ -99,6 +99,17 @@ def test_bytecode_is_foreign_and_the_readmes_way_does_not_read_it(unpacked: Path
         assert "is not of the bundle" in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("name", ["__future__", "os", "argparse", "hashlib", "tarfile"])
+def test_a_bare_python_imports_nothing_of_the_folder_either(unpacked: Path, name: str) -> None:
+    (unpacked / f"{name}.py").write_text("raise SystemExit('imported')")
+    done = subprocess.run([sys.executable, "-S", unpacked / "run.py", "--check"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"'{name}.py' is not of the bundle" in done.stderr
+    command = [sys.executable, "-S", unpacked / "update.py", unpacked.parent / "there", "--back"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "has no release before" in done.stderr
+
+
 def test_the_runtime_is_the_bundles_own(unpacked: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(unpacked)!r}); import run; run.self_test(run.Path({str(unpacked)!r})); "
@@ -346,8 +357,12 @@ def test_mistakes(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         bundle(artifact, target="android-arm64", latency_ms=100.0)
     with pytest.raises(ArtifactError, match="does not exist"):
         bundle(tmp_path / "nothing", target=HERE)
+    with pytest.raises(RecipeError, match=r"is a tar; .* has to end in \.tar"):
+        bundle(artifact, target=HERE, out=tmp_path / "it.zip")
+    (tmp_path / "folder.tar").mkdir()
     with pytest.raises(OutputError, match="is a folder"):
-        bundle(artifact, target=HERE, out=tmp_path)
+        bundle(artifact, target=HERE, out=tmp_path / "folder.tar")
+    (tmp_path / "folder.tar").rmdir()
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         bundle(artifact, target=HERE, out=tmp_path / "file" / "tiny.tar")
