@@ -401,15 +401,19 @@ def test_kills_leave_nothing_broken_behind(encoder: Path, tmp_path: Path) -> Non
         sys.executable, "-m", "onnxpress.cli", "build", str(encoder), "--out", str(out), "--precision", "fp32",
         "--no-measure", "--name", "second",
     ]  # fmt: skip
-    started = time.monotonic()
-    subprocess.run(command, check=True, capture_output=True)
-    duration = time.monotonic() - started
+    durations = []
+    for _ in range(
+        2
+    ):  # the shorter one counts: on a busy machine the first may take twice as long as those that follow
+        started = time.monotonic()
+        subprocess.run(command, check=True, capture_output=True)
+        durations.append(time.monotonic() - started)
     artifact_module.Artifact.open(out)
     onnxpress.build(encoder, out=out, precision="fp32", **QUICK)
     killed = 0
-    for share in (0.5, 0.7, 0.85, 0.95):
+    for share in (0.3, 0.5, 0.7, 0.85, 0.95):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(duration * share)
+        time.sleep(min(durations) * share)
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
         manifest = artifact_module.Artifact.open(out).manifest
