@@ -51,6 +51,7 @@ from onnxpress.manifest import Manifest
 from onnxpress.materials import bill_of_materials, licences
 from onnxpress.on_device import (
     DESCRIPTION,
+    SCHEMA_VERSION,
     SIGNATURE,
     SIGNATURE_DIGEST,
     canonical,
@@ -162,7 +163,7 @@ def _describe(
 ) -> dict[str, Any]:
     """What bundle.json says."""
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "name": source.manifest.name,
         "task": source.manifest.task,
         "precision": source.manifest.precision,

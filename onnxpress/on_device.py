@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-DESCRIPTION = "bundle.json"
+DESCRIPTION, SCHEMA_VERSION = "bundle.json", 1
 SIGNATURE, SIGNATURE_DIGEST = "model.sig", "model.sig.sha256"  # these two cannot be in what is signed
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 _WORDS = {
@@ -81,6 +81,10 @@ def read_description(folder: Path) -> dict[str, Any]:
         whole = False
     if not whole:
         raise BundleError(f"{path} was changed after the bundle was made. Copy the bundle again.")
+    if description.get("schema_version") != SCHEMA_VERSION:
+        raise BundleError(
+            f"{path} has the schema version {description.get('schema_version')}; this run.py reads {SCHEMA_VERSION}. Use that bundle's own."
+        )
     return description
 
 

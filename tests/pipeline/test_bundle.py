@@ -239,6 +239,11 @@ def test_what_is_missing_foreign_or_a_link_is_named(unpacked: Path) -> None:
     assert "bundle.json cannot be read" in failed(unpacked)
 
 
+def test_a_description_of_a_later_version_is_named(unpacked: Path) -> None:
+    resealed(unpacked, schema_version=2)
+    assert "has the schema version 2; this run.py reads 1" in failed(unpacked)
+
+
 def test_an_artifact_elsewhere_is_not_opened(unpacked: Path) -> None:
     resealed(unpacked, artifact="../elsewhere")
     assert "bundle.json was changed" in failed(unpacked)
