@@ -49,6 +49,9 @@ class TensorSpec:
     shape: tuple[int | str, ...]
     bounds: tuple[int, int] | None = None
 
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} [{', '.join(map(str, self.shape))}]"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Signature:

@@ -11,7 +11,6 @@ from typing import Any
 
 from onnxpress import __version__
 from onnxpress.artifact import Artifact
-from onnxpress.manifest import TensorSpec
 from onnxpress.web import Package
 
 _OURS = "Apache-2.0"
@@ -46,8 +45,8 @@ def bill_of_materials(
         "modelCard": {
             "modelParameters": {
                 "task": manifest.task,
-                "inputs": [{"format": _shown(spec)} for spec in manifest.signature.inputs],
-                "outputs": [{"format": _shown(spec)} for spec in manifest.signature.outputs],
+                "inputs": [{"format": str(spec)} for spec in manifest.signature.inputs],
+                "outputs": [{"format": str(spec)} for spec in manifest.signature.outputs],
             },
             "quantitativeAnalysis": {"performanceMetrics": _metrics(artifact)},
         },
@@ -156,10 +155,6 @@ def _package_name(requirement: str) -> str:
 
 def _file(path: str, digest: str) -> dict[str, Any]:
     return {"type": "file", "bom-ref": path, "name": path, "hashes": [{"alg": "SHA-256", "content": digest}]}
-
-
-def _shown(spec: TensorSpec) -> str:
-    return f"{spec.name} {spec.dtype} [{', '.join(map(str, spec.shape))}]"
 
 
 def _our_text() -> str:

@@ -24,6 +24,7 @@ from pathlib import Path
 from onnxpress import __version__
 from onnxpress.artifact import Artifact
 from onnxpress.errors import InputError, MissingExtraError, OutputError, RecipeError
+from onnxpress.runtime.loading import release_numbers
 from onnxpress.runtime.tokenization import Tokenizer
 
 _PAGE = Path(__file__).parent / "page"
@@ -94,7 +95,7 @@ def web_files(artifact: Artifact) -> dict[str, Path | bytes]:
             f"{manifest.name} is a language model (text-generation), which bundles for browsers do not run; "
             "bundles for other devices do."
         )
-    if _numbers(manifest.minimum_onnxruntime) > _numbers(RUNTIME.version):
+    if release_numbers(manifest.minimum_onnxruntime) > release_numbers(RUNTIME.version):
         raise RecipeError(
             f"{manifest.name} needs ONNX Runtime {manifest.minimum_onnxruntime} or newer; bundles for browsers hold "
             f"{RUNTIME.version}. Make the bundle for another device."
@@ -203,8 +204,3 @@ was built. It loads nothing from elsewhere. With the headers `Cross-Origin-Opene
 It contains {" and ".join(f"{package.name} {package.version} ({package.license})" for package in PACKAGES)};
 their licences are in vendor/.
 """
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """(1, 30) of 1.30.0."""
-    return tuple(int(number) for number in version.split(".")[:2])

@@ -121,15 +121,15 @@ def check_onnxruntime(needed: str, what: object) -> None:
     check_wheel()
     import onnxruntime
 
-    if _numbers(onnxruntime.__version__) < _numbers(needed):
+    if release_numbers(onnxruntime.__version__) < release_numbers(needed):
         raise ArtifactError(
             f"{what} needs ONNX Runtime {needed} or newer; {onnxruntime.__version__} is installed: pip install --upgrade "
             "onnxruntime (or onnxruntime-gpu)."
         )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """(1, 30) of 1.30.2."""
+def release_numbers(version: str) -> tuple[int, ...]:
+    """(1, 30) of 1.30.2: what ONNX Runtime's versions are compared by."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 

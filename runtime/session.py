@@ -125,7 +125,7 @@ class Session:
             raise InputError(f"A {type(feeds).__name__} was given; `run` takes a dict of arrays by name.")
         if set(feeds) != set(self._specs):
             raise InputError(
-                f"The inputs {sorted(feeds)} were given; the model takes {', '.join(map(_shown, self._specs.values()))}."
+                f"The inputs {sorted(feeds)} were given; the model takes {', '.join(map(str, self._specs.values()))}."
             )
         sizes: dict[str, tuple[int, str]] = {}
         for name, spec in self._specs.items():
@@ -271,21 +271,19 @@ def _check_bindable(name: str, array: Any, names: Sequence[str]) -> None:
 
 def _check_array(spec: TensorSpec, array: Any, signature: Signature, sizes: dict[str, tuple[int, str]]) -> None:
     if not isinstance(array, np.ndarray):
-        raise InputError(
-            f"Input {spec.name} is a {type(array).__name__}; the model takes a numpy array: {_shown(spec)}."
-        )
+        raise InputError(f"Input {spec.name} is a {type(array).__name__}; the model takes a numpy array: {spec}.")
     if spec.dtype != "str" and array.dtype.name != spec.dtype:
         raise InputError(
-            f"Input {spec.name} has dtype {array.dtype.name}; the model takes {_shown(spec)}: use .astype(numpy.{spec.dtype})."
+            f"Input {spec.name} has dtype {array.dtype.name}; the model takes {spec}: use .astype(numpy.{spec.dtype})."
         )
     if not array.dtype.isnative:  # ONNX Runtime would read the bytes in the wrong order, without an error
         raise InputError(f"Input {spec.name} is {array.dtype.str}; the model takes this machine's byte order.")
     if array.ndim != len(spec.shape):
-        raise InputError(f"Input {spec.name} has shape {list(array.shape)}; the model takes {_shown(spec)}.")
+        raise InputError(f"Input {spec.name} has shape {list(array.shape)}; the model takes {spec}.")
     for axis, size in zip(spec.shape, array.shape, strict=True):
         if isinstance(axis, int):
             if size != axis:
-                raise InputError(f"Input {spec.name} has shape {list(array.shape)}; the model takes {_shown(spec)}.")
+                raise InputError(f"Input {spec.name} has shape {list(array.shape)}; the model takes {spec}.")
             continue
         low, high = signature.axes.get(axis, (0, 2**62))
         if not low <= size <= high:
@@ -299,10 +297,6 @@ def _check_array(spec: TensorSpec, array: Any, signature: Signature, sizes: dict
             raise InputError(
                 f"Input {spec.name} has values from {low} to {high}; the model takes {spec.bounds[0]} to {spec.bounds[1]}."
             )
-
-
-def _shown(spec: TensorSpec) -> str:
-    return f"{spec.name} {spec.dtype} [{', '.join(map(str, spec.shape))}]"
 
 
 def _declared_signature(session: Any) -> Signature:
