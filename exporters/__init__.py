@@ -44,6 +44,7 @@ def export(
     max_length: int | None = None,
     adapter: str | os.PathLike[str] | None = None,
     hidden_states: bool = False,
+    uniform_steps: bool = False,
     example_inputs: object = None,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     instead: torch.nn.Module | None = None,
@@ -52,7 +53,8 @@ def export(
 
     source: a folder, a hub id, "package.module:factory", or a torch.nn.Module. task: e.g. text-classification; told
     from the model where None. max_length: the longest text in tokens. Of language models: adapter, a folder with a LoRA adapter to
-    merge; hidden_states, whether the states that the logits come from are a second output. For a module: example_inputs, a tuple of
+    merge; hidden_states, whether the states that the logits come from are a second output; uniform_steps, the form for kernels that
+    take as many new tokens of every row that has a past (CUDA's). For a module: example_inputs, a tuple of
     tensors in the order of forward's parameters or a dict by their names, and dynamic_axes, {input: {axis: name}}
     (without them axis 0 is taken for the batch, and tried). instead: a module of the same call to export in the place of the one
     that the source gives, whose tokenizer, options and example stay: a pruned one (`resized`).
@@ -78,7 +80,9 @@ def export(
     config = load_config(found.folder, trust_remote_code=trust_remote_code)
     wanted = infer_task(found.folder, tuple(config.architectures or ())) if task is None else find_task(task)
     if wanted.name == "text-generation":
-        exporter: Callable[..., TextExport] = partial(export_decoder, adapter=adapter, hidden_states=hidden_states)
+        exporter: Callable[..., TextExport] = partial(
+            export_decoder, adapter=adapter, hidden_states=hidden_states, uniform_steps=uniform_steps
+        )
     elif adapter is not None:
         raise SourceError(f"An adapter was given for the task {wanted.name}; adapters go with text-generation.")
     elif hidden_states:

@@ -41,14 +41,14 @@ class Step:
     """What one forward pass reads and writes beside the model's own inputs.
 
     positions: int64 (batch, length). ends: int32 (batch,), index of each row's last token. total: int32 (), the longest row's
-    tokens. lengths: int32 (batch,), new tokens. tables: (cosines, sines) as conventions number them. norm_weights: of the
+    tokens. lengths: int32 (batch,), new tokens, None for kernels that are not told. tables: (cosines, sines) as conventions number them. norm_weights: of the
     norms whose weight is not a parameter as it stands. attentions, rotaries: how many calls there were so far.
     """
 
     positions: torch.Tensor
     ends: torch.Tensor
     total: torch.Tensor
-    lengths: torch.Tensor
+    lengths: torch.Tensor | None
     tables: list[tuple[torch.Tensor, torch.Tensor]]
     norm_weights: dict[torch.nn.Module, torch.Tensor]
     attentions: int = 0
@@ -101,7 +101,10 @@ def _attention(
     out = symbolic(
         "com.microsoft::GroupQueryAttention",
         # past follows later; cos, sin, positions, bias, sink, scales and norms of q and k are not given; then the row's new tokens
-        [_joined(query), _joined(key), _joined(value), None, None, step.ends, step.total, *[None] * 9, step.lengths],
+        [
+            *(_joined(query), _joined(key), _joined(value), None, None, step.ends, step.total),
+            *([] if step.lengths is None else [*[None] * 9, step.lengths]),
+        ],
         attributes,
         dtype=query.dtype,
         shape=(batch, length, heads * head_dim),

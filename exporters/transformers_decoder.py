@@ -5,6 +5,7 @@
     lengths          int32 (batch,)             new tokens of each row, the padding not counted
     logit_indices    int64 (answers,)           which tokens to answer, as row · length + column
     past_key_values.N.key, .value               float32 (batch, kv_heads, capacity, head_dim)
+    total_length     int32 ()                   the longest row's tokens, past and new; in the form for CUDA alone
     → logits         float32 (answers, vocabulary)
     → hidden_states  float32 (answers, hidden), where asked for: what the logits are a projection of
     → present.N.key, .value                     as the past, with the new tokens written in
@@ -13,6 +14,9 @@ Rows are independent: each has its own past and its own number of new tokens, so
 tokens can share a step. Past and present may be one buffer, which is then written in place; its capacity has to hold the
 longest row. The vocabulary is projected only for the tokens that are asked for: the last of each row to generate, several to
 check a draft, all of them for perplexity.
+
+CUDA's kernel is not told how many new tokens each row has: rows with a past all have to bring as many as the step is long, without one
+they may be padded. It reads the longest row's length on the CPU; computed in the graph that would be copied back in each step.
 """
 
 from __future__ import annotations
@@ -51,12 +55,13 @@ def export_decoder(
     max_length: int | None,
     adapter: str | os.PathLike[str] | None,
     hidden_states: bool,
+    uniform_steps: bool = False,
     instead: torch.nn.Module | None = None,
 ) -> TextExport:
     """Export the language model in a folder. Raises SourceError and ConversionError.
 
     max_length: the longest context in tokens, prompt and answer together. adapter: a LoRA folder, merged first.
-    hidden_states: whether they are an output. instead: the model to export in the place of the folder's.
+    hidden_states: whether they are an output. uniform_steps: the form for CUDA. instead: the model to export in the place of the folder's.
     """
     model: Any = instead or load_model(folder, wanted, config, trust_remote_code=trust_remote_code)
     tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
@@ -85,7 +90,9 @@ def export_decoder(
             f"context: {conventions.positions} of {context} tokens; beyond, the rotary embeddings change with the length",
         )
         context = conventions.positions
-    graph = export_causal_lm(model, conventions, context=context, hidden_states=hidden_states)
+    graph = export_causal_lm(
+        model, conventions, context=context, hidden_states=hidden_states, uniform_steps=uniform_steps
+    )
     options: dict[str, Json] = {
         "max_length": context,
         "pad_token_id": tokenizer.pad_token_id,
@@ -101,19 +108,27 @@ def export_decoder(
 
 
 def export_causal_lm(
-    model: PreTrainedModel, conventions: Conventions, *, context: int, hidden_states: bool = False
+    model: PreTrainedModel,
+    conventions: Conventions,
+    *,
+    context: int,
+    hidden_states: bool = False,
+    uniform_steps: bool = False,
 ) -> Graph:
     """The graph of a model whose conventions are known. The model is left as it was. Raises ConversionError."""
     head = model.get_output_embeddings()
     if head is None:
         raise ConversionError(f"{type(model).__name__} does not say which layer gives its logits.")
-    wrapped = CausalModel(model, head, conventions, context, hidden_states=hidden_states).eval()
+    wrapped = CausalModel(
+        model, head, conventions, context, hidden_states=hidden_states, uniform_steps=uniform_steps
+    ).eval()
     example = wrapped.example()
     shapes = {
         "input_ids": ("batch", "length"),
         "past_lengths": ("batch",),
         "lengths": ("batch",),
         "logit_indices": ("answers",),
+        **({"total_length": ()} if uniform_steps else {}),
     }
     axes = {
         "batch": (1, LARGEST_BATCH),
@@ -129,7 +144,12 @@ def export_causal_lm(
     add_cache(ir_model, conventions)
     ir_model.graph.opset_imports.setdefault("com.microsoft", 1)
     vocabulary = int(model.config.get_text_config().vocab_size)
-    bounds = {"input_ids": (0, vocabulary - 1), "past_lengths": (0, context), "lengths": (0, context)}
+    bounds = {
+        "input_ids": (0, vocabulary - 1),
+        "past_lengths": (0, context),
+        "lengths": (0, context),
+        "total_length": (0, context),
+    }
     signature = Signature(
         task="text-generation",
         inputs=tuple(tensor_spec(value, bounds=bounds.get(str(value.name))) for value in ir_model.graph.inputs),
@@ -150,6 +170,7 @@ class CausalModel(torch.nn.Module):
         context: int,
         *,
         hidden_states: bool = False,
+        uniform_steps: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -159,6 +180,7 @@ class CausalModel(torch.nn.Module):
         self._step: Step | None = None
         self._answers: torch.Tensor | None = None
         self._gives_hidden = hidden_states
+        self._uniform_steps = uniform_steps
         self._hidden: torch.Tensor | None = None
         for index, (cosines, sines) in enumerate(conventions.tables):
             self.register_buffer(f"rotary_{index}_cos", cosines, persistent=False)
@@ -181,8 +203,8 @@ class CausalModel(torch.nn.Module):
             yield
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """input_ids, past_lengths, lengths and logit_indices in, logits and perhaps hidden states out."""
-        input_ids, past_lengths, lengths, self._answers = inputs
+        """input_ids, past_lengths, lengths, logit_indices and perhaps total_length in, logits and perhaps hidden states out."""
+        input_ids, past_lengths, lengths, self._answers, *total = inputs
         columns = torch.arange(input_ids.shape[1])
         # Padding may lie beyond the last position there is; what it gets does not matter.
         positions = (past_lengths.to(torch.int64)[:, None] + columns[None]).clamp(max=self._context - 1)
@@ -190,8 +212,8 @@ class CausalModel(torch.nn.Module):
         self._step = Step(
             positions=positions,
             ends=ends,
-            total=(ends + 1).amax(0),
-            lengths=lengths,
+            total=total[0] if total else (ends + 1).amax(0),
+            lengths=None if total else lengths,
             tables=[
                 (getattr(self, f"rotary_{index}_cos"), getattr(self, f"rotary_{index}_sin"))
                 for index in range(len(self._conventions.tables))
@@ -216,6 +238,7 @@ class CausalModel(torch.nn.Module):
             "past_lengths": torch.tensor([0, 0], dtype=torch.int32),
             "lengths": torch.tensor([length, length], dtype=torch.int32),
             "logit_indices": torch.tensor([0, 1, 2], dtype=torch.int64),
+            **({"total_length": torch.tensor(length, dtype=torch.int32)} if self._uniform_steps else {}),
         }
 
     def _current(self) -> Step:

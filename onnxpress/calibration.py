@@ -137,7 +137,7 @@ def activations(
     body.outputs.extend(values[name] for name in names if name not in given)
     session = open_session(observed)
     for feeds in inputs():
-        yield {**feeds, **session.run(feeds)}
+        yield {**feeds, **session.run({name: feeds[name] for name in session.input_names})}
 
 
 class ActivationStream:

@@ -16,6 +16,7 @@ from onnxpress import evaluation, metrics
 from onnxpress.errors import RecipeError
 from onnxpress.manifest import Arrays, Json, Runnable, Signature
 from onnxpress.runtime.cache import PAST
+from onnxpress.runtime.model_step import TOTAL_LENGTH
 from onnxpress.runtime.session import Session
 from onnxpress.runtime.tokenization import Tokenizer
 from onnxpress.workload import Answers
@@ -169,6 +170,7 @@ class DecoderWorkload:
             "past_lengths": np.full(len(rows), past, np.int32),
             "lengths": np.array([len(tokens) for tokens in rows], np.int32),
             "logit_indices": np.concatenate([row * length + index for row, index in enumerate(asked)]),
+            TOTAL_LENGTH: np.array(past + length, np.int32),
         }
         signature = runnable.signature if isinstance(runnable, Session) else self._signature
         for spec in signature.inputs:
@@ -178,7 +180,7 @@ class DecoderWorkload:
                 numbers = random.standard_normal((*shape[:2], past, shape[3]))
                 cache[:, :, :past] = numbers if cache.dtype.kind == "f" else (32 * numbers).clip(-127, 127)
                 feeds[spec.name] = cache
-        return feeds
+        return {name: feeds[name] for name in runnable.input_names} if isinstance(runnable, Session) else feeds
 
     def _windows_of_file(
         self, tokenizer: Tokenizer, path: Path, columns: Mapping[str, str | int] | None

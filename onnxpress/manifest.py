@@ -41,13 +41,15 @@ class TensorSpec:
     """One input or output.
 
     shape holds numbers and names of symbolic axes; dtype is numpy's name ("float32", "int64");
-    bounds, for integer inputs, is the inclusive range of allowed values (token ids: 0 … vocabulary - 1).
+    bounds, for integer inputs, is the inclusive range of allowed values (token ids: 0 … vocabulary - 1). right_padded: of a mask
+    (batch, length), whether each row has to be ones and then zeros, the first a one.
     """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
     bounds: tuple[int, int] | None = None
+    right_padded: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype} [{', '.join(map(str, self.shape))}]"
@@ -153,6 +155,7 @@ def _specs(rows: Iterable[Mapping[str, Json]]) -> Iterable[TensorSpec]:
             dtype=row["dtype"],
             shape=tuple(row["shape"]),
             bounds=None if bounds is None else (bounds[0], bounds[1]),
+            right_padded=bool(row.get("right_padded", False)),
         )
 
 

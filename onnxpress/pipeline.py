@@ -42,6 +42,7 @@ from onnxpress.manifest import Json, Manifest, Runnable
 from onnxpress.module_workload import ModuleWorkload
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import Pass, PassContext
+from onnxpress.optimizers.targets import Target
 from onnxpress.optimizers.targets import target as find_target
 from onnxpress.plan import Plan, choose_automatically, curve, mixed_plan, proven, whole_plan
 from onnxpress.pruning import Smaller, make_smaller
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
 
 MINIMUM_ONNXRUNTIME = "1.30"
 _MINIMUM_FOR_GENERATION = "1.32"  # GroupQueryAttention with query_seqlens
+_MINIMUM_FOR_UNIFORM_STEPS = "1.31"  # without
 _INT8_CACHE = "int8-cache"  # of the lossy passes the one that leaves the weights alone
 _SLOWER = 1.05  # a pass must not take more than this share of the time before it
 _MOST_KEPT = 0.5  # of the groups of places, where one precision was chosen: with more it would not be that precision
@@ -161,7 +163,8 @@ def _build(
 
         report.step("verify the export against the original")
         if _generates(exported):
-            check_onnxruntime(_MINIMUM_FOR_GENERATION, "A language model")
+            bench.timed = bench.timed and not facts.uniform_steps
+            check_onnxruntime(_minimum(exported, facts), "A language model")
             ChatTemplate.from_folder(writer.folder)  # one that is not valid is said now
         parity = _Parity(exported)
         try:
@@ -234,7 +237,7 @@ def _build(
                 *press.ledger,
             ),
             versions=_versions(),
-            minimum_onnxruntime=_MINIMUM_FOR_GENERATION if _generates(exported) else MINIMUM_ONNXRUNTIME,
+            minimum_onnxruntime=_minimum(exported, facts),
             operators=press.graph.operators(),
             files={},
         )
@@ -249,7 +252,7 @@ def _build(
             "budget": {"metric": budget.metric, "limit": budget.limit_value(gate.reference_value)},
             "note": bench.note,
         }
-        if recipe.build.measure and bench.on_target:
+        if recipe.build.measure and bench.timed:
             report.step("measure")
             measured["latency"] = _latency(
                 workload, _timed_systems(workload, exported.reference, {"export": plain, "artifact": press.session})
@@ -282,7 +285,10 @@ class _Parity:
 
         def with_an_empty_cache() -> ModelStep:
             return ModelStep(
-                session, KeyValueCache(session.signature.inputs, context=self._context, budget=_PARITY_CACHE)
+                session,
+                KeyValueCache(
+                    session.signature.inputs, context=self._context, budget=_PARITY_CACHE, memory=session.memory
+                ),
             )
 
         return self._inner.check(with_an_empty_cache)
@@ -405,7 +411,7 @@ class _Press:
         """The automatic plan: try all of some precisions and take the best; one row of the ledger each."""
         started = time.perf_counter()
         build = self._recipe.build
-        timed = build.measure and self._bench.on_target
+        timed = build.measure and self._bench.timed
         candidates: dict[str, Trials | None] = {
             name: self._trials(name, [make_pass(step, self._recipe.passes.get(step)) for step in steps])
             if steps
@@ -495,7 +501,7 @@ class _Press:
 
     def _slower(self, name: str, session: Runnable) -> str:
         """Why a pass does not pay, or nothing. Records the times."""
-        if not self._recipe.build.measure or not self._bench.on_target:
+        if not self._recipe.build.measure or not self._bench.timed:
             return ""
         rows = self._bench.compare(self.session, session, self._gate.workload.timing)
         self._record_times(name, {"x".join(map(str, shape)): pair for shape, pair in rows.items()})
@@ -591,6 +597,7 @@ def _export(recipe: Recipe, given: _Given, instead: torch.nn.Module | None = Non
         trust_remote_code=model.trust_remote_code,
         adapter=model.adapter,
         hidden_states=model.hidden_states,
+        uniform_steps=find_target(recipe.build.target).uniform_steps,
         instead=instead,
     )
 
@@ -644,6 +651,13 @@ def _about(recipe: Recipe, workload: Workload, bench: Workbench) -> dict[str, Js
         "machine": {name: machine[name] for name in ("processor", "instruction_sets", "cores")},
         "versions": _versions(),
     }
+
+
+def _minimum(exported: Exported, facts: Target) -> str:
+    """The oldest ONNX Runtime that has the operators."""
+    if not _generates(exported):
+        return MINIMUM_ONNXRUNTIME
+    return _MINIMUM_FOR_UNIFORM_STEPS if facts.uniform_steps else _MINIMUM_FOR_GENERATION
 
 
 def _generates(exported: Exported) -> bool:

@@ -145,14 +145,19 @@ class Recipe(_Section):
         return self.quality.budget is not None and build.precision is None and not build.only and not build.keep_all
 
     def plans(self, task: str) -> dict[str, tuple[str, ...]]:
-        """The precisions among which an automatic build chooses, the task's default first, each with its lossy passes."""
+        """The precisions among which an automatic build chooses, the task's default first, each with its passes."""
         facts = target(self.build.target)
-        default = facts.default_precision(task)
-        return {default: facts.precisions[default], **facts.precisions}
+        return {name: facts.precisions[name] for name in facts.allowed_precisions(task)}
 
     def precision(self, task: str) -> str:
-        """The precision asked for, or the target's default for a task."""
-        return self.build.precision or target(self.build.target).default_precision(task)
+        """The precision asked for, or the target's default for a task. Raises RecipeError where they do not go together."""
+        allowed = target(self.build.target).allowed_precisions(task)
+        if self.build.precision not in (None, *allowed):
+            raise RecipeError(
+                f"Precision {self.build.precision!r} does not go with {task} on target {self.build.target!r}; it takes: "
+                f"{', '.join(allowed)}."
+            )
+        return self.build.precision or allowed[0]
 
     def pass_names(self, task: str) -> tuple[str, ...]:
         """The passes that this recipe runs for a task, in order; an automatic build chooses lossy ones (`plans`) beside them."""
@@ -229,6 +234,8 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
         if step.name == "int8-cache":
             raise RecipeError(f"{where}: `only` has {later.name} after int8-cache, which goes last.")
     tasks = ("", GENERATION) if recipe.model.task is None else (recipe.model.task,)
+    if GENERATION in tasks[1:] and (not facts.generation or recipe.build.precision not in (None, *facts.generation)):
+        tasks = ("",)  # where the model turns out to be one, the build says that it does not go with the precision
     runs = dict.fromkeys(name for task in tasks for name in recipe.pass_names(task))
     if recipe.automatic:
         runs |= dict.fromkeys(name for task in tasks for names in recipe.plans(task).values() for name in names)

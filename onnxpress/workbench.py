@@ -1,6 +1,7 @@
 """Where a build tries its graphs: saves each to the build's own folder, opens it, and times it.
 
-A target whose provider this machine lacks (cuda on a laptop) is tried on the CPU provider, and not timed.
+A target whose provider this machine lacks (cuda on a laptop) is tried on the CPU provider, and not timed. So is a language model for
+CUDA while it is in float32, and it is not timed either: half precision would look faster than it is.
 """
 
 from __future__ import annotations
@@ -36,16 +37,18 @@ class Workbench:
         self._count = 0
         self._providers: tuple[str, ...] = target.providers
         self.note = ""
+        self.timed = True
         try:
             for provider in target.providers:
                 check_provider(provider)
         except ProviderError as error:
             self._providers = ("cpu",)
+            self.timed = False
             self.note = f"tried on the CPU provider and not timed: {error}"
 
     @property
     def on_target(self) -> bool:
-        """Whether sessions run on the target's own provider, so that times mean something."""
+        """Whether sessions run on the target's own provider."""
         return self._providers == self._target.providers
 
     def open(self, graph: Graph) -> Session:
@@ -57,7 +60,7 @@ class Workbench:
         session = Session(
             path,
             signature=graph.signature,
-            providers=self._providers,
+            providers=("cpu",) if self._target.uniform_steps and _attends_in_float(graph) else self._providers,
             disabled_optimizers=self._target.disabled_optimizers,
             exact_products=self._target.exact_products,
         )
@@ -75,6 +78,12 @@ class Workbench:
             times = alternate(tasks)
             rows[shape] = (times["before"], times["after"])
         return rows
+
+
+def _attends_in_float(graph: Graph) -> bool:
+    """Whether a language model's attention is in float32, for which the CUDA provider has no kernel."""
+    attentions = (node for node in graph.model.graph if node.op_type == "GroupQueryAttention")
+    return any(node.inputs[0] is not None and node.inputs[0].dtype == ir.DataType.FLOAT for node in attentions)
 
 
 class RowByRow:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from onnxpress.errors import RecipeError
 from onnxpress.optimizers.base import Pass
+from onnxpress.optimizers.cuda_attention import CudaAttention
 from onnxpress.optimizers.deduplicate import Deduplicate
 from onnxpress.optimizers.fold import Fold
 from onnxpress.optimizers.fuse_attention import FuseAttention
@@ -18,6 +19,7 @@ from onnxpress.optimizers.half import BFloat16, Float16
 from onnxpress.optimizers.int8 import Int8
 from onnxpress.optimizers.int8_cache import Int8Cache
 from onnxpress.optimizers.int8_dynamic import Int8Dynamic
+from onnxpress.optimizers.pack_attention import PackAttention
 from onnxpress.optimizers.pack_projections import PackProjections
 from onnxpress.optimizers.qdq import Fp8Qdq, Int8Qdq
 from onnxpress.optimizers.sparse import Sparse24
@@ -32,6 +34,8 @@ PASSES: Mapping[str, type[Pass]] = {
     "fuse-skip-norm": FuseSkipNorm,
     "fuse-rotary": FuseRotary,
     "pack-projections": PackProjections,
+    "cuda-attention": CudaAttention,
+    "pack-attention": PackAttention,
     "sparse-2-4": Sparse24,
     "fp16": Float16,
     "bf16": BFloat16,

@@ -3,7 +3,8 @@
     q' = RotaryEmbedding(q, positions, cos, sin), k' = RotaryEmbedding(k, positions, cos, sin)
     GroupQueryAttention(q', k', v, …)   →   GroupQueryAttention(q, k, v, …, cos, sin, positions), do_rotary=1
 
-Both have to be turned alike, and read by that attention alone.
+Both have to be turned alike, and read by that attention alone. Kernels that are not told how many new tokens each row has (CUDA's)
+count the positions themselves.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from onnxpress.optimizers.coverage import Miss, coverage
 from onnxpress.optimizers.linear import attribute
 
 _TABLE_STEP = 8
-_COSINES, _SINES, _POSITIONS = 7, 8, 9  # inputs of GroupQueryAttention
+_COSINES, _SINES, _POSITIONS, _NEW_TOKENS = 7, 8, 9, 16  # inputs of GroupQueryAttention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,8 @@ class FuseRotary:
                 continue
             _, positions, cosines, sines = query.inputs
             attention.resize_inputs(max(len(attention.inputs), _POSITIONS + 1))
-            for index, value in ((_COSINES, cosines), (_SINES, sines), (_POSITIONS, positions)):
+            told = len(attention.inputs) > _NEW_TOKENS and attention.inputs[_NEW_TOKENS] is not None
+            for index, value in ((_COSINES, cosines), (_SINES, sines), (_POSITIONS, positions if told else None)):
                 attention.replace_input_with(index, value)
             for index, rotary in enumerate((query, key)):
                 attention.replace_input_with(index, rotary.inputs[0])

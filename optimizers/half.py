@@ -2,11 +2,13 @@
 
     x (float32) → MatMul → y   →   Cast(x, half) → MatMul(half weights) → Cast(y, float32)
 
-Graph inputs and outputs keep their dtype. Operators in KEEP are given float32 and cast back; each has its reason.
+Graph inputs and outputs keep their dtype, but for a language model's cache, which goes from step to step as it is. Operators in
+KEEP are given float32 and cast back; each has its reason.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,6 +19,7 @@ import onnx_ir as ir
 
 from onnxpress.errors import ConversionError
 from onnxpress.graph import Graph
+from onnxpress.manifest import Signature, TensorSpec
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.linear import add_constant, drop_unused_constants
 
@@ -49,10 +52,11 @@ class _Half:
             )
         casts: dict[tuple[int, ir.DataType], ir.Value] = {}
         nodes = list(body)
+        cache = self._halve_cache(nodes, context.keep)
         was_float = {id(value) for node in nodes for value in node.outputs if value.dtype == ir.DataType.FLOAT}
         touched = [self._convert(graph, node, context.keep, casts, was_float) for node in nodes]
         for index, output in enumerate(list(body.outputs)):
-            if id(output) in was_float and output.dtype == self.dtype:
+            if id(output) in was_float and output.dtype == self.dtype and output.name not in cache:
                 name = output.name
                 output.name = f"{name}_half"
                 cast = ir.node("Cast", [output], {"to": ir.DataType.FLOAT.value}, name=f"{name}_cast")
@@ -64,7 +68,25 @@ class _Half:
         names = tuple(name for name in touched if name is not None)
         kept = sorted({node.op_type for node in nodes if node.op_type in KEEP})
         notes = (f"{len(names)} operators" + (f"; in float32: {', '.join(kept)}" if kept else ""),)
+        if cache:
+            graph = Graph(model=graph.model, signature=_with_dtype(graph.signature, cache, self.dtype.numpy().name))
         return PassResult(graph=graph, changes=len(names), notes=notes, touched=names)
+
+    def _halve_cache(self, nodes: list[ir.Node], keep: frozenset[str]) -> set[str]:
+        """Give the float32 cache of attentions half precision; the names of the past and the present."""
+        names: set[str] = set()
+        for node in nodes:
+            if node.op_type != "GroupQueryAttention" or node.name in keep:
+                continue
+            if self.dtype == ir.DataType.BFLOAT16:
+                raise ConversionError(
+                    "bfloat16 is not implemented for language models, whose cache numpy could not hold: build with --precision fp16."
+                )
+            for value in (*node.inputs[3:5], *node.outputs[1:3]):
+                if value is not None and value.dtype == ir.DataType.FLOAT:
+                    value.type = ir.TensorType(self.dtype)
+                    names.add(str(value.name))
+        return names
 
     def _convert(
         self,
@@ -127,6 +149,13 @@ class _Half:
         limits = ml_dtypes.finfo(self.dtype.numpy())  # type: ignore[no-untyped-call]
         clipped: np.ndarray = np.clip(array, float(limits.min), float(limits.max))
         return clipped.astype(self.dtype.numpy())
+
+
+def _with_dtype(signature: Signature, names: set[str], dtype: str) -> Signature:
+    def changed(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        return tuple(dataclasses.replace(spec, dtype=dtype) if spec.name in names else spec for spec in specs)
+
+    return dataclasses.replace(signature, inputs=changed(signature.inputs), outputs=changed(signature.outputs))
 
 
 @dataclass(frozen=True, kw_only=True)

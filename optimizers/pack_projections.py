@@ -2,8 +2,8 @@
 
     GroupQueryAttention(x Wq + bq, x Wk + bk, x Wv + bv, …)   →   GroupQueryAttention(x [Wq Wk Wv] + [bq bk bv], …)
 
-Needs rotary embeddings to be the attention's own (fuse-rotary), or none. Encoders keep theirs apart: their attention takes
-no packed input, and the Split costs what the packing saves (docs/decisions/0008).
+Needs rotary embeddings to be the attention's own (fuse-rotary), or none. Encoders keep theirs apart on CPUs: their
+attention takes no packed input, and the Split costs what the packing saves (docs/decisions/0008); on CUDA see pack-attention.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class PackProjections:
                 continue
             parts = [by_output.get(id(value)) for value in attention.inputs[:3]]
             found = [part for part in parts if part is not None]
-            reason = _obstacle(found)
+            reason = why_not_packed(found)
             if reason:
                 misses.append(Miss(node=attention, reason=reason, steps=len(found)))
                 continue
@@ -50,7 +50,8 @@ class PackProjections:
         return PassResult(graph=graph, changes=count, notes=notes)
 
 
-def _obstacle(parts: list[Linear]) -> str:
+def why_not_packed(parts: list[Linear]) -> str:
+    """Why the projections to queries, keys and values cannot be one, or nothing."""
     if len(parts) < 3:
         return "query, key and value do not come from linear layers directly"
     if len({id(part.x) for part in parts}) > 1:
@@ -68,7 +69,7 @@ def _pack(graph: Graph, attention: ir.Node, parts: list[Linear]) -> None:
     product.outputs[0].shape, product.outputs[0].type = _widened(parts, arrays), parts[0].output.type
     nodes = [product]
     if any(part.bias is not None for part in parts):
-        bias = [_bias(part, array.shape[1]) for part, array in zip(parts, arrays, strict=True)]
+        bias = [bias_of(part, array.shape[1]) for part, array in zip(parts, arrays, strict=True)]
         value = add_constant(graph, f"{name}.bias", np.concatenate(bias))
         nodes.append(ir.node("Add", [product.outputs[0], value], name=f"{name}_bias"))
         nodes[1].outputs[0].shape, nodes[1].outputs[0].type = product.outputs[0].shape, product.outputs[0].type
@@ -78,7 +79,8 @@ def _pack(graph: Graph, attention: ir.Node, parts: list[Linear]) -> None:
     attention.replace_input_with(2, None)
 
 
-def _bias(part: Linear, width: int) -> np.ndarray:
+def bias_of(part: Linear, width: int) -> np.ndarray:
+    """float32 (width,): a layer's bias, zeros where it has none."""
     if part.bias is None or part.bias.const_value is None:
         return np.zeros(width, np.float32)
     return part.bias.const_value.numpy()

@@ -46,9 +46,10 @@ class Target:
     """A kind of machine.
 
     providers: ONNX Runtime execution providers in order. lossless: passes that run by default, in order.
-    precisions: what `--precision` may be, the default first, each with the lossy passes it stands for. generation: the
-    default for language models.
-    disabled_optimizers: ONNX Runtime graph optimizers that lose time here, or answers. qdq: how int8-qdq writes integers. reduce_range: int8
+    precisions: what `--precision` may be, the default first, each with the passes it stands for. generation: those for language
+    models, the default first; none where they do not run.
+    disabled_optimizers: ONNX Runtime graph optimizers that lose time here, or answers. qdq: how int8-qdq writes integers. uniform_steps: language models are exported
+    for a kernel that is not told how many new tokens each row of a step has. reduce_range: int8
     weights are signed and use 7 bits. exact_products: of signed weights of 8 bits, where another kind of machine builds (Session).
     """
 
@@ -58,14 +59,21 @@ class Target:
     precisions: Mapping[str, tuple[str, ...]]
     disabled_optimizers: tuple[str, ...]
     facts: tuple[Fact, ...]
-    generation: str
+    generation: tuple[str, ...]
     qdq: QdqForm
+    uniform_steps: bool = False
     reduce_range: bool = False
     exact_products: bool = False
 
-    def default_precision(self, task: str) -> str:
-        """What `--precision` is where it is not given."""
-        return self.generation if task == GENERATION else next(iter(self.precisions))
+    def allowed_precisions(self, task: str) -> tuple[str, ...]:
+        """What `--precision` may be for a task, the default first. Raises RecipeError where the task does not run here."""
+        allowed = self.generation if task == GENERATION else tuple(self.precisions)
+        if not allowed:
+            raise RecipeError(
+                f"Target {self.name!r} takes no language models: their attention is ONNX Runtime's own operator, which TensorRT's "
+                "parser does not know. Build with --target cuda."
+            )
+        return allowed
 
 
 _CLEAN = ("fold", "deduplicate")
@@ -101,7 +109,7 @@ _CPU = Target(
     },
     qdq=_X86,
     disabled_optimizers=("SkipLayerNormFusion",),
-    generation="int4-weights",
+    generation=("int4-weights", "int8", "fp32", "int8-dynamic", "int8-qdq", "int8-weights"),
     facts=(
         Fact(
             claim="SkipLayerNormalization loses against Add + LayerNormalization, so its fusion is switched off",
@@ -163,9 +171,17 @@ TARGETS: Mapping[str, Target] = {
     "cuda": Target(
         name="cuda",
         providers=("cuda",),
-        lossless=(*_CLEAN, *_FUSE, *_DECODER),
-        precisions={"fp16": ("fp16",), "fp32": (), "bf16": ("bf16",), **_NVIDIA_QDQ, **_WEIGHT_ONLY},
-        generation="fp16",
+        lossless=(*_CLEAN, *_FUSE, *_DECODER, "cuda-attention"),
+        precisions={
+            "fp16": ("pack-attention", "fp16"),
+            "fp32": ("pack-attention",),
+            "bf16": ("pack-attention", "bf16"),
+            **_NVIDIA_QDQ,
+            # Beside half precision: the provider has no attention with a cache in float32.
+            **{name: (*passes, "fp16") for name, passes in _WEIGHT_ONLY.items()},
+        },
+        generation=("fp16", "int8-weights", "int4-weights"),
+        uniform_steps=True,
         qdq=_NVIDIA,
         disabled_optimizers=_WRONG_FOR_NVIDIA,
         facts=(
@@ -187,7 +203,7 @@ TARGETS: Mapping[str, Target] = {
             "fp16-sparse": ("sparse-2-4", "fp16"),
             **_NVIDIA_QDQ,
         },
-        generation="fp16",
+        generation=(),
         qdq=_NVIDIA,
         disabled_optimizers=_WRONG_FOR_NVIDIA,
         facts=(

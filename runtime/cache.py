@@ -6,12 +6,13 @@ Holds which tokens each row's numbers belong to, and grows within a budget. Deci
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from onnxpress.errors import InputError
 from onnxpress.manifest import TensorSpec
+from onnxpress.runtime.device import HostMemory, Memory
 
 _GROWTH = 256  # tokens by which capacity grows at least
 PAST = "past_key_values."  # how the names of past inputs begin
@@ -21,17 +22,19 @@ class KeyValueCache:
     """Rows of keys and values.
 
     specs: the graph's past inputs, (batch, kv_heads, capacity, head_dim) each. context: the most tokens of a row. budget: the
-    most bytes of all rows together. tokens: of each row, the token ids whose keys and values it holds, in order.
+    most bytes of all rows together. memory: the computer's where None. tokens: of each row, the token ids whose keys and values it
+    holds, in order.
     """
 
-    def __init__(self, specs: Sequence[TensorSpec], *, context: int, budget: int) -> None:
+    def __init__(self, specs: Sequence[TensorSpec], *, context: int, budget: int, memory: Memory | None = None) -> None:
         self.specs = tuple(spec for spec in specs if spec.name.startswith(PAST))
         self.context = context
         self.budget = budget
         self.tokens: list[list[int]] = []
         self.capacity = 0
-        self.arrays: dict[str, npt.NDArray[np.generic]] = {
-            spec.name: np.zeros(self._shape(spec, 0, 0), spec.dtype) for spec in self.specs
+        self._memory = memory or HostMemory()
+        self.arrays: dict[str, Any] = {
+            spec.name: self._memory.zeros(self._shape(spec, 0, 0), spec.dtype) for spec in self.specs
         }
 
     @property
@@ -73,9 +76,9 @@ class KeyValueCache:
         tokens = [self.tokens[row][:new_capacity] if row < kept else [] for row in range(new_rows)]
         grown = {}
         for spec in self.specs:
-            grown[spec.name] = new = np.zeros(self._shape(spec, new_rows, new_capacity), spec.dtype)
+            grown[spec.name] = new = self._memory.zeros(self._shape(spec, new_rows, new_capacity), spec.dtype)
             for row, held in enumerate(tokens[:kept]):
-                new[row, :, : len(held)] = self.arrays[spec.name][row, :, : len(held)]
+                self._memory.copy(self.arrays[spec.name], row, new, row, len(held))
         # All at once: an interrupt before leaves everything as it was.
         self.arrays, self.tokens, self.capacity = grown, tokens, new_capacity
 
@@ -86,10 +89,12 @@ class KeyValueCache:
         first, second = self.tokens[one], self.tokens[other]
         length = max(len(first), len(second))
         self.tokens[one] = self.tokens[other] = []  # until all layers have changed places, neither row holds anything
-        for array in self.arrays.values():
-            kept = array[one, :, :length].copy()
-            array[one, :, :length] = array[other, :, :length]
-            array[other, :, :length] = kept
+        for spec in self.specs:
+            array = self.arrays[spec.name]
+            kept = self._memory.zeros(self._shape(spec, 1, length), spec.dtype)
+            self._memory.copy(array, one, kept, 0, length)
+            self._memory.copy(array, other, array, one, length)
+            self._memory.copy(kept, 0, array, other, length)
         self.tokens[one], self.tokens[other] = second, first
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -98,7 +103,7 @@ class KeyValueCache:
         if source != target:
             self.tokens[target] = []
             for array in self.arrays.values():
-                array[target, :, :length] = array[source, :, :length]
+                self._memory.copy(array, source, array, target, length)
         self.tokens[target] = tokens
 
     def truncate(self, row: int, length: int) -> None:

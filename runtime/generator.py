@@ -146,7 +146,9 @@ class Generator:
         self.options = options
         self.template = template
         self.context = int(options["max_length"])
-        self._cache = KeyValueCache(session.signature.inputs, context=self.context, budget=cache_bytes)
+        self._cache = KeyValueCache(
+            session.signature.inputs, context=self.context, budget=cache_bytes, memory=session.memory
+        )
         self._step = ModelStep(session, self._cache)
         self._ends = frozenset(options.get("eos_token_ids", ()))
         self._lock = threading.Lock()
@@ -255,7 +257,9 @@ class Generator:
             raise InputError(
                 f"The prompt has {len(ids)} tokens, and the model's context is {self.context}: shorten it."
             )
-        cache = KeyValueCache(self._cache.specs, context=self.context, budget=self._cache.budget)
+        cache = KeyValueCache(
+            self._cache.specs, context=self.context, budget=self._cache.budget, memory=self.session.memory
+        )
         step = ModelStep(self.session, cache, output="hidden_states")
         parts = [ids[start : start + PROMPT_CHUNK] for start in range(0, len(ids), PROMPT_CHUNK)]
         return np.concatenate([step.run(0, [part], answers=[len(part)]).copy() for part in parts])

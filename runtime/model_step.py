@@ -13,7 +13,10 @@ import numpy.typing as npt
 
 from onnxpress.errors import InputError
 from onnxpress.runtime.cache import KeyValueCache
-from onnxpress.runtime.session import Binding, Session
+from onnxpress.runtime.device import DeviceArray, DeviceMemory
+from onnxpress.runtime.session import Session
+
+TOTAL_LENGTH = "total_length"  # an input of graphs for CUDA: the longest row's tokens, the new ones too
 
 
 class ModelStep:
@@ -29,11 +32,10 @@ class ModelStep:
         self.vocabulary = bounds[1] + 1
         self.cache = cache
         self._session = session
-        self._key: tuple[Any, ...] = ()
-        self._inputs: dict[str, npt.NDArray[Any]] = {}
         self._output = next(spec for spec in session.signature.outputs if spec.name == output)
-        self._answers: npt.NDArray[np.float32] = np.empty((0, 0), np.float32)
-        self._binding: Binding | None = None
+        self._bound: dict[tuple[int, ...], _Bound] = {}
+        self._place: Any = None  # an array of the cache as it was when those were bound
+        self._uniform = TOTAL_LENGTH in specs  # such a kernel is not told how many new tokens each row has
 
     def run(
         self, first: int, tokens: Sequence[Sequence[int]], answers: Sequence[int] | None = None
@@ -49,13 +51,20 @@ class ModelStep:
         longest = max(before + len(new) for before, new in zip(past, tokens, strict=True))
         if longest > self.cache.context:
             raise InputError(f"{longest} tokens were given; the model's context is {self.cache.context}.")
+        if self._uniform and any(past) and len({len(new) for new in tokens}) > 1:
+            counts = [1] * rows if answers is None else answers
+            alone = [
+                self.run(first + row, [new], [count]).copy()
+                for row, (new, count) in enumerate(zip(tokens, counts, strict=True))
+            ]
+            return np.concatenate(alone)
         needed = max(past) + length  # the kernel wants room for the padding of every row, too
         if needed > self.cache.capacity:
-            self._key, self._binding = (), None  # a binding would keep the smaller buffers alive
+            self._bound.clear()  # a binding would keep the smaller buffers alive
         self.cache.reserve(first + rows, needed)
         counts = [1] * rows if answers is None else list(answers)
-        self._bind(first, rows, length, sum(counts))
-        inputs = self._inputs
+        bound = self._bind(first, rows, length, sum(counts))
+        inputs = bound.inputs
         if length == 1:
             inputs["input_ids"][:, 0] = [new[0] for new in tokens]
         else:
@@ -74,32 +83,77 @@ class ModelStep:
             for row, (new, count) in enumerate(zip(tokens, counts, strict=True))
             for index in range(count)
         ]
-        assert self._binding is not None
-        self._binding.run(check=False)  # checked above, and the cache is our own
+        if self._uniform and bound.graph is None:
+            inputs[TOTAL_LENGTH][...] = max(past) + length
+        found = bound.run()  # checked above, and the cache is our own
         for row, new in enumerate(tokens):
             self.cache.tokens[first + row].extend(new)
-        return self._answers
+        return found
 
-    def _bind(self, first: int, rows: int, length: int, answers: int) -> None:
-        """Buffers for a step of this shape; those of the step before are used again where they fit."""
+    def _bind(self, first: int, rows: int, length: int, answers: int) -> _Bound:
+        """Buffers for a step of this shape; those of steps before are used again where they fit."""
         some = next(iter(self.cache.arrays.values()))
-        key = (first, rows, length, answers, some.shape, some.ctypes.data)
-        if key == self._key:
-            return
-        self._key = ()  # until everything is bound
-        self._inputs = {
+        key = (first, rows, length, answers)
+        if self._place is not some:
+            self._bound.clear()
+            self._place = some
+        if key in self._bound:
+            return self._bound[key]
+        graph = self._session.next_graph() if length == 1 else None
+        if graph is None:  # not worth keeping but for the next step
+            self._bound = {other: bound for other, bound in self._bound.items() if bound.graph is not None}
+        inputs: dict[str, npt.NDArray[Any]] = {
             "input_ids": np.zeros((rows, length), np.int64),
             "past_lengths": np.zeros(rows, np.int32),
             "lengths": np.zeros(rows, np.int32),
             "logit_indices": np.zeros(answers, np.int64),
         }
-        self._answers = np.zeros((answers, int(self._output.shape[-1])), np.float32)
-        self._binding = binding = self._session.binding()
-        for name, array in self._inputs.items():
-            binding.bind_input(name, array)
-        binding.bind_output(self._output.name, self._answers)
+        if self._uniform:
+            # A graph holds this number as it was captured with: the largest there can be suits every step.
+            inputs[TOTAL_LENGTH] = np.array(self.cache.capacity, np.int32)
+        shape = (answers, int(self._output.shape[-1]))
+        bound = _Bound(self._session, inputs, self._output.name, shape, self._output.dtype, graph)
         for name, array in self.cache.arrays.items():
             view = array[first : first + rows]
-            binding.bind_input(name, view)
-            binding.bind_output(name.replace("past_key_values", "present"), view)
-        self._key = key
+            bound.binding.bind_input(name, view)
+            bound.binding.bind_output(name.replace("past_key_values", "present"), view)
+        self._bound[key] = bound
+        return bound
+
+
+class _Bound:
+    """A binding of one shape of step with the arrays that it reads and writes. graph: the number of its CUDA graph."""
+
+    def __init__(
+        self,
+        session: Session,
+        inputs: dict[str, npt.NDArray[Any]],
+        output: str,
+        shape: tuple[int, ...],
+        dtype: str,
+        graph: int | None,
+    ) -> None:
+        self.inputs = inputs
+        self.graph = graph
+        self.binding = session.binding(graph)
+        memory = session.memory
+        self._on_card: dict[str, DeviceArray] = {}
+        self._output = output
+        for name, array in inputs.items():
+            if isinstance(memory, DeviceMemory) and name != TOTAL_LENGTH:  # which the kernel reads on the CPU
+                self._on_card[name] = memory.empty(array.shape, array.dtype)
+                self.binding.bind_input(name, self._on_card[name])
+            else:
+                self.binding.bind_input(name, array)
+        self._answers = memory.zeros(shape, dtype)
+        self.binding.bind_output(output, self._answers)
+
+    def run(self) -> npt.NDArray[np.float32]:
+        """The answers of one step."""
+        for name, array in self._on_card.items():
+            array.write(self.inputs[name])
+        self.binding.run(check=False)
+        found: npt.NDArray[np.float32] = (
+            self._answers.numpy() if isinstance(self._answers, DeviceArray) else self._answers
+        )
+        return found

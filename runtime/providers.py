@@ -43,7 +43,11 @@ class CPU:
 
 @dataclass(frozen=True, kw_only=True)
 class CUDA:
-    """The CUDA provider. memory_limit: bytes. tf32: faster float32 MatMuls with 10 bits of mantissa."""
+    """The CUDA provider. memory_limit: bytes. tf32: faster float32 MatMuls with 10 bits of mantissa.
+
+    graphs: whether launches for shapes that come again are captured and replayed; None where the graph allows it, True says where it
+    does not.
+    """
 
     name: ClassVar[str] = "cuda"
     registered_as: ClassVar[str] = "CUDAExecutionProvider"
@@ -52,6 +56,7 @@ class CUDA:
     device_id: int = 0
     memory_limit: int | None = None
     tf32: bool = False
+    graphs: bool | None = None
 
     def options(self, signature: Signature | None, cache_key: str) -> dict[str, str]:
         """Options as ONNX Runtime takes them; convolution algorithms by heuristic, since shapes are dynamic."""
@@ -62,6 +67,8 @@ class CUDA:
         }
         if self.memory_limit is not None:
             options["gpu_mem_limit"] = str(self.memory_limit)
+        if self.graphs is not False:
+            options["enable_cuda_graph"] = "1"
         return options
 
 

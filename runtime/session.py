@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,58 @@ import numpy as np
 
 from onnxpress.errors import ArtifactError, InputError, ProviderError
 from onnxpress.manifest import Arrays, Signature, TensorSpec
-from onnxpress.runtime.providers import CPU, Provider, check_provider, check_wheel, make_providers
+from onnxpress.runtime.device import DeviceArray, DeviceMemory, HostMemory
+from onnxpress.runtime.providers import CPU, CUDA, Provider, check_provider, check_wheel, make_providers
+from onnxpress.runtime.replay import MOST_GRAPHS, NO_GRAPH, Buffers, Key, bind, run_options, shapes_of
 
+_CAPTURES = "enable_cuda_graph"
+_NO_CAPTURE = "graph capture"  # in what ONNX Runtime says of a session that cannot capture
+# What may run on the CPU for a session on a card: arithmetic with shapes and positions, which ONNX Runtime puts there itself.
+_SHAPE_ARITHMETIC = frozenset(
+    [
+        "Add",
+        "And",
+        "Cast",
+        "Clip",
+        "Concat",
+        "Constant",
+        "ConstantOfShape",
+        "Div",
+        "Equal",
+        "Expand",
+        "Floor",
+        "Gather",
+        "GatherND",
+        "Greater",
+        "GreaterOrEqual",
+        "Identity",
+        "Less",
+        "LessOrEqual",
+        "Max",
+        "Min",
+        "Mod",
+        "Mul",
+        "Neg",
+        "Not",
+        "Or",
+        "Range",
+        "ReduceMax",
+        "ReduceMin",
+        "ReduceProd",
+        "ReduceSum",
+        "Reshape",
+        "Shape",
+        "Size",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Sub",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+        "Where",
+    ]
+)
 _NUMPY = {
     "tensor(float)": "float32",
     "tensor(double)": "float64",
@@ -70,6 +122,7 @@ class Session:
         if content is not None and any(getattr(provider, "cache_folder", None) for provider in self._providers):
             raise ProviderError("A cache of engines would hold an encrypted model in plain: leave cache_folder out.")
         self._signature = signature
+        self.captures = False  # whether runs can be captured as CUDA graphs
         self._session = self._open(threads=None)
         self.signature = signature or _declared_signature(self._session)
         got = self._session.get_providers()
@@ -80,10 +133,25 @@ class Session:
                 raise ProviderError(f"{note} Run `onnxpress doctor`, or allow the fallback.")
             self.fallback_note = " ".join(filter(None, (self.fallback_note, note)))
         self.providers = tuple(provider.name for provider in self._providers if provider.name not in missing)
+        if left := "" if "cpu" in self.providers else self._left_on_cpu():
+            note = f"{left} would run on the CPU: {', '.join(self.providers)} has no kernel for them in this graph."
+            if not allow_fallback:
+                raise ProviderError(
+                    f"{note} Build for this target (onnxpress build --target {self.providers[0]}), or allow it: providers "
+                    f"{', '.join((*self.providers, 'cpu'))}."
+                )
+            self.fallback_note = " ".join(filter(None, (self.fallback_note, note)))
         self._specs = {spec.name: spec for spec in self.signature.inputs}
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._lock = threading.Lock()
         self._one_thread: Any = None
+        cuda = next((provider for provider in self._providers if isinstance(provider, CUDA)), None)
+        on_card = cuda is not None and self.providers[0] == cuda.name
+        self.memory: HostMemory | DeviceMemory = (
+            DeviceMemory(cuda.device_id) if on_card and cuda is not None else HostMemory()
+        )
+        self._graphs_made = 0
+        self._seen: dict[Key, Buffers | None] = {}
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -107,9 +175,40 @@ class Session:
         return cpu.threads or usable_cores()
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
-        """Answer one batch. Raises InputError where an input does not fit the signature."""
+        """Answer one batch. Raises InputError where an input does not fit the signature.
+
+        On a card, shapes that come again are answered from buffers that stay there, by a CUDA graph.
+        """
         self.check(feeds)
-        return self._run(self._session, feeds)
+        if not self.captures:
+            return self._run(self._session, feeds)
+        key = shapes_of(feeds)
+        with self._lock:
+            again = key in self._seen
+            buffers = self._seen.setdefault(key, None)
+            if again and buffers is None and self._graphs_made < MOST_GRAPHS:
+                buffers = self._seen[key] = self.buffers(feeds)
+            if buffers is None:
+                return self._run(self._session, feeds, run_options(NO_GRAPH))
+            buffers.write(feeds)
+            buffers.run()
+            return buffers.read()
+
+    def buffers(self, feeds: Arrays) -> Buffers:
+        """Inputs and outputs of these shapes that stay on the card. Raises InputError, ProviderError where there is none."""
+        self.check(feeds)
+        if not isinstance(self.memory, DeviceMemory):
+            raise ProviderError(
+                f"Buffers on a card were asked for, and this session runs on {', '.join(self.providers)}."
+            )
+        return Buffers(self._session, self.memory, feeds, self._outputs, self.next_graph())
+
+    def next_graph(self) -> int | None:
+        """The number for a new CUDA graph; None where this session captures none, or no more."""
+        if not self.captures or self._graphs_made >= MOST_GRAPHS:
+            return None
+        self._graphs_made += 1
+        return self._graphs_made
 
     def run_on_one_thread(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """As `run`, but the calling thread does all the work; a second copy of packed weights is made for it."""
@@ -131,9 +230,12 @@ class Session:
         for name, spec in self._specs.items():
             _check_array(spec, feeds[name], self.signature, sizes)
 
-    def binding(self) -> Binding:
-        """Inputs and outputs bound to buffers that stay where they are from run to run."""
-        return Binding(self, self._session)
+    def binding(self, graph: int | None = None) -> Binding:
+        """Inputs and outputs bound to buffers that stay where they are from run to run; graph: the number of its CUDA graph."""
+        options = None
+        if self.captures:
+            options = run_options(NO_GRAPH if graph is None else str(graph))
+        return Binding(self, self._session, options)
 
     def placement(self) -> dict[str, str]:
         """Which provider runs each node, after ONNX Runtime's own fusions: {node: provider}."""
@@ -144,9 +246,20 @@ class Session:
             for index, node in enumerate(part.get_nodes())
         }
 
-    def _run(self, session: Any, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+    def _left_on_cpu(self) -> str:
+        """Operators beside shape arithmetic that a session without the CPU provider has there, each with its count."""
+        nodes = [
+            node.op_type
+            for part in self._session.get_provider_graph_assignment_info()
+            if part.ep_name == CPU.registered_as
+            for node in part.get_nodes()
+        ]
+        counts = Counter(name for name in nodes if name not in _SHAPE_ARITHMETIC)
+        return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+
+    def _run(self, session: Any, feeds: Arrays, options: Any = None) -> dict[str, np.ndarray[Any, Any]]:
         try:
-            return dict(zip(self._outputs, session.run(self._outputs, dict(feeds)), strict=True))
+            return dict(zip(self._outputs, session.run(self._outputs, dict(feeds), options), strict=True))
         except Exception as error:  # ONNX Runtime's errors have no common base but Exception
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
             raise InputError(f"ONNX Runtime refuses the inputs ({shapes}): {_one_line(error)}") from error
@@ -172,25 +285,35 @@ class Session:
         options.inter_op_num_threads = 1
         if self._exact_products:
             options.add_session_config_entry("session.x64quantprecision", "1")
-        if record_placement:
+        if record_placement or all(not isinstance(provider, CPU) for provider in self._providers):
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if self._content is None and not self.path.is_file():
             raise ArtifactError(f"The model {self.path} does not exist.")
         key = self._engine_key()
-        providers = [(provider.registered_as, provider.options(self._signature, key)) for provider in self._providers]
+        providers = {provider.registered_as: provider.options(self._signature, key) for provider in self._providers}
         files = {} if self._content is None else dict(self._content())
+        cuda = next((provider for provider in self._providers if isinstance(provider, CUDA)), None)
         try:
             model = bytes(files.pop(self.path.name)) if files else self.path
             if files:
                 data = [np.frombuffer(content, np.uint8) for content in files.values()]
                 options.add_external_initializers_from_files_in_memory(list(files), data, [len(one) for one in data])
-            return onnxruntime.InferenceSession(
+            inner = partial(
+                onnxruntime.InferenceSession,
                 model,
                 options,
-                providers=providers,
                 disabled_optimizers=list(self._disabled) or None,
                 enable_fallback=0,
             )
+            self.captures = _CAPTURES in providers.get(CUDA.registered_as, {})
+            try:
+                return inner(providers=list(providers.items()))
+            except Exception as error:
+                if cuda is None or cuda.graphs or _NO_CAPTURE not in str(error):
+                    raise
+                del providers[CUDA.registered_as][_CAPTURES]  # it was not asked for by name
+                self.captures = False
+                return inner(providers=list(providers.items()))
         except Exception as error:  # ONNX Runtime's errors have no common base but Exception
             if any(not isinstance(provider, CPU) for provider in self._providers):
                 raise ProviderError(
@@ -217,21 +340,31 @@ class Binding:
     Not for several threads at once: make a binding for each.
     """
 
-    def __init__(self, session: Session, inner: Any) -> None:
+    def __init__(self, session: Session, inner: Any, options: Any = None) -> None:
         self._session = session
         self._inner = inner
+        self._options = options
         self._binding = inner.io_binding()
         self._inputs: dict[str, np.ndarray[Any, Any]] = {}
         self._outputs: dict[str, np.ndarray[Any, Any]] = {}
+        self._kept: dict[str, DeviceArray] = {}
 
-    def bind_input(self, name: str, array: np.ndarray[Any, Any]) -> None:
+    def bind_input(self, name: str, array: np.ndarray[Any, Any] | DeviceArray) -> None:
         """Bind a contiguous array, which is not copied. Raises InputError."""
+        if isinstance(array, DeviceArray):
+            self._kept[name] = array
+            bind(self._binding.bind_input, name, array)
+            return
         _check_bindable(name, array, self._session.input_names)
         self._inputs[name] = array
         self._binding.bind_cpu_input(name, array)
 
-    def bind_output(self, name: str, array: np.ndarray[Any, Any]) -> None:
+    def bind_output(self, name: str, array: np.ndarray[Any, Any] | DeviceArray) -> None:
         """Bind a contiguous array that receives an output. Raises InputError."""
+        if isinstance(array, DeviceArray):
+            self._kept[name] = array
+            bind(self._binding.bind_output, name, array)
+            return
         _check_bindable(name, array, self._session.output_names)
         if not array.flags.writeable:
             raise InputError(f"The array for {name} is read-only, so it cannot receive an output: use a copy.")
@@ -246,7 +379,7 @@ class Binding:
         if check:
             self._session.check(self._inputs)
         try:
-            self._inner.run_with_iobinding(self._binding)
+            self._inner.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # ONNX Runtime's errors have no common base but Exception
             raise InputError(f"ONNX Runtime refuses the bound arrays: {_one_line(error)}") from error
         return dict(self._outputs)
@@ -291,6 +424,11 @@ def _check_array(spec: TensorSpec, array: Any, signature: Signature, sizes: dict
         first, owner = sizes.setdefault(axis, (size, spec.name))
         if first != size:
             raise InputError(f"Input {spec.name} has {axis} {size} and {owner} has {first}; they have to agree.")
+    if spec.right_padded and not (np.all(array[:, :1] == 1) and np.all(array[:, 1:] <= array[:, :-1])):
+        raise InputError(
+            f"Input {spec.name} has rows that are not ones and then zeros; this artifact takes texts of at least one token, padded on "
+            "the right."
+        )
     if spec.bounds is not None and array.size:
         low, high = int(array.min()), int(array.max())
         if low < spec.bounds[0] or high > spec.bounds[1]:

@@ -1,0 +1,163 @@
+"""Arrays in a card's memory, and the inputs and outputs of a session that stay there.
+
+ONNX Runtime allocates the memory (OrtValue) and runs on addresses; copies between two places on the card go through NVIDIA's
+driver, which is there wherever the provider is. Source: CUDA Driver API, memory management.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxpress.errors import ProviderError
+
+_ON_DEVICE = 2  # CU_MEMORYTYPE_DEVICE
+
+
+class Memory(Protocol):
+    """Where the cache of a language model lies. Arrays have rows along their first axis and tokens along their third."""
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> Any:
+        """A new array."""
+        ...
+
+    def copy(self, source: Any, row: int, target: Any, to_row: int, length: int) -> None:
+        """Copy the first tokens of one array's row into another's."""
+        ...
+
+
+class HostMemory:
+    """numpy's."""
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> npt.NDArray[Any]:
+        """A new array."""
+        return np.zeros(tuple(shape), dtype)
+
+    def copy(self, source: npt.NDArray[Any], row: int, target: npt.NDArray[Any], to_row: int, length: int) -> None:
+        """Copy the first tokens of one array's row into another's."""
+        target[to_row, :, :length] = source[row, :, :length]
+
+
+class DeviceArray:
+    """A contiguous array on a card. Slices of the first axis share its memory."""
+
+    def __init__(self, owner: Any, shape: tuple[int, ...], dtype: np.dtype[Any], address: int, device_id: int) -> None:
+        self._owner = owner  # the OrtValue that frees the memory when nobody refers to it any more
+        self.shape = shape
+        self.dtype = dtype
+        self.address = address
+        self.device_id = device_id
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+
+    def __getitem__(self, rows: slice) -> DeviceArray:
+        start, stop, step = rows.indices(self.shape[0])
+        assert step == 1
+        shape = (max(0, stop - start), *self.shape[1:])
+        return DeviceArray(self._owner, shape, self.dtype, self.address + start * self.row_bytes, self.device_id)
+
+    def write(self, array: npt.NDArray[Any]) -> None:
+        """Copy a numpy array of the same shape and dtype in; only for arrays that are no slices."""
+        self._owner.update_inplace(array)
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """A copy of the whole array in the computer's memory; only for arrays that are no slices."""
+        found: npt.NDArray[Any] = self._owner.numpy()
+        return found
+
+
+class DeviceMemory:
+    """A card's. Raises ProviderError where the driver cannot."""
+
+    def __init__(self, device_id: int) -> None:
+        self.device_id = device_id
+        self._driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        device = ctypes.c_int()
+        self._context = ctypes.c_void_p()
+        self._check(self._driver.cuInit(0))
+        self._check(self._driver.cuDeviceGet(ctypes.byref(device), device_id))
+        self._check(self._driver.cuDevicePrimaryCtxRetain(ctypes.byref(self._context), device))  # ONNX Runtime's, too
+
+    def empty(self, shape: Sequence[int], dtype: str | np.dtype[Any]) -> DeviceArray:
+        """A new array that holds anything."""
+        from onnxruntime import OrtValue
+
+        kind = np.dtype(dtype)
+        if 0 in shape:
+            return DeviceArray(None, tuple(shape), kind, 0, self.device_id)
+        owner = OrtValue.ortvalue_from_shape_and_type(tuple(shape), kind.type, "cuda", self.device_id)
+        return DeviceArray(owner, tuple(shape), kind, owner.data_ptr(), self.device_id)
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> DeviceArray:
+        """A new array."""
+        array = self.empty(shape, dtype)
+        size = array.shape[0] * array.row_bytes
+        if size:
+            self._enter()
+            self._check(
+                self._driver.cuMemsetD8_v2(ctypes.c_uint64(array.address), ctypes.c_ubyte(0), ctypes.c_size_t(size))
+            )
+            self._check(self._driver.cuCtxSynchronize())
+        return array
+
+    def copy(self, source: DeviceArray, row: int, target: DeviceArray, to_row: int, length: int) -> None:
+        """Copy the first tokens of one array's row, (heads, tokens, width), into another's."""
+        heads, tokens, width = source.shape[1:]
+        if not length:
+            return
+        token = width * source.dtype.itemsize
+        plan = _Copy2D(
+            source_kind=_ON_DEVICE,
+            source=source.address + row * source.row_bytes,
+            source_pitch=tokens * token,
+            target_kind=_ON_DEVICE,
+            target=target.address + to_row * target.row_bytes,
+            target_pitch=target.shape[2] * token,
+            width=length * token,
+            height=heads,
+        )
+        self._enter()
+        # ONNX Runtime is done when a run returns, and its stream does not wait for this one: so this waits itself.
+        self._check(self._driver.cuMemcpy2DUnaligned_v2(ctypes.byref(plan)))
+        self._check(self._driver.cuCtxSynchronize())
+
+    def _enter(self) -> None:
+        self._check(self._driver.cuCtxSetCurrent(self._context))
+
+    def _check(self, status: int) -> None:
+        if status:
+            name = ctypes.c_char_p()
+            self._driver.cuGetErrorName(status, ctypes.byref(name))
+            reason = name.value.decode() if name.value else status
+            raise ProviderError(f"NVIDIA's driver refuses a copy on card {self.device_id}: {reason}.")
+
+
+class _Copy2D(ctypes.Structure):
+    """CUDA_MEMCPY2D: rows of `width` bytes, each `pitch` bytes after the one before."""
+
+    _fields_ = [
+        ("source_x", ctypes.c_size_t),
+        ("source_y", ctypes.c_size_t),
+        ("source_kind", ctypes.c_int),
+        ("source_host", ctypes.c_void_p),
+        ("source", ctypes.c_uint64),
+        ("source_array", ctypes.c_void_p),
+        ("source_pitch", ctypes.c_size_t),
+        ("target_x", ctypes.c_size_t),
+        ("target_y", ctypes.c_size_t),
+        ("target_kind", ctypes.c_int),
+        ("target_host", ctypes.c_void_p),
+        ("target", ctypes.c_uint64),
+        ("target_array", ctypes.c_void_p),
+        ("target_pitch", ctypes.c_size_t),
+        ("width", ctypes.c_size_t),
+        ("height", ctypes.c_size_t),
+    ]
