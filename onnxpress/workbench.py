@@ -63,6 +63,7 @@ class Workbench:
             providers=("cpu",) if self._target.uniform_steps and _attends_in_float(graph) else self._providers,
             disabled_optimizers=self._target.disabled_optimizers,
             exact_products=self._target.exact_products,
+            allow_fallback=True,  # of a graph on its way; the artifact has to run on the target alone
         )
         weakref.finalize(session, shutil.rmtree, path.parent, ignore_errors=True)
         return session

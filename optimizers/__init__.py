@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from onnxpress.errors import RecipeError
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.cuda_attention import CudaAttention
+from onnxpress.optimizers.cuda_opset import CudaOpset
 from onnxpress.optimizers.deduplicate import Deduplicate
 from onnxpress.optimizers.fold import Fold
 from onnxpress.optimizers.fuse_attention import FuseAttention
@@ -35,6 +36,7 @@ PASSES: Mapping[str, type[Pass]] = {
     "fuse-rotary": FuseRotary,
     "pack-projections": PackProjections,
     "cuda-attention": CudaAttention,
+    "cuda-opset": CudaOpset,
     "pack-attention": PackAttention,
     "sparse-2-4": Sparse24,
     "fp16": Float16,

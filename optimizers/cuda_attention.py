@@ -27,6 +27,7 @@ from onnxpress.optimizers.linear import add_constant, attribute, replace_value
 from onnxpress.optimizers.matching import body_nodes, insert
 
 _MASK = "attention_mask"
+_LONGEST = 8192  # tokens; masks for longer texts take gigabytes
 _HIDDEN = -1e4  # a score this low has weight 0 beside any other
 _KEPT = ("scale",)  # attributes that both operators have
 _NOT_THERE = (
@@ -89,7 +90,7 @@ def _obstacle(attention: ir.Node) -> str:
 
 
 def _hides_padding(graph: Graph, mask: ir.Value) -> bool:
-    """Whether a mask is 0 for the tokens of a row and hides what is behind them, whatever the texts: computed for a few lengths."""
+    """Whether a mask is 0 for the tokens of a row and hides what is behind them, whatever the texts: computed for a few lengths, the longest too."""
     specs = {spec.name: spec for spec in graph.signature.inputs}
     padding = specs.get(_MASK)
     if padding is None or len(padding.shape) != 2 or graph.signature.task == "module":
@@ -106,7 +107,10 @@ def _hides_padding(graph: Graph, mask: ir.Value) -> bool:
         return False
     evaluator = ReferenceEvaluator(ir.to_proto(part))
     random = np.random.default_rng(0)
-    for rows, length in ((1, 1), (2, 5), (3, 4)):
+    longest = graph.signature.axes[str(padding.shape[1])][1]  # a window that is wider than shorter texts shows there
+    if longest > _LONGEST:
+        return False
+    for rows, length in ((1, longest), (1, 1), (3, min(5, longest))):
         counts = random.integers(1, length + 1, rows)
         given = (np.arange(length)[None] < counts[:, None]).astype(padding.dtype)
         feeds: dict[str, np.ndarray] = {_MASK: given}

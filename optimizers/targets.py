@@ -171,7 +171,7 @@ TARGETS: Mapping[str, Target] = {
     "cuda": Target(
         name="cuda",
         providers=("cuda",),
-        lossless=(*_CLEAN, *_FUSE, *_DECODER, "cuda-attention"),
+        lossless=(*_CLEAN, *_FUSE, *_DECODER, "cuda-attention", "cuda-opset"),
         precisions={
             "fp16": ("pack-attention", "fp16"),
             "fp32": ("pack-attention",),

@@ -11,6 +11,7 @@ import transformers as tf
 from tiny_decoders import save_decoder
 
 import onnxpress
+from onnxpress.artifact import Artifact
 from onnxpress.runtime import CUDA, Generator, load
 from onnxpress.runtime.cache import KeyValueCache
 from onnxpress.runtime.device import DeviceArray
@@ -34,6 +35,11 @@ def opened(path: Path, **options: Any) -> Generator:
     runner = load(path, providers=[CUDA(**options)])
     assert isinstance(runner, Generator)
     return runner
+
+
+def allowed(artifact: Path) -> float:
+    """Of the largest logit: what rounding to 11 bits makes of it; with 4-bit weights the CPU rounds activations to 8 bits, too."""
+    return 0.08 if Artifact.open(artifact).manifest.precision == "int4-weights" else 0.03
 
 
 def followed(generator: Generator, texts: list[list[int]], parts: list[list[int]]) -> list[np.ndarray]:
@@ -61,7 +67,7 @@ def test_steps_like_the_cpu(artifact: Path) -> None:
     for options in ({}, {"graphs": False}):
         found = followed(opened(artifact, **options), texts, parts)
         for one, other in zip(expected, found, strict=True):
-            np.testing.assert_allclose(other, one, rtol=0, atol=0.03 * float(np.abs(one).max()))
+            np.testing.assert_allclose(other, one, rtol=0, atol=allowed(artifact) * float(np.abs(one).max()))
 
 
 def test_the_cache_lies_on_the_card(artifact: Path) -> None:
@@ -102,7 +108,7 @@ def test_a_long_prompt_in_chunks(artifact: Path) -> None:
     one = followed(generator, [prompt], [[512, 180, 1, 1]])
     other = followed(cpu, [prompt], [[512, 180, 1, 1]])
     for found, expected in zip(one, other, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=0, atol=0.03 * float(np.abs(expected).max()))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=allowed(artifact) * float(np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "mistral", "gpt2", "phi4-partial-rotary"])

@@ -1,0 +1,213 @@
+"""Passes for the CUDA provider, tried on the CPU: equal answers on padded batches, and what is left alone."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import transformers as tf
+from small_graphs import small_graph
+from tiny_decoders import CONTEXT, make_model
+from tiny_models import VOCAB, save_model
+
+from onnxpress.errors import ConversionError, InputError, RecipeError
+from onnxpress.exporters import Exported, ParityCheck, export
+from onnxpress.exporters.conventions import learn
+from onnxpress.exporters.transformers_decoder import export_causal_lm
+from onnxpress.graph import Graph
+from onnxpress.optimizers import make_pass
+from onnxpress.optimizers.base import PassContext, PassResult
+from onnxpress.optimizers.targets import target
+from onnxpress.recipe import make_recipe
+from onnxpress.runtime.cache import KeyValueCache
+from onnxpress.runtime.model_step import TOTAL_LENGTH, ModelStep
+from onnxpress.runtime.session import Session
+from onnxpress.workbench import save
+
+CUDA = PassContext(target=target("cuda"))
+PACKED, HEADS = "com.microsoft::Attention", "com.microsoft::MultiHeadAttention"
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @cache
+    def exported(name: str) -> Exported:
+        folder = save_model(tmp_path_factory.mktemp("model") / name, name, tf.AutoModelForTokenClassification)
+        return export(folder, task="token-classification")
+
+    return exported
+
+
+def pressed(graph: Graph, *names: str) -> PassResult:
+    for name in names:
+        result = make_pass(name).apply(graph.clone(), CUDA)
+        graph = result.graph
+    return result
+
+
+def opened(graph: Graph, folder: Path) -> Session:
+    save(graph, folder / "model.onnx")
+    return Session(folder / "model.onnx", signature=graph.signature)
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "albert"])
+def test_attention_over_padding_takes_lengths_and_its_projections(name: str, encoders: Any, tmp_path: Path) -> None:
+    exported = encoders(name)
+    layers = exported.graph.operators()["Attention"]
+    parity = ParityCheck(exported)
+    for names, operator in ((("cuda-attention",), HEADS), (("cuda-attention", "pack-attention"), PACKED)):
+        result = pressed(exported.graph, *names)
+        assert result.changes == layers
+        assert result.graph.operators()[operator] == layers
+        assert "Attention" not in result.graph.operators()
+        assert "Where" not in result.graph.operators()  # the mask is gone
+        parity.check(opened(result.graph, tmp_path))  # against PyTorch, padded and not
+
+
+def test_what_hides_more_than_padding_stays(encoders: Any, tmp_path: Path) -> None:
+    """ModernBERT has windows in two layers of three; a decoder's mask is causal."""
+    exported = encoders("modernbert")
+    result = pressed(exported.graph, "cuda-attention")
+    assert result.changes == 2  # the first layer and every third look at everything
+    assert result.graph.operators()["Attention"] == 2
+    assert any("hides more than padding" in note for note in result.notes)
+    ParityCheck(exported).check(opened(result.graph, tmp_path))
+    causal = save_model(tmp_path / "causal", "qwen3")
+    untouched = pressed(export(causal, task="feature-extraction").graph, "cuda-attention")
+    assert untouched.changes == 0
+
+
+def test_rows_have_to_be_padded_on_the_right(encoders: Any, tmp_path: Path) -> None:
+    graph = encoders("bert").graph
+    session = opened(pressed(graph, "cuda-attention").graph, tmp_path)
+    ids = np.full((2, 4), VOCAB - 1)
+    feeds = {"input_ids": ids, "token_type_ids": np.zeros_like(ids)}
+    for wrong in ([[0, 0, 1, 1], [1, 1, 1, 1]], [[1, 0, 1, 1], [1, 1, 1, 1]], [[1, 1, 1, 1], [0, 0, 0, 0]]):
+        with pytest.raises(InputError, match="padded on the right"):
+            session.run({**feeds, "attention_mask": np.array(wrong)})
+        assert opened(graph, tmp_path).run({**feeds, "attention_mask": np.array(wrong)})  # which the export takes
+    assert session.run({**feeds, "attention_mask": np.array([[1, 1, 0, 0], [1, 1, 1, 1]])})
+
+
+def test_a_module_with_an_input_of_that_name_keeps_its_mask() -> None:
+    """Nobody says there how it is padded."""
+    graph = small_graph(
+        """
+        hidden = Cast<to=9>(attention_mask) rows = Unsqueeze(hidden, axes) kept = Where(rows, zero, lowest)
+        full = Expand(kept, shape)
+        y = Attention<q_num_heads=4, kv_num_heads=4>(x, x, x, full)
+        """,
+        inputs="float[batch,length,32] x, int64[batch,length] attention_mask",
+        weights={
+            "axes": np.array([1, 2]),
+            "zero": np.float32(0),
+            "lowest": np.float32(-1e9),
+            "shape": np.array([1, 1, 1, 1]),
+        },
+        opset=23,
+    )
+    assert pressed(graph, "cuda-attention").changes == 0
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("name", ["gemma2", "gpt2"])
+def test_a_language_model_without_query_seqlens(name: str, tmp_path: Path) -> None:
+    """Unequal prompts, unequal further parts (row by row), single tokens: as the form for CPUs answers."""
+    model = make_model(name)
+    conventions = learn(model, positions=CONTEXT)
+    random = np.random.default_rng(0)
+    parts = [
+        [random.integers(0, 300, count).tolist() for count in counts]
+        for counts in ((20, 3, 90), (5, 30, 16), (1, 1, 1))
+    ]
+
+    def logits(graph: Graph) -> np.ndarray:
+        step = ModelStep(opened(graph, tmp_path), KeyValueCache(graph.signature.inputs, context=CONTEXT, budget=2**28))
+        return np.concatenate([step.run(0, tokens).copy() for tokens in parts])
+
+    plain = export_causal_lm(model, conventions, context=CONTEXT)
+    uniform = export_causal_lm(model, conventions, context=CONTEXT, uniform_steps=True)
+    fused = pressed(uniform, "fuse-skip-norm", "fuse-rotary", "pack-projections").graph
+    expected = logits(plain)
+    for graph in (uniform, fused):
+        assert TOTAL_LENGTH in [spec.name for spec in graph.signature.inputs]
+        attentions = [node for node in graph.model.graph if node.op_type == "GroupQueryAttention"]
+        assert all(len(node.inputs) <= 10 for node in attentions)
+        np.testing.assert_allclose(logits(graph), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.newest
+def test_half_precision_halves_the_cache_and_leaves_no_casts_around_it(tmp_path: Path) -> None:
+    model = make_model("qwen2")
+    graph = export_causal_lm(model, learn(model, positions=CONTEXT), context=CONTEXT, uniform_steps=True)
+    steps = ("fuse-skip-norm", "fuse-rotary", "pack-projections", "fp16")
+    result = pressed(graph, *steps).graph
+    caches = [
+        spec
+        for spec in (*result.signature.inputs, *result.signature.outputs)
+        if "key" in spec.name or "value" in spec.name
+    ]
+    assert len(caches) == 8
+    assert {spec.dtype for spec in caches} == {"float16"}
+    assert result.operators()["Cast"] == 1  # of the logits
+    step = ModelStep(opened(result, tmp_path), KeyValueCache(result.signature.inputs, context=CONTEXT, budget=2**28))
+    assert (
+        step.cache.bytes_per_token * 2
+        == KeyValueCache(graph.signature.inputs, context=CONTEXT, budget=1).bytes_per_token
+    )
+    assert np.isfinite(step.run(0, [[5, 6, 7], [8]])).all()
+    with pytest.raises(ConversionError, match=r"bfloat16 is not implemented for language models.*fp16"):
+        pressed(graph, *steps[:3], "bf16")
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "message"),
+    [
+        (
+            "cuda",
+            "fp32",
+            r"'fp32' does not go with text-generation on target 'cuda'; it takes: fp16, int8-weights, int4-weights",
+        ),
+        ("cuda", "bf16", "it takes: fp16, int8-weights, int4-weights"),
+        ("tensorrt", None, r"takes no language models.*--target cuda"),
+    ],
+)
+def test_precisions_that_language_models_do_not_have(kind: str, precision: str | None, message: str) -> None:
+    build = {"target": kind} | ({} if precision is None else {"precision": precision})
+    recipe = make_recipe({"model": {"source": "x"}, "build": build})
+    assert recipe.precision("feature-extraction") in target(kind).precisions
+    with pytest.raises(RecipeError, match=message):
+        recipe.precision("text-generation")
+
+
+POOL = "c = Conv(x, w) y = MaxPool<kernel_shape=[2,2]>(c)"
+WEIGHT = {"w": np.random.default_rng(0).standard_normal((4, 3, 3, 3)).astype(np.float32)}
+
+
+def test_pooling_gets_a_version_that_has_a_cuda_kernel(tmp_path: Path) -> None:
+    graph = small_graph(POOL, inputs="float[batch,3,8,8] x", weights=WEIGHT, opset=23)
+    result = pressed(graph, "cuda-opset")
+    assert result.changes == 2
+    assert result.graph.model.opset_imports[""] == 21
+    x = {"x": np.random.default_rng(1).standard_normal((2, 3, 8, 8)).astype(np.float32)}
+    answers = []
+    for index, one in enumerate((graph, result.graph)):
+        save(one, tmp_path / f"{index}.onnx")
+        answers.append(Session(tmp_path / f"{index}.onnx").run(x)["y"])
+    np.testing.assert_array_equal(*answers)
+
+
+def test_an_opset_that_is_needed_stays() -> None:
+    attention = "flat = MaxPool<kernel_shape=[1]>(x) y = Attention<q_num_heads=4, kv_num_heads=4>(flat, flat, flat)"
+    result = pressed(small_graph(attention, inputs="float[batch,length,32] x", opset=23), "cuda-opset")
+    assert result.changes == 0
+    assert result.notes == ("Attention is newer than opset 21",)
+    relu = small_graph("y = Relu(x)", inputs="float[batch,8] x", opset=23)
+    assert pressed(relu, "cuda-opset").changes == 0
+    older = small_graph(POOL, inputs="float[batch,3,8,8] x", weights=WEIGHT, opset=18)
+    assert pressed(older, "cuda-opset").changes == 0
+    assert isinstance(older.model, ir.Model)
