@@ -211,6 +211,8 @@ def _build(
         session_options: dict[str, Json] = {"disabled_optimizers": list(facts.disabled_optimizers)}
         if facts.exact_products:
             session_options["exact_products"] = True
+        if facts.providers != ("cpu",):
+            session_options["providers"] = list(facts.providers)
         if press.rows_alone:
             session_options["tokens_per_chunk"] = 1
         manifest = Manifest(

@@ -48,7 +48,7 @@ def load(
 ) -> Runner:
     """Open an artifact: Embedder, TextClassifier, TokenClassifier, QuestionAnswerer, FillMask, Generator or ModuleRunner.
 
-    providers: e.g. ("cuda", "cpu"), or options such as CPU(threads=2); None is the CPU. verify: check all digests.
+    providers: e.g. ("cuda", "cpu"), or options such as CPU(threads=2); None is what the artifact was built for. verify: check all digests.
     key: of an encrypted artifact, its 32 bytes or where to find them: "file:PATH", "env:NAME", "command:LINE".
     cache_bytes: for a language model, the most memory for keys and values. Raises ArtifactError, ProviderError.
     """
@@ -103,7 +103,7 @@ def open_session(
         artifact.path / MODEL,
         content=None if artifact.key is None else partial(_model_files, artifact),
         signature=manifest.signature,
-        providers=providers or ("cpu",),
+        providers=providers or manifest.session.get("providers") or ("cpu",),
         allow_fallback=allow_fallback,
         disabled_optimizers=manifest.session.get("disabled_optimizers", ()),
         exact_products=manifest.session.get("exact_products", False),
