@@ -9,6 +9,7 @@ figure. `--provider cpu --tiny` runs all of it in small on the CPU: a test of th
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.metadata
 import sys
 import time
@@ -42,15 +43,14 @@ def main() -> None:
         parser.error("--rounds takes a number from 1 on")
     if arguments.only and not any(word in part for part in (*PARTS, "roof") for word in arguments.only):
         parser.error(f"--only {' '.join(arguments.only)} names no part; there are: roof, {', '.join(PARTS)}")
-    try:
-        import card
-    except ImportError as error:
-        sys.exit(f"torch is needed to measure a card ({error}): python -m pip install 'onnxpress[build,gpu]'")
-    found = card.find(arguments.provider)
-    if found is None:
-        print(NOTHING)
-        return
+    if arguments.provider == "cuda":
+        if not has_card():
+            print(NOTHING)
+            return
+        if problem := missing():
+            sys.exit(f"There is an NVIDIA card, but {problem}")
 
+    import card
     import decoders
     import encoders
     import record
@@ -60,6 +60,7 @@ def main() -> None:
     if arguments.tiny:
         torch.set_num_threads(1)
 
+    found = card.Card(name=arguments.provider)
     versions = {name: version for name in PACKAGES if (version := _version(name)) is not None}
     about = {
         "date": time.strftime("%Y-%m-%d"),
@@ -93,6 +94,34 @@ def main() -> None:
     for what in results.left_out:
         print(f"left out for want of time: {what}")
     print(f"all of it: {arguments.json}")
+
+
+def has_card() -> bool:
+    """Whether NVIDIA's driver is there and shows a card. The standard library is enough to ask."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+def missing() -> str:
+    """What else is needed to measure the card; empty where nothing is."""
+    try:
+        import torch
+
+        from onnxpress.errors import OnnxpressError
+        from onnxpress.runtime.providers import check_provider
+    except ImportError as error:
+        return f"{error}: python -m pip install 'onnxpress[build,gpu]', or add its folder to PYTHONPATH."
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} does not see it: install a build of torch for CUDA that the driver supports."
+    try:
+        check_provider("cuda")
+    except OnnxpressError as error:
+        return str(error)
+    return ""
 
 
 def _version(name: str) -> str | None:

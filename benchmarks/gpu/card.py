@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import subprocess
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -82,12 +81,3 @@ class Card:
         except (OSError, subprocess.TimeoutExpired):
             answer = ""
         return {"card": answer or torch.cuda.get_device_name(0)}
-
-
-def find(wanted: str) -> Card | None:
-    """The card, the CPU where that was asked for, or None where there is no card."""
-    if wanted == "cpu":
-        return Card(name="cpu")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an old driver is no card
-        return Card(name="cuda") if torch.cuda.is_available() else None

@@ -45,7 +45,8 @@ def measure(record: Record, card: Card, name: str, bits: int, *, tiny: bool, who
         return
     shape = TINY if tiny else decoder_graph.SHAPES[name]
     shared = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="onnxpress-gpu-", dir=shared if shared.is_dir() else None))
+    roomy = shared.is_dir() and shutil.disk_usage(shared).free > 2**32  # containers often have little
+    folder = Path(tempfile.mkdtemp(prefix="onnxpress-gpu-", dir=shared if roomy else None))
     steps: dict[str, Callable[[], Any]] = {}
     prompts: dict[str, Callable[[], Any]] = {}
     try:
