@@ -56,30 +56,23 @@ def measure(record: Record, card: Card, name: str, bits: int, *, tiny: bool, who
     finally:
         shutil.rmtree(folder)
     with torch.inference_mode():
-        if bits == 16:
+        if bits == 16 and record.has_time(f"{of}, torch"):
             with record.attempt(f"{of}, torch"):
                 _peers(record, card, of, shape, steps, prompts, whole=whole)
-        if record.has_time(f"{of}, step"):
-            _keep(record, card, of, shape, bits, record.take_turns(f"{of}, step", steps))
-        if record.has_time(f"{of}, prompt"):
-            for system, times in record.take_turns(f"{of}, prompt", prompts).items():
+        # What is ready is timed, whatever the budget says: that takes seconds.
+        for case, calls, tokens in ((f"step after {PAST}", steps, 1), (f"prompt of {PAST}", prompts, PAST)):
+            for system, times in record.take_turns(f"{of}, {case}", calls).items():
                 seconds = statistics.median(times) / 1000
-                numbers: dict[str, Any] = {"ms": times, "tokens/s": PAST / seconds}
-                if (rate := roof.product_rate(record)) is not None:
-                    numbers["of its roof"] = shape.operations(PAST) / seconds / 1e12 / rate
-                record.add(of, f"prompt of {PAST}", system, **numbers)
+                numbers: dict[str, Any] = {"ms": times, "tokens/s": tokens / seconds}
+                reached, rate = shape.bytes_per_step(bits, PAST) / 1e9, roof.read_rate(record)
+                if tokens > 1:
+                    reached, rate = shape.operations(tokens) / 1e12, roof.product_rate(record)
+                if rate is not None:
+                    numbers["of its roof"] = reached / seconds / rate
+                record.add(of, case, system, **numbers)
     steps.clear()
     prompts.clear()
     card.free()
-
-
-def _keep(record: Record, card: Card, of: str, shape: Shape, bits: int, found: dict[str, list[float]]) -> None:
-    for system, times in found.items():
-        seconds = statistics.median(times) / 1000
-        numbers: dict[str, Any] = {"ms": times, "tokens/s": 1 / seconds}
-        if (rate := roof.read_rate(record)) is not None:
-            numbers["of its roof"] = shape.bytes_per_step(bits, PAST) / seconds / 1e9 / rate
-        record.add(of, f"step after {PAST}", system, **numbers)
 
 
 def _ours(
@@ -232,6 +225,8 @@ def _peers(
             steps[system] = _Decoding(card, model, form, graph=graph).run
         with record.attempt(f"{of}, prompt, {system}"):
             prompts[system] = _prompt(card, form, shape, graph=graph)
+    if not record.has_time(f"{of}, what torch compiles"):
+        return
     # Compiling changes modules in place: the same weights in a second model.
     twin = make_model(shape, card, weights=model)
     for layer in twin.model.layers:

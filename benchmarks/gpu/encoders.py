@@ -84,6 +84,8 @@ def _measure_case(
     with torch.inference_mode():
         reference = _Torch(encoders, feeds, attention="eager", precise=True).answer()
         for system, options in _peers(whole=whole, padded=not feeds["attention_mask"].all()).items():
+            if "compiled" in options and not record.has_time(f"{of}, {case}, {system}"):
+                continue
             with record.attempt(f"{of}, {case}, {system}"):
                 started = time.perf_counter()
                 peer = _Torch(encoders, feeds, **options)
