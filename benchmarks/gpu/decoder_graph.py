@@ -172,9 +172,12 @@ def _signature(shape: Shape) -> Signature:
 
 
 def _write_random(path: Path, size: int) -> None:
-    """`size` bytes of float16 numbers around 0 (standard deviation 0.02), 64 MiB of them over and over."""
+    """`size` bytes of float16 numbers around 0, 64 MiB of them over and over.
+
+    As scales of 4-bit blocks, which have numbers from -8 to 7, they give weights of a standard deviation of 0.02, as models begin with.
+    """
     numbers = np.random.default_rng(0).standard_normal(min(size // 2, 2**25) + 1, np.float32)
-    content = memoryview((numbers * 0.02).astype(np.float16).tobytes())
+    content = memoryview((numbers * 0.005).astype(np.float16).tobytes())
     with path.open("wb") as file:
         while size > 0:
             size -= file.write(content[:size])

@@ -113,7 +113,7 @@ def test_one_that_fails_leaves_the_others_their_rounds(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("--provider", "cpu"), "add --tiny"),
-        (("--only", "bart"), "names no part; there are: roof, encoder minilm-l6"),
+        (("--only", "bart"), "names no part; there are: roof, encoder minilm-l6, decoder"),
         (("--rounds", "0"), "--rounds takes a number from 1 on"),
     ],
 )
