@@ -10,13 +10,14 @@ TARGET ?=
 HOST ?=
 BUNDLE_OPTIONS ?=
 DEPLOY_OPTIONS ?=
+GPU_BENCH_OPTIONS ?=
 # The first of these that is there and is new enough.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := $(VENV)/bin
 DEMO_TEXT := A small model that answers like the large one is worth more than a large one that waits.
 
-.PHONY: help setup demo build bundle deploy test test-oldest test-browser test-aarch64 check bench bench-language bench-peers clean
+.PHONY: help setup demo build bundle deploy test test-oldest test-browser test-aarch64 check bench bench-language bench-peers gpu-bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -102,6 +103,11 @@ bench: bench-peers ## MiniLM side by side with other tools (DATA=folder with sts
 
 bench-language: bench-peers ## language models side by side (DATA=folder with lm_wikitext2/, lm_tinyshakespeare/, model_stories260K/)
 	@bash benchmarks/language.sh "$(BIN)/python" "$(OUT)" "$(ROUNDS)" "$(DATA)"
+
+gpu-bench: ## encoders and decoders beside torch on an NVIDIA card (PYTHON=… has torch and onnxruntime-gpu; GPU_BENCH_OPTIONS="--budget 240")
+	@python="$(BIN)/python"; "$$python" -c 'import importlib.metadata; importlib.metadata.version("onnxruntime-gpu")' 2>/dev/null || \
+		python="$(PYTHON)"; test -n "$$python" || { echo "Python is needed: name it with PYTHON=…"; exit 2; }; \
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$$python" benchmarks/gpu/bench.py $(GPU_BENCH_OPTIONS)
 
 clean: ## remove environments, artifacts and caches
 	rm -rf .venv .venv-oldest .venv-peers .bench-cache .devices $(OUT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
