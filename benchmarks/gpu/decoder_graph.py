@@ -1,6 +1,6 @@
 """Writes the graph that a build for `cuda` gives for a decoder of Qwen2's kind, with random weights that all lie in one file.
 
-Speed does not depend on weights, and a build of seven billion takes long. tests/gpu/test_decoder_graph.py holds this graph against
+Speed does not depend on weights, and a build of seven billion takes long. tests/pipeline/test_gpu_decoder_graph.py holds this graph against
 one that the product built.
 """
 
@@ -122,7 +122,7 @@ def write(shape: Shape, bits: int, folder: Path) -> tuple[Path, Signature]:
         projected = product(attended, f"o_{layer}", shape.heads * shape.head, shape.hidden)
         state, hidden = normalized_sum(hidden, projected)
         gate = product(state, f"gate_{layer}", shape.hidden, shape.intermediate)
-        gate = graph.op("QuickGelu", [gate], domain=MICROSOFT, alpha=1.0)  # SiLU
+        gate = graph.op("Mul", [gate, graph.op("Sigmoid", [gate])])  # SiLU, which ONNX Runtime makes one operator
         up = product(state, f"up_{layer}", shape.hidden, shape.intermediate)
         down = product(graph.op("Mul", [gate, up]), f"down_{layer}", shape.intermediate, shape.hidden)
         state, hidden = normalized_sum(hidden, down)

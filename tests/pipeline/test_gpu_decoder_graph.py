@@ -50,8 +50,6 @@ def described(model: onnx.ModelProto) -> dict[str, Any]:
 DEFAULTS = ("allowzero", "axis", "alpha", "beta", "transA")
 
 
-# TO FINISH AFTER THE MERGE: take this mark away once a build for cuda gives GroupQueryAttention with total_length and QuickGelu.
-@pytest.mark.xfail(strict=True, reason="builds for cuda have another form still")
 @pytest.mark.newest
 @pytest.mark.parametrize("bits", PRECISIONS)
 def test_it_is_what_a_build_for_cuda_gives(bits: int, tmp_path: Path) -> None:
