@@ -259,7 +259,7 @@ def _build(
             measured["latency"] = _latency(
                 workload, _timed_systems(workload, exported.reference, {"export": plain, "artifact": press.session})
             )
-            if isinstance(workload, TextWorkload) and not press.rows_alone:
+            if isinstance(workload, TextWorkload) and not press.rows_alone and press.session.on_cpu:
                 measured["tokens_per_chunk"] = _fastest_chunk(workload, press.session)
         shutil.rmtree(work)
         measured["build_seconds"] = round(time.perf_counter() - started, 1)

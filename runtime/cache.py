@@ -89,9 +89,8 @@ class KeyValueCache:
         first, second = self.tokens[one], self.tokens[other]
         length = max(len(first), len(second))
         self.tokens[one] = self.tokens[other] = []  # until all layers have changed places, neither row holds anything
-        for spec in self.specs:
-            array = self.arrays[spec.name]
-            kept = self._memory.zeros(self._shape(spec, 1, length), spec.dtype)
+        for array in self.arrays.values():
+            kept = self._memory.zeros((1, array.shape[1], length, array.shape[3]), array.dtype)
             self._memory.copy(array, one, kept, 0, length)
             self._memory.copy(array, other, array, one, length)
             self._memory.copy(kept, 0, array, other, length)

@@ -16,13 +16,15 @@ import numpy.typing as npt
 
 from onnxpress.errors import ProviderError
 
+Dtype = str | np.dtype[Any]
+
 _ON_DEVICE = 2  # CU_MEMORYTYPE_DEVICE
 
 
 class Memory(Protocol):
     """Where the cache of a language model lies. Arrays have rows along their first axis and tokens along their third."""
 
-    def zeros(self, shape: Sequence[int], dtype: str) -> Any:
+    def zeros(self, shape: Sequence[int], dtype: Dtype) -> Any:
         """A new array."""
         ...
 
@@ -34,7 +36,7 @@ class Memory(Protocol):
 class HostMemory:
     """numpy's."""
 
-    def zeros(self, shape: Sequence[int], dtype: str) -> npt.NDArray[Any]:
+    def zeros(self, shape: Sequence[int], dtype: Dtype) -> npt.NDArray[Any]:
         """A new array."""
         return np.zeros(tuple(shape), dtype)
 
@@ -86,7 +88,7 @@ class DeviceMemory:
         self._check(self._driver.cuDeviceGet(ctypes.byref(device), device_id))
         self._check(self._driver.cuDevicePrimaryCtxRetain(ctypes.byref(self._context), device))  # ONNX Runtime's, too
 
-    def empty(self, shape: Sequence[int], dtype: str | np.dtype[Any]) -> DeviceArray:
+    def empty(self, shape: Sequence[int], dtype: Dtype) -> DeviceArray:
         """A new array that holds anything."""
         from onnxruntime import OrtValue
 
@@ -96,7 +98,7 @@ class DeviceMemory:
         owner = OrtValue.ortvalue_from_shape_and_type(tuple(shape), kind.type, "cuda", self.device_id)
         return DeviceArray(owner, tuple(shape), kind, owner.data_ptr(), self.device_id)
 
-    def zeros(self, shape: Sequence[int], dtype: str) -> DeviceArray:
+    def zeros(self, shape: Sequence[int], dtype: Dtype) -> DeviceArray:
         """A new array."""
         array = self.empty(shape, dtype)
         size = array.shape[0] * array.row_bytes

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from onnxpress.errors import InputError
 from onnxpress.manifest import Json, Runnable
-from onnxpress.runtime.text_runner import TOKENS_PER_CHUNK, TextRunner
+from onnxpress.runtime.text_runner import TextRunner
 from onnxpress.runtime.tokenization import Sample, Tokenizer
 
 
@@ -25,7 +25,7 @@ class Embedder(TextRunner):
         tokenizer: Tokenizer,
         options: Mapping[str, Json],
         *,
-        tokens_per_chunk: int = TOKENS_PER_CHUNK,
+        tokens_per_chunk: int | None = None,
     ) -> None:
         super().__init__(session, tokenizer, options, tokens_per_chunk=tokens_per_chunk)
         self.one_answer_a_token = not options["pooled"]

@@ -24,7 +24,7 @@ from onnxpress.runtime.question_answerer import QuestionAnswerer
 from onnxpress.runtime.session import Session
 from onnxpress.runtime.tensor_file import tensors_of
 from onnxpress.runtime.text_classifier import TextClassifier
-from onnxpress.runtime.text_runner import TOKENS_PER_CHUNK, TextRunner
+from onnxpress.runtime.text_runner import TextRunner
 from onnxpress.runtime.token_classifier import TokenClassifier
 from onnxpress.runtime.tokenization import TOKENIZER, Tokenizer
 
@@ -86,9 +86,10 @@ def load_artifact(
         names = [name for name in chat_template.FILES if name in manifest.files]
         template = ChatTemplate.from_files({name: artifact.read(name) for name in names}, where=artifact.path)
         return Generator(session, tokenizer, options, template, cache_bytes=cache_bytes)
-    # What the build found necessary goes before what it found fastest.
-    chunk = manifest.session.get("tokens_per_chunk") or artifact.measured.get("tokens_per_chunk") or TOKENS_PER_CHUNK
-    if not isinstance(chunk, int) or chunk < 1:
+    # What the build found necessary goes before what it found fastest, which is a CPU's.
+    fastest = artifact.measured.get("tokens_per_chunk") if session.on_cpu else None
+    chunk = manifest.session.get("tokens_per_chunk") or fastest
+    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
         raise ArtifactError(f"{artifact.path} asks for chunks of {chunk!r} tokens, which is no number; build it again.")
     return RUNNERS[manifest.task](session, tokenizer, options, tokens_per_chunk=chunk)
 

@@ -13,18 +13,22 @@ import numpy as np
 from onnxpress.errors import InputError
 from onnxpress.manifest import Arrays, Json, Runnable
 from onnxpress.runtime.batching import plan, run_chunks
+from onnxpress.runtime.session import Session
 from onnxpress.runtime.tokenization import Encoding, Sample, Tokenizer, TruncationWarning
 
 Answer = dict[str, np.ndarray[Any, Any]]
 Item = TypeVar("Item")
 
 TOKENS_PER_CHUNK = 256
+TOKENS_PER_CHUNK_ON_CARD = 16384  # 128 texts of 128 tokens: what a step costs is spread over enough of them
+_STEP_ON_CARD = 8  # lengths are padded to multiples of it, so that fewer shapes have to be captured
 
 
 class TextRunner(ABC):
     """Answers texts. session: a Session, or anything that runs named arrays. options: the manifest's.
 
-    tokens_per_chunk: rows of a chunk times their length; batches run in such chunks. Safe to call from threads.
+    tokens_per_chunk: rows of a chunk times their length, or more on a card where None; batches run in such chunks. Safe to call from
+    threads.
     """
 
     task: ClassVar[str]
@@ -36,12 +40,14 @@ class TextRunner(ABC):
         tokenizer: Tokenizer,
         options: Mapping[str, Json],
         *,
-        tokens_per_chunk: int = TOKENS_PER_CHUNK,
+        tokens_per_chunk: int | None = None,
     ) -> None:
         self.session = session
         self.tokenizer = tokenizer
         self.options = options
-        self.tokens_per_chunk = tokens_per_chunk
+        on_card = isinstance(session, Session) and not session.on_cpu
+        self.tokens_per_chunk = tokens_per_chunk or (TOKENS_PER_CHUNK_ON_CARD if on_card else TOKENS_PER_CHUNK)
+        self._length_step = _STEP_ON_CARD if on_card else 1
 
     def outputs(self, samples: Sequence[Sample]) -> list[Answer]:
         """The raw outputs for each text or pair: no batch axis, no padding. Raises InputError."""
@@ -69,7 +75,7 @@ class TextRunner(ABC):
         names = self.session.input_names
 
         def chunk(rows: np.ndarray[Any, Any]) -> Arrays:
-            arrays = self.tokenizer.batch([encodings[row] for row in rows])
+            arrays = self.tokenizer.batch([encodings[row] for row in rows], multiple=self._length_step)
             return {name: arrays[name] for name in names}
 
         chunks = plan([len(encoding) for encoding in encodings], self.tokens_per_chunk)

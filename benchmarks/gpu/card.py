@@ -39,10 +39,9 @@ class Card:
         """For onnxpress, with CUDA graphs."""
         if not self.real:
             return ["cpu"]
-        from onnxpress.runtime import providers
+        from onnxpress.runtime import CUDA
 
-        kind: Any = providers.CUDA
-        return [kind(graphs=True)]
+        return [CUDA(graphs=True)]
 
     def captured(self, step: Step) -> Step:
         """A step whose launches are one CUDA graph: its inputs stay where they are, its output too. The CPU has none."""

@@ -122,9 +122,7 @@ def _ours(
 
 def _cache(session: Any, signature: Signature) -> KeyValueCache:
     """One row of CAPACITY tokens, where the session runs."""
-    kind: Any = KeyValueCache
-    where = {"memory": session.memory} if hasattr(session, "memory") else {}
-    cache: KeyValueCache = kind(signature.inputs, context=CAPACITY, budget=2**32, **where)
+    cache = KeyValueCache(signature.inputs, context=CAPACITY, budget=2**32, memory=session.memory)
     cache.reserve(1, CAPACITY)
     return cache
 

@@ -69,8 +69,6 @@ def test_every_system_gives_its_figures(tried: tuple[str, dict[str, Any]]) -> No
     assert results["about"]["tiny"] is True
 
 
-# TO FINISH AFTER THE MERGE: take this mark away once ModelStep gives its graph total_length.
-@pytest.mark.xfail(strict=True, reason="ModelStep gives no total_length still")
 def test_nothing_fails(tried: tuple[str, dict[str, Any]]) -> None:
     _, results = tried
     assert results["errors"] == []
