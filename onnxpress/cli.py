@@ -268,7 +268,9 @@ def _command(commands: Any, name: str, function: Any, text: str) -> argparse.Arg
 
 
 def _providers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--provider", action="append", help="cpu (default), cuda, tensorrt; repeatable, in order")
+    parser.add_argument(
+        "--provider", action="append", help="cpu (default), cuda, tensorrt, tensorrt-rtx; repeatable, in order"
+    )
     parser.add_argument("--allow-fallback", action="store_true", help="take what loads, and say what it was")
 
 

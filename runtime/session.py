@@ -13,7 +13,15 @@ import numpy as np
 
 from onnxpress.errors import ArtifactError, InputError, ProviderError
 from onnxpress.manifest import Arrays, Signature, TensorSpec
-from onnxpress.runtime.providers import CPU, Provider, check_provider, check_wheel, make_providers
+from onnxpress.runtime.providers import (
+    CPU,
+    Provider,
+    TensorRT,
+    check_provider,
+    check_wheel,
+    make_providers,
+    refusal,
+)
 
 _NUMPY = {
     "tensor(float)": "float32",
@@ -67,8 +75,11 @@ class Session:
         self._cache_key = cache_key
         check_wheel()
         self._providers = self._loadable(make_providers(providers), allow_fallback=allow_fallback)
-        if content is not None and any(getattr(provider, "cache_folder", None) for provider in self._providers):
-            raise ProviderError("A cache of engines would hold an encrypted model in plain: leave cache_folder out.")
+        tensorrt = [provider for provider in self._providers if isinstance(provider, TensorRT)]
+        if content is not None and any(provider.cache_folder or provider.ep_context for provider in tensorrt):
+            raise ProviderError(
+                "An engine on disk would hold an encrypted model in plain: leave cache_folder and ep_context out."
+            )
         self._signature = signature
         self._session = self._open(threads=None)
         self.signature = signature or _declared_signature(self._session)
@@ -130,6 +141,9 @@ class Session:
         sizes: dict[str, tuple[int, str]] = {}
         for name, spec in self._specs.items():
             _check_array(spec, feeds[name], self.signature, sizes)
+        for provider in self._providers:
+            if isinstance(provider, TensorRT) and provider.name in self.providers:
+                provider.check_sizes({axis: size for axis, (size, _) in sizes.items()})
 
     def binding(self) -> Binding:
         """Inputs and outputs bound to buffers that stay where they are from run to run."""
@@ -148,6 +162,8 @@ class Session:
         try:
             return dict(zip(self._outputs, session.run(self._outputs, dict(feeds)), strict=True))
         except Exception as error:  # ONNX Runtime's errors have no common base but Exception
+            if refused := refusal(error, self._providers):
+                raise refused from error
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
             raise InputError(f"ONNX Runtime refuses the inputs ({shapes}): {_one_line(error)}") from error
 
@@ -155,7 +171,7 @@ class Session:
         loaded: list[Provider] = []
         for provider in providers:
             try:
-                check_provider(provider.name)
+                check_provider(provider)
                 loaded.append(provider)
             except ProviderError as error:
                 if not allow_fallback:
@@ -166,6 +182,8 @@ class Session:
     def _open(self, *, threads: int | None, record_placement: bool = False) -> Any:
         import onnxruntime
 
+        if any(not isinstance(provider, CPU) for provider in self._providers):
+            onnxruntime.set_default_logger_severity(3)  # it warns of plugin providers that nobody asked for
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised
         options.intra_op_num_threads = threads or self.threads
@@ -192,6 +210,8 @@ class Session:
                 enable_fallback=0,
             )
         except Exception as error:  # ONNX Runtime's errors have no common base but Exception
+            if refused := refusal(error, self._providers):
+                raise refused from error
             if any(not isinstance(provider, CPU) for provider in self._providers):
                 raise ProviderError(
                     f"ONNX Runtime cannot open {self.path} on {', '.join(item.name for item in self._providers)}: "
@@ -248,6 +268,8 @@ class Binding:
         try:
             self._inner.run_with_iobinding(self._binding)
         except Exception as error:  # ONNX Runtime's errors have no common base but Exception
+            if refused := refusal(error, self._session._providers):
+                raise refused from error
             raise InputError(f"ONNX Runtime refuses the bound arrays: {_one_line(error)}") from error
         return dict(self._outputs)
 
