@@ -125,13 +125,12 @@ def _remedy(missing: list[str]) -> str:
     rest = [name for name in missing if not name.startswith(("libnvinfer", "libnvonnxparser", "libcuda.so"))]
     parts = []
     if driver or not missing:
-        parts.append("install the NVIDIA driver")
+        parts.append("the NVIDIA driver")
     if rest or not missing:
-        parts.append("pip install 'onnxruntime-gpu[cuda,cudnn]' for CUDA's libraries and cuDNN")
+        parts.append("CUDA and cuDNN (pip install 'onnxruntime-gpu[cuda,cudnn]')")
     if tensorrt:
-        parts.append("install TensorRT 10, from NVIDIA, so that the loader finds it (LD_LIBRARY_PATH)")
-    text = ", ".join(parts)
-    return text[0].upper() + text[1:]
+        parts.append("TensorRT 10 from NVIDIA, with its lib folder in LD_LIBRARY_PATH")
+    return "Install " + " and ".join(parts)
 
 
 def _driver() -> ctypes.CDLL:

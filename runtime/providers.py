@@ -6,6 +6,7 @@ without an exception. So a provider's library is loaded here first: its error na
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import re
@@ -26,6 +27,7 @@ from onnxpress.runtime.nvidia import (
 
 _WHEELS = ("onnxruntime", "onnxruntime-gpu")
 _RTX_PACKAGE = "onnxruntime-ep-nv-tensorrt-rtx"
+_RTX_MODULE = "onnxruntime_ep_nv_tensorrt_rtx"
 _PRECISION = re.compile(r"trt_(fp16|bf16|int8|fp8|int4|fp4)_")  # flags that TensorRT 11 no longer has
 _TYPICAL_SIZE = 128  # the size of a dynamic axis that TensorRT optimizes for, where the range allows it
 
@@ -238,6 +240,30 @@ class NvTensorRtRtx:
         """Options as ONNX Runtime takes them; shapes are dynamic without profiles."""
         return {}
 
+    def devices(self) -> list[Any]:
+        """The card as ONNX Runtime's sessions take it from a plugin provider. Raises ProviderError."""
+        import onnxruntime
+
+        def found() -> list[Any]:
+            return [device for device in onnxruntime.get_ep_devices() if device.ep_name == self.registered_as]
+
+        if not found():
+            try:
+                library = importlib.import_module(_RTX_MODULE).get_library_path()
+                onnxruntime.register_execution_provider_library(self.registered_as, library)
+            except Exception as error:  # ONNX Runtime's errors have no common base but Exception
+                raise ProviderError(
+                    f"The provider tensorrt-rtx was asked for and does not load: {' '.join(str(error).split())[:300]}. "
+                    f"pip install --force-reinstall {_RTX_PACKAGE}, or ask for cuda or cpu."
+                ) from error
+        cards = found()
+        if self.device_id >= len(cards):
+            raise ProviderError(
+                f"The provider tensorrt-rtx was asked for with device_id {self.device_id}; it takes {len(cards)} of this "
+                "machine's cards. Ask for another, or for cuda or cpu."
+            )
+        return [cards[self.device_id]]
+
 
 Provider = CPU | CUDA | TensorRT | NvTensorRtRtx
 PROVIDERS: Mapping[str, type[CPU | CUDA | TensorRT | NvTensorRtRtx]] = {
@@ -260,6 +286,10 @@ def make_providers(given: Sequence[str | Provider]) -> tuple[Provider, ...]:
     names = [provider.name for provider in made]
     if not names or len(set(names)) != len(names):
         raise ProviderError(f"Providers {names} were asked for; give at least one, and each once.")
+    if "tensorrt-rtx" in names and {"cuda", "tensorrt"} & set(names):
+        raise ProviderError(
+            f"Providers {names} were asked for; ONNX Runtime takes the plugin tensorrt-rtx alone or with cpu behind it."
+        )
     return tuple(made)
 
 
@@ -294,6 +324,7 @@ def check_provider(provider: str | Provider) -> None:
     if isinstance(provider, NvTensorRtRtx):
         _check_rtx_package()
         check_card(provider.name, provider.device_id)
+        provider.devices()
         return
     import onnxruntime
 

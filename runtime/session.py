@@ -15,6 +15,7 @@ from onnxpress.errors import ArtifactError, InputError, ProviderError
 from onnxpress.manifest import Arrays, Signature, TensorSpec
 from onnxpress.runtime.providers import (
     CPU,
+    NvTensorRtRtx,
     Provider,
     TensorRT,
     check_provider,
@@ -195,7 +196,13 @@ class Session:
         if self._content is None and not self.path.is_file():
             raise ArtifactError(f"The model {self.path} does not exist.")
         key = self._engine_key()
-        providers = [(provider.registered_as, provider.options(self._signature, key)) for provider in self._providers]
+        providers: list[Any] | None = [
+            (provider.registered_as, provider.options(self._signature, key)) for provider in self._providers
+        ]
+        for provider in self._providers:
+            if isinstance(provider, NvTensorRtRtx):  # a plugin is given as a device; CPU comes behind it by itself
+                options.add_provider_for_devices(provider.devices(), {})
+                providers = None
         files = {} if self._content is None else dict(self._content())
         try:
             model = bytes(files.pop(self.path.name)) if files else self.path
