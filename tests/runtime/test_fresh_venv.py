@@ -117,7 +117,7 @@ def test_the_gpu_extra_names_the_library_that_is_missing(wheel: Path, tmp_path: 
     assert cuda.startswith("cuda The provider cuda was asked for and does not load: lib")
     assert tensorrt.startswith("tensorrt The provider tensorrt was asked for and does not load: lib")
     for said, libraries in (
-        (cuda, ("cublas", "cublasLt", "curand", "cudart")),
+        (cuda, ("cublasLt", "cublas", "curand")),
         (tensorrt, ("nvinfer", "nvonnxparser", "cudnn")),
     ):
         missing, _, remedy = said.partition(" cannot be found. ")
