@@ -17,7 +17,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := $(VENV)/bin
 DEMO_TEXT := A small model that answers like the large one is worth more than a large one that waits.
 
-.PHONY: help setup demo build bundle deploy test test-oldest test-browser test-aarch64 check bench bench-language bench-peers gpu-bench clean
+.PHONY: help setup demo build bundle deploy test test-oldest test-browser test-aarch64 gpu-check check bench bench-language bench-peers gpu-bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -90,6 +90,25 @@ test-aarch64: $(VENV)/.dev ## bundles on an emulated arm64 processor: the tests,
 	@.devices/aarch64/python .devices/bundle/$(MODEL)-linux-aarch64/run.py --self-test
 	@set -o pipefail; .devices/aarch64/python .devices/bundle/$(MODEL)-linux-aarch64/run.py "$(DEMO_TEXT)" | cut -c 1-120
 
+# onnxruntime and onnxruntime-gpu overwrite each other, so the GPU wheel has an environment of its own.
+.venv-gpu/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "onnxpress needs Python 3.11 or newer: install it, or name it with PYTHON=…"; exit 2; }
+	@echo "== installing onnxpress[build,gpu,tensorrt-check,dev] into .venv-gpu (0.5 GB and torch the first time)"
+	@test -x .venv-gpu/bin/python || $(PYTHON) -m venv .venv-gpu
+	@PYTHONWARNINGS=ignore .venv-gpu/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[build,gpu,tensorrt-check,dev]' && touch $@
+
+gpu-check: .venv-gpu/.installed ## all about CUDA and TensorRT that needs no card: options, errors, NVIDIA's parser and builder; then tests/gpu
+	@echo "== options, profiles and errors, with the wheel onnxruntime-gpu"
+	@.venv-gpu/bin/python -m pytest -q -rs tests/runtime/test_providers.py tests/runtime/test_fresh_venv.py -k "not cpu_extra and not cpu_wheel"
+	@echo "== graphs for cuda and tensorrt through NVIDIA's parser and builder (TensorRT-RTX)"
+	@.venv-gpu/bin/python -m pytest -q -rs tests/optimizers/test_tensorrt_rtx.py
+	@if [ -d tests/gpu ]; then echo "== what needs a card (skipped without one)"; .venv-gpu/bin/python -m pytest -q -rs tests/gpu; fi
+	@echo "== this machine"
+	@.venv-gpu/bin/onnxpress doctor
+	@echo "== checked: options of CUDA and TensorRT, profiles from signatures, errors for missing libraries and drivers, graphs that NVIDIA's"
+	@echo "   parser takes and its builder builds. Needs a card: sessions, answers, memory limits, CUDA graphs, engines, context models,"
+	@echo "   TensorRT for RTX as a provider."
+
 check: $(VENV)/.dev ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -110,5 +129,5 @@ gpu-bench: ## encoders and decoders beside torch on an NVIDIA card (PYTHON=… h
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$$python" benchmarks/gpu/bench.py $(GPU_BENCH_OPTIONS)
 
 clean: ## remove environments, artifacts and caches
-	rm -rf .venv .venv-oldest .venv-peers .bench-cache .devices $(OUT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest .venv-gpu .venv-peers .bench-cache .devices $(OUT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,7 +5,7 @@ from onnxpress.runtime.fill_mask import FillMask
 from onnxpress.runtime.generator import Generation, Generator, Piece
 from onnxpress.runtime.loading import load
 from onnxpress.runtime.module_runner import ModuleRunner
-from onnxpress.runtime.providers import CPU, CUDA, TensorRT
+from onnxpress.runtime.providers import CPU, CUDA, NvTensorRtRtx, TensorRT
 from onnxpress.runtime.question_answerer import QuestionAnswerer
 from onnxpress.runtime.session import Session
 from onnxpress.runtime.text_classifier import TextClassifier
@@ -20,6 +20,7 @@ __all__ = [
     "Generation",
     "Generator",
     "ModuleRunner",
+    "NvTensorRtRtx",
     "Piece",
     "QuestionAnswerer",
     "Session",

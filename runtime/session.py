@@ -13,60 +13,31 @@ from typing import Any
 
 import numpy as np
 
-from onnxpress.errors import ArtifactError, InputError, ProviderError
+from onnxpress.errors import ArtifactError, InputError, OnnxpressError, ProviderError
 from onnxpress.manifest import Arrays, Signature, TensorSpec
 from onnxpress.runtime.device import DeviceArray, DeviceMemory, HostMemory
-from onnxpress.runtime.providers import CPU, CUDA, Provider, check_provider, check_wheel, make_providers
+from onnxpress.runtime.providers import (
+    CPU,
+    CUDA,
+    NvTensorRtRtx,
+    Provider,
+    TensorRT,
+    check_provider,
+    check_wheel,
+    make_providers,
+    refusal,
+)
 from onnxpress.runtime.replay import MOST_GRAPHS, NO_GRAPH, Buffers, Key, bind, run_options, shapes_of
 
 _CAPTURES = "enable_cuda_graph"
 _NO_CAPTURE = "graph capture"  # in what ONNX Runtime says of a session that cannot capture
 # What may run on the CPU for a session on a card: arithmetic with shapes and positions, which ONNX Runtime puts there itself.
-_SHAPE_ARITHMETIC = frozenset(
-    [
-        "Add",
-        "And",
-        "Cast",
-        "Clip",
-        "Concat",
-        "Constant",
-        "ConstantOfShape",
-        "Div",
-        "Equal",
-        "Expand",
-        "Floor",
-        "Gather",
-        "GatherND",
-        "Greater",
-        "GreaterOrEqual",
-        "Identity",
-        "Less",
-        "LessOrEqual",
-        "Max",
-        "Min",
-        "Mod",
-        "Mul",
-        "Neg",
-        "Not",
-        "Or",
-        "Range",
-        "ReduceMax",
-        "ReduceMin",
-        "ReduceProd",
-        "ReduceSum",
-        "Reshape",
-        "Shape",
-        "Size",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "Sub",
-        "Tile",
-        "Transpose",
-        "Unsqueeze",
-        "Where",
-    ]
-)
+_SHAPE_ARITHMETIC = frozenset({
+    "Add", "And", "Cast", "Clip", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Floor", "Gather", "GatherND",
+    "Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Range", "ReduceMax",
+    "ReduceMin", "ReduceProd", "ReduceSum", "Reshape", "Shape", "Size", "Slice", "Split", "Squeeze", "Sub", "Tile", "Transpose",
+    "Unsqueeze", "Where",
+})  # fmt: skip
 _NUMPY = {
     "tensor(float)": "float32",
     "tensor(double)": "float64",
@@ -119,8 +90,11 @@ class Session:
         self._cache_key = cache_key
         check_wheel()
         self._providers = self._loadable(make_providers(providers), allow_fallback=allow_fallback)
-        if content is not None and any(getattr(provider, "cache_folder", None) for provider in self._providers):
-            raise ProviderError("A cache of engines would hold an encrypted model in plain: leave cache_folder out.")
+        tensorrt = [provider for provider in self._providers if isinstance(provider, TensorRT)]
+        if content is not None and any(provider.cache_folder or provider.ep_context for provider in tensorrt):
+            raise ProviderError(
+                "An engine on disk would hold an encrypted model in plain: leave cache_folder and ep_context out."
+            )
         self._signature = signature
         self.captures = False  # whether runs can be captured as CUDA graphs
         self._session = self._open(threads=None)
@@ -186,13 +160,16 @@ class Session:
         with self._lock:
             again = key in self._seen
             buffers = self._seen.setdefault(key, None)
-            if again and buffers is None and self._graphs_made < MOST_GRAPHS:
-                buffers = self._seen[key] = self.buffers(feeds)
-            if buffers is None:
-                return self._run(self._session, feeds, run_options(NO_GRAPH))
-            buffers.write(feeds)
-            buffers.run()
-            return buffers.read()
+            try:
+                if again and buffers is None and self._graphs_made < MOST_GRAPHS:
+                    buffers = self._seen[key] = self.buffers(feeds)
+                if buffers is not None:
+                    buffers.write(feeds)
+                    buffers.run()
+                    return buffers.read()
+            except Exception as error:  # ONNX Runtime's errors have no common base but Exception
+                raise self._refused(error, feeds) from error
+            return self._run(self._session, feeds, run_options(NO_GRAPH))
 
     def buffers(self, feeds: Arrays) -> Buffers:
         """Inputs and outputs of these shapes that stay on the card. Raises InputError, ProviderError where there is none."""
@@ -229,6 +206,9 @@ class Session:
         sizes: dict[str, tuple[int, str]] = {}
         for name, spec in self._specs.items():
             _check_array(spec, feeds[name], self.signature, sizes)
+        for provider in self._providers:
+            if isinstance(provider, TensorRT) and provider.name in self.providers:
+                provider.check_sizes({axis: size for axis, (size, _) in sizes.items()})
 
     def binding(self, graph: int | None = None) -> Binding:
         """Inputs and outputs bound to buffers that stay where they are from run to run; graph: the number of its CUDA graph."""
@@ -261,14 +241,22 @@ class Session:
         try:
             return dict(zip(self._outputs, session.run(self._outputs, dict(feeds), options), strict=True))
         except Exception as error:  # ONNX Runtime's errors have no common base but Exception
-            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
-            raise InputError(f"ONNX Runtime refuses the inputs ({shapes}): {_one_line(error)}") from error
+            raise self._refused(error, feeds) from error
+
+    def _refused(self, error: Exception, feeds: Arrays) -> OnnxpressError:
+        """What a run's error means."""
+        if isinstance(error, OnnxpressError):
+            return error
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+        return refusal(error, self._providers) or InputError(
+            f"ONNX Runtime refuses the inputs ({shapes}): {_one_line(error)}"
+        )
 
     def _loadable(self, providers: tuple[Provider, ...], *, allow_fallback: bool) -> tuple[Provider, ...]:
         loaded: list[Provider] = []
         for provider in providers:
             try:
-                check_provider(provider.name)
+                check_provider(provider)
                 loaded.append(provider)
             except ProviderError as error:
                 if not allow_fallback:
@@ -279,6 +267,8 @@ class Session:
     def _open(self, *, threads: int | None, record_placement: bool = False) -> Any:
         import onnxruntime
 
+        if any(not isinstance(provider, CPU) for provider in self._providers):
+            onnxruntime.set_default_logger_severity(3)  # it warns of plugin providers that nobody asked for
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised
         options.intra_op_num_threads = threads or self.threads
@@ -291,8 +281,14 @@ class Session:
             raise ArtifactError(f"The model {self.path} does not exist.")
         key = self._engine_key()
         providers = {provider.registered_as: provider.options(self._signature, key) for provider in self._providers}
+        for provider in self._providers:
+            if isinstance(provider, NvTensorRtRtx):  # a plugin is given as a device; CPU comes behind it by itself
+                options.add_provider_for_devices(provider.devices(), {})
+                providers = {}
         files = {} if self._content is None else dict(self._content())
         cuda = next((provider for provider in self._providers if isinstance(provider, CUDA)), None)
+        if cuda is not self._providers[0] and cuda is not None:  # behind TensorRT it runs but a part
+            providers[CUDA.registered_as].pop(_CAPTURES, None)
         try:
             model = bytes(files.pop(self.path.name)) if files else self.path
             if files:
@@ -307,14 +303,16 @@ class Session:
             )
             self.captures = _CAPTURES in providers.get(CUDA.registered_as, {})
             try:
-                return inner(providers=list(providers.items()))
+                return inner(providers=list(providers.items()) or None)
             except Exception as error:
                 if cuda is None or cuda.graphs or _NO_CAPTURE not in str(error):
                     raise
                 del providers[CUDA.registered_as][_CAPTURES]  # it was not asked for by name
                 self.captures = False
-                return inner(providers=list(providers.items()))
+                return inner(providers=list(providers.items()) or None)
         except Exception as error:  # ONNX Runtime's errors have no common base but Exception
+            if refused := refusal(error, self._providers):
+                raise refused from error
             if any(not isinstance(provider, CPU) for provider in self._providers):
                 raise ProviderError(
                     f"ONNX Runtime cannot open {self.path} on {', '.join(item.name for item in self._providers)}: "
@@ -381,6 +379,8 @@ class Binding:
         try:
             self._inner.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # ONNX Runtime's errors have no common base but Exception
+            if refused := refusal(error, self._session._providers):
+                raise refused from error
             raise InputError(f"ONNX Runtime refuses the bound arrays: {_one_line(error)}") from error
         return dict(self._outputs)
 

@@ -89,8 +89,8 @@ def test_the_cpu_extra_alone_runs_an_artifact(wheel: Path, tmp_path: Path) -> No
 ASK = """
 import sys
 from onnxpress.errors import ProviderError
-from onnxpress.runtime import load
-for name in ("cuda", "tensorrt"):
+from onnxpress.runtime import TensorRT, load
+for name in ("cuda", "tensorrt", "tensorrt-rtx", TensorRT(raw_options={"trt_foo": "1"})):
     try:
         load(sys.argv[1], providers=[name])
     except ProviderError as error:
@@ -113,11 +113,19 @@ def test_the_gpu_extra_names_the_library_that_is_missing(wheel: Path, tmp_path: 
     done = environment.run("python", "-c", ASK, str(artifact.path))
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    cuda, tensorrt, cpu = done.stdout.splitlines()
+    cuda, tensorrt, rtx, unknown, cpu = done.stdout.splitlines()
     assert cuda.startswith("cuda The provider cuda was asked for and does not load: lib")
     assert tensorrt.startswith("tensorrt The provider tensorrt was asked for and does not load: lib")
-    assert ": cannot open shared object file" in cuda
-    assert ": cannot open shared object file" in tensorrt
+    for said, libraries in (
+        (cuda, ("cublasLt", "cublas", "curand")),
+        (tensorrt, ("nvinfer", "nvonnxparser", "cudnn")),
+    ):
+        missing, _, remedy = said.partition(" cannot be found. ")
+        assert all(f"lib{library}.so" in missing for library in libraries), said
+        assert "onnxruntime-gpu[cuda,cudnn]" in remedy
+    assert "TensorRT 10 from NVIDIA" in tensorrt
+    assert rtx.startswith("tensorrt-rtx The provider tensorrt-rtx was asked for and its package is not installed")
+    assert "trt_foo, which this ONNX Runtime does not know; it knows trt_auxiliary_streams" in unknown
     assert cpu == "cpu ('cpu',)"
 
     done = environment.run("onnxpress", "run", str(artifact.path), "--provider", "cuda", "--text", "the cat")
