@@ -67,9 +67,11 @@ def test_cuda_options() -> None:
         "use_tf32": "0",
         "cudnn_conv_algo_search": "HEURISTIC",
         "gpu_mem_limit": str(2**30),
+        "enable_cuda_graph": "1",
     }
     assert CUDA(tf32=True).options(None, "")["use_tf32"] == "1"
     assert CUDA(graphs=True).options(None, "")["enable_cuda_graph"] == "1"
+    assert "enable_cuda_graph" not in CUDA(graphs=False).options(None, "")
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def test_cuda_options() -> None:
         (CUDA, {"memory_limit": 0}, "memory_limit=0.*1 or more .bytes"),
         (CUDA, {"memory_limit": 1e9}, "whole number"),
         (CUDA, {"tf32": 1}, "tf32=1.*True or False"),
-        (CUDA, {"graphs": "yes"}, "graphs='yes'.*True or False"),
+        (CUDA, {"graphs": "yes"}, "graphs='yes'.*True, False or None"),
         (TensorRT, {"device_id": -1}, "0 or more"),
         (NvTensorRtRtx, {"device_id": None}, "whole number"),
         (TensorRT, {"builder_optimization_level": 6}, "0 to 5"),
