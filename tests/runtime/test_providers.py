@@ -16,7 +16,7 @@ from onnxpress.errors import InputError, ProviderError
 from onnxpress.manifest import Signature, TensorSpec
 from onnxpress.runtime import CPU, CUDA, NvTensorRtRtx, Session, TensorRT
 from onnxpress.runtime.nvidia import gpu_name, missing_libraries, tensorrt_version
-from onnxpress.runtime.providers import _installed_version, check_provider, make_providers, refusal
+from onnxpress.runtime.providers import _installed_version, check_provider, check_wheel, make_providers, refusal
 
 
 def test_names_become_options() -> None:
@@ -118,6 +118,22 @@ def test_axes_narrow_the_profile() -> None:
 def test_axes_have_to_fit_the_signature(axes: dict[str, tuple[int, int, int]], message: str) -> None:
     with pytest.raises(ProviderError, match=message):
         TensorRT(axes=axes).options(SIGNATURE, "")
+
+
+def test_axes_need_a_signature() -> None:
+    with pytest.raises(ProviderError, match="signature is not known"):
+        TensorRT(axes={"batch": (1, 8, 16)}).options(None, "")
+
+
+def test_a_folder_is_no_context_model(tmp_path: Path) -> None:
+    with pytest.raises(ProviderError, match="is a folder"):
+        TensorRT(ep_context=tmp_path)
+
+
+def test_refuses_what_is_no_provider() -> None:
+    for item in (3, CUDA):
+        with pytest.raises(ProviderError, match=r"was given as a provider; give a name \(cpu, cuda"):
+            make_providers([item])  # type: ignore[list-item]
 
 
 def test_axes_give_ranges_that_the_model_lacks() -> None:
@@ -284,9 +300,10 @@ def shadowed(folder: Path) -> str:
 
 def test_two_wheels_at_once_are_refused(tmp_path: Path) -> None:
     """The metadata of a second wheel, as pip leaves it."""
-    info = tmp_path / "onnxruntime_gpu-1.31.1.dist-info"
+    second = "onnxruntime" if check_wheel() == "onnxruntime-gpu" else "onnxruntime-gpu"
+    info = tmp_path / f"{second.replace('-', '_')}-1.31.1.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.31.1\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {second}\nVersion: 1.31.1\n")
     said = shadowed(tmp_path)
     assert said.startswith("ProviderError Both onnxruntime and onnxruntime-gpu are installed")
     assert "pip uninstall -y onnxruntime onnxruntime-gpu" in said
