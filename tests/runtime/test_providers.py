@@ -314,3 +314,38 @@ def test_a_half_removed_wheel_is_named(tmp_path: Path) -> None:
     (tmp_path / "onnxruntime").mkdir()
     (tmp_path / "onnxruntime" / "__init__.py").write_text("")
     assert shadowed(tmp_path).startswith("ProviderError ONNX Runtime is installed and does not load")
+
+
+DRIVER = """
+int cuInit(unsigned flags) { return 0; }
+int cuDeviceGetCount(int *count) { *count = 2; return 0; }
+int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return ordinal < 2 ? 0 : 101; }
+int cuDeviceGetName(char *name, int size, int device) { __builtin_strncpy(name, "NVIDIA H200 (x/y)", size); return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute == 75 ? 9 : 0; return 0; }
+"""
+CARDS = """
+import ctypes, sys
+ctypes.CDLL(sys.argv[1])
+from onnxpress.errors import ProviderError
+from onnxpress.runtime.nvidia import check_card, gpu_name
+check_card("cuda", 1)
+print(gpu_name(0), gpu_name(2))
+try:
+    check_card("cuda", 2)
+except ProviderError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("gcc") is None, reason="makes a driver with gcc on Linux")
+def test_a_card_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """Through a driver of our own with two cards, in a process of its own."""
+    (tmp_path / "driver.c").write_text(DRIVER)
+    path = tmp_path / "libcuda.so.1"
+    command = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(path), str(tmp_path / "driver.c")]
+    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", CARDS, str(path)], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "NVIDIA-H200-x-y-sm90 unknown-gpu",
+        "The provider cuda was asked for with device_id 2; this machine has 0 to 1.",
+    ], done.stderr
