@@ -17,6 +17,7 @@ _PACKAGES = (
     "onnxpress",
     "onnxruntime",
     "onnxruntime-gpu",
+    "onnxruntime-ep-nv-tensorrt-rtx",
     "numpy",
     "tokenizers",
     "torch",

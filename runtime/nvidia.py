@@ -68,7 +68,8 @@ def gpu_name(device_id: int) -> str:
     )
     if failed:
         return "unknown-gpu"
-    return f"{re.sub('[^A-Za-z0-9]+', '-', name.value.decode())}-sm{values[0].value}{values[1].value}"
+    words = re.sub("[^A-Za-z0-9]+", "-", name.value.decode(errors="replace")).strip("-")
+    return f"{words}-sm{values[0].value}{values[1].value}"
 
 
 def tensorrt_version() -> str:

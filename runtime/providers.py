@@ -125,6 +125,8 @@ class TensorRT:
                 if not isinstance(value, str | Path):
                     raise ProviderError(f"TensorRT({name}={value!r}): a path is needed.")
                 object.__setattr__(self, name, Path(value))
+        if self.ep_context is not None and self.ep_context.is_dir():
+            raise ProviderError(f"TensorRT(ep_context={str(self.ep_context)!r}) is a folder; a file's path is needed.")
         if self.cache_folder is not None and self.ep_context is not None:
             raise ProviderError(
                 "TensorRT was given cache_folder and ep_context; the context model holds the engine itself: give one of them."
@@ -198,6 +200,11 @@ class TensorRT:
     def _sizes(self, signature: Signature | None) -> dict[str, tuple[int, int, int]]:
         """(smallest, typical, largest) of each dynamic axis; empty where there is none or a range is not known:
         TensorRT takes the profiles of all inputs or none. Raises ProviderError where `axes` does not fit."""
+        if self.axes and signature is None:
+            raise ProviderError(
+                "TensorRT(axes=…) was given for a model whose signature is not known: load an artifact, or give "
+                "Session(signature=…)."
+            )
         dynamic: dict[str, None] = {}
         for spec in signature.inputs if signature is not None else ():
             dynamic |= dict.fromkeys(axis for axis in spec.shape if isinstance(axis, str))
@@ -283,8 +290,12 @@ def make_providers(given: Sequence[str | Provider]) -> tuple[Provider, ...]:
             if item not in PROVIDERS:
                 raise ProviderError(f"Unknown provider {item!r}; the providers are: {', '.join(PROVIDERS)}.")
             made.append(PROVIDERS[item]())
-        else:
+        elif isinstance(item, Provider):
             made.append(item)
+        else:
+            raise ProviderError(
+                f"{item!r} was given as a provider; give a name ({', '.join(PROVIDERS)}) or options (CUDA())."
+            )
     names = [provider.name for provider in made]
     if not names or len(set(names)) != len(names):
         raise ProviderError(f"Providers {names} were asked for; give at least one, and each once.")

@@ -131,5 +131,5 @@ def test_the_gpu_extra_names_the_library_that_is_missing(wheel: Path, tmp_path: 
     done = environment.run("onnxpress", "run", str(artifact.path), "--provider", "cuda", "--text", "the cat")
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "cannot open shared object file" in done.stderr
+    assert "cannot be found. Install" in done.stderr
     assert "Traceback" not in done.stderr

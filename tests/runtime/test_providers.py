@@ -16,7 +16,7 @@ from onnxpress.errors import InputError, ProviderError
 from onnxpress.manifest import Signature, TensorSpec
 from onnxpress.runtime import CPU, CUDA, NvTensorRtRtx, Session, TensorRT
 from onnxpress.runtime.nvidia import gpu_name, missing_libraries, tensorrt_version
-from onnxpress.runtime.providers import _installed_version, check_provider, make_providers, refusal
+from onnxpress.runtime.providers import _installed_version, check_provider, check_wheel, make_providers, refusal
 
 
 def test_names_become_options() -> None:
@@ -51,6 +51,15 @@ def test_the_cpu_wheel_says_that_it_has_no_gpu_provider(name: str, tmp_path: Pat
         Session(path, providers=[name])
 
 
+def loads(name: str) -> bool:
+    try:
+        check_provider(name)
+    except ProviderError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(loads("cuda"), reason="this machine has a card that loads, so nothing falls back")
 def test_fallback_is_said(tmp_path: Path) -> None:
     path = save_embedder(tmp_path / "model.onnx")
     session = Session(path, providers=["cuda", "cpu"], allow_fallback=True)
@@ -122,6 +131,22 @@ def test_axes_have_to_fit_the_signature(axes: dict[str, tuple[int, int, int]], m
         TensorRT(axes=axes).options(SIGNATURE, "")
 
 
+def test_axes_need_a_signature() -> None:
+    with pytest.raises(ProviderError, match="signature is not known"):
+        TensorRT(axes={"batch": (1, 8, 16)}).options(None, "")
+
+
+def test_a_folder_is_no_context_model(tmp_path: Path) -> None:
+    with pytest.raises(ProviderError, match="is a folder"):
+        TensorRT(ep_context=tmp_path)
+
+
+def test_refuses_what_is_no_provider() -> None:
+    for item in (3, CUDA):
+        with pytest.raises(ProviderError, match=r"was given as a provider; give a name \(cpu, cuda"):
+            make_providers([item])  # type: ignore[list-item]
+
+
 def test_axes_give_ranges_that_the_model_lacks() -> None:
     spec = TensorSpec(name="x", dtype="float32", shape=("n", "m", 3))
     bare = Signature(task="module", inputs=(spec,), outputs=(), axes={})
@@ -140,6 +165,7 @@ def test_inputs_outside_of_the_profile_are_refused() -> None:
             provider.check_sizes({"batch": size})
 
 
+@pytest.mark.skipif(loads("tensorrt"), reason="this machine has TensorRT, so nothing falls back")
 def test_a_session_that_fell_back_takes_what_its_provider_takes(tmp_path: Path) -> None:
     path = save_embedder(tmp_path / "model.onnx")
     narrow = TensorRT(axes={"batch": (1, 1, 1)})
@@ -201,6 +227,7 @@ def test_other_errors_stay_what_they_are() -> None:
     assert refusal(RuntimeError(AT_RUN), [CPU()]) is None
 
 
+@pytest.mark.skipif(loads("tensorrt-rtx"), reason="this machine has the plugin and a card")
 def test_the_plugin_provider_names_its_package() -> None:
     with pytest.raises(ProviderError, match=r"tensorrt-rtx .* pip install onnxruntime-ep-nv-tensorrt-rtx"):
         check_provider("tensorrt-rtx")
@@ -286,9 +313,10 @@ def shadowed(folder: Path) -> str:
 
 def test_two_wheels_at_once_are_refused(tmp_path: Path) -> None:
     """The metadata of a second wheel, as pip leaves it."""
-    info = tmp_path / "onnxruntime_gpu-1.31.1.dist-info"
+    second = "onnxruntime" if check_wheel() == "onnxruntime-gpu" else "onnxruntime-gpu"
+    info = tmp_path / f"{second.replace('-', '_')}-1.31.1.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.31.1\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {second}\nVersion: 1.31.1\n")
     said = shadowed(tmp_path)
     assert said.startswith("ProviderError Both onnxruntime and onnxruntime-gpu are installed")
     assert "pip uninstall -y onnxruntime onnxruntime-gpu" in said
@@ -299,3 +327,38 @@ def test_a_half_removed_wheel_is_named(tmp_path: Path) -> None:
     (tmp_path / "onnxruntime").mkdir()
     (tmp_path / "onnxruntime" / "__init__.py").write_text("")
     assert shadowed(tmp_path).startswith("ProviderError ONNX Runtime is installed and does not load")
+
+
+DRIVER = """
+int cuInit(unsigned flags) { return 0; }
+int cuDeviceGetCount(int *count) { *count = 2; return 0; }
+int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return ordinal < 2 ? 0 : 101; }
+int cuDeviceGetName(char *name, int size, int device) { __builtin_strncpy(name, "NVIDIA H200 (x/y)", size); return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute == 75 ? 9 : 0; return 0; }
+"""
+CARDS = """
+import ctypes, sys
+ctypes.CDLL(sys.argv[1])
+from onnxpress.errors import ProviderError
+from onnxpress.runtime.nvidia import check_card, gpu_name
+check_card("cuda", 1)
+print(gpu_name(0), gpu_name(2))
+try:
+    check_card("cuda", 2)
+except ProviderError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("gcc") is None, reason="makes a driver with gcc on Linux")
+def test_a_card_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """Through a driver of our own with two cards, in a process of its own."""
+    (tmp_path / "driver.c").write_text(DRIVER)
+    path = tmp_path / "libcuda.so.1"
+    command = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(path), str(tmp_path / "driver.c")]
+    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", CARDS, str(path)], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "NVIDIA-H200-x-y-sm90 unknown-gpu",
+        "The provider cuda was asked for with device_id 2; this machine has 0 to 1.",
+    ], done.stderr
