@@ -3,7 +3,8 @@
     x (float32) → MatMul → y   →   Cast(x, half) → MatMul(half weights) → Cast(y, float32)
 
 Graph inputs and outputs keep their dtype, but for a language model's cache, which goes from step to step as it is. Operators in
-KEEP are given float32 and cast back; each has its reason.
+KEEP are given float32; each has its reason. What only goes on with their numbers (FOLLOWS) stays in float32 with them, so that nothing
+is cast back and forth between the sum, the quotient and the norm of a pooled embedding.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ KEEP: Mapping[str, str] = {
     "Log": "loses its tail near zero",
     "Resize": "coordinates past 2048 are not exact in fp16",
 }
+FOLLOWS = frozenset(
+    ("Add", "Clip", "Div", "Expand", "Max", "Min", "Mul", "Reshape", "Sqrt", "Squeeze", "Sub", "Unsqueeze")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,8 @@ class _Half:
         nodes = list(body)
         cache = self._halve_cache(nodes, context.keep)
         was_float = {id(value) for node in nodes for value in node.outputs if value.dtype == ir.DataType.FLOAT}
-        touched = [self._convert(graph, node, context.keep, casts, was_float) for node in nodes]
+        kept: set[int] = set()  # values that stay in float32
+        touched = [self._convert(graph, node, context.keep, casts, was_float, kept) for node in nodes]
         for index, output in enumerate(list(body.outputs)):
             if id(output) in was_float and output.dtype == self.dtype and output.name not in cache:
                 name = output.name
@@ -66,8 +71,8 @@ class _Half:
                 body.outputs[index] = cast.outputs[0]
         drop_unused_constants(graph)
         names = tuple(name for name in touched if name is not None)
-        kept = sorted({node.op_type for node in nodes if node.op_type in KEEP})
-        notes = (f"{len(names)} operators" + (f"; in float32: {', '.join(kept)}" if kept else ""),)
+        reasons = sorted({node.op_type for node in nodes if node.op_type in KEEP})
+        notes = (f"{len(names)} operators" + (f"; in float32: {', '.join(reasons)}" if reasons else ""),)
         if cache:
             graph = Graph(model=graph.model, signature=_with_dtype(graph.signature, cache, self.dtype.numpy().name))
         return PassResult(graph=graph, changes=len(names), notes=notes, touched=names)
@@ -95,13 +100,15 @@ class _Half:
         keep: frozenset[str],
         casts: dict[tuple[int, ir.DataType], ir.Value],
         was_float: set[int],
+        kept: set[int],
     ) -> str | None:
-        stays = node.op_type in KEEP or node.name in keep
+        stays = node.op_type in KEEP or node.name in keep or _follows(node, kept)
         wanted = ir.DataType.FLOAT if stays else self.dtype
         for index, value in enumerate(node.inputs):
             if value is not None and value.dtype in (ir.DataType.FLOAT, self.dtype) and value.dtype != wanted:
                 node.replace_input_with(index, self._cast(graph, node, value, wanted, casts))
         if stays:
+            kept.update(id(output) for output in node.outputs)
             return None
         touched = False
         for name in ("to", "dtype"):
@@ -149,6 +156,21 @@ class _Half:
         limits = ml_dtypes.finfo(self.dtype.numpy())  # type: ignore[no-untyped-call]
         clipped: np.ndarray = np.clip(array, float(limits.min), float(limits.max))
         return clipped.astype(self.dtype.numpy())
+
+
+def _follows(node: ir.Node, kept: set[int]) -> bool:
+    """Whether a node only goes on with numbers that stay in float32, and with constants."""
+    if node.op_type not in FOLLOWS or node.domain != "":
+        return False
+    numbers = [value for value in node.inputs if value is not None and value.dtype == ir.DataType.FLOAT]
+    variable = [value for value in numbers if value.const_value is None]
+    return (
+        bool(variable)
+        and all(id(value) in kept for value in variable)
+        and not any(
+            value is not None and value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) for value in node.inputs
+        )
+    )
 
 
 def _with_dtype(signature: Signature, names: set[str], dtype: str) -> Signature:

@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/bench.py [--only roof encoder decoder] [--budget SECONDS] [--json FILE] [--whole]
 
-Without a card it says so and measures nothing. What fails is written down and the rest goes on; the JSON file is whole after every
-figure. `--provider cpu --tiny` runs all of it in small on the CPU: a test of these scripts, no measurement.
+Without a card it says so and measures nothing. What fails is written down and the rest goes on: each part runs in a process of its own,
+since a failed check on the card ends a process's use of it. The JSON file is whole after every figure. `--provider cpu --tiny` runs all of it in small on the CPU: a test of these scripts, no measurement.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.metadata
+import json
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTHING = "no GPU: nothing measured"
@@ -35,6 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.04, help="how long a system runs in a round, at least")
     parser.add_argument("--whole", action="store_true", help="torch.compile of whole models, too: minutes")
+    parser.add_argument("--here", action="store_true", help="in this process, all parts after each other")
     parser.add_argument("--provider", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the scripts")
     arguments = parser.parse_args()
@@ -50,6 +54,10 @@ def main() -> None:
             return
         if problem := missing():
             sys.exit(f"There is an NVIDIA card, but {problem}")
+
+    parts = [part for part in PARTS if not arguments.only or any(word in part for word in arguments.only)]
+    if len(parts) > 1 and not arguments.here:
+        sys.exit(_each_alone(arguments, parts))
 
     import card
     import decoders
@@ -77,9 +85,7 @@ def main() -> None:
     folder = arguments.folder or arguments.json.parent / ("gpu-tiny" if arguments.tiny else "gpu")
     options = {"tiny": arguments.tiny, "whole": arguments.whole}
     roof.measure(results, found, tiny=arguments.tiny)  # shares are of it
-    for part in PARTS:
-        if arguments.only and not any(word in part for word in arguments.only):
-            continue
+    for part in parts:
         kind, _, name = part.partition(" ")
         with results.attempt(part):
             if kind == "encoder":
@@ -95,6 +101,33 @@ def main() -> None:
     for what in results.left_out:
         print(f"left out for want of time: {what}")
     print(f"all of it: {arguments.json}")
+
+
+def _each_alone(arguments: argparse.Namespace, parts: list[str]) -> int:
+    """Run each part in a process of its own, one after the other, each with its own roof; and put their JSON files together."""
+    began, status = time.monotonic(), 0
+    whole: dict[str, Any] = {}
+    for part in parts:
+        path = arguments.json.with_name(f"{arguments.json.stem}-{part.replace(' ', '-')}.json")
+        given = [sys.argv[0], "--here", "--only", part, "--json", str(path), "--provider", arguments.provider]
+        given += [
+            "--folder",
+            str(arguments.folder or arguments.json.parent / ("gpu-tiny" if arguments.tiny else "gpu")),
+        ]
+        given += ["--rounds", str(arguments.rounds), "--seconds", str(arguments.seconds)]
+        given += [option for option in ("--whole", "--tiny") if getattr(arguments, option[2:])]
+        if arguments.budget is not None:
+            given += ["--budget", str(max(0.0, arguments.budget - (time.monotonic() - began)))]
+        path.unlink(missing_ok=True)
+        status = subprocess.run([sys.executable, *given]).returncode or status
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            for name in ("figures", "errors", "left_out"):
+                whole.setdefault(name, []).extend(found[name])
+            whole["about"] = found["about"]
+            arguments.json.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"all of it: {arguments.json}")
+    return status
 
 
 def has_card() -> bool:

@@ -57,7 +57,7 @@ class Card:
         with torch.cuda.graph(graph):
             output = step()
 
-        def replay() -> torch.Tensor:
+        def replay(kept: Step = step) -> torch.Tensor:  # whose inputs the graph reads: they must not be freed
             graph.replay()
             return output
 

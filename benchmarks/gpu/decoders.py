@@ -55,24 +55,38 @@ def measure(record: Record, card: Card, name: str, bits: int, *, tiny: bool, who
             _ours(record, card, of, shape, path, signature, steps, prompts)
     finally:
         shutil.rmtree(folder)
+    # Once alone: a peer that fails on the card can take the whole process's use of it along.
+    _time(record, of, "alone", shape, bits, steps, prompts)
     with torch.inference_mode():
         if bits == 16 and record.has_time(f"{of}, torch"):
             with record.attempt(f"{of}, torch"):
                 _peers(record, card, of, shape, steps, prompts, whole=whole)
-        # What is ready is timed, whatever the budget says: that takes seconds.
-        for case, calls, tokens in ((f"step after {PAST}", steps, 1), (f"prompt of {PAST}", prompts, PAST)):
-            for system, times in record.take_turns(f"{of}, {case}", calls).items():
-                seconds = statistics.median(times) / 1000
-                numbers: dict[str, Any] = {"ms": times, "tokens/s": tokens / seconds}
-                reached, rate = shape.bytes_per_step(bits, PAST) / 1e9, roof.read_rate(record)
-                if tokens > 1:
-                    reached, rate = shape.operations(tokens) / 1e12, roof.product_rate(record)
-                if rate is not None:
-                    numbers["of its roof"] = reached / seconds / rate
-                record.add(of, case, system, **numbers)
+                # What is ready is timed, whatever the budget says: that takes seconds.
+                _time(record, of, "taking turns", shape, bits, steps, prompts)
     steps.clear()
     prompts.clear()
     card.free()
+
+
+def _time(
+    record: Record,
+    of: str,
+    how: str,
+    shape: Shape,
+    bits: int,
+    steps: dict[str, Callable[[], Any]],
+    prompts: dict[str, Callable[[], Any]],
+) -> None:
+    for case, calls, tokens in ((f"step after {PAST}, {how}", steps, 1), (f"prompt of {PAST}, {how}", prompts, PAST)):
+        for system, times in record.take_turns(f"{of}, {case}", calls).items():
+            seconds = statistics.median(times) / 1000
+            numbers: dict[str, Any] = {"ms": times, "tokens/s": tokens / seconds}
+            reached, rate = shape.bytes_per_step(bits, PAST) / 1e9, roof.read_rate(record)
+            if tokens > 1:
+                reached, rate = shape.operations(tokens) / 1e12, roof.product_rate(record)
+            if rate is not None:
+                numbers["of its roof"] = reached / seconds / rate
+            record.add(of, case, system, **numbers)
 
 
 def _ours(

@@ -80,6 +80,31 @@ def test_kept_nodes_stay_in_float32() -> None:
     assert "linear" not in result.touched
 
 
+def test_what_goes_on_with_float32_stays_there(tmp_path: Path) -> None:
+    """The mean of tokens and its norm: one cast in, none back."""
+    graph = graph_of(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["h"], name="linear"),
+            helper.make_node("ReduceSum", ["h", "axes"], ["sum"], name="sum", keepdims=1),
+            helper.make_node("Clip", ["sum", "least"], ["clipped"], name="clip"),
+            helper.make_node("ReduceL2", ["clipped", "axes"], ["norm"], name="norm", keepdims=1),
+            helper.make_node("Div", ["clipped", "norm"], ["one"], name="divide"),
+            helper.make_node("Mul", ["h", "one"], ["y"], name="mixed"),
+        ],
+        {"w": np.ones((32, 16), "f4"), "axes": np.array([-1]), "least": np.array(1e-9, "f4")},
+    )
+    x = np.random.default_rng(0).standard_normal((4, 32)).astype("f4")
+    expected = run(graph, x, tmp_path)
+    result = make_pass("fp16").apply(graph.clone(), CONTEXT)
+    by_name = {node.name: node for node in result.graph.model.graph}
+    for name in ("sum", "clip", "norm", "divide"):
+        assert by_name[name].outputs[0].dtype == ir.DataType.FLOAT
+        assert name not in result.touched
+    assert by_name["mixed"].outputs[0].dtype == ir.DataType.FLOAT16  # one half is enough
+    assert result.graph.operators()["Cast"] == 4  # x in, h out, one in, y out
+    np.testing.assert_allclose(run(result.graph, x, tmp_path), expected, rtol=0, atol=4e-3 * np.abs(expected).max())
+
+
 def test_bf16_types() -> None:
     result = make_pass("bf16").apply(small_graph(), CONTEXT)
     assert result.graph.model.graph.initializers["w_half"].dtype == ir.DataType.BFLOAT16
