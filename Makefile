@@ -100,6 +100,8 @@ test-aarch64: $(VENV)/.dev ## bundles on an emulated arm64 processor: the tests,
 gpu-check: .venv-gpu/.installed ## all about CUDA and TensorRT that needs no card: options, errors, NVIDIA's parser and builder; then tests/gpu
 	@echo "== options, profiles and errors, with the wheel onnxruntime-gpu"
 	@.venv-gpu/bin/python -m pytest -q -rs tests/runtime/test_providers.py tests/runtime/test_fresh_venv.py -k "not cpu_extra and not cpu_wheel"
+	@echo "== graphs for cuda, on the CPU provider of the wheel onnxruntime-gpu"
+	@.venv-gpu/bin/python -m pytest -q -rs tests/optimizers/test_cuda_passes.py -m "not newest"
 	@echo "== graphs for cuda and tensorrt through NVIDIA's parser and builder (TensorRT-RTX)"
 	@.venv-gpu/bin/python -m pytest -q -rs tests/optimizers/test_tensorrt_rtx.py
 	@if [ -d tests/gpu ]; then echo "== what needs a card (skipped without one)"; .venv-gpu/bin/python -m pytest -q -rs tests/gpu; fi
