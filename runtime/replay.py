@@ -15,7 +15,7 @@ import numpy.typing as npt
 from onnxpress.manifest import Arrays
 from onnxpress.runtime.device import DeviceArray, DeviceMemory
 
-MOST_GRAPHS = 64  # of a session: ONNX Runtime never lets one go
+MOST_GRAPHS = 256  # of a session: ONNX Runtime never lets one go
 NO_GRAPH = "-1"  # gpu_graph_id that is not captured
 
 Key = tuple[tuple[str, tuple[int, ...]], ...]

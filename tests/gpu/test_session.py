@@ -17,7 +17,6 @@ from tiny_models import VOCAB, save_model
 import onnxpress
 from onnxpress.errors import ProviderError
 from onnxpress.runtime import CUDA, TensorRT, load
-from onnxpress.runtime.replay import MOST_GRAPHS
 from onnxpress.runtime.session import Session
 
 
@@ -78,16 +77,14 @@ def test_a_replay_answers_what_is_new_in_it(encoder: Path) -> None:
             np.testing.assert_allclose(only(captured.run(given)), only(plain.run(given)), rtol=0, atol=1e-3)
 
 
-def test_more_shapes_than_graphs(encoder: Path) -> None:
+def test_more_shapes_than_graphs(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxpress.runtime.session.MOST_GRAPHS", 20)
     session, plain = opened(encoder), opened(encoder, graphs=False)
     for length in range(1, 31):
-        for batch in (1, 2, 3):
-            for seed in range(2):
-                given = feeds(batch, length, seed)
-                found = only(session.run(given))
-            np.testing.assert_allclose(found, only(plain.run(given)), rtol=0, atol=1e-3)
+        for seed in range(3):
+            given = feeds(2, length, seed)
+            np.testing.assert_allclose(only(session.run(given)), only(plain.run(given)), rtol=0, atol=1e-3)
     assert session.next_graph() is None
-    assert MOST_GRAPHS < 90
 
 
 def test_threads_get_their_own_answers(encoder: Path) -> None:
