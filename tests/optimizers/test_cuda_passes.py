@@ -54,7 +54,7 @@ def opened(graph: Graph, folder: Path) -> Session:
     return Session(folder / "model.onnx", signature=graph.signature)
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "albert"])
+@pytest.mark.parametrize("name", ["bert", "distilbert"])
 def test_attention_over_padding_takes_lengths_and_its_projections(name: str, encoders: Any, tmp_path: Path) -> None:
     exported = encoders(name)
     layers = exported.graph.operators()["Attention"]
@@ -69,16 +69,13 @@ def test_attention_over_padding_takes_lengths_and_its_projections(name: str, enc
 
 
 def test_what_hides_more_than_padding_stays(encoders: Any, tmp_path: Path) -> None:
-    """ModernBERT has windows in two layers of three; a decoder's mask is causal."""
+    """ModernBERT has windows in two layers of three, which are wider than short texts."""
     exported = encoders("modernbert")
     result = pressed(exported.graph, "cuda-attention")
     assert result.changes == 2  # the first layer and every third look at everything
     assert result.graph.operators()["Attention"] == 2
     assert any("hides more than padding" in note for note in result.notes)
     ParityCheck(exported).check(opened(result.graph, tmp_path))
-    causal = save_model(tmp_path / "causal", "qwen3")
-    untouched = pressed(export(causal, task="feature-extraction").graph, "cuda-attention")
-    assert untouched.changes == 0
 
 
 def test_rows_have_to_be_padded_on_the_right(encoders: Any, tmp_path: Path) -> None:
