@@ -41,8 +41,9 @@ class Step:
     """What one forward pass reads and writes beside the model's own inputs.
 
     positions: int64 (batch, length). ends: int32 (batch,), index of each row's last token. total: int32 (), the longest row's
-    tokens. lengths: int32 (batch,), new tokens, None for kernels that are not told. tables: (cosines, sines) as conventions number them. norm_weights: of the
-    norms whose weight is not a parameter as it stands. attentions, rotaries: how many calls there were so far.
+    tokens. lengths: int32 (batch,), new tokens, None for kernels that are not told. tables: (cosines, sines) as conventions number
+    them. norm_weights: of the norms whose weight is not a parameter as it stands. attentions, rotaries: how many calls there were so
+    far.
     """
 
     positions: torch.Tensor

@@ -15,8 +15,8 @@ tokens can share a step. Past and present may be one buffer, which is then writt
 longest row. The vocabulary is projected only for the tokens that are asked for: the last of each row to generate, several to
 check a draft, all of them for perplexity.
 
-CUDA's kernel is not told how many new tokens each row has: rows with a past all have to bring as many as the step is long, without one
-they may be padded. It reads the longest row's length on the CPU; computed in the graph that would be copied back in each step.
+CUDA's kernel is not told how many new tokens each row has: rows with a past bring one each, or there is one row; without a past they may be
+unequal and padded. It reads the longest row's length on the CPU; computed in the graph that would be copied back in each step.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ from onnxpress.runtime.session import Session
 from onnxpress.sample_arrays import read_arrays
 from onnxpress.timing import alternate
 from onnxpress.trials import Notebook, Times, Trials, describe_steps, digest_of_files, notebook_folder
-from onnxpress.workbench import RowByRow, Workbench, save
+from onnxpress.workbench import RowByRow, Workbench, attends_in_float, save
 from onnxpress.workload import TextWorkload, Workload, workload_file
 
 if TYPE_CHECKING:
@@ -199,6 +199,11 @@ def _build(
             if not step.lossless:
                 press.run(step)
 
+        if facts.uniform_steps and attends_in_float(press.graph):
+            raise RecipeError(
+                f"The attention of {exported.name} is still in float32, for which the provider {facts.name} has no kernel: `only` has to "
+                "end with fp16, or give --precision fp16."
+            )
         report.step("golden outputs")
         save(press.graph, writer.folder / "model.onnx")
         tolerance = write_golden(

@@ -60,7 +60,7 @@ class Workbench:
         session = Session(
             path,
             signature=graph.signature,
-            providers=("cpu",) if self._target.uniform_steps and _attends_in_float(graph) else self._providers,
+            providers=("cpu",) if self._target.uniform_steps and attends_in_float(graph) else self._providers,
             disabled_optimizers=self._target.disabled_optimizers,
             exact_products=self._target.exact_products,
             allow_fallback=True,  # of a graph on its way; the artifact has to run on the target alone
@@ -81,7 +81,7 @@ class Workbench:
         return rows
 
 
-def _attends_in_float(graph: Graph) -> bool:
+def attends_in_float(graph: Graph) -> bool:
     """Whether a language model's attention is in float32, for which the CUDA provider has no kernel."""
     attentions = (node for node in graph.model.graph if node.op_type == "GroupQueryAttention")
     return any(node.inputs[0] is not None and node.inputs[0].dtype == ir.DataType.FLOAT for node in attentions)

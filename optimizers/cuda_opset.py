@@ -1,7 +1,7 @@
 """Opset 21 for graphs with operators that the CUDA provider knows in no later version.
 
-Opset 22 gave pooling, convolutions and others bfloat16, opset 23 gave shapes' operators four-bit floats; nothing else changed, so that
-a graph of older operators means the same under the older number. ONNX Runtime has CUDA kernels of MaxPool up to version 12 (opset 21)
+Opset 22 gave pooling, convolutions and others bfloat16, opset 23 gave shapes' operators four-bit floats and quantization an attribute each;
+nothing else changed, so that a graph of older operators without these means the same under the older number. ONNX Runtime has CUDA kernels of MaxPool up to version 12 (opset 21)
 and runs version 22 on the CPU (onnxruntime-gpu 1.31).
 """
 
@@ -42,6 +42,12 @@ class CudaOpset:
         for op_type in versions:
             if not defs.has(op_type, _OPSET, ""):
                 return PassResult(graph=graph, changes=0, notes=(f"{op_type} is newer than opset {_OPSET}",))
+        for node in nodes:
+            allowed = defs.get_schema(node.op_type, _OPSET, "").attributes if node.op_type in known else node.attributes
+            if newer := sorted(set(node.attributes) - set(allowed)):
+                return PassResult(
+                    graph=graph, changes=0, notes=(f"{node.op_type} has {newer[0]}, newer than opset {_OPSET}",)
+                )
         if any(
             value.dtype == _NEW_TYPE for node in changed for value in (*node.inputs, *node.outputs) if value is not None
         ):

@@ -56,10 +56,13 @@ class _Half:
             )
         casts: dict[tuple[int, ir.DataType], ir.Value] = {}
         nodes = list(body)
-        cache = self._halve_cache(nodes, context.keep)
+        keep = context.keep
+        if context.target.uniform_steps:  # whose attention has no kernel for float32
+            keep -= {str(node.name) for node in nodes if node.op_type == "GroupQueryAttention"}
+        cache = self._halve_cache(nodes, keep)
         was_float = {id(value) for node in nodes for value in node.outputs if value.dtype == ir.DataType.FLOAT}
         kept: set[int] = set()  # values that stay in float32
-        touched = [self._convert(graph, node, context.keep, casts, was_float, kept) for node in nodes]
+        touched = [self._convert(graph, node, keep, casts, was_float, kept) for node in nodes]
         for index, output in enumerate(list(body.outputs)):
             if id(output) in was_float and output.dtype == self.dtype and output.name not in cache:
                 name = output.name

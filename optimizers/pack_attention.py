@@ -22,6 +22,7 @@ from onnxpress.optimizers.coverage import Miss, coverage
 from onnxpress.optimizers.linear import Linear, add_constant, attribute, drop_unused_constants, linears, replace_value
 from onnxpress.optimizers.pack_projections import bias_of, why_not_packed
 
+_KEPT = ("num_heads", "scale")  # attributes that both operators have
 _LENGTHS = 4  # input of MultiHeadAttention; it has to be the only one beside query, key and value
 
 
@@ -54,6 +55,10 @@ class PackAttention:
 
 
 def _obstacle(attention: ir.Node, parts: list[Linear]) -> str:
+    if any(output.uses() or output.is_graph_output() for output in attention.outputs[1:]):
+        return "it gives keys and values, too"
+    if other := sorted(set(attention.attributes) - set(_KEPT)):
+        return f"it has {', '.join(other)}"
     given = [index for index, value in enumerate(attention.inputs) if index > 2 and value is not None]
     if given not in ([], [_LENGTHS]):
         return "it has more inputs than the lengths of rows"
@@ -72,7 +77,7 @@ def _pack(graph: Graph, attention: ir.Node, parts: list[Linear]) -> None:
         np.concatenate([bias_of(part, array.shape[1]) for part, array in zip(parts, arrays, strict=True)]),
     )
     lengths = attention.inputs[_LENGTHS] if len(attention.inputs) > _LENGTHS else None
-    attributes = {key: attribute(attention, key, None) for key in ("num_heads", "scale") if key in attention.attributes}
+    attributes = {key: attribute(attention, key, None) for key in _KEPT if key in attention.attributes}
     new = ir.node(
         "Attention",
         [parts[0].x, weight, bias, *([] if lengths is None else [lengths])],

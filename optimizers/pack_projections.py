@@ -80,9 +80,10 @@ def _pack(graph: Graph, attention: ir.Node, parts: list[Linear]) -> None:
 
 
 def bias_of(part: Linear, width: int) -> np.ndarray:
-    """float32 (width,): a layer's bias, zeros where it has none."""
+    """(width,), in the weight's dtype: a layer's bias, zeros where it has none."""
     if part.bias is None or part.bias.const_value is None:
-        return np.zeros(width, np.float32)
+        assert part.weight.const_value is not None
+        return np.zeros(width, part.weight.const_value.dtype.numpy())
     return part.bias.const_value.numpy()
 
 

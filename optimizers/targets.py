@@ -171,14 +171,14 @@ TARGETS: Mapping[str, Target] = {
     "cuda": Target(
         name="cuda",
         providers=("cuda",),
-        lossless=(*_CLEAN, *_FUSE, *_DECODER, "cuda-attention", "cuda-opset"),
+        lossless=(*_CLEAN, *_FUSE, *_DECODER, "cuda-attention"),
         precisions={
-            "fp16": ("pack-attention", "fp16"),
-            "fp32": ("pack-attention",),
-            "bf16": ("pack-attention", "bf16"),
+            "fp16": ("pack-attention", "cuda-opset", "fp16"),
+            "fp32": ("pack-attention", "cuda-opset"),
+            "bf16": ("pack-attention", "bf16"),  # operators that bfloat16 came to with opset 22 need it
             **_NVIDIA_QDQ,
             # Beside half precision: the provider has no attention with a cache in float32.
-            **{name: (*passes, "fp16") for name, passes in _WEIGHT_ONLY.items()},
+            **{name: ("cuda-opset", *passes, "fp16") for name, passes in _WEIGHT_ONLY.items()},
         },
         generation=("fp16", "int8-weights", "int4-weights"),
         uniform_steps=True,

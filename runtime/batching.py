@@ -28,8 +28,9 @@ _pools: dict[int, ThreadPoolExecutor] = {}  # by number of lanes; more runners d
 _pool_lock = threading.Lock()
 
 
-def plan(lengths: Sequence[int], tokens_per_chunk: int) -> list[npt.NDArray[np.int64]]:
-    """Row numbers of each chunk: rows of like length together, rows x longest length at most tokens_per_chunk.
+def plan(lengths: Sequence[int], tokens_per_chunk: int, most_rows: int | None = None) -> list[npt.NDArray[np.int64]]:
+    """Row numbers of each chunk: rows of like length together, rows x longest length at most tokens_per_chunk, and no more than
+    most_rows.
 
     A row that is longer than that is a chunk of its own. Longest chunks come first, so that lanes end together.
     """
@@ -38,6 +39,7 @@ def plan(lengths: Sequence[int], tokens_per_chunk: int) -> list[npt.NDArray[np.i
     start = 0
     while start < len(order):
         rows = max(1, tokens_per_chunk // max(1, lengths[order[start]]))
+        rows = rows if most_rows is None else min(rows, most_rows)
         chunks.append(order[start : start + rows])
         start += rows
     return chunks

@@ -32,9 +32,9 @@ class KeyValueCache:
         self.budget = budget
         self.tokens: list[list[int]] = []
         self.capacity = 0
-        self._memory = memory or HostMemory()
+        self.memory = memory or HostMemory()
         self.arrays: dict[str, Any] = {
-            spec.name: self._memory.zeros(self._shape(spec, 0, 0), spec.dtype) for spec in self.specs
+            spec.name: self.memory.zeros(self._shape(spec, 0, 0), spec.dtype) for spec in self.specs
         }
 
     @property
@@ -76,9 +76,9 @@ class KeyValueCache:
         tokens = [self.tokens[row][:new_capacity] if row < kept else [] for row in range(new_rows)]
         grown = {}
         for spec in self.specs:
-            grown[spec.name] = new = self._memory.zeros(self._shape(spec, new_rows, new_capacity), spec.dtype)
+            grown[spec.name] = new = self.memory.zeros(self._shape(spec, new_rows, new_capacity), spec.dtype)
             for row, held in enumerate(tokens[:kept]):
-                self._memory.copy(self.arrays[spec.name], row, new, row, len(held))
+                self.memory.copy(self.arrays[spec.name], row, new, row, len(held))
         # All at once: an interrupt before leaves everything as it was.
         self.arrays, self.tokens, self.capacity = grown, tokens, new_capacity
 
@@ -90,10 +90,10 @@ class KeyValueCache:
         length = max(len(first), len(second))
         self.tokens[one] = self.tokens[other] = []  # until all layers have changed places, neither row holds anything
         for array in self.arrays.values():
-            kept = self._memory.zeros((1, array.shape[1], length, array.shape[3]), array.dtype)
-            self._memory.copy(array, one, kept, 0, length)
-            self._memory.copy(array, other, array, one, length)
-            self._memory.copy(kept, 0, array, other, length)
+            kept = self.memory.zeros((1, array.shape[1], length, array.shape[3]), array.dtype)
+            self.memory.copy(array, one, kept, 0, length)
+            self.memory.copy(array, other, array, one, length)
+            self.memory.copy(kept, 0, array, other, length)
         self.tokens[one], self.tokens[other] = second, first
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -102,7 +102,7 @@ class KeyValueCache:
         if source != target:
             self.tokens[target] = []
             for array in self.arrays.values():
-                self._memory.copy(array, source, array, target, length)
+                self.memory.copy(array, source, array, target, length)
         self.tokens[target] = tokens
 
     def truncate(self, row: int, length: int) -> None:

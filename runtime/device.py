@@ -7,14 +7,19 @@ driver, which is there wherever the provider is. Source: CUDA Driver API, memory
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from onnxpress.errors import ProviderError
+
+# Held by whatever uses a card: while a CUDA graph is captured, no other thread may allocate or copy there.
+ON_CARD = threading.RLock()
 
 Dtype = str | np.dtype[Any]
 
@@ -68,12 +73,20 @@ class DeviceArray:
 
     def write(self, array: npt.NDArray[Any]) -> None:
         """Copy a numpy array of the same shape and dtype in; only for arrays that are no slices."""
-        self._owner.update_inplace(array)
+        with ON_CARD:
+            self._owner.update_inplace(array)
 
     def numpy(self) -> npt.NDArray[Any]:
         """A copy of the whole array in the computer's memory; only for arrays that are no slices."""
-        found: npt.NDArray[Any] = self._owner.numpy()
+        with ON_CARD:
+            found: npt.NDArray[Any] = self._owner.numpy()
         return found
+
+
+@functools.cache
+def device_memory(device_id: int) -> DeviceMemory:
+    """The one of a card."""
+    return DeviceMemory(device_id)
 
 
 class DeviceMemory:
@@ -95,7 +108,15 @@ class DeviceMemory:
         kind = np.dtype(dtype)
         if 0 in shape:
             return DeviceArray(None, tuple(shape), kind, 0, self.device_id)
-        owner = OrtValue.ortvalue_from_shape_and_type(tuple(shape), kind.type, "cuda", self.device_id)
+        try:
+            with ON_CARD:
+                owner = OrtValue.ortvalue_from_shape_and_type(tuple(shape), kind.type, "cuda", self.device_id)
+        except Exception as error:  # ONNX Runtime's errors have no common base but Exception
+            size = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+            raise ProviderError(
+                f"{size} bytes of the memory of card {self.device_id} were asked for, and ONNX Runtime does not get them "
+                f"({' '.join(str(error).split())[:200]}): ask for less (cache_bytes, smaller batches), or free memory there."
+            ) from error
         return DeviceArray(owner, tuple(shape), kind, owner.data_ptr(), self.device_id)
 
     def zeros(self, shape: Sequence[int], dtype: Dtype) -> DeviceArray:
@@ -103,11 +124,8 @@ class DeviceMemory:
         array = self.empty(shape, dtype)
         size = array.shape[0] * array.row_bytes
         if size:
-            self._enter()
-            self._check(
-                self._driver.cuMemsetD8_v2(ctypes.c_uint64(array.address), ctypes.c_ubyte(0), ctypes.c_size_t(size))
-            )
-            self._check(self._driver.cuCtxSynchronize())
+            start, zero = ctypes.c_uint64(array.address), ctypes.c_ubyte(0)
+            self._do(lambda: self._driver.cuMemsetD8_v2(start, zero, ctypes.c_size_t(size)))
         return array
 
     def copy(self, source: DeviceArray, row: int, target: DeviceArray, to_row: int, length: int) -> None:
@@ -126,20 +144,21 @@ class DeviceMemory:
             width=length * token,
             height=heads,
         )
-        self._enter()
-        # ONNX Runtime is done when a run returns, and its stream does not wait for this one: so this waits itself.
-        self._check(self._driver.cuMemcpy2DUnaligned_v2(ctypes.byref(plan)))
-        self._check(self._driver.cuCtxSynchronize())
+        self._do(lambda: self._driver.cuMemcpy2DUnaligned_v2(ctypes.byref(plan)))
 
-    def _enter(self) -> None:
-        self._check(self._driver.cuCtxSetCurrent(self._context))
+    def _do(self, work: Callable[[], int]) -> None:
+        """Work on the card, and wait: ONNX Runtime is done when a run returns, but its stream does not wait for the driver's."""
+        with ON_CARD:
+            self._check(self._driver.cuCtxSetCurrent(self._context))
+            self._check(work())
+            self._check(self._driver.cuCtxSynchronize())
 
     def _check(self, status: int) -> None:
         if status:
             name = ctypes.c_char_p()
             self._driver.cuGetErrorName(status, ctypes.byref(name))
             reason = name.value.decode() if name.value else status
-            raise ProviderError(f"NVIDIA's driver refuses a copy on card {self.device_id}: {reason}.")
+            raise ProviderError(f"NVIDIA's driver fails on card {self.device_id}: {reason}.")
 
 
 class _Copy2D(ctypes.Structure):

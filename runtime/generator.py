@@ -260,7 +260,7 @@ class Generator:
         cache = KeyValueCache(
             self._cache.specs, context=self.context, budget=self._cache.budget, memory=self.session.memory
         )
-        step = ModelStep(self.session, cache, output="hidden_states")
+        step = ModelStep(self.session, cache, output="hidden_states", captures=False)
         parts = [ids[start : start + PROMPT_CHUNK] for start in range(0, len(ids), PROMPT_CHUNK)]
         return np.concatenate([step.run(0, [part], answers=[len(part)]).copy() for part in parts])
 

@@ -22,10 +22,15 @@ TOTAL_LENGTH = "total_length"  # an input of graphs for CUDA: the longest row's 
 class ModelStep:
     """Runs a language model's graph with past and present in the cache's own buffers. Not for several threads at once.
 
-    output: what `run` answers with, "logits" or "hidden_states".
+    output: what `run` answers with, "logits" or "hidden_states". captures: whether single tokens are worth a CUDA graph. Raises
+    InputError where the cache lies elsewhere than where the session runs.
     """
 
-    def __init__(self, session: Session, cache: KeyValueCache, *, output: str = "logits") -> None:
+    def __init__(
+        self, session: Session, cache: KeyValueCache, *, output: str = "logits", captures: bool = True
+    ) -> None:
+        if type(cache.memory) is not type(session.memory):
+            raise InputError("The cache is not where the session runs: KeyValueCache(…, memory=session.memory).")
         specs = {spec.name: spec for spec in session.signature.inputs}
         bounds = specs["input_ids"].bounds
         assert bounds is not None
@@ -35,6 +40,7 @@ class ModelStep:
         self._output = next(spec for spec in session.signature.outputs if spec.name == output)
         self._bound: dict[tuple[int, ...], _Bound] = {}
         self._place: Any = None  # an array of the cache as it was when those were bound
+        self._captures = captures
         self._uniform = TOTAL_LENGTH in specs  # such a kernel is not told how many new tokens each row has
 
     def run(
@@ -51,7 +57,10 @@ class ModelStep:
         longest = max(before + len(new) for before, new in zip(past, tokens, strict=True))
         if longest > self.cache.context:
             raise InputError(f"{longest} tokens were given; the model's context is {self.cache.context}.")
-        if self._uniform and any(past) and len({len(new) for new in tokens}) > 1:
+        if (
+            self._uniform and any(past) and rows > 1 and length > 1
+        ):  # the kernel takes one row then, or one token of each
+            self._check_ids([token for new in tokens for token in new])
             counts = [1] * rows if answers is None else answers
             alone = [
                 self.run(first + row, [new], [count]).copy()
@@ -71,11 +80,7 @@ class ModelStep:
             inputs["input_ids"][:] = 0
             for row, new in enumerate(tokens):
                 inputs["input_ids"][row, : len(new)] = new
-        if inputs["input_ids"].min() < 0 or inputs["input_ids"].max() >= self.vocabulary:
-            raise InputError(
-                f"Token ids from {inputs['input_ids'].min()} to {inputs['input_ids'].max()} were given; the model has 0 to "
-                f"{self.vocabulary - 1}."
-            )
+        self._check_ids(inputs["input_ids"])
         inputs["past_lengths"][:] = past
         inputs["lengths"][:] = [len(new) for new in tokens]
         inputs["logit_indices"][:] = [
@@ -90,6 +95,11 @@ class ModelStep:
             self.cache.tokens[first + row].extend(new)
         return found
 
+    def _check_ids(self, ids: npt.ArrayLike) -> None:
+        low, high = int(np.min(ids)), int(np.max(ids))
+        if low < 0 or high >= self.vocabulary:
+            raise InputError(f"Token ids from {low} to {high} were given; the model has 0 to {self.vocabulary - 1}.")
+
     def _bind(self, first: int, rows: int, length: int, answers: int) -> _Bound:
         """Buffers for a step of this shape; those of steps before are used again where they fit."""
         some = next(iter(self.cache.arrays.values()))
@@ -99,7 +109,8 @@ class ModelStep:
             self._place = some
         if key in self._bound:
             return self._bound[key]
-        graph = self._session.next_graph() if length == 1 else None
+        # Of steps that are taken again and again: all rows together, one token each.
+        graph = self._session.next_graph() if length == 1 and first == 0 and self._captures else None
         if graph is None:  # not worth keeping but for the next step
             self._bound = {other: bound for other, bound in self._bound.items() if bound.graph is not None}
         inputs: dict[str, npt.NDArray[Any]] = {

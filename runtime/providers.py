@@ -55,7 +55,8 @@ class CPU:
 class CUDA:
     """The CUDA provider.
 
-    memory_limit: bytes of the card's memory. tf32: faster float32 MatMuls with 10 bits of mantissa. graphs: whether launches for
+    memory_limit: bytes of the card's memory for weights and intermediate values; a language model's cache (`cache_bytes`) and the
+    buffers of captured shapes come on top. tf32: faster float32 MatMuls with 10 bits of mantissa. graphs: whether launches for
     shapes that come again are captured and replayed, from buffers that stay where they are; None where the graph allows it, True
     says where it does not.
     """
@@ -377,6 +378,11 @@ def refusal(error: Exception, providers: Sequence[Provider]) -> ProviderError | 
             + (". Give a larger memory_limit" if limits else ". Free memory on the card (nvidia-smi)")
             + f", or smaller inputs. ONNX Runtime: {text[:300]}"
         )
+    if found := re.search(r"(?:CUDA|CUBLAS|CUDNN)\w* (?:failure|error) ?\d*[^;]*", text, re.IGNORECASE):
+        return ProviderError(
+            f"The card failed ({names}): {found[0][:200]}. Where it was an assertion or a wrong access, the process cannot go on with the card: start it anew. ONNX Runtime: "
+            f"{text[:300]}"
+        )
     if re.search(r"cuDNN is (not available|unavailable)", text):
         return ProviderError(
             "The model needs cuDNN, which is not installed: pip install 'onnxruntime-gpu[cudnn]', or ask for the provider cpu. "
@@ -401,7 +407,9 @@ def _check_rtx_package() -> None:
 
 
 def _check_device_id(provider: Any) -> None:
-    _check_number(provider, "device_id", 0, None, "as nvidia-smi counts the cards")
+    _check_number(
+        provider, "device_id", 0, None, "as CUDA counts the cards: within CUDA_VISIBLE_DEVICES, the fastest first"
+    )
 
 
 def _check_number(provider: Any, name: str, low: int, high: int | None, hint: str) -> None:

@@ -1,7 +1,8 @@
 """Answers of a session on a card for inputs of one shape, in buffers that stay where they are.
 
 A CUDA graph is what the provider launched once, as one thing to launch: a small model is answered in a third of the time. It holds
-addresses and shapes, so that each shape has its own buffers and its own graph.
+addresses and shapes, so that each shape has its own buffers and its own graph. ONNX Runtime keeps graphs by thread: where several
+threads ask, each captures its own.
 Source: ONNX Runtime's CUDA provider, enable_cuda_graph and gpu_graph_id.
 """
 
@@ -13,7 +14,7 @@ from typing import Any
 import numpy.typing as npt
 
 from onnxpress.manifest import Arrays
-from onnxpress.runtime.device import DeviceArray, DeviceMemory
+from onnxpress.runtime.device import ON_CARD, DeviceArray, DeviceMemory
 
 MOST_GRAPHS = 256  # of a session: ONNX Runtime never lets one go
 NO_GRAPH = "-1"  # gpu_graph_id that is not captured
@@ -61,7 +62,8 @@ class Buffers:
 
     def run(self) -> None:
         """Answer what is on the card, and wait. Nothing is copied."""
-        self._inner.run_with_iobinding(self._binding, self._options)
+        with ON_CARD:
+            self._inner.run_with_iobinding(self._binding, self._options)
 
     def read(self) -> dict[str, npt.NDArray[Any]]:
         """Copies of the outputs."""
@@ -74,10 +76,11 @@ class Buffers:
             bind(first.bind_input, name, array)
         for name in outputs:
             first.bind_output(name, "cuda", memory.device_id)
-        self._inner.run_with_iobinding(first, options)
         found = {}
-        for name, value in zip(outputs, first.get_outputs(), strict=True):
-            found[name] = memory.empty(value.shape(), value.numpy().dtype)
+        with ON_CARD:
+            self._inner.run_with_iobinding(first, options)
+            for name, value in zip(outputs, first.get_outputs(), strict=True):
+                found[name] = memory.empty(value.shape(), value.numpy().dtype)
         return found
 
 

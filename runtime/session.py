@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import threading
 from collections import Counter
@@ -15,7 +16,7 @@ import numpy as np
 
 from onnxpress.errors import ArtifactError, InputError, OnnxpressError, ProviderError
 from onnxpress.manifest import Arrays, Signature, TensorSpec
-from onnxpress.runtime.device import DeviceArray, DeviceMemory, HostMemory
+from onnxpress.runtime.device import ON_CARD, DeviceArray, DeviceMemory, HostMemory, device_memory
 from onnxpress.runtime.providers import (
     CPU,
     CUDA,
@@ -30,6 +31,10 @@ from onnxpress.runtime.providers import (
 from onnxpress.runtime.replay import MOST_GRAPHS, NO_GRAPH, Buffers, Key, bind, run_options, shapes_of
 
 _CAPTURES = "enable_cuda_graph"
+_MOST_SHAPES = 10_000  # that a session remembers to have seen
+_LARGEST_BUFFERS = (
+    64 * 2**20
+)  # bytes of inputs and outputs that are kept on a card; with more, the launches do not matter
 _NO_CAPTURE = "graph capture"  # in what ONNX Runtime says of a session that cannot capture
 # What may run on the CPU for a session on a card: arithmetic with shapes and positions, which ONNX Runtime puts there itself.
 _SHAPE_ARITHMETIC = frozenset({
@@ -122,8 +127,12 @@ class Session:
         cuda = next((provider for provider in self._providers if isinstance(provider, CUDA)), None)
         on_card = cuda is not None and self.providers[0] == cuda.name
         self.memory: HostMemory | DeviceMemory = (
-            DeviceMemory(cuda.device_id) if on_card and cuda is not None else HostMemory()
+            device_memory(cuda.device_id) if on_card and cuda is not None else HostMemory()
         )
+        self.captures = self.captures and on_card
+        self.replays = (
+            self.captures and self._can_be_replayed()
+        )  # whether `run` answers shapes that come again by a CUDA graph
         self._graphs_made = 0
         self._seen: dict[Key, Buffers | None] = {}
 
@@ -154,38 +163,85 @@ class Session:
         On a card, shapes that come again are answered from buffers that stay there, by a CUDA graph.
         """
         self.check(feeds)
-        if not self.captures:
+        if isinstance(self.memory, HostMemory):
             return self._run(self._session, feeds)
-        key = shapes_of(feeds)
-        with self._lock:
-            again = key in self._seen
-            buffers = self._seen.setdefault(key, None)
+        with ON_CARD:
             try:
-                if again and buffers is None and self._graphs_made < MOST_GRAPHS:
-                    buffers = self._seen[key] = self.buffers(feeds)
-                if buffers is not None:
+                if (buffers := self._buffers_for(feeds)) is not None:
                     buffers.write(feeds)
                     buffers.run()
                     return buffers.read()
             except Exception as error:  # ONNX Runtime's errors have no common base but Exception
                 raise self._refused(error, feeds) from error
-            return self._run(self._session, feeds, run_options(NO_GRAPH))
+            return self._run(self._session, feeds, run_options(NO_GRAPH) if self.captures else None)
 
     def buffers(self, feeds: Arrays) -> Buffers:
-        """Inputs and outputs of these shapes that stay on the card. Raises InputError, ProviderError where there is none."""
+        """Inputs and outputs of these shapes that stay on the card.
+
+        Raises InputError; ProviderError where there is no card, and for a model that reads inputs on the CPU, or whose outputs' shapes
+        hang on more than the inputs' shapes.
+        """
         self.check(feeds)
         if not isinstance(self.memory, DeviceMemory):
             raise ProviderError(
                 f"Buffers on a card were asked for, and this session runs on {', '.join(self.providers)}."
             )
+        if not self._can_be_replayed():
+            raise ProviderError(
+                f"{self.path} reads inputs on the CPU, or answers shapes that hang on values: its buffers cannot stay on the card."
+            )
         return Buffers(self._session, self.memory, feeds, self._outputs, self.next_graph())
 
     def next_graph(self) -> int | None:
         """The number for a new CUDA graph; None where this session captures none, or no more."""
-        if not self.captures or self._graphs_made >= MOST_GRAPHS:
+        with ON_CARD:
+            if not self.captures or self._graphs_made >= MOST_GRAPHS:
+                return None
+            self._graphs_made += 1
+            return self._graphs_made
+
+    def largest(self, axis: str) -> int | None:
+        """The largest size that an axis of the inputs may have here; None where nothing limits it."""
+        limits = [self.signature.axes[axis][1]] if axis in self.signature.axes else []
+        limits += [one.axes[axis][2] for one in self._providers if isinstance(one, TensorRT) and axis in one.axes]
+        return min(limits, default=None)
+
+    def _buffers_for(self, feeds: Arrays) -> Buffers | None:
+        """Buffers for shapes that were seen before; None where a plain run is better, or all that there is."""
+        key = shapes_of(feeds)
+        if not self.replays or key not in self._seen:
+            if len(self._seen) < _MOST_SHAPES:
+                self._seen[key] = None
             return None
-        self._graphs_made += 1
-        return self._graphs_made
+        buffers = self._seen[key]
+        if buffers is None and self._graphs_made < MOST_GRAPHS and self._bytes(feeds) <= _LARGEST_BUFFERS:
+            buffers = self._seen[key] = self.buffers(feeds)
+        return buffers
+
+    def _can_be_replayed(self) -> bool:
+        """Whether all inputs are read on the card, and the outputs' shapes hang on the inputs' alone.
+
+        A shape, a position or a number of elements that is an input is read on the CPU, when it is bound.
+        """
+        axes = {axis for spec in self.signature.inputs for axis in spec.shape}
+        if not axes.issuperset(axis for spec in self.signature.outputs for axis in spec.shape if isinstance(axis, str)):
+            return False
+        if self.signature.task not in ("module", "text-generation"):  # these take tokens and masks alone
+            return True
+        places = [info.name.lower() for info in self._session.get_input_memory_infos()]
+        return not any("cpu" in place or "pinned" in place for place in places)
+
+    def _bytes(self, feeds: Arrays) -> int:
+        """Of inputs and outputs."""
+        sizes: dict[str | int, int] = {}
+        for spec in self.signature.inputs:
+            sizes.update(zip(spec.shape, feeds[spec.name].shape, strict=True))
+        outputs = sum(
+            math.prod(sizes.get(axis, axis if isinstance(axis, int) else 0) for axis in spec.shape)
+            * np.dtype(spec.dtype).itemsize
+            for spec in self.signature.outputs
+        )
+        return outputs + sum(array.nbytes for array in feeds.values())
 
     def run_on_one_thread(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """As `run`, but the calling thread does all the work; a second copy of packed weights is made for it."""
@@ -193,7 +249,7 @@ class Session:
         with self._lock:
             if self._one_thread is None:
                 self._one_thread = self._open(threads=1)
-        return self._run(self._one_thread, feeds)
+        return self._run(self._one_thread, feeds, run_options(NO_GRAPH) if self.captures else None)
 
     def check(self, feeds: Arrays) -> None:
         """Raise InputError where names, dtypes, shapes or integer values do not fit the signature."""
@@ -288,6 +344,8 @@ class Session:
         files = {} if self._content is None else dict(self._content())
         cuda = next((provider for provider in self._providers if isinstance(provider, CUDA)), None)
         if cuda is not self._providers[0] and cuda is not None:  # behind TensorRT it runs but a part
+            if cuda.graphs:
+                raise ProviderError("CUDA(graphs=True) was asked for behind another provider; it has to come first.")
             providers[CUDA.registered_as].pop(_CAPTURES, None)
         try:
             model = bytes(files.pop(self.path.name)) if files else self.path
@@ -372,12 +430,21 @@ class Binding:
     def run(self, *, check: bool = True) -> dict[str, np.ndarray[Any, Any]]:
         """Answer what is in the bound inputs, in the bound outputs' own arrays. Raises InputError.
 
-        check: whether the inputs fit the signature; not needed where the caller knows it.
+        check: whether the inputs fit the signature; not needed where the caller knows it, not done where some are on a card.
         """
-        if check:
+        if check and not self._kept:
             self._session.check(self._inputs)
         try:
-            self._inner.run_with_iobinding(self._binding, self._options)
+            if isinstance(self._session.memory, HostMemory):
+                self._inner.run_with_iobinding(self._binding, self._options)
+            else:
+                with ON_CARD:
+                    for (
+                        name,
+                        array,
+                    ) in self._inputs.items():  # what was copied to the card when it was bound may be another now
+                        self._binding.bind_cpu_input(name, array)
+                    self._inner.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # ONNX Runtime's errors have no common base but Exception
             if refused := refusal(error, self._session._providers):
                 raise refused from error

@@ -48,6 +48,7 @@ class TextRunner(ABC):
         on_card = isinstance(session, Session) and not session.on_cpu
         self.tokens_per_chunk = tokens_per_chunk or (TOKENS_PER_CHUNK_ON_CARD if on_card else TOKENS_PER_CHUNK)
         self._length_step = _STEP_ON_CARD if on_card else 1
+        self._most_rows = session.largest("batch") if isinstance(session, Session) else None
 
     def outputs(self, samples: Sequence[Sample]) -> list[Answer]:
         """The raw outputs for each text or pair: no batch axis, no padding. Raises InputError."""
@@ -78,7 +79,9 @@ class TextRunner(ABC):
             arrays = self.tokenizer.batch([encodings[row] for row in rows], multiple=self._length_step)
             return {name: arrays[name] for name in names}
 
-        chunks = plan([len(encoding) for encoding in encodings], self.tokens_per_chunk)
+        step = self._length_step
+        lengths = [-(-len(encoding) // step) * step for encoding in encodings]
+        chunks = plan(lengths, self.tokens_per_chunk, self._most_rows)
         answers: list[Answer] = [{}] * len(encodings)
         for rows, outputs in zip(chunks, run_chunks(self.session, chunks, chunk), strict=True):
             for place, row in enumerate(rows):
@@ -89,7 +92,7 @@ class TextRunner(ABC):
     def run_rows(self, feeds: Arrays) -> Answer:
         """Rows that are tokenized already, int64 (batch, length): the whole batch, run in chunks, lanes and all."""
         batch, length = next(iter(feeds.values())).shape
-        rows = max(1, self.tokens_per_chunk // length)
+        rows = min(max(1, self.tokens_per_chunk // length), self._most_rows or batch)
 
         def chunk(start: int) -> Arrays:
             return {name: array[start : start + rows] for name, array in feeds.items()}

@@ -61,8 +61,9 @@ def test_steps_like_the_cpu(artifact: Path) -> None:
     random = np.random.default_rng(0)
     texts = [random.integers(2, 300, 80).tolist() for _ in range(3)]
     parts = [[20, 10, *[1] * 20], [13, 1, *[1] * 20], [1, 1, *[1] * 20]]
-    cpu = load(artifact)
+    cpu = load(artifact, providers=["cpu"])
     assert isinstance(cpu, Generator)
+    assert cpu.session.on_cpu
     expected = followed(cpu, texts, parts)
     for options in ({}, {"graphs": False}):
         found = followed(opened(artifact, **options), texts, parts)
@@ -103,8 +104,9 @@ def test_stops_and_samples(artifact: Path) -> None:
 
 def test_a_long_prompt_in_chunks(artifact: Path) -> None:
     prompt = np.random.default_rng(1).integers(2, 300, 700).tolist()
-    generator, cpu = opened(artifact), load(artifact)
+    generator, cpu = opened(artifact), load(artifact, providers=["cpu"])
     assert isinstance(cpu, Generator)
+    assert cpu.session.on_cpu
     one = followed(generator, [prompt], [[512, 180, 1, 1]])
     other = followed(cpu, [prompt], [[512, 180, 1, 1]])
     for found, expected in zip(one, other, strict=True):
@@ -117,8 +119,9 @@ def test_architectures(name: str, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     texts = [random.integers(2, 300, 40).tolist() for _ in range(2)]
     parts = [[9, 1, 1, 1, 1, 1, 1], [4, 1, 1, 1, 1, 1, 1]]
-    cpu = load(path)
+    cpu = load(path, providers=["cpu"])
     assert isinstance(cpu, Generator)
+    assert cpu.session.on_cpu
     for one, other in zip(followed(cpu, texts, parts), followed(opened(path), texts, parts), strict=True):
         np.testing.assert_allclose(other, one, rtol=0, atol=0.03 * float(np.abs(one).max()))
 

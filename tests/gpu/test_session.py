@@ -57,7 +57,8 @@ def test_the_provider_is_loaded_and_alone(encoder: Path) -> None:
 
 
 def test_a_card_answers_like_the_cpu(encoder: Path) -> None:
-    session, cpu = opened(encoder), load(encoder).session
+    session, cpu = opened(encoder), load(encoder, providers=["cpu"]).session
+    assert cpu.on_cpu
     for batch, length in ((1, 1), (1, 7), (3, 12), (16, 33)):
         given = feeds(batch, length)
         real = given["attention_mask"].astype(bool)  # hidden states of padding are nobody's answer
@@ -70,11 +71,55 @@ def test_a_card_answers_like_the_cpu(encoder: Path) -> None:
 
 def test_a_replay_answers_what_is_new_in_it(encoder: Path) -> None:
     captured, plain = opened(encoder), opened(encoder, graphs=False)
+    assert captured.replays
     assert not plain.captures
     for seed in range(6):  # the first as it comes, the second captured, then replayed
         for shape in ((2, 9), (5, 16)):
             given = feeds(*shape, seed=seed)
             np.testing.assert_allclose(only(captured.run(given)), only(plain.run(given)), rtol=0, atol=1e-3)
+
+
+def test_an_input_that_is_read_on_the_cpu_is_read_each_time(tmp_path: Path) -> None:
+    """How many rows a Slice takes is no shape: what was captured would go on with the first number."""
+
+    class Head(torch.nn.Module):
+        def forward(self, x: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+            rows = torch.arange(x.shape[0])
+            return torch.where((rows < count)[:, None], x * 2, x)
+
+    built = onnxpress.build(
+        Head(), example_inputs=(torch.randn(8, 4), torch.tensor(3)), target="cuda", precision="fp32", out=tmp_path / "a"
+    ).path
+    session, cpu = opened(built), load(built, providers=["cpu"]).session
+    x = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    for count in (3, 3, 5, 3, 8):
+        given = dict(zip(session.input_names, (x, np.array(count)), strict=True))
+        np.testing.assert_allclose(only(session.run(given)), only(cpu.run(given)), rtol=0, atol=1e-6)
+
+
+def test_two_sessions_in_two_threads(encoder: Path) -> None:
+    """One captures new shapes while the other runs."""
+    sessions, plain = [opened(encoder), opened(encoder)], opened(encoder, graphs=False)
+    wrong: list[str] = []
+
+    def ask(session: Session, first: int) -> None:
+        for length in range(first, 40, 2):
+            for seed in range(3):
+                given = feeds(2, length, seed)
+                try:
+                    found = only(session.run(given))
+                except Exception as error:
+                    wrong.append(str(error))
+                    return
+                if np.abs(found - only(plain.run(given))).max() > 1e-3:
+                    wrong.append(f"length {length}")
+
+    threads = [threading.Thread(target=ask, args=(session, first)) for first, session in enumerate(sessions, start=1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_more_shapes_than_graphs(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +170,7 @@ def test_tf32_is_off_unless_asked_for(tmp_path: Path) -> None:
         layer, example_inputs=(torch.randn(4, 512),), target="cuda", precision="fp32", out=tmp_path / "a"
     ).path
     x = {"input": np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32)}
-    exact = only(load(built).session.run(x))
+    exact = only(load(built, providers=["cpu"]).session.run(x))
     precise = np.abs(only(opened(built).run(x)) - exact).max()
     rough = np.abs(only(opened(built, tf32=True).run(x)) - exact).max()
     assert precise < 1e-5 < 1e-4 < rough

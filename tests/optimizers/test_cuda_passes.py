@@ -19,6 +19,7 @@ from onnxpress.exporters import Exported, ParityCheck, export
 from onnxpress.exporters.conventions import learn
 from onnxpress.exporters.transformers_decoder import export_causal_lm
 from onnxpress.graph import Graph
+from onnxpress.manifest import Signature, TensorSpec
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.targets import target
@@ -110,6 +111,70 @@ def test_a_module_with_an_input_of_that_name_keeps_its_mask() -> None:
     assert pressed(graph, "cuda-attention").changes == 0
 
 
+def masked(mask: str) -> Graph:
+    """An encoder's signature, and attention over what `mask` hides of (batch, 1, length, length)."""
+    graph = small_graph(
+        f"""
+        table = Gather(embedding, input_ids)
+        {mask}
+        scores = Where(allowed, zero, lowest)
+        y = Attention<q_num_heads=4, kv_num_heads=4>(table, table, table, scores)
+        """,
+        inputs="int64[batch,length] input_ids, int64[batch,length] attention_mask",
+        weights={
+            "embedding": np.random.default_rng(0).standard_normal((300, 32)).astype(np.float32),
+            "axes": np.array([1, 2]),
+            "column": np.array([1]),
+            "zero": np.float32(0),
+            "lowest": np.float32(-1e9),
+            "separator": np.array(2),
+        },
+        opset=23,
+    )
+    inputs = tuple(
+        TensorSpec(name=name, dtype="int64", shape=("batch", "length"), bounds=bounds)
+        for name, bounds in (("input_ids", (0, 299)), ("attention_mask", (0, 1)))
+    )
+    signature = Signature(
+        task="feature-extraction", inputs=inputs, outputs=(), axes={"batch": (1, 8), "length": (1, 16)}
+    )
+    return Graph(model=graph.model, signature=signature)
+
+
+PADDING = "kept = Cast<to=9>(attention_mask) wide = Unsqueeze(kept, axes) tall = Unsqueeze(wide, column) allowed = Squeeze(tall, column)"
+
+
+@pytest.mark.parametrize(
+    ("mask", "changes"),
+    [
+        (PADDING, 1),
+        # One token among 300 that hides itself: random texts would seldom have it.
+        (
+            PADDING.replace("allowed =", "plain =")
+            + " same = Equal(input_ids, separator) other = Not(same) others = Unsqueeze(other, axes) allowed = And(plain, others)",
+            0,
+        ),
+    ],
+)
+def test_a_mask_that_hangs_on_tokens_stays(mask: str, changes: int) -> None:
+    assert pressed(masked(mask), "cuda-attention").changes == changes
+
+
+def test_attention_with_more_settings_is_not_packed() -> None:
+    graph = small_graph(
+        "q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv) y = Attention<q_num_heads=4, kv_num_heads=4>(q, k, v)",
+        weights={name: np.eye(32, dtype=np.float32) for name in ("wq", "wk", "wv")},
+        opset=23,
+    )
+    heads = pressed(graph, "cuda-attention").graph
+    assert pressed(heads, "pack-attention").changes == 1
+    node = next(node for node in heads.model.graph if node.op_type == "MultiHeadAttention")
+    node.attributes.add(ir.AttrInt64("unidirectional", 1))
+    result = pressed(heads, "pack-attention")
+    assert result.changes == 0
+    assert any("unidirectional" in note for note in result.notes)
+
+
 @pytest.mark.newest
 @pytest.mark.parametrize("name", ["gemma2", "gpt2"])
 def test_a_language_model_without_query_seqlens(name: str, tmp_path: Path) -> None:
@@ -119,7 +184,7 @@ def test_a_language_model_without_query_seqlens(name: str, tmp_path: Path) -> No
     random = np.random.default_rng(0)
     parts = [
         [random.integers(0, 300, count).tolist() for count in counts]
-        for counts in ((20, 3, 90), (5, 30, 16), (1, 1, 1))
+        for counts in ((20, 3, 90), (5, 30, 16), (4, 4, 4), (1, 1, 1))
     ]
 
     def logits(graph: Graph) -> np.ndarray:
