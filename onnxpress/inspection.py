@@ -76,7 +76,8 @@ def _largest_weights(path: Path) -> list[Json]:
 
 def _signature(signature: Signature) -> dict[str, Json]:
     def row(spec: TensorSpec) -> dict[str, Json]:
-        return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "bounds": spec.bounds}
+        found = {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "bounds": spec.bounds}
+        return found | ({"right_padded": True} if spec.right_padded else {})
 
     return {
         "task": signature.task,
@@ -94,7 +95,8 @@ def _lines(findings: dict[str, Any]) -> list[str]:
     lines.append(f"  task: {findings['signature']['task']}")
     for kind in ("inputs", "outputs"):
         for spec in findings["signature"][kind]:
-            lines.append(f"  {kind[:-1]} {spec['name']}: {spec['dtype']} {spec['shape']}")
+            padded = ", padded on the right" if spec.get("right_padded") else ""
+            lines.append(f"  {kind[:-1]} {spec['name']}: {spec['dtype']} {spec['shape']}{padded}")
     for axis, (low, high) in findings["signature"]["axes"].items():
         lines.append(f"  {axis}: {low} to {high}")
     lines.append("operators")

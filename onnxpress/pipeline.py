@@ -162,6 +162,8 @@ def _build(
         )
 
         report.step("verify the export against the original")
+        if not recipe.build.only:
+            recipe.precision(exported.graph.signature.task)  # says where they do not go together
         if _generates(exported):
             bench.timed = bench.timed and not facts.uniform_steps
             check_onnxruntime(_minimum(exported, facts), "A language model")

@@ -216,6 +216,10 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
         raise RecipeError(
             f"{where}: `only` names the passes itself; leave `cache` out, or put int8-cache last in `only`."
         )
+    if recipe.build.cache == "int8" and facts.uniform_steps:
+        raise RecipeError(
+            f"{where}: a cache of int8 does not go with target {facts.name!r}, whose language models have one of float16."
+        )
     if recipe.distil is not None and recipe.prune is None:
         raise RecipeError(f"{where}: [distil] trains what [prune] made smaller; add [prune], or leave [distil] out.")
     if recipe.build.prefer is not None and not recipe.automatic:
@@ -233,6 +237,11 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
             )
         if step.name == "int8-cache":
             raise RecipeError(f"{where}: `only` has {later.name} after int8-cache, which goes last.")
+    if recipe.model.task == GENERATION and not recipe.build.only:
+        try:
+            recipe.precision(GENERATION)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from None
     tasks = ("", GENERATION) if recipe.model.task is None else (recipe.model.task,)
     if GENERATION in tasks[1:] and (not facts.generation or recipe.build.precision not in (None, *facts.generation)):
         tasks = ("",)  # where the model turns out to be one, the build says that it does not go with the precision

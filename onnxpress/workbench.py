@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.errors import OutputError, ProviderError
+from onnxpress.errors import OutputError, ProviderError, RecipeError
 from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Runnable
 from onnxpress.optimizers.targets import Target
@@ -57,6 +57,11 @@ class Workbench:
         path = self._folder / f"{self._count:03}" / "model.onnx"
         path.parent.mkdir(parents=True)
         save(graph, path)
+        half = ir.DataType.BFLOAT16
+        if self.note and any(value.dtype == half for node in graph.model.graph for value in node.outputs):
+            raise RecipeError(
+                f"bf16 can be tried on a card alone, the CPU provider has no kernels for it; fp16 can. {self.note}"
+            )
         session = Session(
             path,
             signature=graph.signature,

@@ -17,6 +17,7 @@ from typing import ClassVar
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from onnxpress.errors import ConversionError
 from onnxpress.graph import Graph
@@ -54,8 +55,18 @@ class _Half:
             raise ConversionError(
                 "Half precision is not implemented for graphs with subgraphs (If, Loop, Scan); build with --precision fp32."
             )
+        if any(value.dtype is None for node in body for value in node.outputs if value.name):
+            ShapeInferencePass(check_type=False, strict_mode=False)(
+                graph.model
+            )  # files of other exporters leave types out
         casts: dict[tuple[int, ir.DataType], ir.Value] = {}
         nodes = list(body)
+        for node in nodes:
+            if node.op_type in KEEP and any(value is not None and value.dtype is None for value in node.inputs):
+                raise ConversionError(
+                    f"{node.name or node.op_type} has to stay in float32, and the type of what it reads is not known: build with "
+                    "--precision fp32, or export the model with types."
+                )
         keep = context.keep
         if context.target.uniform_steps:  # whose attention has no kernel for float32
             keep -= {str(node.name) for node in nodes if node.op_type == "GroupQueryAttention"}

@@ -104,7 +104,7 @@ def open_session(
         artifact.path / MODEL,
         content=None if artifact.key is None else partial(_model_files, artifact),
         signature=manifest.signature,
-        providers=providers or manifest.session.get("providers") or ("cpu",),
+        providers=manifest.session.get("providers", ("cpu",)) if providers is None else providers,
         allow_fallback=allow_fallback,
         disabled_optimizers=manifest.session.get("disabled_optimizers", ()),
         exact_products=manifest.session.get("exact_products", False),
@@ -119,13 +119,17 @@ def _model_files(artifact: Artifact) -> dict[str, bytes | bytearray]:
 
 def check_onnxruntime(needed: str, what: object) -> None:
     """Raise ArtifactError where the ONNX Runtime that is installed is older than `what` needs."""
-    check_wheel()
+    wheel = check_wheel()
     import onnxruntime
 
     if release_numbers(onnxruntime.__version__) < release_numbers(needed):
         raise ArtifactError(
-            f"{what} needs ONNX Runtime {needed} or newer; {onnxruntime.__version__} is installed: pip install --upgrade "
-            "onnxruntime (or onnxruntime-gpu)."
+            f"{what} needs ONNX Runtime {needed} or newer; {onnxruntime.__version__} is installed: pip install --upgrade {wheel}"
+            + (
+                " (it is published a release behind onnxruntime; builds with --target cuda ask for less)."
+                if "gpu" in wheel
+                else "."
+            )
         )
 
 

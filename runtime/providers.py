@@ -43,8 +43,10 @@ class CPU:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise ProviderError(f"CPU(threads={self.threads}): at least one thread is needed; None takes all cores.")
+        if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
+            raise ProviderError(
+                f"CPU(threads={self.threads!r}): a whole number from 1 on is needed; None takes all cores."
+            )
 
     def options(self, signature: Signature | None, cache_key: str) -> dict[str, str]:
         """Options as ONNX Runtime takes them."""
@@ -123,7 +125,7 @@ class TensorRT:
         for name in ("cache_folder", "ep_context"):
             value = getattr(self, name)
             if value is not None:
-                if not isinstance(value, str | Path):
+                if not isinstance(value, str | Path) or not str(value):
                     raise ProviderError(f"TensorRT({name}={value!r}): a path is needed.")
                 object.__setattr__(self, name, Path(value))
         if self.ep_context is not None and self.ep_context.is_dir():
@@ -137,6 +139,8 @@ class TensorRT:
                 f"TensorRT(axes={self.axes!r}): a dict {{axis: (smallest, typical, largest)}} is needed."
             )
         for axis, sizes in self.axes.items():
+            if not isinstance(axis, str):
+                raise ProviderError(f"TensorRT(axes=…) has {axis!r}; the names of axes are needed.")
             whole = isinstance(sizes, tuple | list) and len(sizes) == 3 and all(type(size) is int for size in sizes)
             if not whole or not 0 < sizes[0] <= sizes[1] <= sizes[2]:
                 raise ProviderError(
@@ -188,6 +192,12 @@ class TensorRT:
                 f"TensorRT(raw_options=…) has {', '.join(clash)}, which TensorRT's own fields set: use those."
             )
         return options | dict(self.raw_options)
+
+    @property
+    def writes_engines(self) -> bool:
+        """Whether engines or what they are made of go to disk."""
+        raw = any(re.search("cache|dump|ep_context", name) for name in self.raw_options)
+        return raw or self.cache_folder is not None or self.ep_context is not None
 
     def check_sizes(self, sizes: Mapping[str, int]) -> None:
         """Raise InputError where an axis is outside of the profile that the engine was built for."""
@@ -281,9 +291,9 @@ PROVIDERS: Mapping[str, type[CPU | CUDA | TensorRT | NvTensorRtRtx]] = {
 }
 
 
-def make_providers(given: Sequence[str | Provider]) -> tuple[Provider, ...]:
+def make_providers(given: str | Provider | Sequence[str | Provider]) -> tuple[Provider, ...]:
     """Providers from names or options, in the given order. Raises ProviderError for an unknown or repeated one."""
-    if isinstance(given, str):
+    if isinstance(given, str | Provider):
         given = (given,)
     made: list[Provider] = []
     for item in given:
@@ -346,7 +356,7 @@ def check_provider(provider: str | Provider) -> None:
     if not library.is_file():
         raise ProviderError(
             f"The provider {provider.name} was asked for and is not in the installed wheel ({wheel}). It comes with "
-            f"pip uninstall -y {wheel}, then pip install 'onnxpress[gpu]'."
+            f"pip uninstall -y {wheel}, then pip install 'onnxpress[gpu]'; or ask for the provider cpu."
         )
     if isinstance(provider, TensorRT) and provider.raw_options:
         known = {name.decode() for name in re.findall(rb"trt_[a-z0-9_]+(?=\0)", library.read_bytes())}

@@ -39,13 +39,13 @@ def run_options(graph: str) -> Any:
 class Buffers:
     """Inputs and outputs of a session in a card's memory. Not for several threads at once.
 
-    inner: ONNX Runtime's session. feeds: inputs of the shape that all others will have. outputs: names. graph: the number of the
-    graph; None where the session captures none.
+    inner: ONNX Runtime's session. feeds: inputs of the shape that all others will have. outputs: names. graph: its number, or
+    `NO_GRAPH` (a run that says nothing is captured, too); None where the session captures none.
     """
 
-    def __init__(self, inner: Any, memory: DeviceMemory, feeds: Arrays, outputs: list[str], graph: int | None) -> None:
+    def __init__(self, inner: Any, memory: DeviceMemory, feeds: Arrays, outputs: list[str], graph: str | None) -> None:
         self._inner = inner
-        self._options = None if graph is None else run_options(str(graph))
+        self._options = None if graph is None else run_options(graph)
         self._inputs = {name: memory.empty(array.shape, array.dtype) for name, array in feeds.items()}
         self.write(feeds)
         self._outputs = self._allocated(memory, outputs, None if graph is None else run_options(NO_GRAPH))

@@ -94,12 +94,13 @@ class Session:
         self._exact_products = exact_products
         self._cache_key = cache_key
         check_wheel()
-        self._providers = self._loadable(make_providers(providers), allow_fallback=allow_fallback)
-        tensorrt = [provider for provider in self._providers if isinstance(provider, TensorRT)]
-        if content is not None and any(provider.cache_folder or provider.ep_context for provider in tensorrt):
+        given = make_providers(providers)
+        if content is not None and any(one.writes_engines for one in given if isinstance(one, TensorRT)):
             raise ProviderError(
-                "An engine on disk would hold an encrypted model in plain: leave cache_folder and ep_context out."
+                "An engine on disk would hold an encrypted model in plain: leave cache_folder, ep_context and raw options of "
+                "caches and dumps out."
             )
+        self._providers = self._loadable(given, allow_fallback=allow_fallback)
         self._signature = signature
         self.captures = False  # whether runs can be captured as CUDA graphs
         self._session = self._open(threads=None)
@@ -190,7 +191,11 @@ class Session:
             raise ProviderError(
                 f"{self.path} reads inputs on the CPU, or answers shapes that hang on values: its buffers cannot stay on the card."
             )
-        return Buffers(self._session, self.memory, feeds, self._outputs, self.next_graph())
+        graph = None
+        if self.captures:
+            number = self.next_graph()
+            graph = NO_GRAPH if number is None else str(number)
+        return Buffers(self._session, self.memory, feeds, self._outputs, graph)
 
     def next_graph(self) -> int | None:
         """The number for a new CUDA graph; None where this session captures none, or no more."""

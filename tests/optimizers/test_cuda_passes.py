@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 import transformers as tf
 from small_graphs import small_graph
-from tiny_decoders import CONTEXT, make_model
+from tiny_decoders import CONTEXT, make_model, save_decoder
 from tiny_models import VOCAB, save_model
 
+import onnxpress
 from onnxpress.errors import ConversionError, InputError, RecipeError
 from onnxpress.exporters import Exported, ParityCheck, export
 from onnxpress.exporters.conventions import learn
@@ -239,11 +241,36 @@ def test_half_precision_halves_the_cache_and_leaves_no_casts_around_it(tmp_path:
     ],
 )
 def test_precisions_that_language_models_do_not_have(kind: str, precision: str | None, message: str) -> None:
+    """At once where the task is given, else when it is known."""
     build = {"target": kind} | ({} if precision is None else {"precision": precision})
     recipe = make_recipe({"model": {"source": "x"}, "build": build})
     assert recipe.precision("feature-extraction") in target(kind).precisions
     with pytest.raises(RecipeError, match=message):
         recipe.precision("text-generation")
+    with pytest.raises(RecipeError, match=message):
+        make_recipe({"model": {"source": "x", "task": "text-generation"}, "build": build})
+
+
+def test_an_int8_cache_is_refused_at_once() -> None:
+    with pytest.raises(RecipeError, match="cache of int8 does not go with target 'cuda'"):
+        make_recipe({"model": {"source": "x"}, "build": {"target": "cuda", "cache": "int8"}})
+
+
+def test_what_cannot_be_tried_here_says_why(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(8, 8)
+    with pytest.raises(RecipeError, match=r"bf16 can be tried on a card alone.*fp16 can"):
+        onnxpress.build(
+            layer,
+            example_inputs=(torch.ones(2, 8),),
+            target="cuda",
+            precision="bf16",
+            out=tmp_path / "a",
+            measure=False,
+        )
+    model = save_decoder(tmp_path / "model", "llama")
+    with pytest.raises(RecipeError, match="still in float32"):
+        onnxpress.build(model, target="cuda", only=["fold"], out=tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
 POOL = "c = Conv(x, w) y = MaxPool<kernel_shape=[2,2]>(c)"

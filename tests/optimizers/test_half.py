@@ -105,6 +105,19 @@ def test_what_goes_on_with_float32_stays_there(tmp_path: Path) -> None:
     np.testing.assert_allclose(run(result.graph, x, tmp_path), expected, rtol=0, atol=4e-3 * np.abs(expected).max())
 
 
+def test_a_file_without_types_keeps_what_it_has_to(tmp_path: Path) -> None:
+    """As torch's older exporter writes them: only inputs and outputs have types."""
+    graph = small_graph()
+    for node in graph.model.graph:
+        for value in node.outputs:
+            value.type = value.type if value.is_graph_output() else None
+    result = make_pass("fp16").apply(graph, CONTEXT)
+    by_name = {node.name: node for node in result.graph.model.graph}
+    assert by_name["norm"].inputs[0].dtype == ir.DataType.FLOAT
+    x = 50 * np.random.default_rng(1).standard_normal((4, 32)).astype("f4")
+    np.testing.assert_allclose(run(result.graph, x, tmp_path), run(small_graph(), x, tmp_path), atol=2e-3)
+
+
 def test_bf16_types() -> None:
     result = make_pass("bf16").apply(small_graph(), CONTEXT)
     assert result.graph.model.graph.initializers["w_half"].dtype == ir.DataType.BFLOAT16

@@ -198,3 +198,9 @@ def test_long_work_shows_progress_on_a_terminal_only(
     Embedder(slow, tokenizer, OPTIONS, tokens_per_chunk=1).embed(given)
     assert "5/5" in terminal.getvalue()
     assert capsys.readouterr().out == ""
+
+
+def test_no_more_rows_than_the_model_takes() -> None:
+    chunks = plan([3] * 50 + [9] * 4, 1000, 32)
+    assert [len(chunk) for chunk in chunks] == [32, 22]
+    assert sorted(int(row) for chunk in chunks for row in chunk) == list(range(54))

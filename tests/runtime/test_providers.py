@@ -40,7 +40,7 @@ def test_refuses_unknown_and_repeated(given: list[str], message: str) -> None:
 
 
 def test_refuses_no_threads() -> None:
-    with pytest.raises(ProviderError, match="at least one thread"):
+    with pytest.raises(ProviderError, match="a whole number from 1 on"):
         CPU(threads=0)
 
 
@@ -362,3 +362,20 @@ def test_a_card_that_is_not_there_is_named(tmp_path: Path) -> None:
         "NVIDIA-H200-x-y-sm90 unknown-gpu",
         "The provider cuda was asked for with device_id 2; this machine has 0 to 1.",
     ], done.stderr
+
+
+def test_engines_of_an_encrypted_model_stay_in_memory(tmp_path: Path) -> None:
+    path = save_embedder(tmp_path / "model.onnx")
+    for options in (
+        {"cache_folder": tmp_path},
+        {"ep_context": tmp_path / "context.onnx"},
+        {"raw_options": {"trt_engine_cache_enable": "1"}},
+        {"raw_options": {"trt_dump_subgraphs": "1"}},
+    ):
+        with pytest.raises(ProviderError, match="encrypted model in plain"):
+            Session(path, content=lambda: {"model.onnx": path.read_bytes()}, providers=[TensorRT(**options)])
+
+
+def test_one_provider_needs_no_list(tmp_path: Path) -> None:
+    session = Session(save_embedder(tmp_path / "model.onnx"), providers=CPU(threads=1))
+    assert (session.providers, session.threads) == (("cpu",), 1)
