@@ -57,9 +57,8 @@ class ModelStep:
         longest = max(before + len(new) for before, new in zip(past, tokens, strict=True))
         if longest > self.cache.context:
             raise InputError(f"{longest} tokens were given; the model's context is {self.cache.context}.")
-        if (
-            self._uniform and any(past) and rows > 1 and length > 1
-        ):  # the kernel takes one row then, or one token of each
+        if self._uniform and any(past) and rows > 1 and length > 1:
+            # The kernel takes one row then, or one token of each.
             self._check_ids([token for new in tokens for token in new])
             counts = [1] * rows if answers is None else answers
             alone = [

@@ -131,9 +131,8 @@ class Session:
             device_memory(cuda.device_id) if on_card and cuda is not None else HostMemory()
         )
         self.captures = self.captures and on_card
-        self.replays = (
-            self.captures and self._can_be_replayed()
-        )  # whether `run` answers shapes that come again by a CUDA graph
+        # Whether `run` answers shapes that come again by a CUDA graph.
+        self.replays = self.captures and self._can_be_replayed()
         self._graphs_made = 0
         self._seen: dict[Key, Buffers | None] = {}
 
@@ -276,7 +275,7 @@ class Session:
         options = None
         if self.captures:
             options = run_options(NO_GRAPH if graph is None else str(graph))
-        return Binding(self, self._session, options)
+        return Binding(self, self._session, options, copies=graph is None and isinstance(self.memory, DeviceMemory))
 
     def placement(self) -> dict[str, str]:
         """Which provider runs each node, after ONNX Runtime's own fusions: {node: provider}."""
@@ -398,13 +397,15 @@ class Session:
 class Binding:
     """Preallocated inputs and outputs: what is written into a bound input array is what the next run reads.
 
-    Not for several threads at once: make a binding for each.
+    Not for several threads at once: make a binding for each. copies: numpy inputs are copied to a card when they are bound, and have
+    to be again for each run.
     """
 
-    def __init__(self, session: Session, inner: Any, options: Any = None) -> None:
+    def __init__(self, session: Session, inner: Any, options: Any = None, *, copies: bool = False) -> None:
         self._session = session
         self._inner = inner
         self._options = options
+        self._copies = copies
         self._binding = inner.io_binding()
         self._inputs: dict[str, np.ndarray[Any, Any]] = {}
         self._outputs: dict[str, np.ndarray[Any, Any]] = {}
@@ -444,10 +445,7 @@ class Binding:
                 self._inner.run_with_iobinding(self._binding, self._options)
             else:
                 with ON_CARD:
-                    for (
-                        name,
-                        array,
-                    ) in self._inputs.items():  # what was copied to the card when it was bound may be another now
+                    for name, array in self._inputs.items() if self._copies else ():
                         self._binding.bind_cpu_input(name, array)
                     self._inner.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # ONNX Runtime's errors have no common base but Exception
