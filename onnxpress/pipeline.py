@@ -421,6 +421,11 @@ class _Press:
         started = time.perf_counter()
         build = self._recipe.build
         timed = build.measure and self._bench.timed
+        if build.prefer == "speed" and not timed:
+            raise RecipeError(
+                f"Speed is to be preferred, and nothing is timed here ({self._bench.note or '`measure` is off'}): leave `prefer` out and the "
+                "smallest plan within the budget is taken, or give a precision."
+            )
         candidates: dict[str, Trials | None] = {
             name: self._trials(name, [make_pass(step, self._recipe.passes.get(step)) for step in steps])
             if steps

@@ -12,15 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.coverage import Miss, coverage
-from onnxpress.optimizers.linear import Linear, add_constant, attribute, drop_unused_constants, linears, replace_value
-from onnxpress.optimizers.pack_projections import bias_of, why_not_packed
+from onnxpress.optimizers.linear import Linear, attribute, drop_unused_constants, linears, replace_value
+from onnxpress.optimizers.pack_projections import packed, why_not_packed
 
 _KEPT = ("num_heads", "scale")  # attributes that both operators have
 _LENGTHS = 4  # input of MultiHeadAttention; it has to be the only one beside query, key and value
@@ -68,14 +67,7 @@ def _obstacle(attention: ir.Node, parts: list[Linear]) -> str:
 
 
 def _pack(graph: Graph, attention: ir.Node, parts: list[Linear]) -> None:
-    name = f"{parts[0].name.rpartition('.')[0] or parts[0].name}.qkv_proj"
-    arrays = [part.weight_array() for part in parts]
-    weight = add_constant(graph, f"{name}.weight", np.concatenate(arrays, axis=1))
-    bias = add_constant(
-        graph,
-        f"{name}.bias",
-        np.concatenate([bias_of(part, array.shape[1]) for part, array in zip(parts, arrays, strict=True)]),
-    )
+    _, weight, bias = packed(graph, parts)
     lengths = attention.inputs[_LENGTHS] if len(attention.inputs) > _LENGTHS else None
     attributes = {key: attribute(attention, key, None) for key in _KEPT if key in attention.attributes}
     new = ir.node(

@@ -61,17 +61,27 @@ def why_not_packed(parts: list[Linear]) -> str:
     return ""
 
 
-def _pack(graph: Graph, attention: ir.Node, parts: list[Linear]) -> None:
+def packed(graph: Graph, parts: list[Linear]) -> tuple[str, ir.Value, ir.Value]:
+    """Name, weight (in, widths of all) and bias (widths of all) of one layer for several; zeros where a layer has no bias."""
     name = f"{parts[0].name.rpartition('.')[0] or parts[0].name}.qkv_proj"
-    arrays = [part.weight_array() for part in parts]
-    weight = add_constant(graph, f"{name}.weight", np.concatenate(arrays, axis=1))
+    weights = [part.weight_array() for part in parts]
+    biases = [
+        np.zeros(weight.shape[1], np.float32)
+        if part.bias is None or part.bias.const_value is None
+        else part.bias.const_value.numpy()
+        for part, weight in zip(parts, weights, strict=True)
+    ]
+    weight = add_constant(graph, f"{name}.weight", np.concatenate(weights, axis=1))
+    return name, weight, add_constant(graph, f"{name}.bias", np.concatenate(biases))
+
+
+def _pack(graph: Graph, attention: ir.Node, parts: list[Linear]) -> None:
+    name, weight, bias = packed(graph, parts)
     product = ir.node("MatMul", [parts[0].x, weight], name=name)
-    product.outputs[0].shape, product.outputs[0].type = _widened(parts, arrays), parts[0].output.type
+    product.outputs[0].shape, product.outputs[0].type = _widened(parts, weight), parts[0].output.type
     nodes = [product]
     if any(part.bias is not None for part in parts):
-        bias = [bias_of(part, array.shape[1]) for part, array in zip(parts, arrays, strict=True)]
-        value = add_constant(graph, f"{name}.bias", np.concatenate(bias))
-        nodes.append(ir.node("Add", [product.outputs[0], value], name=f"{name}_bias"))
+        nodes.append(ir.node("Add", [product.outputs[0], bias], name=f"{name}_bias"))
         nodes[1].outputs[0].shape, nodes[1].outputs[0].type = product.outputs[0].shape, product.outputs[0].type
     graph.model.graph.insert_before(attention, nodes)
     attention.replace_input_with(0, nodes[-1].outputs[0])
@@ -79,14 +89,6 @@ def _pack(graph: Graph, attention: ir.Node, parts: list[Linear]) -> None:
     attention.replace_input_with(2, None)
 
 
-def bias_of(part: Linear, width: int) -> np.ndarray:
-    """(width,), in the weight's dtype: a layer's bias, zeros where it has none."""
-    if part.bias is None or part.bias.const_value is None:
-        assert part.weight.const_value is not None
-        return np.zeros(width, part.weight.const_value.dtype.numpy())
-    return part.bias.const_value.numpy()
-
-
-def _widened(parts: list[Linear], arrays: list[np.ndarray]) -> ir.Shape | None:
+def _widened(parts: list[Linear], weight: ir.Value) -> ir.Shape | None:
     shape = parts[0].output.shape
-    return None if shape is None else ir.Shape([*list(shape)[:-1], sum(array.shape[1] for array in arrays)])
+    return None if shape is None or weight.shape is None else ir.Shape([*list(shape)[:-1], weight.shape[1]])

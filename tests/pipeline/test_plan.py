@@ -237,6 +237,12 @@ def test_an_automatic_build_takes_what_the_clock_says(network: Path, tmp_path: P
     assert "time, as a share of float" in (built.path / "report.html").read_text()
 
 
+def test_speed_is_not_promised_where_nothing_is_timed(network: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"nothing is timed here.*leave `prefer` out"):
+        onnxpress.build(network, budget="1%", prefer="speed", measure=False, out=tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_budget_that_only_float_keeps(network: Path, tmp_path: Path) -> None:
     built = build(network, tmp_path / "out", budget="0.99999999")
     rows = {row["pass"]: row for row in built.manifest.ledger}
