@@ -114,6 +114,8 @@ class Engine:
     def save(self, path: str | os.PathLike[str], *, quiet: bool = True, **options: Any) -> Artifact:
         """Build the artifact, judged by the evaluation samples, and answer with it from now on. options: those of `build`.
 
+        One for a card answers on the CPU where there is none.
+
         Raises what `build` raises.
         """
         if self._checkpoint is None:

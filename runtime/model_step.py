@@ -149,7 +149,6 @@ class _Bound:
         memory = session.memory
         self._on_card: dict[str, DeviceArray] = {}
         self._written: dict[str, npt.NDArray[Any]] = {}
-        self._output = output
         for name, array in inputs.items():
             if isinstance(memory, DeviceMemory) and name != TOTAL_LENGTH:  # which the kernel reads on the CPU
                 self._on_card[name] = memory.empty(array.shape, array.dtype)

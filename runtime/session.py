@@ -212,8 +212,10 @@ class Session:
 
     def _buffers_for(self, feeds: Arrays) -> Buffers | None:
         """Buffers for shapes that were seen before; None where a plain run is better, or all that there is."""
+        if not self.replays:
+            return None
         key = shapes_of(feeds)
-        if not self.replays or key not in self._seen:
+        if key not in self._seen:
             if len(self._seen) < _MOST_SHAPES:
                 self._seen[key] = None
             return None
