@@ -7,6 +7,7 @@ import platform
 from pathlib import Path
 
 from onnxpress.manifest import Json
+from onnxpress.runtime.saturation import products_saturate
 from onnxpress.runtime.session import usable_cores
 
 _INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")
@@ -25,8 +26,7 @@ def describe() -> dict[str, Json]:
 
 def cpu_target() -> str:
     """The target (optimizers/targets.py) that this machine's own CPU is: cpu-avx2 for x86 without VNNI, else cpu."""
-    flags = _flags()
-    return "cpu-avx2" if "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni"} else "cpu"
+    return "cpu-avx2" if products_saturate() else "cpu"
 
 
 def peak_memory_bytes() -> int | None:

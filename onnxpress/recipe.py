@@ -40,6 +40,8 @@ from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.prune import PruneOptions
 from onnxpress.optimizers.targets import GENERATION, TARGETS, target
 
+_PROMPTS = "int8-prompts"  # the pass that goes last of all, since it doubles the layers
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -147,7 +149,9 @@ class Recipe(_Section):
     def plans(self, task: str) -> dict[str, tuple[str, ...]]:
         """The precisions among which an automatic build chooses, the task's default first, each with its passes."""
         facts = target(self.build.target)
-        return {name: facts.precisions[name] for name in facts.allowed_precisions(task)}
+        found = {name: facts.precisions[name] for name in facts.allowed_precisions(task)}
+        # int8-cache, which comes after the choice, would have to go before int8-prompts.
+        return {name: steps for name, steps in found.items() if self.build.cache == "fp32" or _PROMPTS not in steps}
 
     def precision(self, task: str) -> str:
         """The precision asked for, or the target's default for a task. Raises RecipeError where they do not go together."""
@@ -166,7 +170,7 @@ class Recipe(_Section):
         facts = target(self.build.target)
         cache = ("int8-cache",) if self.build.cache == "int8" and task == GENERATION else ()
         lossy = () if self.automatic else facts.precisions[self.precision(task)]
-        return (*facts.lossless, *lossy, *cache)
+        return (*facts.lossless, *sorted((*lossy, *cache), key=_PROMPTS.__eq__))  # which goes last
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -235,8 +239,8 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
             raise RecipeError(
                 f"{where}: `only` has {later.name} after {step.name}; lossless passes go before lossy ones."
             )
-        if step.name == "int8-cache":
-            raise RecipeError(f"{where}: `only` has {later.name} after int8-cache, which goes last.")
+        if step.name == _PROMPTS or (step.name == "int8-cache" and later.name != _PROMPTS):
+            raise RecipeError(f"{where}: `only` has {later.name} after {step.name}, which goes last.")
     if recipe.model.task == GENERATION and not recipe.build.only:
         try:
             recipe.precision(GENERATION)

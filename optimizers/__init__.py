@@ -20,6 +20,7 @@ from onnxpress.optimizers.half import BFloat16, Float16
 from onnxpress.optimizers.int8 import Int8
 from onnxpress.optimizers.int8_cache import Int8Cache
 from onnxpress.optimizers.int8_dynamic import Int8Dynamic
+from onnxpress.optimizers.int8_prompts import Int8Prompts
 from onnxpress.optimizers.pack_attention import PackAttention
 from onnxpress.optimizers.pack_projections import PackProjections
 from onnxpress.optimizers.qdq import Fp8Qdq, Int8Qdq
@@ -48,6 +49,7 @@ PASSES: Mapping[str, type[Pass]] = {
     "int8-weights": WeightsInt8,
     "int4-weights": WeightsInt4,
     "int8-cache": Int8Cache,
+    "int8-prompts": Int8Prompts,
 }
 
 

@@ -73,7 +73,7 @@ class Int8:
             name = str(layer.x.name)
             if name not in quantized:
                 quantized[name] = _quantize_activation(graph, layer.x, *ranges[name])
-            _quantize_layer(graph, layer, quantized[name], reduce_range=context.target.reduce_range)
+            _quantize_layer(graph, layer, quantized[name], limit=context.target.qdq.weight_limit)
         drop_unused_constants(graph)
         graph.model.graph.opset_imports.setdefault("com.microsoft", 1)
         touched += tuple(layer.name for layer in layers)
@@ -111,9 +111,9 @@ def _quantize_activation(graph: Graph, x: ir.Value, low: float, high: float) -> 
 
 
 def _quantize_layer(
-    graph: Graph, layer: Linear, activation: tuple[ir.Value, ir.Value, ir.Value], *, reduce_range: bool
+    graph: Graph, layer: Linear, activation: tuple[ir.Value, ir.Value, ir.Value], *, limit: int
 ) -> None:
-    integers, scales, zero_points = per_channel_8bit(layer.weight_array(), reduce_range=reduce_range)
+    integers, scales, zero_points = per_channel_8bit(layer.weight_array(), limit=limit)
     x, x_scale, x_zero_point = activation
     weight = add_constant(graph, f"{layer.name}_weight_8bit", integers)
     weight_scale = add_constant(graph, f"{layer.name}_weight_scale", scales)

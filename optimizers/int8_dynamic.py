@@ -3,7 +3,8 @@
     y = MatMul(x, w) + b   →   y = DynamicQuantizeMatMul(x, w8, scales, zero_points, b)
 
 Needs no calibration data. The scale is one for the whole tensor, so an answer moves with its batch-mates: the gate
-measures how far.
+measures how far. In a language model's step whose rows have unequal numbers of new tokens, attention leaves whatever was in memory at the
+padding, which must not decide the scale: it becomes zeros.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
-from onnxpress.optimizers.linear import add_constant, drop_unused_constants, linears, replace
+from onnxpress.optimizers.linear import add_constant, drop_unused_constants, linears, replace, unused_name
 from onnxpress.optimizers.rounding import per_channel_8bit
 from onnxpress.optimizers.weights import quantize_embeddings
 
@@ -37,9 +39,8 @@ class Int8Dynamic:
             tensor = layer.weight.const_value
             if layer.name in context.keep or tensor is None or tensor.size < self.minimum_elements:
                 continue
-            integers, scales, zero_points = per_channel_8bit(
-                layer.weight_array(), reduce_range=context.target.reduce_range
-            )
+            limit = context.target.qdq.weight_limit
+            integers, scales, zero_points = per_channel_8bit(layer.weight_array(), limit=limit)
             inputs = [
                 layer.x,
                 add_constant(graph, f"{layer.name}_weight_8bit", integers),
@@ -51,7 +52,42 @@ class Int8Dynamic:
             replace(graph, layer, [ir.node("DynamicQuantizeMatMul", inputs, domain="com.microsoft", name=layer.name)])
             touched += (layer.name,)
             count += 1
+        _zero_padding(graph)
         drop_unused_constants(graph)
         graph.model.graph.opset_imports.setdefault("com.microsoft", 1)
         notes = (f"{count} linear layers, {tied.tables} embedding tables",)
         return PassResult(graph=graph, changes=len(touched), notes=notes + tied.notes, touched=touched)
+
+
+def _zero_padding(graph: Graph) -> None:
+    """Put zeros where a language model's attention has padding."""
+    body = graph.model.graph
+    inputs = {value.name: value for value in body.inputs}
+    attentions = [node for node in body if node.op_type == "GroupQueryAttention"]
+    if not attentions or "lengths" not in inputs or "input_ids" not in inputs:
+        return
+    zero = add_constant(graph, "padding_zero", np.array(0, np.float32))
+    one = add_constant(graph, "padding_step", np.array(1, np.int64))
+    start = add_constant(graph, "padding_start", np.array(0, np.int64))
+    last = add_constant(graph, "padding_last_axis", np.array([-1], np.int64))
+    length = ir.node("Shape", [inputs["input_ids"]], {"start": 1, "end": 2})
+    scalar = ir.node("Squeeze", [length.outputs[0]])
+    places = ir.node("Range", [start, scalar.outputs[0], one])
+    counts = ir.node("Cast", [inputs["lengths"]], {"to": ir.DataType.INT64})
+    column = ir.node("Unsqueeze", [counts.outputs[0], last])  # (rows, 1)
+    real = ir.node("Less", [places.outputs[0], column.outputs[0]])  # (rows, length)
+    each = ir.node("Unsqueeze", [real.outputs[0], last])
+    steps = [length, scalar, places, counts, column, real, each]
+    for number, node in enumerate(steps):
+        node.name = f"padding_{number}"
+        node.outputs[0].name = unused_name(body, f"padding_{number}")
+    body.insert_before(attentions[0], steps)
+    for attention in attentions:
+        found = attention.outputs[0]
+        uses = list(found.uses())
+        where = ir.node("Where", [each.outputs[0], found, zero], name=f"{attention.name}_without_padding")
+        where.outputs[0].name = unused_name(body, f"{found.name}_without_padding")
+        where.outputs[0].shape, where.outputs[0].type = found.shape, found.type
+        for user, place in uses:
+            user.replace_input_with(place, where.outputs[0])
+        body.insert_after(attention, where)

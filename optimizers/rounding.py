@@ -15,25 +15,17 @@ Float = npt.NDArray[np.float32]
 _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a block's range that a search tries
 _ELEMENTS_AT_ONCE = 1 << 20  # of a weight; bounds the memory of a search
 
-Integers = npt.NDArray[np.int8] | npt.NDArray[np.uint8]
 
+def per_channel_8bit(weight: Float, *, limit: int) -> tuple[npt.NDArray[np.int8], Float, npt.NDArray[np.int8]]:
+    """Symmetric int8 for each output channel.
 
-def per_channel_8bit(weight: Float, *, reduce_range: bool) -> tuple[Integers, Float, Integers]:
-    """Symmetric 8-bit integers for each output channel.
-
-    weight: (in, out). Returns integers (in, out), scales (out,) float32 and zero points (out,).
-
-    The integers are uint8 around 128. On x86 CPUs without VNNI, kernels for unsigned activations and signed weights add
-    two products in 16 bits, which overflow; those for unsigned weights do not, and where there is VNNI both are the
-    same kernel. reduce_range: int8 of 7 bits, with which the faster kernel cannot overflow.
+    weight: (in, out). limit: the largest integer, 127 or less. Returns integers (in, out), scales (out,) float32 and zero points
+    (out,), all 0.
     """
-    limit = 63 if reduce_range else 127
     scales = np.abs(weight).max(axis=0) / limit
     scales = np.where(scales > 0, scales, 1).astype(np.float32)
     integers = np.clip(np.rint(weight / scales), -limit, limit)
-    if reduce_range:
-        return integers.astype(np.int8), scales, np.zeros(scales.shape, np.int8)
-    return (integers + 128).astype(np.uint8), scales, np.full(scales.shape, 128, np.uint8)
+    return integers.astype(np.int8), scales, np.zeros(scales.shape, np.int8)
 
 
 def activation_uint8(low: float, high: float) -> tuple[Float, npt.NDArray[np.uint8]]:

@@ -49,8 +49,8 @@ class Target:
     precisions: what `--precision` may be, the default first, each with the passes it stands for. generation: those for language
     models, the default first; none where they do not run.
     disabled_optimizers: ONNX Runtime graph optimizers that lose time here, or answers. qdq: how int8-qdq writes integers. uniform_steps: language models are exported
-    for a kernel that is not told how many new tokens each row of a step has. reduce_range: int8
-    weights are signed and use 7 bits. exact_products: of signed weights of 8 bits, where another kind of machine builds (Session).
+    for a kernel that is not told how many new tokens each row of a step has. exact_products: the session keeps from kernels whose
+    16-bit sums overflow, on CPUs that have no others for signed weights of 8 bits (Session).
     """
 
     name: str
@@ -62,7 +62,6 @@ class Target:
     generation: tuple[str, ...]
     qdq: QdqForm
     uniform_steps: bool = False
-    reduce_range: bool = False
     exact_products: bool = False
 
     def allowed_precisions(self, task: str) -> tuple[str, ...]:
@@ -82,7 +81,7 @@ _DECODER = ("fuse-skip-norm", "fuse-rotary", "pack-projections")
 
 _WEIGHT_ONLY = {"int8-weights": ("int8-weights",), "int4-weights": ("int4-weights",)}
 
-_X86 = QdqForm(activations="uint8", weights="uint8", symmetric=False, weight_limit=127, integer_bias=True, chained=True)
+_X86 = QdqForm(activations="uint8", weights="int8", symmetric=False, weight_limit=127, integer_bias=True, chained=True)
 _NVIDIA = QdqForm(
     activations="int8", weights="int8", symmetric=True, weight_limit=127, integer_bias=False, chained=False
 )
@@ -106,10 +105,12 @@ _CPU = Target(
         "int8-dynamic": ("int8-dynamic",),
         "int8-qdq": ("int8-qdq",),
         **_WEIGHT_ONLY,
+        "dual": ("int4-weights", "int8-prompts"),
     },
     qdq=_X86,
+    exact_products=True,
     disabled_optimizers=("SkipLayerNormFusion",),
-    generation=("int4-weights", "int8", "fp32", "int8-dynamic", "int8-qdq", "int8-weights"),
+    generation=("int4-weights", "dual", "int8", "fp32", "int8-dynamic", "int8-qdq", "int8-weights"),
     facts=(
         Fact(
             claim="SkipLayerNormalization loses against Add + LayerNormalization, so its fusion is switched off",
@@ -139,8 +140,8 @@ TARGETS: Mapping[str, Target] = {
     "cpu-avx2": dataclasses.replace(
         _CPU,
         name="cpu-avx2",
-        reduce_range=True,
-        qdq=dataclasses.replace(_X86, weights="int8", weight_limit=63),
+        exact_products=False,
+        qdq=dataclasses.replace(_X86, weight_limit=63),
         facts=(
             *_CPU.facts,
             Fact(
@@ -153,8 +154,7 @@ TARGETS: Mapping[str, Target] = {
     "cpu-arm64": dataclasses.replace(
         _CPU,
         name="cpu-arm64",
-        qdq=dataclasses.replace(_X86, activations="int8", weights="int8"),
-        exact_products=True,
+        qdq=dataclasses.replace(_X86, activations="int8"),
         facts=(
             *(fact for fact in _CPU.facts if "x86" not in fact.claim),
             Fact(

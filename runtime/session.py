@@ -29,6 +29,7 @@ from onnxpress.runtime.providers import (
     refusal,
 )
 from onnxpress.runtime.replay import MOST_GRAPHS, NO_GRAPH, Buffers, Key, bind, run_options, shapes_of
+from onnxpress.runtime.saturation import products_saturate
 
 _CAPTURES = "enable_cuda_graph"
 _MOST_SHAPES = 10_000  # that a session remembers to have seen
@@ -335,7 +336,7 @@ class Session:
         options.log_severity_level = 4  # what goes wrong is raised
         options.intra_op_num_threads = threads or self.threads
         options.inter_op_num_threads = 1
-        if self._exact_products:
+        if self._exact_products and products_saturate():
             options.add_session_config_entry("session.x64quantprecision", "1")
         if record_placement or all(not isinstance(provider, CPU) for provider in self._providers):
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")

@@ -16,17 +16,19 @@ from onnxpress.calibration import ActivationStream, Calibration
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext
 from onnxpress.optimizers.targets import target
+from onnxpress.runtime.saturation import products_saturate
 
 
 class PlainSession:
     """Runs a graph; no signature is needed."""
 
-    def __init__(self, graph: Graph, folder: Path, *, disabled: Sequence[str] = ()) -> None:
+    def __init__(self, graph: Graph, folder: Path, *, disabled: Sequence[str] = (), exact: bool = False) -> None:
         path, self._optimized = folder / "session.onnx", folder / "optimized.onnx"
         ir.save(graph.model, path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
+        options.add_session_config_entry("session.x64quantprecision", str(int(exact and products_saturate())))
         options.optimized_model_filepath = str(self._optimized)
         self._session = onnxruntime.InferenceSession(
             path, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)
@@ -47,8 +49,8 @@ def calibrated(
     inputs: Sequence[Mapping[str, Any]], folder: Path, *, kind: str = "cpu", keep: frozenset[str] = frozenset()
 ) -> PassContext:
     """A context for a target that calibrates on `inputs`."""
-    disabled = target(kind).disabled_optimizers
-    open_session = partial(PlainSession, folder=folder, disabled=disabled)
+    facts = target(kind)
+    open_session = partial(PlainSession, folder=folder, disabled=facts.disabled_optimizers, exact=facts.exact_products)
     calibration = Calibration(open_session, lambda: inputs)
     return PassContext(
         target=target(kind),

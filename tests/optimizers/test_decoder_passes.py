@@ -168,3 +168,106 @@ def test_a_cache_of_another_kind_stays(tmp_path: Path) -> None:
 def test_a_cache_of_int8_needs_calibration_inputs() -> None:
     with pytest.raises(RecipeError, match="needs calibration inputs"):
         make_pass("int8-cache").apply(exported("llama").clone(), PassContext(target=target("cpu")))
+
+
+def last_logits(graph: Graph, lengths: list[int], folder: Path) -> np.ndarray[Any, Any]:
+    """After first prompts of these lengths, all in one step."""
+    save(graph, folder / "model.onnx")
+    session = Session(folder / "model.onnx", signature=graph.signature)
+    step = ModelStep(session, KeyValueCache(graph.signature.inputs, context=CONTEXT, budget=2**28))
+    random = np.random.default_rng(1)
+    return step.run(0, [random.integers(0, 300, length).tolist() for length in lengths]).copy()
+
+
+def in_blocks(name: str, *, block_size: int = 32) -> Graph:
+    graph, context = exported(name).clone(), PassContext(target=target("cpu"))
+    for step in ("fuse-rotary", "pack-projections"):
+        graph = make_pass(step).apply(graph, context).graph
+    return make_pass("int4-weights", {"block_size": block_size}).apply(graph, context).graph
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "gpt2", "cohere", "mixtral", "gpt-neox"])
+def test_prompts_read_int8_copies_and_short_steps_the_blocks(name: str, tmp_path: Path) -> None:
+    blocks = in_blocks(name)
+    both = make_pass("int8-prompts").apply(blocks.clone(), PassContext(target=target("cpu")))
+    for lengths in ([1], [7], [2, 1, 2], [20, 5]):  # below 8 tokens, or with padding
+        np.testing.assert_array_equal(
+            last_logits(both.graph, lengths, tmp_path), last_logits(blocks, lengths, tmp_path)
+        )
+    # For prompts it is as far from the blocks as int8-dynamic is from float: of these random models up to a fifth.
+    dynamic = make_pass("int8-dynamic").apply(exported(name).clone(), PassContext(target=target("cpu"))).graph
+    most = 4 if name == "mixtral" else 2  # where a rounding tips the choice of experts, the answer jumps
+    for lengths in ([8], [60], [1] * 8, [20, 20]):
+        found = []
+        for before, after in ((blocks, both.graph), (exported(name), dynamic)):
+            reference = last_logits(before, lengths, tmp_path)
+            difference = last_logits(after, lengths, tmp_path) - reference
+            found.append(float(np.sqrt(np.square(difference).mean() / np.square(reference).mean())))
+        assert 0 < found[0] < most * found[1] < 0.4, (lengths, found)
+
+
+def test_memory_behind_the_tokens_does_not_decide_a_dynamic_scale(tmp_path: Path) -> None:
+    """GroupQueryAttention writes nothing at padding: what was in memory stays there, any number or none."""
+    graph = exported("gemma2").clone()
+    dynamic = make_pass("int8-dynamic").apply(graph, PassContext(target=target("cpu"))).graph
+    body = dynamic.model.graph
+    cleaned = [node.outputs[0] for node in body if node.op_type == "Where" and "without_padding" in str(node.name)]
+    assert len(cleaned) == 2
+    body.outputs.extend(cleaned)
+    save(dynamic, tmp_path / "model.onnx")
+    session = Session(tmp_path / "model.onnx")
+    feeds: dict[str, Any] = {
+        spec.name: np.zeros((3, *(64 if axis == "capacity" else axis for axis in spec.shape[1:])), np.float32)
+        for spec in graph.signature.inputs
+        if spec.name.startswith("past_key_values")
+    }
+    for counts in ([6, 6, 6], [6, 1, 3]):  # the first leaves its numbers in the memory of the second
+        last = np.array(counts) - 1 + np.arange(3) * 6
+        given = {"input_ids": np.full((3, 6), 7), "past_lengths": np.zeros(3, np.int32), "logit_indices": last}
+        found = session.run(feeds | given | {"lengths": np.array(counts, np.int32)})
+        for value in cleaned:
+            for row, count in zip(found[str(value.name)], counts, strict=True):
+                assert (row[:count] != 0).all()
+                assert (row[count:] == 0).all()
+
+
+def test_what_prompts_and_single_tokens_share_is_there_once() -> None:
+    blocks = in_blocks("qwen2")
+    result = make_pass("int8-prompts", {"from_tokens": 5}).apply(blocks.clone(), PassContext(target=target("cpu")))
+    names = ("MatMulNBits", "DynamicQuantizeMatMul", "GatherBlockQuantized", "GroupQueryAttention", "Size")
+    count = [sum(node.op_type == name for node in result.graph.model.graph) for name in names]
+    assert count == [1, 0, 1, 0, 1]  # the output layer, whose rows are answers, and the table
+    (choice,) = (node for node in result.graph.model.graph if node.op_type == "If")
+    many, few = choice.attributes["then_branch"].as_graph(), choice.attributes["else_branch"].as_graph()
+    assert [sum(node.op_type == name for node in many) for name in names] == [0, 10, 0, 2, 0]
+    assert [sum(node.op_type == name for node in few) for name in names] == [10, 0, 0, 2, 0]
+    assert result.changes == 10
+    assert [value.name for value in result.graph.model.graph.outputs] == [
+        value.name for value in blocks.model.graph.outputs
+    ]
+
+
+def test_layers_that_are_kept_stay_in_blocks_for_prompts_too(tmp_path: Path) -> None:
+    blocks = in_blocks("qwen2")
+    products = [str(node.name) for node in blocks.model.graph if node.op_type == "MatMulNBits"]
+    down = frozenset(name for name in products if "down" in name)
+    assert len(down) == 2
+    result = make_pass("int8-prompts").apply(blocks.clone(), PassContext(target=target("cpu"), keep=down))
+    assert result.changes == 8
+    assert result.graph.operators()["com.microsoft::MatMulNBits"] == 10 + 2 + 1
+    every = make_pass("int8-prompts").apply(blocks.clone(), PassContext(target=target("cpu"), keep=frozenset(products)))
+    assert every.changes == 0
+    before = last_logits(blocks, [40], tmp_path)
+    whole = make_pass("int8-prompts").apply(blocks.clone(), PassContext(target=target("cpu"))).graph
+    errors = [np.square(last_logits(graph, [40], tmp_path) - before).mean() for graph in (whole, result.graph)]
+    assert 0 < errors[1] < errors[0]
+
+
+def test_int8_prompts_are_for_language_models() -> None:
+    graph = exported("llama").clone()
+    assert make_pass("int8-prompts").apply(graph, PassContext(target=target("cpu"))).changes == 0  # nothing in blocks
+    for value in list(graph.model.graph.inputs):
+        if value.name == "logit_indices":
+            value.name = "something_else"
+    with pytest.raises(RecipeError, match="is for language models"):
+        make_pass("int8-prompts").apply(graph, PassContext(target=target("cpu")))

@@ -38,7 +38,8 @@ def quantize(
 
 
 def open_for(result: PassResult, folder: Path, kind: str = "cpu") -> PlainSession:
-    return PlainSession(result.graph, folder, disabled=target(kind).disabled_optimizers)
+    facts = target(kind)
+    return PlainSession(result.graph, folder, disabled=facts.disabled_optimizers, exact=facts.exact_products)
 
 
 @pytest.mark.parametrize("opset", [13, 18, 23])

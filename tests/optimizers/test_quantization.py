@@ -19,15 +19,19 @@ from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import ChannelRange, PassContext
 from onnxpress.optimizers.rounding import Blocks, activation_uint8, block_size_for, blocks, per_channel_8bit
 from onnxpress.optimizers.targets import target
+from onnxpress.runtime.saturation import products_saturate
 
 WIDTH, ROWS = 64, 512
 CPU = target("cpu")
 
 
-def run(graph: Graph, feeds: Mapping[str, Any], path: Path) -> list[Any]:
+def run(graph: Graph, feeds: Mapping[str, Any], path: Path, kind: str = "cpu") -> list[Any]:
     ir.save(graph.model, path / "graph.onnx")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    options.add_session_config_entry(
+        "session.x64quantprecision", str(int(target(kind).exact_products and products_saturate()))
+    )
     session = onnxruntime.InferenceSession(path / "graph.onnx", options, providers=["CPUExecutionProvider"])
     return list(session.run(None, dict(feeds)))
 
@@ -265,13 +269,13 @@ def test_unknown_passes_and_options_are_refused() -> None:
         make_pass("int8", {"speed": 3})
 
 
-@pytest.mark.parametrize("reduce_range", [False, True])
-def test_per_channel_rounding_is_within_half_a_step(reduce_range: bool) -> None:
+@pytest.mark.parametrize("limit", [63, 127])
+def test_per_channel_rounding_is_within_half_a_step(limit: int) -> None:
     weight = np.random.default_rng(0).standard_normal((32, 8)).astype(np.float32)
-    integers, scales, zero_points = per_channel_8bit(weight, reduce_range=reduce_range)
-    assert integers.dtype == zero_points.dtype == (np.int8 if reduce_range else np.uint8)
+    integers, scales, zero_points = per_channel_8bit(weight, limit=limit)
+    assert integers.dtype == zero_points.dtype == np.int8
     steps = integers.astype(np.int32) - zero_points
-    assert np.abs(steps).max() == (63 if reduce_range else 127)
+    assert np.abs(steps).max() == limit
     assert np.all(np.abs(steps * scales - weight) <= scales / 2 + 1e-7)
 
 
@@ -293,7 +297,7 @@ def test_the_largest_products_do_not_overflow(name: str, kind: str, tmp_path: Pa
     context = PassContext(target=target(kind), observe=lambda _, names: dict.fromkeys(names, seen))
     result = make_pass(name).apply(graph, context)
     x = np.ones((3, WIDTH), np.float32)
-    np.testing.assert_allclose(run(result.graph, {"x": x}, tmp_path)[0], x @ weight, rtol=1e-5)
+    np.testing.assert_allclose(run(result.graph, {"x": x}, tmp_path, kind)[0], x @ weight, rtol=1e-5)
 
 
 def test_activation_range_contains_zero_exactly() -> None:
