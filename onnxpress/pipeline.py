@@ -56,7 +56,7 @@ from onnxpress.runtime.session import Session
 from onnxpress.sample_arrays import read_arrays
 from onnxpress.timing import alternate
 from onnxpress.trials import Notebook, Times, Trials, describe_steps, digest_of_files, notebook_folder
-from onnxpress.workbench import RowByRow, Workbench, attends_in_float, save
+from onnxpress.workbench import RowByRow, Workbench, attends_in_float, save, session_options
 from onnxpress.workload import TextWorkload, Workload, workload_file
 
 if TYPE_CHECKING:
@@ -215,20 +215,18 @@ def _build(
             unrounded=None if press.exact else press.unrounded,
         )
         options: dict[str, Json] = {**exported.options, "golden_tolerance": tolerance}
-        session_options: dict[str, Json] = {"disabled_optimizers": list(facts.disabled_optimizers)}
-        if facts.exact_products:
-            session_options["exact_products"] = True
+        how: dict[str, Json] = session_options(facts, press.graph.signature)
         if facts.providers != ("cpu",):
-            session_options["providers"] = list(facts.providers)
+            how["providers"] = list(facts.providers)
         if press.rows_alone:
-            session_options["tokens_per_chunk"] = 1
+            how["tokens_per_chunk"] = 1
         manifest = Manifest(
             name=_name(recipe),
             target=facts.name,
             precision=press.precision,
             signature=press.graph.signature,
             options=options,
-            session=session_options,
+            session=how,
             recipe=recipe.model_dump(mode="json"),
             ledger=(
                 {

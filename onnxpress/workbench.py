@@ -11,14 +11,16 @@ import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxpress.errors import OutputError, ProviderError, RecipeError
 from onnxpress.graph import Graph
-from onnxpress.manifest import Arrays, Runnable
+from onnxpress.manifest import Arrays, Runnable, Signature
 from onnxpress.optimizers.targets import Target
+from onnxpress.runtime.cache import PAST
 from onnxpress.runtime.providers import check_provider
 from onnxpress.runtime.session import Session
 from onnxpress.timing import alternate
@@ -66,8 +68,7 @@ class Workbench:
             path,
             signature=graph.signature,
             providers=("cpu",) if self._target.uniform_steps and attends_in_float(graph) else self._providers,
-            disabled_optimizers=self._target.disabled_optimizers,
-            exact_products=self._target.exact_products,
+            **session_options(self._target, graph.signature),
             allow_fallback=True,  # of a graph on its way; the artifact has to run on the target alone
         )
         weakref.finalize(session, shutil.rmtree, path.parent, ignore_errors=True)
@@ -84,6 +85,19 @@ class Workbench:
             times = alternate(tasks)
             rows[shape] = (times["before"], times["after"])
         return rows
+
+
+def session_options(target: Target, signature: Signature) -> dict[str, Any]:
+    """How a graph is opened on a target, as Session and the manifest take it; what is as usual is left out."""
+    options: dict[str, Any] = {"disabled_optimizers": list(target.disabled_optimizers)}
+    if target.exact_products:
+        options["exact_products"] = True
+    # A cache of int8 has kernels of its own, with another one for single tokens.
+    if not target.flash_attention and any(
+        spec.name.startswith(PAST) and spec.dtype == "float32" for spec in signature.inputs
+    ):
+        options["flash_attention"] = False
+    return options
 
 
 def attends_in_float(graph: Graph) -> bool:

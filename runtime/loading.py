@@ -108,6 +108,7 @@ def open_session(
         allow_fallback=allow_fallback,
         disabled_optimizers=manifest.session.get("disabled_optimizers", ()),
         exact_products=manifest.session.get("exact_products", False),
+        flash_attention=manifest.session.get("flash_attention", True),
         cache_key=manifest.files[MODEL].sha256,
     )
 

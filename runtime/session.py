@@ -61,6 +61,10 @@ _NUMPY = {
 }
 
 
+_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # ONNX Runtime reads it when it makes a kernel
+_ENVIRONMENT = threading.Lock()
+
+
 class Session:
     """An ONNX model, open on the providers that were asked for.
 
@@ -68,7 +72,8 @@ class Session:
     is opened. signature: what inputs are checked against; without it, what the file declares. providers:
     names ("cpu", "cuda", "tensorrt") or options (CPU(threads=2)), in order. allow_fallback: take what loads;
     `fallback_note` then says what did not. disabled_optimizers: names of ONNX Runtime's graph optimizers. exact_products: whether x86
-    CPUs keep from faster kernels for signed weights of 8 bits, whose 16-bit sums overflow.
+    CPUs keep from faster kernels for signed weights of 8 bits, whose 16-bit sums overflow. flash_attention: whether the CPU provider's
+    GroupQueryAttention may take its tiled kernel for prompts.
     cache_key: identifies the model in engine caches; None takes its SHA-256 when it is needed.
 
     `run` may be called from several threads at once.
@@ -86,6 +91,7 @@ class Session:
         allow_fallback: bool = False,
         disabled_optimizers: Sequence[str] = (),
         exact_products: bool = False,
+        flash_attention: bool = True,
         cache_key: str | None = None,
     ) -> None:
         self.path = Path(path)
@@ -93,6 +99,7 @@ class Session:
         self.fallback_note = ""
         self._disabled = tuple(disabled_optimizers)
         self._exact_products = exact_products
+        self._flash_attention = flash_attention
         self._cache_key = cache_key
         check_wheel()
         given = make_providers(providers)
@@ -360,7 +367,7 @@ class Session:
                 data = [np.frombuffer(content, np.uint8) for content in files.values()]
                 options.add_external_initializers_from_files_in_memory(list(files), data, [len(one) for one in data])
             inner = partial(
-                onnxruntime.InferenceSession,
+                _inference_session if self._flash_attention else _without_flash_attention,
                 model,
                 options,
                 disabled_optimizers=list(self._disabled) or None,
@@ -508,6 +515,24 @@ def _check_array(spec: TensorSpec, array: Any, signature: Signature, sizes: dict
             raise InputError(
                 f"Input {spec.name} has values from {low} to {high}; the model takes {spec.bounds[0]} to {spec.bounds[1]}."
             )
+
+
+def _inference_session(*arguments: Any, **options: Any) -> Any:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(*arguments, **options)
+
+
+def _without_flash_attention(*arguments: Any, **options: Any) -> Any:
+    """As `_inference_session`; what the user has set in the environment stays as it is."""
+    with _ENVIRONMENT:
+        if _FLASH in os.environ:
+            return _inference_session(*arguments, **options)
+        os.environ[_FLASH] = "1"
+        try:
+            return _inference_session(*arguments, **options)
+        finally:
+            del os.environ[_FLASH]
 
 
 def _declared_signature(session: Any) -> Signature:
