@@ -79,7 +79,7 @@ def check(folder: Path, bench: Workbench, *kinds: str, **options: float) -> None
     _Parity(exported).check(bench.open(exported.graph))
 
 
-ENCODERS = ("bert", "distilbert", "nomic-bert")
+ENCODERS = ("bert", "distilbert", "nomic-bert", "modernbert")
 DECODERS = ("llama", "qwen3", "phi3", "phi", "gpt2", "gpt-neox")  # each splits and turns its heads in another way
 
 
@@ -87,6 +87,13 @@ DECODERS = ("llama", "qwen3", "phi3", "phi", "gpt2", "gpt-neox")  # each splits 
 def test_encoders(name: str, tmp_path: Path) -> None:
     save_model(tmp_path / "model", name)
     check(tmp_path / "model", Workbench(tmp_path, target("cpu")), "ffn", "heads", ffn=0.5, heads=1, layers=1)
+
+
+def test_layers_that_share_their_weights(tmp_path: Path) -> None:
+    """ALBERT's: one slice for all uses, in the graph and in the module."""
+    check(
+        save_model(tmp_path / "model", "albert"), Workbench(tmp_path, target("cpu")), "ffn", "heads", ffn=0.5, heads=1
+    )
 
 
 @pytest.mark.newest
