@@ -25,9 +25,10 @@ from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Signature, TensorSpec
 from onnxpress.optimizers.base import Stream
+from onnxpress.optimizers.heads import swap_last_axes
 from onnxpress.optimizers.layers import drop_layers, find_layers
 from onnxpress.optimizers.linear import Linear, drop_unused_constants, linears
-from onnxpress.optimizers.matching import dimension, rank
+from onnxpress.optimizers.matching import constant, dimension, rank
 from onnxpress.optimizers.rounding import Float
 from onnxpress.optimizers.slicing import (
     Group,
@@ -36,6 +37,7 @@ from onnxpress.optimizers.slicing import (
     cut,
     follow,
     follow_heads,
+    replace_constant,
     replace_everywhere,
 )
 from onnxpress.pruned import Change, Heads, LostHeads, Pruned
@@ -100,6 +102,7 @@ def prune(
     training_follows: what goes may then be what is learned again best, and not what is missed least. stream: begins to walk a graph with calibration inputs; activations: values by name for one input after another.
     Raises RecipeError where more is to go than there is, or nothing of what is to go can be found.
     """
+    swap_last_axes(graph)
     before = {name: value.const_value for name, value in graph.model.graph.initializers.items()}
     notes: list[str] = []
     dropped: tuple[frozenset[str], ...] = ()
@@ -108,7 +111,7 @@ def prune(
     if options.layers:
         if not layers:
             raise RecipeError(
-                "prune: layers were to go, but the graph's layers cannot be told apart (attention has to be fused)."
+                "prune: layers were to go, but the graph's layers cannot be told apart (each has to have attention whose heads can be told apart)."
             )
         number = _number(options.layers, len(layers), "layers")
         if not number:
@@ -159,6 +162,7 @@ def prune(
         there = ", ".join(dict.fromkeys(f"{place.units} {place.kind}" for place in places))
         raise RecipeError(f"prune: so small a share of {there} is none at all; give a larger one, or a number.")
     lost_heads: list[LostHeads] = []
+    notes.extend(_fit_norms(graph, [place.group(gone) for place, gone in decided], activations))
     for place, gone in decided:
         group = place.group(gone)
         cut(graph, group)
@@ -224,13 +228,13 @@ class _Fit:
         fitted, inverse = self.fitted, self._inverse
         if len(inside[0]) == 1:
             stay = np.concatenate(inside)
-            found = (fitted[stay] ** 2).sum(axis=1) / inverse[stay, stay]
+            costs = (fitted[stay] ** 2).sum(axis=1) / inverse[stay, stay]
         else:
-            found = np.array([
+            costs = np.array([
                 np.einsum("io,io->", fitted[rows], np.linalg.solve(inverse[np.ix_(rows, rows)], fitted[rows]))
                 for rows in inside
             ])  # fmt: skip
-        return found / (self._energy or 1.0)
+        return np.asarray(costs / (self._energy or 1.0))
 
     def leave_out(self, rows: npt.NDArray[np.int64]) -> None:
         """Let the other inputs make up for these."""
@@ -245,6 +249,27 @@ class _Fit:
         return (
             float(np.einsum("io,io->", difference, self._moments @ difference)) / self._energy if self._energy else 0.0
         )
+
+
+def _fit_norms(
+    graph: Graph, groups: Sequence[Group], activations: Callable[[Graph, Sequence[str]], Iterator[Arrays]]
+) -> Iterator[str]:
+    """Scale norms over all heads by what the root mean square of the heads that stay is of that of all, as a mean over all tokens."""
+    lost = {node.inputs[0]: (node, group.cuts[node.outputs[0]][1]) for group in groups for node in group.norms}
+    if not lost:
+        return
+    ratios: dict[ir.Value, list[Wide]] = {value: [] for value in lost if value is not None}
+    for values in activations(graph, sorted(str(value.name) for value in ratios)):
+        for value, found in ratios.items():
+            squares = np.square(values[str(value.name)].astype(np.float64))
+            stay = np.delete(squares, sorted(lost[value][1]), axis=-1)
+            found.append(np.sqrt(stay.mean(axis=-1) / np.maximum(squares.mean(axis=-1), 1e-30)).reshape(-1))
+    for value, found in ratios.items():
+        node, _ = lost[value]
+        scale = constant(node.inputs[1])
+        assert scale is not None
+        replace_constant(graph, node, 1, (scale * np.concatenate(found).mean()).astype(scale.dtype))
+    yield f"heads: {len(lost)} norms over all heads take their mean over those that stay, and are scaled to give as much as before"
 
 
 def _mean(moments: Sequence[Float]) -> Float:
@@ -335,7 +360,7 @@ def _place(
     if blocks or width != units * size or positions != frozenset(range(size)) or axis != (rank(last[0].x) or 0) - 1:
         raise NotFollowedError(last[0].nodes[0], "reads the channels in another order")
     nodes = frozenset(
-        (*readers, *group.heads, *(node for value in group.cuts if (node := value.producer()) is not None))
+        (*readers, *group.heads, *(giver for value in group.cuts if (giver := value.producer()) is not None))
     )
     return _Place(kind=kind, last=last, units=units, size=size, group=follow_units, nodes=nodes, heads=heads)
 

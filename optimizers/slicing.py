@@ -31,7 +31,8 @@ ELEMENTWISE = frozenset((
 ))
 # fmt: on
 _END = np.iinfo(np.int64).max
-_NORMS = frozenset(("LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"))
+_ROOT_MEAN_SQUARE = frozenset(("SimplifiedLayerNormalization", "RMSNormalization"))
+_NORMS = _ROOT_MEAN_SQUARE | {"LayerNormalization"}
 # Inputs of the attention operators: past keys and values, those that may hold something for each head, and a mask, which may too.
 _PAST = {"GroupQueryAttention": (3, 4), "Attention": (4, 5), "MultiHeadAttention": ()}
 _PER_HEAD = {"GroupQueryAttention": (10, 11), "Attention": (), "MultiHeadAttention": (3, 6, 7)}
@@ -48,10 +49,14 @@ class NotFollowedError(Exception):
 
 @dataclass(kw_only=True)
 class Group:
-    """What goes together: positions to lose, by value; the attention operators that lose heads, with the heads that they have."""
+    """What goes together: positions to lose, by value; the attention operators that lose heads, with the heads that they have.
+
+    norms: whose mean is over what is lost too, so that it is another one afterwards.
+    """
 
     cuts: dict[ir.Value, tuple[int, frozenset[int]]] = field(default_factory=dict)
     heads: dict[ir.Node, Heads] = field(default_factory=dict)
+    norms: set[ir.Node] = field(default_factory=set)
 
 
 def attention_heads(node: ir.Node) -> Heads | None:
@@ -113,8 +118,9 @@ def follow_heads(node: ir.Node, lost: Sequence[int]) -> Group:
         raise NotFollowedError(node, "has heads of unknown number or size")
     if node.op_type == "Softmax":
         weights = node.outputs[0]
-        return _closure([(weights, (rank(weights) or 0) - 3, frozenset(lost))])
-    return _closure([(value, axis, _blocks(lost, block)) for value, axis, block in _with_heads(node, heads)])
+        return _closure([(weights, (rank(weights) or 0) - 3, frozenset(lost))], through_norms=True)
+    seeds = [(value, axis, _blocks(lost, block)) for value, axis, block in _with_heads(node, heads)]
+    return _closure(seeds, through_norms=True)
 
 
 def follow(value: ir.Value, axis: int, lost: frozenset[int]) -> Group:
@@ -132,11 +138,11 @@ def cut(graph: Graph, group: Group) -> None:
     )
     weights: dict[ir.Value, dict[int, frozenset[int]]] = {}
     for node in nodes:
-        for value in {node.inputs[0], node.outputs[0]} & group.cuts.keys():
-            axis, lost = group.cuts[value]
-            weights.update(
-                {weight: weights.get(weight, {}) | {place: lost} for weight, place in _weight_axes(node, value, axis)}
-            )
+        for value in (node.inputs[0], node.outputs[0]):
+            if value is not None and value in group.cuts:
+                axis, lost = group.cuts[value]
+                for weight, place in _weight_axes(node, value, axis):
+                    weights.setdefault(weight, {})[place] = lost
         _edit(graph, node, group.cuts)
     for weight, axes in weights.items():
         array = constant(weight)
@@ -160,7 +166,8 @@ def cut(graph: Graph, group: Group) -> None:
             value.shape = ir.Shape(sizes)
 
 
-def _closure(seeds: Sequence[Cut]) -> Group:
+def _closure(seeds: Sequence[Cut], *, through_norms: bool = False) -> Group:
+    """through_norms: past root mean square norms over what is lost, whose mean will be of what stays."""
     group = Group()
     pending = list(seeds)
     body = next(iter(seeds[0][0].uses())).node.graph
@@ -186,9 +193,20 @@ def _closure(seeds: Sequence[Cut]) -> Group:
                     raise NotFollowedError(node, "has heads of unknown number or size")
                 group.heads[node] = heads
                 pending.extend(_related_heads(node, heads, value, axis, lost))
+            elif through_norms and _takes_mean_of(node, value, axis):
+                group.norms.add(node)
+                pending.extend((other, axis, lost) for other in (node.inputs[0], node.outputs[0]) if other is not None)
             else:
                 pending.extend(_related(node, value, axis, lost))
     return group
+
+
+def _takes_mean_of(node: ir.Node, value: ir.Value, axis: int) -> bool:
+    """Whether a node divides by the root mean square of the last axis of a value, and multiplies by a constant."""
+    if node.op_type not in _ROOT_MEAN_SQUARE or value not in (node.inputs[0], node.outputs[0]):
+        return False
+    last, scale = (rank(value) or 0) - 1, constant(node.inputs[1])
+    return axis == last == attribute(node, "axis", -1) % (last + 1) and scale is not None and scale.ndim == 1
 
 
 def _is_cache(value: ir.Value) -> bool:
@@ -509,6 +527,8 @@ def _edit(graph: Graph, node: ir.Node, cuts: Mapping[ir.Value, tuple[int, frozen
             place = -1 if array is None else axis - (rank(output) or 0) + array.ndim
             if array is not None and place >= 0 and array.shape[place] != 1:
                 _shrink(graph, node, index, place, lost)
+    elif node.op_type in _NORMS and output in cuts and cuts[output][0] == (rank(output) or 0) - 1:
+        _shrink(graph, node, 1, 0, cuts[output][1])
     elif node.op_type == "RotaryEmbedding" and output in cuts and "num_heads" in node.attributes:
         axis, lost = cuts[output]
         width, heads = dimension(output, axis), int(attribute(node, "num_heads", 0))
@@ -548,7 +568,9 @@ def _edit_target(graph: Graph, node: ir.Node, axis: int, lost: frozenset[int]) -
             node.replace_input_with(1, add_constant(graph, name, smaller))
         return
     concat = produced_by(target, "Concat")
-    parts = list(concat.inputs) if concat is not None else []
+    parts: list[ir.Value | None] = list(concat.inputs) if concat is not None else []
+    before: Sequence[ir.Value | None]
+    after: Sequence[ir.Value | None]
     if len(parts) == rank(output) and all(dimension(part, 0) == 1 for part in parts):
         entry = constant(parts[axis])
         if entry is not None and entry.reshape(-1)[0] != size:
@@ -557,8 +579,8 @@ def _edit_target(graph: Graph, node: ir.Node, axis: int, lost: frozenset[int]) -
     else:  # computed in some other way
         bounds = [add_constant(graph, f"{name}_bound", np.array([at], np.int64)) for at in (0, axis, axis + 1, _END)]
         before, after = (
-            [insert(node, "Slice", [target, start, end], name=name, dtype=ir.DataType.INT64)]
-            for start, end in (bounds[:2], bounds[2:])
+            [insert(node, "Slice", [target, *ends], name=name, dtype=ir.DataType.INT64)]
+            for ends in (bounds[:2], bounds[2:])
         )
     now = add_constant(graph, f"{name}_size", np.array([size - len(lost)], np.int64))
     shape = ir.Shape([rank(output) or 0])
