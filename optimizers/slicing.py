@@ -28,6 +28,7 @@ ELEMENTWISE = frozenset((
     "Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Where", "Gelu", "Relu", "LeakyRelu", "Elu", "Erf", "Sigmoid",
     "Tanh", "Softplus", "HardSwish", "HardSigmoid", "Swish", "Mish", "Silu", "QuickGelu", "FastGelu", "BiasGelu",
     "Exp", "Log", "Sqrt", "Abs", "Neg", "Clip", "Cast", "Identity", "Dropout", "IsNaN", "Not", "And", "Or",
+    "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual",
 ))
 # fmt: on
 _END = np.iinfo(np.int64).max

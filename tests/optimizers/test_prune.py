@@ -22,6 +22,8 @@ from onnxpress.manifest import Arrays, Signature, TensorSpec
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext
 from onnxpress.optimizers.layers import drop_layers, find_layers
+from onnxpress.optimizers.linear import add_constant
+from onnxpress.optimizers.matching import insert
 from onnxpress.optimizers.prune import PruneOptions, prune, without
 from onnxpress.optimizers.slicing import NotFollowedError, attention_heads, cut, follow, follow_heads
 from onnxpress.optimizers.targets import target
@@ -293,6 +295,45 @@ def test_heads_of_attention_that_is_not_fused_go(split: str, attention: str, tmp
         np.testing.assert_allclose(run(graph, tmp_path, feeds), run(before, tmp_path, feeds), atol=1e-5)
     assert any(note.startswith("heads: 1 places, 0.0 %") for note in pruned(before, tmp_path, heads=2).notes)
     assert before.model.graph.initializers["wo"].shape == (16, WIDTH)
+
+
+def test_a_norm_over_all_heads_is_scaled_to_those_that_stay(tmp_path: Path) -> None:
+    """The largest queries go, so that the root mean square of the others is a fraction of all heads'."""
+    graph = encoder(1)
+    weights = graph.model.graph.initializers
+    attention = next(node for node in graph.model.graph if node.op_type == "Attention")
+    scale = np.random.default_rng(1).uniform(0.5, 1.5, WIDTH).astype(np.float32)
+    query = attention.inputs[0]
+    assert query is not None
+    norm = insert(
+        attention,
+        "RMSNormalization",
+        [query, add_constant(graph, "scale", scale)],
+        {"axis": -1},
+        name="norm",
+        dtype=query.dtype,
+        shape=query.shape,
+    )
+    attention.replace_input_with(0, norm)
+    larger, zeros = weights["wq0"].const_value.numpy().copy(), weights["wo0"].const_value.numpy().copy()
+    larger[:, 24:] *= 10
+    zeros[24:] = 0
+    weights["wq0"].const_value, weights["wo0"].const_value = ir.tensor(larger, name="wq0"), ir.tensor(zeros, name="wo0")
+    before = graph.clone()
+    result = pruned(graph, tmp_path, heads=1)
+    assert "1 norms over all heads take their mean over those that stay" in " ".join(result.notes)
+    assert {name: weights[name].shape[-1] for name in ("wq0", "scale")} == {"wq0": 24, "scale": 24}
+    fitted = result.changes["scale"].after
+    ratio = fitted / scale[:24]
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-5)
+    assert 0.1 < ratio[0] < 0.4, "three heads of size 1 beside one of 10"
+    unfitted = graph.clone()
+    unfitted.model.graph.initializers["scale"].const_value = ir.tensor(scale[:24], name="scale")
+    errors = []
+    for item in (graph, unfitted):
+        pairs = [(run(item, tmp_path, feeds), run(before, tmp_path, feeds)) for feeds in inputs(3)]
+        errors.append(np.mean([np.square(found - wanted).mean() for found, wanted in pairs]))
+    assert errors[0] < 0.1 * errors[1]
 
 
 def test_a_mask_for_each_head_that_is_an_input_keeps_the_heads_whole() -> None:
