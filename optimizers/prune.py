@@ -310,10 +310,21 @@ def _places(graph: Graph, options: PruneOptions) -> tuple[list[_Place], list[str
             except NotFollowedError as error:
                 if units != hidden:
                     left.append(f"channels of {layer.name} stay whole: {error}")
-    if options.heads and not any(place.kind == "heads" for place in found) and not left:
-        left.append("there is no attention whose heads could be told apart")
+        picked = [
+            node for node in graph.model.graph if node.op_type in ("Gather", "GatherND") and _is_stack(node.inputs[0])
+        ]
+        if picked:
+            left.append(f"channels of experts stay whole: each token picks its own of {len(picked)} stacks of weights")
+    named = any(place.kind == "heads" for place in found) or any(note.startswith("heads") for note in left)
+    if options.heads and not named:
+        left.append("heads stay whole: there is no attention whose heads could be told apart")
     order = {node: index for index, node in enumerate(graph.model.graph)}
     return sorted(found, key=lambda place: order[place.last[0].nodes[0]]), left
+
+
+def _is_stack(value: ir.Value | None) -> bool:
+    """Whether a value is a constant of several matrices."""
+    return value is not None and value.is_initializer() and rank(value) == 3 and value.dtype == ir.DataType.FLOAT
 
 
 def _why_nowhere(graph: Graph) -> str:

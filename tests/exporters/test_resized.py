@@ -134,9 +134,10 @@ def test_caches_have_the_heads_that_stay(tmp_path: Path) -> None:
 
 
 def test_heads_of_an_architecture_that_cannot_follow_stay_whole(tmp_path: Path) -> None:
-    """DeBERTa's attention does not go through transformers' interface, so that its heads are not found; its channels are."""
+    """DeBERTa's attention folds its heads into the batch axis, so that they are not found; its channels are."""
     folder = save_model(tmp_path / "model", "deberta-v2")
-    check(folder, Workbench(tmp_path, target("cpu")), "ffn", ffn=0.5, heads=1)
+    result = check(folder, Workbench(tmp_path, target("cpu")), "ffn", ffn=0.5, heads=1)
+    assert any(note.startswith("heads stay whole: there is no attention") for note in result.notes)
 
 
 def test_a_model_with_a_head_on_top(tmp_path: Path) -> None:

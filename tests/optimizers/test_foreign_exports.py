@@ -28,6 +28,7 @@ from onnxpress.manifest import Signature
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext
 from onnxpress.optimizers.heads import swap_last_axes
+from onnxpress.optimizers.layers import find_layers
 from onnxpress.optimizers.slicing import Group, attention_heads, cut, follow_heads
 from onnxpress.optimizers.targets import target
 
@@ -261,6 +262,7 @@ def test_heads_go_whether_their_attention_is_fused_or_not(
                 groups[node] = follow_heads(node, [0, 2])
         one_operator = (attention, opset) == ("sdpa", 23) or (len(passes) == 2 and model != "modernbert")
         assert {node.op_type for node in groups} == {"Attention" if one_operator else "Softmax"}
+        assert len(find_layers(graph)) == module.config.num_hidden_layers
         projections = [weight for group in groups.values() for weight in with_zeros(group)]
         assert len(projections) == module.config.num_hidden_layers
         ir.save(graph.model, tmp_path / "original.onnx")

@@ -491,6 +491,27 @@ def test_layers_that_cannot_be_told_apart(tmp_path: Path) -> None:
         pruned(feed_forward("m = Gelu (g)"), tmp_path, layers=1)
 
 
+def test_channels_of_experts_are_named(tmp_path: Path) -> None:
+    graph = small_graph(
+        """
+        s = MatMul (x, router) e = ArgMax <axis = 2, keepdims = 0> (s) u = Gather (up, e) d = Gather (down, e)
+        c = Unsqueeze (x, last) h = MatMul (u, c) g = Gelu (h) o = MatMul (d, g) y = Squeeze (o, last)
+        """,
+        weights={
+            "router": weight(WIDTH, 4),
+            "up": weight(4, WIDE, WIDTH),
+            "down": weight(4, WIDTH, WIDE),
+            "last": np.array([3]),
+        },
+        opset=20,
+        ir_version=9,
+    )
+    with pytest.raises(
+        RecipeError, match=r"nothing can go.*channels of experts stay whole: each token picks its own of 2 stacks"
+    ):
+        pruned(graph, tmp_path, ffn=0.5)
+
+
 def test_heads_without_attention(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="there is no attention whose heads could be told apart"):
         pruned(feed_forward("m = Gelu (g)"), tmp_path, heads=1)
