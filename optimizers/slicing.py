@@ -152,13 +152,20 @@ def cut(graph: Graph, group: Group) -> None:
             array = np.delete(array, sorted(lost), axis=axis)
         replace_everywhere(graph, weight, array)
     for node, heads in group.heads.items():
-        key = group.cuts[node.inputs[1]][1]  # type: ignore[index]
+        key, _, block = _with_heads(node, heads)[1]
+        left = heads.groups - len(group.cuts[key][1]) // block
         query_name = "q_num_heads" if node.op_type == "Attention" else "num_heads"
         if query_name in node.attributes:
-            left = heads.groups - len(key) // heads.size
             node.attributes[query_name] = ir.AttrInt64(query_name, left * heads.queries)
             if "kv_num_heads" in node.attributes:
                 node.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", left)
+        mask = _mask(node)
+        if mask is not None and (rank(mask) or 0) > 2 and not isinstance(dimension(mask, -3), int):
+            # The same for each head, of which it has one or all.
+            bounds = (0, left * heads.queries, (rank(mask) or 0) - 3)
+            ends = [add_constant(graph, f"{mask.name}_bound", np.array([bound], np.int64)) for bound in bounds]
+            part = insert(node, "Slice", [mask, *ends], name=f"{mask.name}_heads", dtype=mask.dtype, shape=mask.shape)
+            node.replace_input_with(_MASK[node.op_type], part)
     for value, (axis, lost) in group.cuts.items():
         size = dimension(value, axis)
         if value.shape is not None and isinstance(size, int):
@@ -238,14 +245,31 @@ def _with_heads(node: ir.Node, heads: Heads) -> list[tuple[ir.Value, int, int]]:
         other = inputs.get(place)
         if other is not None and rank(other) != 2 and (rank(other) != 4 or dimension(other, 1) != 1):
             raise NotFollowedError(node, f"has numbers of its own for each head ({other.name})")
-    mask = inputs.get(_MASK.get(node.op_type, -1))
-    if mask is not None and rank(mask) != 2 and dimension(mask, -3) != 1:
-        if dimension(mask, -3) != heads.groups * heads.queries:
-            raise NotFollowedError(node, f"has a mask of unknown shape ({mask.name})")
+    mask = _mask(node)
+    if mask is not None and dimension(mask, -3) == heads.groups * heads.queries:
         found.append((mask, (rank(mask) or 0) - 3, heads.queries))
+    elif mask is not None and rank(mask) != 2 and not _repeats(mask, (rank(mask) or 0) - 3):
+        raise NotFollowedError(node, f"has a mask of unknown shape ({mask.name})")
     caches = (*(inputs.get(place) for place in _PAST[node.op_type]), *node.outputs[1:3])
     found.extend((cache, 1, 1) for cache in caches if cache is not None and cache.name)
     return found
+
+
+def _mask(node: ir.Node) -> ir.Value | None:
+    place = _MASK.get(node.op_type, len(node.inputs))
+    return node.inputs[place] if place < len(node.inputs) else None
+
+
+def _repeats(value: ir.Value | None, axis: int) -> bool:
+    """Whether all positions of an axis hold the same, as an Expand and what is computed of it do."""
+    node, count = (None if value is None else value.producer()), rank(value)
+    if count is not None and (axis < 0 or dimension(value, axis) == 1):
+        return True
+    if node is None or count is None or node.op_type not in (*ELEMENTWISE, "Expand"):
+        return False
+    sources = node.inputs[:1] if node.op_type == "Expand" else node.inputs
+    ranks = [(source, rank(source)) for source in sources if source is not None]
+    return all(number is not None and _repeats(source, axis - count + number) for source, number in ranks)
 
 
 def _related_heads(node: ir.Node, heads: Heads, value: ir.Value, axis: int, lost: frozenset[int]) -> Iterator[Cut]:

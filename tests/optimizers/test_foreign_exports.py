@@ -229,6 +229,8 @@ def test_bert(attention: str, opset: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "attention", "opset"),
     [
+        ("bert", "eager", 17),  # TorchScript's exporter: whether the mask has one head or all is not known
+        ("bert", "sdpa", 17),
         ("bert", "eager", 18),
         ("bert", "sdpa", 18),
         ("bert", "eager", 23),
@@ -246,10 +248,14 @@ def test_heads_go_whether_their_attention_is_fused_or_not(
     module = AutoModel.from_config(CONFIGS[model](), attn_implementation=attention)
     spread_weights(module)
     example = {"input_ids": torch.randint(5, 99, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
-    path = export(Encoder(module), example, tmp_path, opset=opset).rename(tmp_path / "exported.onnx")
+    path = export(Encoder(module), example, tmp_path, opset=opset, torchscript=opset == 17).rename(
+        tmp_path / "exported.onnx"
+    )
     random = np.random.default_rng(0)
     feeds = [{"input_ids": random.integers(5, 99, shape), "attention_mask": padding(*shape)} for shape in SHAPES]
-    for passes in (("fold",), ("fold", "fuse-attention")):
+    for passes in (("fold", "fuse-attention"), ("fold",)):
+        if opset == 17 and len(passes) == 1:
+            continue  # sizes are not known well enough
         graph = Graph(model=ir.load(path), signature=Signature(task="module", inputs=(), outputs=()))
         for name in passes:
             graph = make_pass(name).apply(graph, PassContext(target=target("cpu"))).graph
