@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # Passes after which heads and layers can be found.
 _READABLE = ("fold", "fuse-gelu", "fuse-layer-norm", "fuse-attention")
+# Exporters repeat the weights that layers share; one constant for all is cut for all.
+_READABLE_WITHOUT_NAMES = ("fold", "deduplicate", *_READABLE[1:])
 
 
 class Smaller(NamedTuple):
@@ -64,7 +66,7 @@ def make_smaller(
     assert recipe.prune is not None
     module = original(exported.reference)
     graph = exported.graph.clone()
-    for name in _READABLE:
+    for name in _READABLE if module is not None else _READABLE_WITHOUT_NAMES:
         if module is not None or name in target.lossless:
             graph = make_pass(name).apply(graph, PassContext(target=target)).graph
     pruned = prune(

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from onnxpress.optimizers.linear import attribute
-from onnxpress.optimizers.matching import dimension, only_user, produced_by, rank
+from onnxpress.graph import Graph
+from onnxpress.optimizers.linear import attribute, replace_value
+from onnxpress.optimizers.matching import body_nodes, dimension, insert, only_user, produced_by, rank
 from onnxpress.optimizers.shapes import Size, reshaped, size
 
 HEADS_FIRST = (0, 2, 1, 3)  # (batch, length, heads, head_dim) → (batch, heads, length, head_dim), and back
@@ -75,6 +77,25 @@ def merged_heads(value: ir.Value, query: Heads, head_dim: int) -> ir.Value | Non
     if transpose is None or tuple(attribute(transpose, "perm", ())) != HEADS_FIRST:
         return None
     return transpose.outputs[0]
+
+
+def swap_last_axes(graph: Graph) -> None:
+    """Write each swap of the last two of four axes that goes by way of three axes as one Transpose."""
+    for node in body_nodes(graph, "Reshape"):
+        output = node.outputs[0]
+        source = swapped_last_axes(output)
+        if source is not None:
+            swapped = insert(
+                node,
+                "Transpose",
+                [source],
+                {"perm": (0, 1, 3, 2)},
+                name=f"{output.name}_swapped",
+                dtype=output.dtype,
+                shape=output.shape,
+            )
+            replace_value(graph, output, swapped)
+    RemoveUnusedNodesPass()(graph.model)
 
 
 def _only_reshape(value: ir.Value) -> ir.Node | None:

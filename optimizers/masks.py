@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from onnxpress.graph import Graph
 from onnxpress.optimizers.linear import add_constant
-from onnxpress.optimizers.matching import constant, insert, produced_by, rank, scalar
+from onnxpress.optimizers.matching import constant, dimension, insert, produced_by, rank, scalar
 from onnxpress.optimizers.shapes import Size, size
 
 _LOWEST = float(np.finfo(np.float32).min)
@@ -60,7 +60,14 @@ class MaskBuilder:
         if wanted not in self._built:
             total, *others = [self._term(mask, before) for mask in masks]
             for other in others:
-                total = insert(before, "Add", [total, other], name=f"{total.name}_sum", dtype=ir.DataType.FLOAT)
+                total = insert(
+                    before,
+                    "Add",
+                    [total, other],
+                    name=f"{total.name}_sum",
+                    dtype=ir.DataType.FLOAT,
+                    shape=_broadcast(total, other),
+                )
             self._built[wanted] = self._expanded(total, query, key, lengths, before)
         return self._built[wanted]
 
@@ -151,4 +158,15 @@ class MaskBuilder:
             target = insert(
                 before, "Concat", [ones, *parts], {"axis": 0}, name=f"{name}_shape", dtype=ir.DataType.INT64, shape=[4]
             )
-        return insert(before, "Expand", [mask, target], name=name, dtype=ir.DataType.FLOAT)
+        ends = [dimension(query, 1), dimension(key, 1)]
+        shape = [*(dimension(mask, axis) if rank(mask) == 4 else 1 for axis in range(2)), *ends]
+        known = shape if rank(mask) in (2, 4) else None
+        return insert(before, "Expand", [mask, target], name=name, dtype=ir.DataType.FLOAT, shape=known)
+
+
+def _broadcast(first: ir.Value, second: ir.Value) -> list[int | str | None] | None:
+    """The shape of a sum, as far as it is known."""
+    if rank(first) is None or rank(first) != rank(second):
+        return None
+    pairs = [(dimension(first, axis), dimension(second, axis)) for axis in range(rank(first) or 0)]
+    return [one if other == 1 or one == other else other if one == 1 else None for one, other in pairs]

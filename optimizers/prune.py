@@ -15,6 +15,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +25,10 @@ from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Signature, TensorSpec
 from onnxpress.optimizers.base import Stream
+from onnxpress.optimizers.heads import swap_last_axes
 from onnxpress.optimizers.layers import drop_layers, find_layers
 from onnxpress.optimizers.linear import Linear, drop_unused_constants, linears
-from onnxpress.optimizers.matching import dimension, rank
+from onnxpress.optimizers.matching import constant, dimension, rank
 from onnxpress.optimizers.rounding import Float
 from onnxpress.optimizers.slicing import (
     Group,
@@ -36,6 +38,7 @@ from onnxpress.optimizers.slicing import (
     follow,
     follow_heads,
     replace_constant,
+    replace_everywhere,
 )
 from onnxpress.pruned import Change, Heads, LostHeads, Pruned
 
@@ -71,13 +74,17 @@ class PruneOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """One feed-forward block or attention: what is followed, where it ends, and how many units of how many channels it has."""
+    """One feed-forward block or attention, or several that share weights: what is followed, and how many units of channels it has.
+
+    last: what reads the channels, in the order of the graph. size: the channels of one unit, which are neighbours in what is read.
+    """
 
     kind: str
-    last: Linear  # reads the channels
+    last: tuple[Linear, ...]
     units: int
     size: int
     group: Callable[[Sequence[int]], Group]
+    nodes: frozenset[ir.Node]  # what belongs to it
     heads: Heads | None = None
 
 
@@ -95,6 +102,7 @@ def prune(
     training_follows: what goes may then be what is learned again best, and not what is missed least. stream: begins to walk a graph with calibration inputs; activations: values by name for one input after another.
     Raises RecipeError where more is to go than there is, or nothing of what is to go can be found.
     """
+    swap_last_axes(graph)
     before = {name: value.const_value for name, value in graph.model.graph.initializers.items()}
     notes: list[str] = []
     dropped: tuple[frozenset[str], ...] = ()
@@ -103,7 +111,7 @@ def prune(
     if options.layers:
         if not layers:
             raise RecipeError(
-                "prune: layers were to go, but the graph's layers cannot be told apart (attention has to be fused)."
+                "prune: layers were to go, but the graph's layers cannot be told apart (each has to have attention whose heads can be told apart)."
             )
         number = _number(options.layers, len(layers), "layers")
         if not number:
@@ -133,19 +141,28 @@ def prune(
             number = _to_a_multiple(number, place.units, options.multiple)
         if not number:
             continue
-        weight = place.last.weight_array().astype(np.float64)
-        moments = walk.second_moments(place.last.x)
-        gone, fitted, error = without(weight, moments, size=place.size, number=number)
+        moments = {layer.x: walk.second_moments(layer.x) for layer in place.last}
+        weights = {layer.weight: layer for layer in place.last}
+        parts = [
+            (
+                layer.weight_array().astype(np.float64),
+                _mean([moments[item.x] for item in place.last if item.weight is weight]),
+            )
+            for weight, layer in weights.items()
+        ]
+        gone, fitted, error = without(parts, size=place.size, number=number)
         shares.setdefault(place.kind, []).append(error)
         # The shapes stay until the walk is over: rows of zeros are as good as none.
-        node, position = place.last.nodes[0], 1
-        array = fitted.T if place.last.transposed else fitted
-        replace_constant(graph, node, position, array.astype(np.float32))
+        for array, (weight, layer) in zip(fitted, weights.items(), strict=True):
+            replace_everywhere(graph, weight, (array.T if layer.transposed else array).astype(np.float32))
+        if len(moments) > 1:
+            walk = stream(graph)  # it stands behind layers that are others now
         decided.append((place, gone))
     if not decided and not dropped:
         there = ", ".join(dict.fromkeys(f"{place.units} {place.kind}" for place in places))
         raise RecipeError(f"prune: so small a share of {there} is none at all; give a larger one, or a number.")
     lost_heads: list[LostHeads] = []
+    notes.extend(_fit_norms(graph, [place.group(gone) for place, gone in decided], activations))
     for place, gone in decided:
         group = place.group(gone)
         cut(graph, group)
@@ -170,37 +187,93 @@ def prune(
     )
 
 
-def without(weight: Wide, moments: Float, *, size: int, number: int) -> tuple[list[int], Wide, float]:
-    """Which units a linear layer can best do without, its weight fitted to that, and the share of its answers' energy lost.
+def without(parts: Sequence[tuple[Wide, Float]], *, size: int, number: int) -> tuple[list[int], list[Wide], float]:
+    """Which units linear layers can best do without, their weights fitted to that, and the share of their answers' energy lost.
 
-    weight: (in, out); moments: (in, in), the inputs' mean x xᵀ; a unit is `size` neighbouring inputs; `number` of them go. The rows
-    of those are zeros in the weight that comes back.
+    parts: for each layer its weight (in, out) and the moments (in, in), its inputs' mean x xᵀ; a unit is `size` neighbouring inputs,
+    `number` of them go, the same of all layers. The rows of those are zeros in the weights that come back. Several layers count by
+    the share of their own energy; the largest of those is given.
     """
-    units = len(weight) // size
-    damped = moments.astype(np.float64)
-    damped.flat[:: len(weight) + 1] += _DAMPING * float(np.trace(moments)) / len(weight) or 1.0
-    inverse = np.linalg.inv(damped)
-    fitted = weight.copy()
+    units = len(parts[0][0]) // size
+    fits = [_Fit(weight, moments) for weight, moments in parts]
     stay = list(range(units))
     gone: list[int] = []
     portion = -(-number // _ROUNDS)
     while len(gone) < number:
         inside = [np.arange(unit * size, (unit + 1) * size) for unit in stay]
-        scores = [
-            float(np.einsum("io,io->", fitted[rows], np.linalg.solve(inverse[np.ix_(rows, rows)], fitted[rows])))
-            for rows in inside
-        ] if size > 1 else list((fitted[stay] ** 2).sum(axis=1) / inverse[stay, stay])  # fmt: skip
+        scores = np.sum([fit.scores(inside) for fit in fits], axis=0)
         chosen = sorted(np.argsort(scores, kind="stable")[: min(portion, number - len(gone))].tolist(), reverse=True)
-        rows = np.concatenate([inside[index] for index in chosen])
-        within = np.linalg.inv(inverse[np.ix_(rows, rows)])
-        fitted -= inverse[:, rows] @ (within @ fitted[rows])
-        inverse -= inverse[:, rows] @ (within @ inverse[rows])
+        for fit in fits:
+            fit.leave_out(np.concatenate([inside[index] for index in chosen]))
         gone.extend(stay.pop(index) for index in chosen)
-    fitted[np.concatenate([np.arange(unit * size, (unit + 1) * size) for unit in gone])] = 0.0
-    difference = fitted - weight
-    whole = float(np.einsum("io,io->", weight, moments @ weight))
-    error = float(np.einsum("io,io->", difference, moments @ difference)) / whole if whole else 0.0
-    return sorted(gone), fitted, error
+    rows = np.concatenate([np.arange(unit * size, (unit + 1) * size) for unit in gone])
+    for fit in fits:
+        fit.fitted[rows] = 0.0
+    return sorted(gone), [fit.fitted for fit in fits], max(fit.error() for fit in fits)
+
+
+class _Fit:
+    """One linear layer's weight while inputs are left out of it (Optimal Brain Surgeon). weight: (in, out); moments: (in, in)."""
+
+    def __init__(self, weight: Wide, moments: Float) -> None:
+        damped = moments.astype(np.float64)
+        damped.flat[:: len(weight) + 1] += _DAMPING * float(np.trace(moments)) / len(weight) or 1.0
+        self._weight, self._moments = weight, moments
+        self._inverse = np.linalg.inv(damped)
+        self._energy = float(np.einsum("io,io->", weight, moments @ weight))
+        self.fitted = weight.copy()
+
+    def scores(self, inside: Sequence[npt.NDArray[np.int64]]) -> Wide:
+        """What leaving out each set of inputs costs when all others make up for it, of the layer's energy."""
+        fitted, inverse = self.fitted, self._inverse
+        if len(inside[0]) == 1:
+            stay = np.concatenate(inside)
+            costs = (fitted[stay] ** 2).sum(axis=1) / inverse[stay, stay]
+        else:
+            costs = np.array([
+                np.einsum("io,io->", fitted[rows], np.linalg.solve(inverse[np.ix_(rows, rows)], fitted[rows]))
+                for rows in inside
+            ])  # fmt: skip
+        return np.asarray(costs / (self._energy or 1.0))
+
+    def leave_out(self, rows: npt.NDArray[np.int64]) -> None:
+        """Let the other inputs make up for these."""
+        inverse = self._inverse
+        within = np.linalg.inv(inverse[np.ix_(rows, rows)])
+        self.fitted -= inverse[:, rows] @ (within @ self.fitted[rows])
+        self._inverse = inverse - inverse[:, rows] @ (within @ inverse[rows])
+
+    def error(self) -> float:
+        """The share of the answers' energy that is lost."""
+        difference = self.fitted - self._weight
+        return (
+            float(np.einsum("io,io->", difference, self._moments @ difference)) / self._energy if self._energy else 0.0
+        )
+
+
+def _fit_norms(
+    graph: Graph, groups: Sequence[Group], activations: Callable[[Graph, Sequence[str]], Iterator[Arrays]]
+) -> Iterator[str]:
+    """Scale norms over all heads by what the root mean square of the heads that stay is of that of all, as a mean over all tokens."""
+    lost = {node.inputs[0]: (node, group.cuts[node.outputs[0]][1]) for group in groups for node in group.norms}
+    if not lost:
+        return
+    ratios: dict[ir.Value, list[Wide]] = {value: [] for value in lost if value is not None}
+    for values in activations(graph, sorted(str(value.name) for value in ratios)):
+        for value, found in ratios.items():
+            squares = np.square(values[str(value.name)].astype(np.float64))
+            stay = np.delete(squares, sorted(lost[value][1]), axis=-1)
+            found.append(np.sqrt(stay.mean(axis=-1) / np.maximum(squares.mean(axis=-1), 1e-30)).reshape(-1))
+    for value, found in ratios.items():
+        node, _ = lost[value]
+        scale = constant(node.inputs[1])
+        assert scale is not None
+        replace_constant(graph, node, 1, (scale * np.concatenate(found).mean()).astype(scale.dtype))
+    yield f"heads: {len(lost)} norms over all heads take their mean over those that stay, and are scaled to give as much as before"
+
+
+def _mean(moments: Sequence[Float]) -> Float:
+    return moments[0] if len(moments) == 1 else np.mean(moments, axis=0)
 
 
 def _places(graph: Graph, options: PruneOptions) -> tuple[list[_Place], list[str]]:
@@ -213,32 +286,45 @@ def _places(graph: Graph, options: PruneOptions) -> tuple[list[_Place], list[str
     if options.heads:
         for node in graph.model.graph:
             heads = attention_heads(node)
-            if heads is None:
+            if heads is None or any(node in place.nodes for place in found):
+                continue
+            if heads.groups == 1:
+                left.append(f"heads stay whole: {node.name or node.op_type} has a single key-value head")
                 continue
             try:
-                last = _reader(follow_heads(node, [0]), first)
+                group = follow_heads(node, [0])
+                found.append(_place("heads", group, first, heads.groups, partial(follow_heads, node), heads))
             except NotFollowedError as error:
                 left.append(f"heads stay whole: {error}")
-                continue
-            found.append(_heads_place(node, heads, last))
     if options.ffn:
         for layer in layers:
             units, axis = dimension(layer.x, -1), (rank(layer.x) or 1) - 1
+            if any(layer.nodes[0] in place.nodes for place in found if place.kind == "ffn"):
+                continue
             try:
                 group = follow(layer.x, axis, frozenset((0,)))
                 if not _returns(group, layer):
                     continue
-                last = _reader(group, first)
+                assert isinstance(units, int)
+                found.append(_place("ffn", group, first, units, partial(_follow_channels, layer.x, axis)))
             except NotFollowedError as error:
                 if units != hidden:
                     left.append(f"channels of {layer.name} stay whole: {error}")
-                continue
-            assert isinstance(units, int)
-            found.append(_channels_place(last, units, axis))
-    if options.heads and not any(place.kind == "heads" for place in found) and not left:
-        left.append("there is no fused attention whose heads could go")
+        picked = [
+            node for node in graph.model.graph if node.op_type in ("Gather", "GatherND") and _is_stack(node.inputs[0])
+        ]
+        if picked:
+            left.append(f"channels of experts stay whole: each token picks its own of {len(picked)} stacks of weights")
+    named = any(place.kind == "heads" for place in found) or any(note.startswith("heads") for note in left)
+    if options.heads and not named:
+        left.append("heads stay whole: there is no attention whose heads could be told apart")
     order = {node: index for index, node in enumerate(graph.model.graph)}
-    return sorted(found, key=lambda place: order[place.last.nodes[0]]), left
+    return sorted(found, key=lambda place: order[place.last[0].nodes[0]]), left
+
+
+def _is_stack(value: ir.Value | None) -> bool:
+    """Whether a value is a constant of several matrices."""
+    return value is not None and value.is_initializer() and rank(value) == 3 and value.dtype == ir.DataType.FLOAT
 
 
 def _why_nowhere(graph: Graph) -> str:
@@ -251,32 +337,43 @@ def _why_nowhere(graph: Graph) -> str:
     return "The graph has no such place."
 
 
-def _heads_place(node: ir.Node, heads: Heads, last: Linear) -> _Place:
-    return _Place(
-        kind="heads",
-        last=last,
-        units=heads.groups,
-        size=heads.queries * heads.value_size,
-        group=lambda lost: follow_heads(node, lost),
-        heads=heads,
-    )
+def _follow_channels(value: ir.Value, axis: int, lost: Sequence[int]) -> Group:
+    return follow(value, axis, frozenset(lost))
 
 
-def _channels_place(last: Linear, units: int, axis: int) -> _Place:
-    return _Place(kind="ffn", last=last, units=units, size=1, group=lambda lost: follow(last.x, axis, frozenset(lost)))
-
-
-def _reader(group: Group, first: Mapping[ir.Node, Linear]) -> Linear:
-    """The one linear layer that reads a group's channels. Raises NotFollowedError."""
-    readers = [
-        first[use.node]
+def _place(
+    kind: str,
+    group: Group,
+    first: Mapping[ir.Node, Linear],
+    units: int,
+    follow_units: Callable[[Sequence[int]], Group],
+    heads: Heads | None = None,
+) -> _Place:
+    """A place, from the group of its first unit. Raises NotFollowedError."""
+    readers = {
+        use.node: first[use.node]
         for value in group.cuts
         for use in value.uses()
         if use.node in first and first[use.node].x is value
-    ]
-    if len(readers) != 1:
-        raise NotFollowedError(None, f"{len(readers)} linear layers read the same channels")
-    return readers[0]
+    }
+    if not readers:
+        raise NotFollowedError(None, "no linear layer reads the channels")
+    for node, layer in readers.items():
+        if any(use.node not in readers for use in layer.weight.uses()):
+            raise NotFollowedError(
+                node, f"shares its weight {layer.weight.name} with what does not read the same channels"
+            )
+    order = {node: index for index, node in enumerate(next(iter(readers)).graph or ())}
+    last = tuple(readers[node] for node in sorted(readers, key=order.__getitem__))
+    blocks = {(dimension(layer.x, -1), group.cuts[layer.x]) for layer in last}
+    width, (axis, positions) = blocks.pop()
+    size = len(positions)
+    if blocks or width != units * size or positions != frozenset(range(size)) or axis != (rank(last[0].x) or 0) - 1:
+        raise NotFollowedError(last[0].nodes[0], "reads the channels in another order")
+    nodes = frozenset(
+        (*readers, *group.heads, *(giver for value in group.cuts if (giver := value.producer()) is not None))
+    )
+    return _Place(kind=kind, last=last, units=units, size=size, group=follow_units, nodes=nodes, heads=heads)
 
 
 def _returns(group: Group, last: Linear) -> bool:

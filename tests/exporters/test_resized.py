@@ -59,7 +59,7 @@ def pruned(exported: Exported, bench: Workbench, **options: float) -> Pruned:
     )
 
 
-def check(folder: Path, bench: Workbench, *kinds: str, **options: float) -> None:
+def check(folder: Path, bench: Workbench, *kinds: str, **options: float) -> Pruned:
     """Prune the graph and the module: both, and the module exported again, give the same answers, which are other ones."""
     exported = export(folder)
     module = original(exported.reference)
@@ -77,9 +77,10 @@ def check(folder: Path, bench: Workbench, *kinds: str, **options: float) -> None
     count = sum(parameter.numel() for parameter in smaller.parameters())
     assert count < sum(parameter.numel() for parameter in module.parameters())
     _Parity(exported).check(bench.open(exported.graph))
+    return result
 
 
-ENCODERS = ("bert", "distilbert", "nomic-bert")
+ENCODERS = ("bert", "distilbert", "nomic-bert", "modernbert")
 DECODERS = ("llama", "qwen3", "phi3", "phi", "gpt2", "gpt-neox")  # each splits and turns its heads in another way
 
 
@@ -87,6 +88,33 @@ DECODERS = ("llama", "qwen3", "phi3", "phi", "gpt2", "gpt-neox")  # each splits 
 def test_encoders(name: str, tmp_path: Path) -> None:
     save_model(tmp_path / "model", name)
     check(tmp_path / "model", Workbench(tmp_path, target("cpu")), "ffn", "heads", ffn=0.5, heads=1, layers=1)
+
+
+def test_a_bias_for_each_head_that_all_layers_read(tmp_path: Path) -> None:
+    """MPNet's: the same heads go from all layers, and columns from the table of biases."""
+    result = check(save_model(tmp_path / "model", "mpnet"), Workbench(tmp_path, target("cpu")), "heads", heads=1)
+    assert result.changes["encoder.relative_attention_bias.weight"].after.shape == (32, 3)
+
+
+@pytest.mark.newest
+def test_norms_over_all_heads(tmp_path: Path) -> None:
+    folder = save_decoder(tmp_path / "model", "olmo2")
+    model: Any = tf.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    result = check(folder, Workbench(tmp_path, target("cpu")), "heads", heads=1)
+    assert any("4 norms over all heads" in note for note in result.notes)
+    assert result.changes["model.layers.0.self_attn.q_norm.weight"].after.shape == (32,)
+
+
+def test_layers_that_share_their_weights(tmp_path: Path) -> None:
+    """ALBERT's: one slice for all uses, in the graph and in the module."""
+    check(
+        save_model(tmp_path / "model", "albert"), Workbench(tmp_path, target("cpu")), "ffn", "heads", ffn=0.5, heads=1
+    )
 
 
 @pytest.mark.newest
@@ -106,9 +134,10 @@ def test_caches_have_the_heads_that_stay(tmp_path: Path) -> None:
 
 
 def test_heads_of_an_architecture_that_cannot_follow_stay_whole(tmp_path: Path) -> None:
-    """DeBERTa's attention does not go through transformers' interface, so that its heads are not found; its channels are."""
+    """DeBERTa's attention folds its heads into the batch axis, so that they are not found; its channels are."""
     folder = save_model(tmp_path / "model", "deberta-v2")
-    check(folder, Workbench(tmp_path, target("cpu")), "ffn", ffn=0.5, heads=1)
+    result = check(folder, Workbench(tmp_path, target("cpu")), "ffn", ffn=0.5, heads=1)
+    assert any(note.startswith("heads stay whole: there is no attention") for note in result.notes)
 
 
 def test_a_model_with_a_head_on_top(tmp_path: Path) -> None:

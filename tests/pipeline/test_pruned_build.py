@@ -15,6 +15,7 @@ from tiny_models import WORDS, save_model
 import onnxpress
 from onnxpress.cli import main
 from onnxpress.errors import BudgetError, InputError, RecipeError
+from onnxpress.exporters.quiet import quiet
 from onnxpress.pipeline import with_options
 from onnxpress.recipe import make_recipe, read_recipe
 
@@ -108,6 +109,34 @@ def test_a_plain_module_and_an_onnx_file(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"\[distil\] goes with models that read text"):
         onnxpress.build(module, example_inputs=example, out=tmp_path / "no", distil={"epochs": 1}, **options)
     assert not (tmp_path / "no").exists()
+
+
+class Twice(torch.nn.Module):
+    """Two layers that share their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(16, 128), torch.nn.Linear(128, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            x = x + self.down(torch.nn.functional.gelu(self.up(x)))
+        return x
+
+
+def test_layers_of_a_file_that_share_weights_go_on_sharing_them(tmp_path: Path) -> None:
+    """PyTorch's exporter writes a weight that is used twice two times."""
+    torch.manual_seed(0)
+    path = tmp_path / "twice.onnx"
+    with quiet():
+        batch = torch.export.Dim("batch", min=1, max=64)
+        torch.onnx.export(Twice().eval(), (torch.randn(2, 5, 16),), path, dynamic_shapes=({0: batch},), verbose=False)
+    assert path.stat().st_size + sum(item.stat().st_size for item in tmp_path.glob("*.data")) > 2 * 4 * 2 * 16 * 128
+    options = {"prune": {"ffn": 0.5}, "precision": "fp32", "keep_all": True, **QUICK}
+    built = onnxpress.build(str(path), out=tmp_path / "out", **options)
+    row = {row["pass"]: row for row in built.manifest.ledger}["prune"]
+    assert any(note.startswith("ffn: 1 places") for note in row["notes"])
+    assert row["bytes"] < 4 * (2 * 16 * 64 + 3 * 64 + 16) + 200, "one copy of each weight, half as wide"
 
 
 def test_a_budget_that_the_pruned_model_does_not_meet(tmp_path: Path) -> None:
