@@ -91,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     build.add_argument(
         "--precision",
-        help="fp32, int8, int8-dynamic, int8-qdq, fp8-qdq, int8-weights, int4-weights, fp16, fp16-sparse, bf16",
+        help="fp32, int8, int8-dynamic, int8-qdq, fp8-qdq, int8-weights, int4-weights, dual (4 bits, and int8 for prompts), fp16, "
+        "fp16-sparse, bf16",
     )
     build.add_argument("--out", type=Path, help="folder of the artifact (default: artifacts/NAME)")
     build.add_argument("--cache", choices=("fp32", "int8"), help="of a language model's keys and values (default fp32)")

@@ -38,7 +38,7 @@ from onnxpress.errors import RecipeError
 from onnxpress.machine import cpu_target
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.prune import PruneOptions
-from onnxpress.optimizers.targets import GENERATION, TARGETS, target
+from onnxpress.optimizers.targets import DUAL, GENERATION, TARGETS, target
 
 _PROMPTS = "int8-prompts"  # the pass that goes last of all, since it doubles the layers
 
@@ -241,14 +241,16 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
             )
         if step.name == _PROMPTS or (step.name == "int8-cache" and later.name != _PROMPTS):
             raise RecipeError(f"{where}: `only` has {later.name} after {step.name}, which goes last.")
-    if recipe.model.task == GENERATION and not recipe.build.only:
+    if recipe.model.task is not None and not recipe.build.only:
         try:
-            recipe.precision(GENERATION)
+            recipe.precision(recipe.model.task)
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from None
     tasks = ("", GENERATION) if recipe.model.task is None else (recipe.model.task,)
     if GENERATION in tasks[1:] and (not facts.generation or recipe.build.precision not in (None, *facts.generation)):
         tasks = ("",)  # where the model turns out to be one, the build says that it does not go with the precision
+    if recipe.build.precision == DUAL:
+        tasks = (GENERATION,)
     runs = dict.fromkeys(name for task in tasks for name in recipe.pass_names(task))
     if recipe.automatic:
         runs |= dict.fromkeys(name for task in tasks for names in recipe.plans(task).values() for name in names)

@@ -39,6 +39,7 @@ class QdqForm:
 
 
 GENERATION = "text-generation"  # the task of language models, whose default precision is another one
+DUAL = "dual"  # a precision for them alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,8 @@ class Target:
 
     def allowed_precisions(self, task: str) -> tuple[str, ...]:
         """What `--precision` may be for a task, the default first. Raises RecipeError where the task does not run here."""
-        allowed = self.generation if task == GENERATION else tuple(self.precisions)
+        others = tuple(name for name in self.precisions if name != DUAL)
+        allowed = self.generation if task == GENERATION else others
         if not allowed:
             raise RecipeError(
                 f"Target {self.name!r} takes no language models: their attention is ONNX Runtime's own operator, which TensorRT's "
@@ -107,13 +109,13 @@ _CPU = Target(
         "int8-dynamic": ("int8-dynamic",),
         "int8-qdq": ("int8-qdq",),
         **_WEIGHT_ONLY,
-        "dual": ("int4-weights", "int8-prompts"),
+        DUAL: ("int4-weights", "int8-prompts"),
     },
     qdq=_X86,
     exact_products=True,
     flash_attention=False,
     disabled_optimizers=("SkipLayerNormFusion",),
-    generation=("int4-weights", "dual", "int8", "fp32", "int8-dynamic", "int8-qdq", "int8-weights"),
+    generation=("int4-weights", DUAL, "int8", "fp32", "int8-dynamic", "int8-qdq", "int8-weights"),
     facts=(
         Fact(
             claim="SkipLayerNormalization loses against Add + LayerNormalization, so its fusion is switched off",

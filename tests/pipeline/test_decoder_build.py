@@ -18,6 +18,7 @@ from onnxpress.artifact import Artifact
 from onnxpress.decoder_workload import DecoderWorkload
 from onnxpress.errors import RecipeError, SourceError
 from onnxpress.exporters import Exported, export
+from onnxpress.optimizers.targets import target
 from onnxpress.runtime import Generator
 
 pytestmark = pytest.mark.newest
@@ -49,6 +50,7 @@ def test_four_bits_and_where_they_cost_too_much_eight(artifact: Path) -> None:
     rows = {row["pass"]: row for row in manifest.ledger}
     assert manifest.precision == "int4-weights"
     assert manifest.minimum_onnxruntime == "1.32"
+    assert manifest.session.get("flash_attention", True) == target(manifest.target).flash_attention
     if rows["fuse-rotary"]["status"] == "kept":  # the build asks the clock, which on a busy machine may say otherwise
         assert rows["pack-projections"]["changes"] == 2
     row = rows["int4-weights"]
@@ -213,7 +215,7 @@ def judged_on(exported: Exported, folder: Path, **files: Path) -> DecoderWorkloa
 def test_calibrated_rounding_and_hidden_states(folder: Path, tmp_path: Path) -> None:
     """Through the whole pipeline, with options that the command line gives."""
     (tmp_path / "own.txt").write_text("in the house of the man there is a thing and another " * 20)
-    line = ["--calibration", tmp_path / "own.txt", "--precision", "int4-weights", "--keep-all", "--no-measure"]
+    line = ["--calibration", tmp_path / "own.txt", "--precision", "dual", "--keep-all", "--no-measure"]
     line += [
         "--cache",
         "int8",
@@ -231,7 +233,10 @@ def test_calibrated_rounding_and_hidden_states(folder: Path, tmp_path: Path) -> 
     assert any("embedding tables at 8" in note for note in ledger["int4-weights"]["notes"])
     assert any("norms carry scales" in note for note in ledger["int4-weights"]["notes"])
     assert (ledger["int8-cache"]["status"], ledger["int8-cache"]["changes"]) == ("kept", 2)
-    assert manifest.precision == "int4-weights"
+    assert list(ledger)[-3:] == ["int4-weights", "int8-cache", "int8-prompts"]
+    assert (ledger["int8-prompts"]["status"], ledger["int8-prompts"]["changes"]) == ("kept", 10)
+    assert (manifest.precision, manifest.operators["If"]) == ("dual", 1)
+    assert "flash_attention" not in manifest.session  # of a cache in float alone
     assert {spec.dtype for spec in manifest.signature.inputs if spec.name.startswith("past_key")} == {"int8"}
     assert len(row.generate("the man", max_new_tokens=20, ignore_eos=True)[0].token_ids) == 20
     states = row.hidden_states("the man")

@@ -20,6 +20,10 @@ def test_everything_has_a_default_but_the_model() -> None:
     assert recipe.pass_names("feature-extraction")[-1] == "int8"
     assert recipe.pass_names("text-generation")[-1] == "int4-weights"
     assert recipe.build.target == cpu_target()
+    dual = make_recipe({**MODEL, "build": {"precision": "dual", "cache": "int8"}})
+    assert dual.pass_names("text-generation")[-3:] == ("int4-weights", "int8-cache", "int8-prompts")
+    with pytest.raises(RecipeError, match="Precision 'dual' does not go with feature-extraction"):
+        dual.pass_names("feature-extraction")
     with pytest.raises(RecipeError, match=r"'model' is missing"):
         make_recipe({})
 
@@ -46,6 +50,7 @@ def test_everything_has_a_default_but_the_model() -> None:
         ({**MODEL, "build": {"only": ["fold"], "cache": "int8"}}, r"leave `cache` out, or put int8-cache last"),
         ({**MODEL, "build": {"only": ["int8", "fold"]}}, r"lossless passes go before lossy ones"),
         ({**MODEL, "build": {"only": ["int8-cache", "int8-weights"]}}, r"after int8-cache, which goes last"),
+        ({**MODEL, "build": {"only": ["int8-prompts", "int8-cache"]}}, r"after int8-prompts, which goes last"),
         ({**MODEL, "passes": {"int8": {"bits": 3}}}, r"Pass 'int8' does not take 'bits'; its options are"),
         (
             {**MODEL, "passes": {"int8": {"minimum_elements": "lots"}}},
@@ -72,7 +77,10 @@ def test_a_budget_alone_is_an_automatic_plan() -> None:
     assert "int8" not in recipe.pass_names("feature-extraction")
     assert next(iter(recipe.plans("feature-extraction").items())) == ("int8", ("int8",))
     assert list(recipe.plans("text-generation"))[0] == "int4-weights"  # noqa: RUF015
-    assert set(recipe.plans("text-generation")) == set(recipe.plans("feature-extraction"))
+    assert set(recipe.plans("text-generation")) - set(recipe.plans("feature-extraction")) == {"dual"}
+    assert set(recipe.plans("feature-extraction")) < set(recipe.plans("text-generation"))
+    cached = make_recipe({**MODEL, "quality": {"budget": "0.5%"}, "build": {"cache": "int8"}})
+    assert "dual" not in cached.plans("text-generation")  # int8-prompts has to come after int8-cache
     for build in ({"precision": "int8"}, {"only": ["fold"]}, {"keep_all": True}):
         assert not make_recipe({**MODEL, "quality": {"budget": "0.5%"}, "build": build}).automatic
     assert not make_recipe(MODEL).automatic
