@@ -14,11 +14,11 @@ mkdir -p .bench-cache
 "$python" benchmarks/language_quality.py --model .bench-cache/lm --json .bench-cache/language_quality.json
 for shape in smollm2-135m qwen2.5-0.5b; do
   artifacts=()
-  for precision in int4-weights int8-dynamic; do
+  for precision in int4-weights dual int8-dynamic; do
     recipe=.bench-cache/$shape-$precision.toml
     printf '[model]\nsource = "shapes/%s"\n[build]\nprecision = "%s"\nkeep_all = true\nmeasure = false\n' \
       "$shape" "$precision" > "$recipe"
-    if [ "$precision" = int4-weights ]; then
+    if [ "$precision" != int8-dynamic ]; then
       printf '[passes.int4-weights]\nblock_size = 128\n' >> "$recipe"
     fi
     [ -f "$out/$shape-$precision/manifest.json" ] ||
@@ -31,5 +31,5 @@ for shape in smollm2-135m qwen2.5-0.5b; do
     --rounds "$rounds" --json ".bench-cache/language_load_$shape.json"
 done
 "$python" benchmarks/language_roofline.py --artifact "$out/qwen2.5-0.5b-int4-weights" --json .bench-cache/language_roofline.json
-"$python" benchmarks/language_serving.py --artifact "$out/qwen2.5-0.5b-int4-weights" --rounds "$rounds" \
+"$python" benchmarks/language_serving.py --artifact "$out/qwen2.5-0.5b-dual" --rounds "$rounds" \
   --json .bench-cache/language_serving.json

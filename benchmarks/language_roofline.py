@@ -3,8 +3,8 @@
     python benchmarks/language_roofline.py --artifact DIR [--past 128 1024] [--json FILE]
 
 The roof is how fast this machine's threads read memory that no cache holds (numpy's maximum over 256 MiB, the best of 20). A step of
-decoding has to read every weight once (but for a table that only embeds, and is not the output layer too): bytes of the weights over
-the step's time is its bandwidth. ONNX Runtime's profiler then says
+decoding has to read every weight once (but for a table that only embeds, and is not the output layer too, and for a dual's int8 copies):
+bytes of the weights over the step's time is its bandwidth. ONNX Runtime's profiler then says
 how the time is spent; it adds some.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import report
 from measure import THREADS
@@ -39,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     machine = report.facts()
     artifact = Artifact.open(arguments.artifact)
-    weights = sum(entry.size for name, entry in artifact.manifest.files.items() if name.startswith("model.onnx"))
+    weights = bytes_of_a_step(artifact)
     roof = read_bandwidth()
     session = open_session(artifact)
     figures: dict[str, Any] = {"roof": roof, "weight_bytes": weights}
@@ -65,6 +67,20 @@ def main() -> None:
         report.show(f"after {past} tokens, under the profiler", shown, ["ms", "share"])
     report.show_machine(machine)
     report.save(arguments.json, {"machine": machine, **figures})
+
+
+def bytes_of_a_step(artifact: Artifact) -> int:
+    """Of the initializers but those that the branch for prompts alone reads."""
+    graph = onnx.load(artifact.file("model.onnx"), load_external_data=False).graph
+    branches = {item.name: item.g.node for node in graph.node if node.op_type == "If" for item in node.attribute}
+    read = {name: {value for node in nodes for value in node.input} for name, nodes in branches.items()}
+    prompts_alone = read.get("then_branch", set()) - read.get("else_branch", set())
+    prompts_alone -= {value for node in graph.node for value in node.input}
+    sizes = {
+        one.name: math.prod(one.dims) * np.dtype(onnx.helper.tensor_dtype_to_np_dtype(one.data_type)).itemsize
+        for one in graph.initializer
+    }
+    return sum(size for name, size in sizes.items() if name not in prompts_alone)
 
 
 def read_bandwidth() -> float:
@@ -119,7 +135,8 @@ def profile(artifact: Artifact, past: int) -> dict[str, float]:
     file.unlink()
     spent: Counter[str] = Counter()
     for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("kernel_time"):
+        within = event.get("args", {}).get("op_name") == "If"  # whose nodes are counted by themselves
+        if event.get("cat") == "Node" and event["name"].endswith("kernel_time") and not within:
             spent[event["args"]["op_name"]] += event["dur"]
     return {name: duration / steps / 1000 for name, duration in spent.most_common()}
 
