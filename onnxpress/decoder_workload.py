@@ -19,6 +19,7 @@ from onnxpress.runtime.cache import PAST
 from onnxpress.runtime.model_step import TOTAL_LENGTH
 from onnxpress.runtime.session import Session
 from onnxpress.runtime.tokenization import Tokenizer
+from onnxpress.sample_files import read_samples
 from onnxpress.workload import Answers
 
 _KEPT_BYTES = 256 * 2**20  # of the original's logits
@@ -60,11 +61,11 @@ class DecoderWorkload:
         if calibration is None:
             self._calibration = self._windows(tokenizer, [sample.text for sample in own])[:calibration_samples]
         else:
-            found = self._windows_of_file(tokenizer, calibration, None if calibration.suffix == ".txt" else columns)
+            found = self._windows_of_file(tokenizer, calibration, columns)
             self._calibration = found[:: max(1, len(found) // calibration_samples)][:calibration_samples]
         texts = [sample.text for sample in given]
         if file is not None:
-            texts = _read_texts(file, columns)
+            texts = [sample.text for sample in read_samples(file, self.task, columns)]
             both = _shared(self._calibration, texts, tokenizer)
             if calibration is not None and (long := [text for text in both.values() if len(text) >= evaluation.LONG]):
                 raise RecipeError(evaluation.overlap(calibration, file, len(long)))
@@ -187,7 +188,7 @@ class DecoderWorkload:
     ) -> list[list[int]]:
         """The texts of a file, or the token ids of a .npy file: one row, or one text a row."""
         if path.suffix != ".npy":
-            windows = self._windows(tokenizer, _read_texts(path, columns))
+            windows = self._windows(tokenizer, [sample.text for sample in read_samples(path, self.task, columns)])
         else:
             try:
                 with path.open("rb") as file:
@@ -218,20 +219,6 @@ class DecoderWorkload:
         size = min(_WINDOW, self._context)
         windows = [ids[start : start + size] for ids in texts for start in range(0, len(ids), size)]
         return [window for window in windows if len(window) > 1]
-
-
-def _read_texts(file: Path, columns: Mapping[str, str | int] | None) -> list[str]:
-    if file.suffix != ".txt":
-        return [sample.text for sample in evaluation.read_samples(file, "text-generation", columns)]
-    if columns:
-        raise RecipeError(f"{file} is plain text and has no columns.")
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file} cannot be read as UTF-8 text: {error}.") from None
-    if not text.strip():
-        raise RecipeError(f"{file} holds no text.")
-    return [text]
 
 
 def _shared(windows: list[list[int]], texts: list[str], tokenizer: Tokenizer) -> dict[int, str]:

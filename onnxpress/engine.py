@@ -13,7 +13,7 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from onnxpress.artifact import MANIFEST, Artifact
 from onnxpress.errors import InputError
@@ -21,9 +21,6 @@ from onnxpress.manifest import Json
 from onnxpress.runtime.loading import load
 from onnxpress.runtime.text_classifier import TextClassifier
 from onnxpress.runtime.token_classifier import TokenClassifier
-
-if TYPE_CHECKING:
-    from onnxpress.evaluation import Sample
 
 
 class Engine:
@@ -41,11 +38,16 @@ class Engine:
         task: text-classification, multi-label-classification, regression or token-classification; told from the labels where None.
         Raises ArtifactError, InputError.
         """
+        from onnxpress.labelled import check_kind
+
+        check_kind(task)
         if not (Path(source) / MANIFEST).is_file():
             return cls(source=os.fspath(source), task=task)
         runner = load(Path(source))
         if not isinstance(runner, TextClassifier | TokenClassifier):
             raise InputError(f"{source} is an artifact that classifies nothing; open it with onnxpress.load.")
+        if task not in (None, _kind(runner)):
+            raise InputError(f"{source} is an artifact for {_kind(runner)}, not for {task}; leave task out.")
         return cls(runner=runner)
 
     def fit(
@@ -103,13 +105,15 @@ class Engine:
         return [answer["scores"] for answer in answers]
 
     def evaluate(self, texts: Sequence[Any], labels: Sequence[Json]) -> dict[str, float]:
-        """The task's metrics x 100: accuracy and macro F1, micro F1 of several labels, Spearman, entity F1. Raises InputError."""
+        """The task's metrics x 100: accuracy and macro F1, micro F1 of several labels, Spearman, entity F1.
+
+        Raises InputError, for labels that the model does not know too.
+        """
         from onnxpress.evaluation import score
-        from onnxpress.labelled import labelled_samples
+        from onnxpress.labelled import labelled_samples, normalized
 
         runner = self._ready()
-        samples: list[Sample] = labelled_samples(texts, labels)
-        return score(runner.task, runner, samples)
+        return score(runner.task, runner, normalized(labelled_samples(texts, labels), _kind(runner)))
 
     def save(self, path: str | os.PathLike[str], *, quiet: bool = True, **options: Any) -> Artifact:
         """Build the artifact, judged by the evaluation samples, and answer with it from now on. options: those of `build`.
@@ -134,3 +138,10 @@ class Engine:
         if self._runner is None:
             raise InputError("This model has no labels of its own yet: fit it first, or load an artifact.")
         return self._runner
+
+
+def _kind(runner: Any) -> str:
+    """What the labels of a runner's model are, as `fit` names it."""
+    from onnxpress.labelled import KINDS
+
+    return next(kind for kind, found in KINDS.items() if found == (runner.task, runner.options.get("problem_type")))

@@ -5,10 +5,8 @@ The built-in texts are the project's own (data/README.md) and say themselves whe
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import re
@@ -21,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from onnxpress import metrics
-from onnxpress.errors import RecipeError
+from onnxpress.errors import InputError, RecipeError
 from onnxpress.manifest import Json
 from onnxpress.metrics import Answers
+from onnxpress.runtime.token_classifier import split_tag
 from onnxpress.runtime.tokenization import Tokenizer
 
 _MOST_UNKNOWN = 0.1  # languages with a larger share of unknown tokens are left out
@@ -175,25 +174,28 @@ def batch_dependence(alone: Answers, batched: Answers, *, numbers: bool = False)
 
 
 def score(task: str, runner: Any, samples: Sequence[Sample]) -> dict[str, float]:
-    """The task's own metrics on labelled samples, from the runner's answers. Raises RecipeError."""
+    """The task's own metrics on labelled samples, from the runner's answers. Raises RecipeError and InputError."""
+    check_labels(task, runner.options, samples)
     if task == "feature-extraction":
         texts = list(dict.fromkeys(text for sample in samples for text in (sample.text, sample.text_pair)))
         vectors = dict(zip(texts, runner.embed(texts), strict=True))
         first = np.stack([vectors[sample.text] for sample in samples])
         second = np.stack([vectors[sample.text_pair] for sample in samples])
-        return metrics.similarity_scores(first, second, [_number(sample.label) for sample in samples])
+        return metrics.similarity_scores(first, second, [finite_number(sample.label) for sample in samples])
     inputs = [sample.text if sample.text_pair is None else (sample.text, sample.text_pair) for sample in samples]
     if task == "text-classification":
         answers = runner.predict(inputs)
         if runner.options["problem_type"] == "regression":
             return metrics.regression_scores(
-                [answer["score"] for answer in answers], [_number(sample.label) for sample in samples]
+                [answer["score"] for answer in answers], [finite_number(sample.label) for sample in samples]
             )
+        names = runner.options["labels"]
         if runner.options["problem_type"] == "multi_label_classification":
             decided = [{label for label, value in answer["scores"].items() if value > 0.5} for answer in answers]
-            return metrics.label_set_scores(decided, [_label_set(runner, sample.label) for sample in samples])
+            named = [{str(label_name(label, names)) for label in sample.label} for sample in samples]
+            return metrics.label_set_scores(decided, named)
         chosen = [answer["label"] if math.isfinite(answer["score"]) else "" for answer in answers]
-        return metrics.label_scores(chosen, [_label(runner, sample.label) for sample in samples])
+        return metrics.label_scores(chosen, [str(label_name(sample.label, names)) for sample in samples])
     if task == "token-classification":
         found = [{(item["start"], item["end"], item["entity"]) for item in answer} for answer in runner.predict(inputs)]
         return metrics.entity_scores(found, [metrics.gold_entities(*sample.label) for sample in samples])
@@ -206,166 +208,36 @@ def score(task: str, runner: Any, samples: Sequence[Sample]) -> dict[str, float]
     raise RecipeError(_no_labels(task))
 
 
-_COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "text": ("text", "sentence", "sentence1", "question", "premise", "text1", "query"),
-    "text_pair": ("text_pair", "sentence2", "context", "hypothesis", "text2"),
-    "label": ("label", "score", "answers", "answer", "target"),
-}
-
-
-def read_samples(path: Path, task: str, columns: Mapping[str, str | int] | None = None) -> list[Sample]:
-    """Samples of a csv, tsv or jsonl file. columns: names (or, without a header, numbers from 0) by role.
-
-    Roles: text, text_pair, label; for token-classification a jsonl file with tokens and BIO tags. Quotes are quotes in
-    csv and plain characters in tsv, as in the field's data sets. Raises RecipeError naming file, line and column.
-    """
-    rows = _read_rows(path, numbered=any(isinstance(column, int) for column in (columns or {}).values()))
-    if not rows:
-        raise RecipeError(f"{path} holds no samples.")
-    unknown = sorted(set(columns or {}) - set(_COLUMNS))
-    if unknown:
-        raise RecipeError(f"Columns were given for {unknown[0]!r}; the roles are: {', '.join(_COLUMNS)}.")
-    samples = [_token_sample(path, row) if task == "token-classification" and "tokens" in row.values else
-               _sample(path, row, task, columns or {}) for row in rows]  # fmt: skip
-    labelled = [sample.label is not None for sample in samples]
-    if any(labelled) and not all(labelled):
-        line = rows[labelled.index(False)].line
-        raise RecipeError(f"{path}, line {line} has no label and other lines do; label all of them, or none.")
-    if task == "question-answering" and any(sample.text_pair is None for sample in samples):
-        raise RecipeError(f"{path}: questions need a context each (columns question and context).")
-    if task == "feature-extraction" and all(labelled) and any(sample.text_pair is None for sample in samples):
-        raise RecipeError(f"{path}: scores of similarity need two texts a row (columns text and text_pair).")
-    if task == "feature-extraction" and all(labelled) and len({sample.label for sample in samples}) == 1:
-        raise RecipeError(
-            f"{path}: all scores are {samples[0].label}; a correlation needs at least two different ones."
-        )
-    return samples
-
-
-LONG = 30  # characters that calibration and evaluation do not share by chance
-
-
-def overlap(calibration: Path, file: Path | None, count: int) -> str:
-    """What to say where calibration texts are evaluation texts too."""
-    return f"{count} texts of {calibration} are in {file} too: what a pass has calibrated on cannot judge it. Take them out."
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Row:
-    line: int
-    values: Mapping[str | int, Any]
-
-
-def _read_rows(path: Path, *, numbered: bool) -> list[_Row]:
-    if path.suffix not in (".csv", ".tsv", ".jsonl"):
-        raise RecipeError(f"{path}: files of samples end in .csv, .tsv or .jsonl.")
-    try:
-        content = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read as UTF-8 text: {error}.") from None
-    # Lines end at \n alone: str.splitlines would also cut texts at characters such as U+2028.
-    if path.suffix == ".jsonl":
-        return [_json_row(path, number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
-    lines = io.StringIO(content, newline="")
-    if path.suffix == ".tsv":
-        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
-    else:
-        reader = csv.reader(lines, strict=True)  # strict: a quote that is not closed is an error, not a long text
-    rows: list[tuple[int, list[str]]] = []
-    try:
-        rows = [(reader.line_num, row) for row in reader if row]
-    except csv.Error as error:
-        raise RecipeError(
-            f"{path}, line {reader.line_num}: {error}. A text with a quote stands in quotes, its own quotes doubled."
-        ) from None
-    if numbered:
-        return [_Row(line=line, values=dict(enumerate(row))) for line, row in rows]
-    if not rows:
-        return []
-    header = rows[0][1]
-    twice = [name for name in header if header.count(name) > 1]
-    if twice:
-        raise RecipeError(f"{path}: the header names the column {twice[0]!r} twice.")
-    for line, row in rows[1:]:
-        if len(row) != len(header):
-            raise RecipeError(f"{path}, line {line} has {len(row)} columns; the header has {len(header)}.")
-    return [_Row(line=line, values=dict(zip(header, row, strict=True))) for line, row in rows[1:]]
-
-
-def _json_row(path: Path, number: int, line: str) -> _Row:
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise RecipeError(f"{path}, line {number} is not valid JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise RecipeError(
-            f"{path}, line {number} is a {type(values).__name__}; an object with named fields is expected."
-        )
-    return _Row(line=number, values=values)
-
-
-def _sample(path: Path, row: _Row, task: str, columns: Mapping[str, str | int]) -> Sample:
-    found: dict[str, Any] = {}
-    for role, names in _COLUMNS.items():
-        if role in columns:
-            if columns[role] not in row.values:
-                raise RecipeError(
-                    f"{path}, line {row.line} has no column {columns[role]!r}; it has: {', '.join(map(str, row.values))}."
-                )
-            found[role] = row.values[columns[role]]
-        else:
-            free = [name for name in names if name in row.values and name not in columns.values()]
-            found[role] = row.values[free[0]] if free else None
-    if found["text"] is None:
-        raise RecipeError(
-            f"{path} has no column of texts; it has: {', '.join(map(str, row.values))}. Name it with --column text=NAME."
-        )
-    for role in ("text", "text_pair"):
-        if found[role] is not None and (not isinstance(found[role], str) or not found[role].strip()):
-            raise RecipeError(f"{path}, line {row.line}: the {role} is empty or no text.")
-    return Sample(text=found["text"], text_pair=found["text_pair"], label=_checked_label(path, row, task, found))
-
-
-def _checked_label(path: Path, row: _Row, task: str, found: Mapping[str, Any]) -> Json:
-    label = found["label"]
-    if label is None:
-        return None
-    if isinstance(label, str) and not label.strip():
-        raise RecipeError(f"{path}, line {row.line}: the label is empty.")
+def check_labels(task: str, options: Mapping[str, Json], samples: Sequence[Sample]) -> None:
+    """Hold gold labels against the model's own, which its options name. Raises InputError that names all it does not know."""
+    gold: list[Json] = []
     if task == "token-classification":
-        raise RecipeError(f"{path}, line {row.line}: labels of tokens come as lists in jsonl, tokens and tags.")
-    if task == "feature-extraction":
-        try:
-            return _number(label)
-        except RecipeError as error:
-            raise RecipeError(f"{path}, line {row.line}: {error}") from None
-    if task == "question-answering":
-        if isinstance(label, dict) and "text" in label:  # SQuAD's own form
-            label = label["text"]
-        answers = [label] if isinstance(label, str) else label
-        if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-            raise RecipeError(f"{path}, line {row.line}: answers are a text or a list of texts, not {label!r}.")
-        return answers
-    return label
+        kinds = {"", *(split_tag(str(name))[1] for name in options["labels"])}
+        gold = [tag for sample in samples for tag in sample.label[1] if split_tag(tag)[1] not in kinds]
+    elif task == "text-classification" and options["problem_type"] != "regression":
+        gold = [sample.label for sample in samples]
+        if options["problem_type"] == "multi_label_classification":
+            wrong = next((label for label in gold if not isinstance(label, list)), None)
+            if wrong is not None:
+                raise InputError(f"The model gives several labels a text; a list of labels is expected, not {wrong!r}.")
+            gold = [label for labels in gold for label in labels]
+        gold = [label for label in gold if label_name(label, options["labels"]) is None]
+    if gold:
+        unknown = ", ".join(sorted({repr(str(label)) for label in gold}))
+        raise InputError(
+            f"The model does not know the labels {unknown}; it knows: {', '.join(map(str, options['labels']))}."
+        )
 
 
-def _token_sample(path: Path, row: _Row) -> Sample:
-    tokens, tags = row.values.get("tokens"), row.values.get("tags")
-    if not isinstance(tokens, list) or not isinstance(tags, list) or len(tokens) != len(tags) or not tokens:
-        raise RecipeError(f"{path}, line {row.line}: tokens and tags are lists of the same length.")
-    if not all(isinstance(token, str) and token for token in tokens):
-        raise RecipeError(f"{path}, line {row.line}: tokens are texts that are not empty.")
-    for tag in tags:
-        if not isinstance(tag, str) or not re.fullmatch(r"O|[BI]-.+", tag):
-            raise RecipeError(f"{path}, line {row.line}: the tag {tag!r} is not in BIO form: O, B-TYPE or I-TYPE.")
-    return Sample(text=" ".join(tokens), label=(tokens, tags))
+def label_name(label: Json, names: Sequence[str]) -> str | None:
+    """A gold label as the model names it: by its name, or by its number; None where the model does not know it."""
+    text = str(label)
+    if text in names:
+        return text
+    return str(names[int(text)]) if text.isdecimal() and int(text) < len(names) else None
 
 
-def _no_labels(task: str) -> str:
-    return f"Labels do not go with the task {task}; give texts alone. They go with: {', '.join(LABELLED_BUDGETS)}."
-
-
-def _number(label: Json) -> float:
+def finite_number(label: Json) -> float:
     """A gold score. Raises RecipeError."""
     try:
         number = float(label)
@@ -376,21 +248,16 @@ def _number(label: Json) -> float:
     return number
 
 
-def _label(runner: Any, label: Json) -> str:
-    """A gold label as the model names it: its name, or its number."""
-    labels = runner.options["labels"]
-    text = str(label)
-    if text in labels:
-        return text
-    if text.lstrip("-").isdecimal() and 0 <= int(text) < len(labels):
-        return str(labels[int(text)])
-    raise RecipeError(f"The label {label!r} is not one of the model's: {', '.join(map(str, labels))}.")
+LONG = 30  # characters that calibration and evaluation do not share by chance
 
 
-def _label_set(runner: Any, labels: Json) -> set[str]:
-    if not isinstance(labels, list):
-        raise RecipeError(f"The model gives several labels a text; a list of labels is expected, not {labels!r}.")
-    return {_label(runner, label) for label in labels}
+def overlap(calibration: Path, file: Path | None, count: int) -> str:
+    """What to say where calibration texts are evaluation texts too."""
+    return f"{count} texts of {calibration} are in {file} too: what a pass has calibrated on cannot judge it. Take them out."
+
+
+def _no_labels(task: str) -> str:
+    return f"Labels do not go with the task {task}; give texts alone. They go with: {', '.join(LABELLED_BUDGETS)}."
 
 
 def _rows(name: str) -> list[dict[str, Any]]:

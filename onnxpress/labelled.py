@@ -1,6 +1,6 @@
 """Labelled samples to train from: reads them, finds out what their labels are, splits some off for evaluation.
 
-Files: csv, tsv and jsonl as evaluation.read_samples reads them; lines "label text"; CoNLL columns for tags of tokens.
+Files: csv, tsv, jsonl and CoNLL columns as sample_files.py reads them; lines of a label and a text.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from onnxpress.errors import InputError
-from onnxpress.evaluation import LONG, Sample, read_samples
+from onnxpress.evaluation import LONG, Sample
 from onnxpress.manifest import Json
+from onnxpress.sample_files import TABLES, TAG, read_conll, read_samples, read_text
 
 # What can be fitted → the task of the artifact, and transformers' problem_type.
 KINDS: Mapping[str, tuple[str, str | None]] = {
@@ -27,9 +28,7 @@ KINDS: Mapping[str, tuple[str, str | None]] = {
     "regression": ("text-classification", "regression"),
     "token-classification": ("token-classification", None),
 }
-_SAMPLE_FILES = (".csv", ".tsv", ".jsonl")
 _COLUMN_FILES = (".conll", ".conllu", ".bio", ".iob", ".iob2")
-_TAG = r"O|[BI]-.+"
 _SEPARATOR = "|"  # between several labels in one column
 _SHARE = 0.1  # of the samples that are split off
 _FEWEST = 8  # samples that can be split
@@ -75,13 +74,12 @@ def read_labelled(path: Path, kind: str | None, columns: Mapping[str, str | int]
 
     Raises RecipeError and InputError, which name the file and the line.
     """
-    if kind is not None and kind not in KINDS:
-        raise InputError(f"There is no task {kind!r} to fit; there are: {', '.join(KINDS)}.")
+    check_kind(kind)
     if not path.is_file():
         raise InputError(
             f"The file {path} does not exist; give a csv, tsv, jsonl or CoNLL file, or lines of label and text."
         )
-    if path.suffix in _SAMPLE_FILES:
+    if path.suffix in TABLES:
         task = KINDS[kind or "text-classification"][0]
         if kind is None and _has_tags(path):
             task = "token-classification"
@@ -90,7 +88,7 @@ def read_labelled(path: Path, kind: str | None, columns: Mapping[str, str | int]
         raise InputError(f"--column goes with csv, tsv and jsonl files; {path} is none.")
     else:
         by_columns = kind == "token-classification" or (kind is None and path.suffix in _COLUMN_FILES)
-        samples = (_conll if by_columns else _label_and_text)(path, _lines(path))
+        samples = read_conll(path) if by_columns else _label_and_text(path)
     if not samples:
         raise InputError(f"{path} holds no samples.")
     if samples[0].label is None:
@@ -98,6 +96,12 @@ def read_labelled(path: Path, kind: str | None, columns: Mapping[str, str | int]
             f"{path} has no labels: no column is called label, score or target. Name it with --column label=NAME."
         )
     return samples
+
+
+def check_kind(kind: str | None) -> None:
+    """Raises InputError where there is no such key of KINDS; None is for what the labels tell."""
+    if kind not in (None, *KINDS):
+        raise InputError(f"There is no task {kind!r} to fit; there are: {', '.join(KINDS)}.")
 
 
 def labelled_samples(texts: Sequence[Any], labels: Sequence[Json]) -> list[Sample]:
@@ -241,7 +245,7 @@ def _normal(label: Json, kind: str) -> Json:
     if kind == "token-classification":
         if not isinstance(label, tuple):
             raise InputError(f"The task {kind} needs tokens and tags, two lists a sample; a label is {label!r}.")
-        wrong = next((tag for tag in label[1] if not re.fullmatch(_TAG, str(tag))), None)
+        wrong = next((tag for tag in label[1] if not re.fullmatch(TAG, str(tag))), None)
         if wrong is not None:
             raise InputError(
                 f"The tag {wrong!r} is not understood: O, B-TYPE and I-TYPE are, B for the first token of an entity."
@@ -301,7 +305,7 @@ def _order(name: str) -> tuple[float, str]:
 def _has_tags(path: Path) -> bool:
     if path.suffix != ".jsonl":
         return False
-    first = next((line for line in _lines(path) if line.strip()), "")
+    first = next((line for line in read_text(path).split("\n") if line.strip()), "")
     try:
         row = json.loads(first)
     except ValueError:
@@ -309,42 +313,16 @@ def _has_tags(path: Path) -> bool:
     return isinstance(row, dict) and "tokens" in row and "tags" in row
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text: {error}.") from None
-
-
-def _label_and_text(path: Path, lines: Sequence[str]) -> list[Sample]:
+def _label_and_text(path: Path) -> list[Sample]:
     samples = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         label, _, text = line.strip().partition(" ")
         if not text.strip():
             raise InputError(
-                f"{path}, line {number} has a label and no text. A file that does not end in {', '.join(_SAMPLE_FILES)} has "
+                f"{path}, line {number} has a label and no text. A file that does not end in {', '.join(TABLES)} has "
                 f'lines of a label, a space and a text: "1 a fine film".'
             )
         samples.append(Sample(text=text.strip(), label=label))
-    return samples
-
-
-def _conll(path: Path, lines: Sequence[str]) -> list[Sample]:
-    """Lines of columns, the token first and its tag last, an empty line between sentences (as CoNLL-2003 and WNUT)."""
-    samples: list[Sample] = []
-    tokens: list[str] = []
-    tags: list[str] = []
-    for number, line in enumerate([*lines, ""], 1):
-        columns = line.split()
-        if not columns or columns[0] == "-DOCSTART-":
-            if tokens:
-                samples.append(Sample(text=" ".join(tokens), label=(tokens, tags)))
-                tokens, tags = [], []
-            continue
-        if len(columns) < 2 or not re.fullmatch(_TAG, columns[-1]):
-            raise InputError(f"{path}, line {number}: a token and, last, its tag (O, B-TYPE or I-TYPE) are expected.")
-        tokens.append(columns[0])
-        tags.append(columns[-1])
     return samples

@@ -94,14 +94,14 @@ def make_smaller(
 
 def _check_texts(recipe: Recipe, task: str) -> None:
     """Raise RecipeError where the student would learn from the texts that judge it."""
-    from onnxpress.training_texts import read_texts
+    from onnxpress.sample_files import read_samples
 
     assert recipe.distil is not None
     if recipe.distil.file is None or recipe.quality.file is None or task == "module":
         return
     given = ((recipe.distil.file, recipe.distil.columns), (recipe.quality.file, recipe.quality.columns))
     learned, judged = (
-        {text for sample in read_texts(Path(file), task, columns) for text in (sample.text, sample.text_pair) if text}
+        {text for sample in read_samples(Path(file), task, columns) for text in (sample.text, sample.text_pair) if text}
         for file, columns in given
     )
     both = learned & judged

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from onnxpress.errors import RecipeError
-from onnxpress.evaluation import Sample, builtin_samples, read_samples
+from onnxpress.evaluation import Sample, builtin_samples, check_labels, finite_number, label_name
 from onnxpress.manifest import Json
 from onnxpress.optimizers.targets import GENERATION
 from onnxpress.runtime.tokenization import Tokenizer
+from onnxpress.sample_files import read_samples
 
 Example = dict[str, Any]
 
@@ -45,7 +46,7 @@ def training_examples(
             f"trained on the {len(samples)} built-in texts alone: give a file of the texts that the model is for",
         )
     else:
-        samples = read_texts(file, task, columns)
+        samples = read_samples(file, task, columns)
     if task == GENERATION:
         return _windows(samples, tokenizer, options, file), notes
     if task == "question-answering":
@@ -63,32 +64,26 @@ def training_examples(
             words = [place for place, sequence in enumerate(part.sequences) if sequence is not None]
             example["input_ids"] = _masked(part.ids, words, mask, random.Random(f"{seed} {number}"))
     if labels:
-        if task != "text-classification" or samples[0].label is None:
-            raise RecipeError(
-                f"{file or 'The built-in texts'}: labels were asked for; texts to classify have them, from a file with labels."
-            )
-        for example, sample in zip(examples, samples, strict=True):
-            example["labels"] = _label(sample.label, options)
+        for example, label in zip(examples, gold_labels(samples, task, options, file), strict=True):
+            example["labels"] = label
     return examples, notes
 
 
-def read_texts(file: Path, task: str, columns: Mapping[str, str | int] | None = None) -> list[Sample]:
-    """Samples of a csv, tsv or jsonl file, or of a .txt: one a line, for language models one alone. Raises RecipeError."""
-    if file.suffix != ".txt":
-        return read_samples(file, task, columns)
-    if columns:
-        raise RecipeError(f"{file} is plain text and has no columns.")
-    if task == "question-answering":
-        raise RecipeError(f"{file}: questions need a context each: give a csv, tsv or jsonl file with both.")
-    try:
-        content = file.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file} cannot be read as UTF-8 text: {error}.") from None
-    texts = [content] if task == GENERATION else content.split("\n")
-    samples = [Sample(text=text.removesuffix("\r")) for text in texts if text.strip()]
-    if not samples:
-        raise RecipeError(f"{file} holds no text.")
-    return samples
+def gold_labels(
+    samples: Sequence[Sample], task: str, options: Mapping[str, Json], file: Path | None
+) -> list[int | float]:
+    """The samples' labels as a model learns them: numbers of classes, or a regression's. Raises RecipeError and InputError."""
+    if task != "text-classification" or not samples or samples[0].label is None:
+        raise RecipeError(
+            f"{file or 'The built-in texts'}: labels were asked for; texts to classify have them, from a file with labels."
+        )
+    if options["problem_type"] == "multi_label_classification":
+        raise RecipeError("Labels of models that give several a text are not trained on: leave label_weight out.")
+    if options["problem_type"] == "regression":
+        return [finite_number(sample.label) for sample in samples]
+    check_labels(task, options, samples)
+    names = [str(name) for name in options["labels"]]
+    return [names.index(str(label_name(sample.label, names))) for sample in samples]
 
 
 def _windows(
@@ -120,22 +115,3 @@ def _masked(ids: list[int], words: list[int], mask: int, draw: random.Random) ->
         return ids
     chosen = set(draw.sample(words, max(1, round(_MASKED * len(words)))))
     return [mask if place in chosen else token for place, token in enumerate(ids)]
-
-
-def _label(label: Json, options: Mapping[str, Json]) -> int | float:
-    """A gold label as a model learns it: a class's number, or a regression's. Raises RecipeError."""
-    names = [str(name) for name in options["labels"]]
-    kind = options["problem_type"]
-    text = str(label)
-    if kind == "regression":
-        try:
-            return float(text)
-        except ValueError:
-            raise RecipeError(f"The score {label!r} is no number.") from None
-    if kind == "multi_label_classification":
-        raise RecipeError("Labels of models that give several a text are not trained on: leave the column out.")
-    if text in names:
-        return names.index(text)
-    if text.isdecimal() and int(text) < len(names):
-        return int(text)
-    raise RecipeError(f"The label {label!r} is not one of the model's: {', '.join(names)}.")

@@ -21,6 +21,7 @@ from onnxpress.manifest import Arrays, Json, Runnable, Signature
 from onnxpress.runtime.loading import RUNNERS
 from onnxpress.runtime.text_runner import TextRunner
 from onnxpress.runtime.tokenization import Tokenizer, TruncationWarning
+from onnxpress.sample_files import read_samples
 from onnxpress.timing import random_tokens
 
 Answers = list[dict[str, np.ndarray]]
@@ -95,11 +96,11 @@ class TextWorkload:
         )
         self._evaluation = self._evaluation[:samples]
         if calibration is not None:
-            self._calibration = evaluation.read_samples(calibration, task, columns)
+            self._calibration = read_samples(calibration, task, columns)
         self._calibration = self._calibration[:calibration_samples]
         self._labelled: list[Sample] = []
         if file is not None:
-            given = evaluation.read_samples(file, task, columns)
+            given = read_samples(file, task, columns)
             seen = {text for sample in given for text in (sample.text, sample.text_pair)}
             if any(sample.label is not None for sample in given):
                 self._labelled = given

@@ -94,7 +94,7 @@ def _spans(words: Sequence[_Word], text: str) -> list[dict[str, Json]]:
     types: list[str] = []
     before = ""
     for word in words:
-        prefix, kind = _split(word.label)
+        prefix, kind = split_tag(word.label)
         if kind and kind == before and prefix != "B":
             spans[-1].append(word)
         elif kind:
@@ -110,7 +110,7 @@ def _spans(words: Sequence[_Word], text: str) -> list[dict[str, Json]]:
     return entities
 
 
-def _split(label: str) -> tuple[str, str]:
+def split_tag(label: str) -> tuple[str, str]:
     """("B", "PER") of "B-PER"; an empty type for "O"."""
     if label == "O":
         return "", ""

@@ -33,6 +33,7 @@ from onnxpress.errors import (
 )
 from onnxpress.foreign import open_onnx
 from onnxpress.runtime import Embedder, FillMask, ModuleRunner, QuestionAnswerer, TextClassifier, TokenClassifier
+from onnxpress.runtime.tensor_file import read_tensors
 
 QUICK = {"measure": False, "samples": 24, "calibration_samples": 16}
 TEXTS = ["the cat sat on a mat", "a red dog ran to the blue house", "the"]
@@ -250,6 +251,53 @@ def test_one_sample_of_the_user_is_enough(encoder: Path, tmp_path: Path) -> None
     options = {**QUICK, "file": str(tmp_path / "one.csv")}
     built = onnxpress.build(encoder, out=tmp_path / "out", precision="fp32", **options)
     assert built.manifest.ledger[0]["quality"] == 1
+
+
+def test_an_encoder_is_judged_and_calibrated_on_lines_of_plain_text(encoder: Path, tmp_path: Path) -> None:
+    (tmp_path / "judge.txt").write_text("the cat sat on a mat\n\na red dog ran\r\n")
+    (tmp_path / "calibrate.txt").write_text("the blue house\na dog sat\n")
+    files = {"file": str(tmp_path / "judge.txt"), "calibration": str(tmp_path / "calibrate.txt")}
+    built = onnxpress.build(encoder, out=tmp_path / "out", precision="int8", keep_all=True, **QUICK, **files)
+    assert {row["metric"] for row in built.manifest.ledger} == {"cosine_mean"}
+    golden = read_tensors(built.path / "golden.safetensors")
+    ids = {name: golden[f"input.{name}.input_ids"].tolist() for name in ("single", "batch")}
+    tokenizer = tf.AutoTokenizer.from_pretrained(encoder)
+    assert ids == {
+        "single": [tokenizer("the cat sat on a mat")["input_ids"]],
+        "batch": [tokenizer("a red dog ran")["input_ids"]],
+    }
+    others = tmp_path / "others.txt"
+    others.write_text("sat sat sat\n")
+    other = onnxpress.build(
+        encoder,
+        out=tmp_path / "other",
+        precision="int8",
+        keep_all=True,
+        **QUICK,
+        **{**files, "calibration": str(others)},
+    )
+    assert built.manifest.files["model.onnx"] != other.manifest.files["model.onnx"]  # its scales are of those texts
+
+
+def test_a_tagger_is_judged_by_columns_as_fit_reads_them(tmp_path: Path) -> None:
+    labels = ["O", "B-ANIMAL", "I-ANIMAL"]
+    folder = save_model(
+        tmp_path / "model", "bert", tf.AutoModelForTokenClassification, id2label=dict(enumerate(labels))
+    )
+    (tmp_path / "dev.conll").write_text("the O\ncat B-ANIMAL\nsat O\n\na O\nred B-ANIMAL\ndog I-ANIMAL\n")
+    options = {**QUICK, "file": str(tmp_path / "dev.conll")}
+    built = onnxpress.build(folder, out=tmp_path / "out", precision="fp32", **options)
+    runner = onnxpress.load(built.path)
+    assert isinstance(runner, TokenClassifier)
+    found = [
+        {(item["start"], item["end"]) for item in answer} for answer in runner.predict(["the cat sat", "a red dog"])
+    ]
+    hits = ((4, 7) in found[0]) + ((2, 9) in found[1])
+    expected = 200 * hits / (2 + sum(map(len, found)))
+    assert (built.manifest.ledger[0]["metric"], built.manifest.ledger[0]["quality"]) == (
+        "entity_f1",
+        pytest.approx(expected, abs=1e-3),
+    )
 
 
 def test_an_onnx_file_of_an_encoder_is_judged_on_its_vocabulary(tmp_path: Path) -> None:

@@ -300,5 +300,5 @@ def test_texts_of_the_users_replace_the_built_in_ones(folder: Path, artifact: Pa
     assert max(map(len, windows)) == CONTEXT
     assert len(windows) > 5
     file.write_text("", encoding="utf-8")
-    with pytest.raises(RecipeError, match="holds no text"):
+    with pytest.raises(RecipeError, match="holds no samples"):
         workload(folder, artifact, file)

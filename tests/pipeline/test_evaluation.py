@@ -1,4 +1,4 @@
-"""Samples, metrics and budgets: figures against hand-computed ones, scipy and scikit-learn; every reading error."""
+"""Samples, metrics and budgets: figures against hand-computed ones, scipy and scikit-learn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as InnerTokenizer
 from tokenizers import models, pre_tokenizers
 
 from onnxpress import metrics
-from onnxpress.errors import RecipeError
+from onnxpress.errors import InputError, RecipeError
 from onnxpress.evaluation import (
     BUDGETS,
     LABELLED_BUDGETS,
@@ -26,7 +26,6 @@ from onnxpress.evaluation import (
     batch_dependence,
     budget_for,
     builtin_samples,
-    read_samples,
     score,
 )
 from onnxpress.runtime.tokenization import Tokenizer
@@ -276,8 +275,8 @@ def test_labels_by_name_and_by_number() -> None:
     found = score("text-classification", runner, [Sample(text="x", label=label) for label in gold])
     assert found["accuracy"] == pytest.approx(60)
     assert found["f1_macro"] == pytest.approx(100 * sklearn.metrics.f1_score(names, predicted, average="macro"))
-    with pytest.raises(RecipeError, match="'d' is not one of the model's: a, b, c"):
-        score("text-classification", runner, [Sample(text="x", label="d")] * 5)
+    with pytest.raises(InputError, match=r"does not know the labels '3', 'd'; it knows: a, b, c\."):
+        score("text-classification", runner, [Sample(text="x", label=label) for label in ("d", "a", 3, "b", "d")])
 
 
 def test_a_prediction_that_is_not_finite_is_wrong() -> None:
@@ -318,14 +317,32 @@ def test_entities_need_the_exact_span_and_type() -> None:
     samples = [
         Sample(text="Ada Byron in Rome", label=(["Ada", "Byron", "in", "Rome"], ["B-PER", "I-PER", "O", "B-LOC"]))
     ]
+    labels = ["O", "B-PER", "LOC"]
     right = [entity(0, 9, "PER"), entity(13, 17, "LOC")]
-    assert score("token-classification", Runner([right]), samples)["entity_f1"] == pytest.approx(100)
+    assert score("token-classification", Runner([right], labels=labels), samples)["entity_f1"] == pytest.approx(100)
     half = [entity(0, 9, "PER"), entity(13, 17, "ORG"), entity(10, 12, "LOC")]
-    found = score("token-classification", Runner([half]), samples)
+    found = score("token-classification", Runner([half], labels=labels), samples)
     assert found["precision"] == pytest.approx(100 / 3)
     assert found["recall"] == pytest.approx(50)
     assert found["entity_f1"] == pytest.approx(40)
-    assert score("token-classification", Runner([[]]), samples)["entity_f1"] == 0
+    assert score("token-classification", Runner([[]], labels=labels), samples)["entity_f1"] == 0
+
+
+def test_tags_that_the_model_does_not_know_are_named_and_score_nothing() -> None:
+    samples = [Sample(text="Ada in Rome", label=(["Ada", "in", "Rome"], ["B-PER", "O", "I-LOC"]))]
+    runner = Runner(
+        [[]], labels=["O", "B-PERSON", "I-PERSON", "B-LOC"]
+    )  # B-LOC knows of places, so I-LOC is understood
+    with pytest.raises(InputError, match=r"does not know the labels 'B-PER'; it knows: O, B-PERSON, I-PERSON, B-LOC\."):
+        score("token-classification", runner, samples)
+
+
+def test_sets_of_labels_are_lists_of_known_ones() -> None:
+    runner = Runner([{"scores": {"a": 0.9, "b": 0.2}}], labels=["a", "b"], problem_type="multi_label_classification")
+    assert score("text-classification", runner, [Sample(text="x", label=["a"])])["f1"] == pytest.approx(100)
+    for label, message in (("a", "a list of labels is expected"), (["a", "c"], "does not know the labels 'c'")):
+        with pytest.raises(InputError, match=message):
+            score("text-classification", runner, [Sample(text="x", label=label)])
 
 
 def test_answers_as_squad_scores_them() -> None:
@@ -399,111 +416,3 @@ def test_budgets_of_the_user() -> None:
 def test_budgets_that_are_not_understood(given: str) -> None:
     with pytest.raises(RecipeError, match=r"is not understood: .*share of cosine_mean.*0 to 1"):
         budget_for("feature-extraction", given, labelled=False)
-
-
-# Files of the user
-
-
-def write(folder: Path, name: str, content: str | bytes) -> Path:
-    path = folder / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-def test_columns_by_usual_names(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.csv", "id,sentence1,sentence2,score\n1,one,two,4.5\n2,three,four,0\n")
-    assert read_samples(path, "feature-extraction") == [
-        Sample(text="one", text_pair="two", label=4.5),
-        Sample(text="three", text_pair="four", label=0.0),
-    ]
-    path = write(tmp_path, "b.tsv", "text\tlabel\nfine\tgood\n")
-    assert read_samples(path, "text-classification") == [Sample(text="fine", label="good")]
-
-
-def test_columns_by_name_and_by_number(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.csv", "body,sentence2,mark\nx,y,1\n")
-    columns = {"text": "sentence2", "label": "mark"}
-    assert read_samples(path, "text-classification", columns) == [Sample(text="y", label="1")]
-    path = write(tmp_path, "b.csv", 'one,two,3\n"three, and more",four,5\n')
-    found = read_samples(path, "feature-extraction", {"text": 0, "text_pair": 1, "label": 2})
-    assert found[1] == Sample(text="three, and more", text_pair="four", label=5.0)
-
-
-def test_texts_arrive_as_they_are(tmp_path: Path) -> None:
-    """Separators of lines that only Unicode knows are characters; so are quotes in tsv, and line ends in quotes."""
-    text = "one\u2028two\x85three"
-    path = write(tmp_path, "a.jsonl", json.dumps({"text": text}, ensure_ascii=False) + "\r\n\n")
-    assert read_samples(path, "text-classification") == [Sample(text=text)]
-    path = write(tmp_path, "b.csv", f'text,label\r\n{text},x\r\n"two\nlines, ""quoted""",y\r\n')
-    assert [sample.text for sample in read_samples(path, "text-classification")] == [text, 'two\nlines, "quoted"']
-    path = write(tmp_path, "c.tsv", '\ufefftext\tlabel\n"open\t0\n"Hello," she said\t1\nclose"\t1\n')
-    found = read_samples(path, "text-classification")
-    assert [sample.text for sample in found] == ['"open', '"Hello," she said', 'close"']
-
-
-def test_questions_in_both_forms(tmp_path: Path) -> None:
-    lines = [
-        {"question": "q", "context": "c", "answers": {"text": ["a", "b"], "answer_start": [0, 1]}},
-        {"question": "q", "context": "c", "answers": ["a"]},
-        {"question": "q", "context": "c", "answers": "a"},
-    ]
-    path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, lines)))
-    assert [sample.label for sample in read_samples(path, "question-answering")] == [["a", "b"], ["a"], ["a"]]
-
-
-def test_tokens_and_tags(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.jsonl", '{"tokens": ["Ada", "sang"], "tags": ["B-PER", "O"]}\n')
-    assert read_samples(path, "token-classification") == [
-        Sample(text="Ada sang", label=(["Ada", "sang"], ["B-PER", "O"]))
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "task", "message"),
-    [
-        ("a.txt", "x", "fill-mask", r"a\.txt: files of samples end in \.csv, \.tsv or \.jsonl"),
-        ("a.csv", b"text\n\xff\xfe\n", "fill-mask", r"a\.csv cannot be read as UTF-8 text"),
-        ("a.csv", "", "fill-mask", "holds no samples"),
-        ("a.csv", "text,label\n", "fill-mask", "holds no samples"),
-        ("a.jsonl", "\n\n", "fill-mask", "holds no samples"),
-        ("a.csv", "body,label\nx,y\n", "text-classification", "no column of texts; it has: body, label.*--column text="),
-        ("a.csv", "text,label\nx,y\nz\n", "text-classification", "line 3 has 1 columns; the header has 2"),
-        ("a.csv", "text,text\nx,y\n", "text-classification", "names the column 'text' twice"),
-        ("a.csv", 'text,label\n"open,y\nz,y\n', "text-classification", "line 3: .*its own quotes doubled"),
-        ("a.csv", "text,label\nx,y\n ,y\n", "text-classification", "line 3: the text is empty"),
-        ("a.csv", "text,label\nx,y\nz,\n", "text-classification", "line 3: the label is empty"),
-        ("a.jsonl", '{"text": "x"}\n{"text": \n', "fill-mask", r"line 2 is not valid JSON"),
-        ("a.jsonl", '["x"]\n', "fill-mask", "line 1 is a list; an object"),
-        ("a.jsonl", '{"text": 3}\n', "fill-mask", "line 1: the text is empty or no text"),
-        ("a.jsonl", '{"text": "x", "label": 1}\n\n{"text": "y"}\n', "text-classification", "line 3 has no label"),
-        ("a.csv", "text,score\nx,1\n", "feature-extraction", "need two texts a row"),
-        ("a.csv", "sentence1,sentence2,score\na,b,many\n", "feature-extraction", "line 2: The score 'many' is no"),
-        ("a.csv", "sentence1,sentence2,score\na,b,nan\n", "feature-extraction", "line 2: The score 'nan' is no"),
-        ("a.csv", "sentence1,sentence2,score\na,b,1\nc,d,1\n", "feature-extraction", "all scores are 1.0"),
-        ("a.csv", "question,answer\nq,a\n", "question-answering", "questions need a context"),
-        ("a.jsonl", '{"question":"q","context":"c","answers":[]}', "question-answering", "line 1: answers are a text or"),
-        ("a.csv", "text,label\nAda,B-PER\n", "token-classification", "line 2: labels of tokens come as lists"),
-        ("a.jsonl", '{"tokens":["a","b"],"tags":["O"]}', "token-classification", "line 1: tokens and tags are lists of"),
-        ("a.jsonl", '{"tokens":["a",""],"tags":["O","O"]}', "token-classification", "line 1: tokens are texts"),
-        ("a.jsonl", '{"tokens":["a"],"tags":[3]}', "token-classification", "line 1: the tag 3 is not in BIO form"),
-        ("a.jsonl", '{"tokens":["a"],"tags":["PER"]}', "token-classification", "the tag 'PER' is not in BIO form"),
-    ],
-)  # fmt: skip
-def test_reading_errors_name_file_and_line(
-    name: str, content: str | bytes, task: str, message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(RecipeError, match=message) as caught:
-        read_samples(write(tmp_path, name, content), task)
-    assert name in str(caught.value)
-
-
-def test_a_missing_file_and_missing_columns(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="No such file"):
-        read_samples(tmp_path / "none.csv", "fill-mask")
-    path = write(tmp_path, "a.csv", "text,label\nx,y\n")
-    with pytest.raises(RecipeError, match="line 2 has no column 'body'; it has: text, label"):
-        read_samples(path, "text-classification", {"text": "body"})
-    with pytest.raises(RecipeError, match="line 1 has no column 4; it has: 0, 1"):
-        read_samples(path, "text-classification", {"text": 4})
-    with pytest.raises(RecipeError, match="Columns were given for 'body'; the roles are: text, text_pair, label"):
-        read_samples(path, "text-classification", {"body": "text"})

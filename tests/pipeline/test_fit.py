@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from tiny_models import CONFIGS, add_pooling, save_tokenizer
+from tiny_models import CONFIGS, add_pooling, save_model, save_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import onnxpress
 from onnxpress.cli import main
 from onnxpress.engine import Engine
-from onnxpress.errors import InputError, OutputError, SourceError
+from onnxpress.errors import InputError, OutputError, RecipeError, SourceError
 from onnxpress.fit import fit, fit_samples, torch_runner
 from onnxpress.labelled import find_labels, labelled_samples, normalized, read_labelled, split, told
 from onnxpress.optimizers.training import TrainingOptions
@@ -231,6 +231,8 @@ def test_chinese_without_spaces(tmp_path: Path) -> None:
 def test_engine_from_fit_to_a_device(sentence_model: Path, tmp_path: Path) -> None:
     texts, labels = animals(60)
     engine = Engine.load(sentence_model)
+    with pytest.raises(InputError, match="no task 'sentiment' to fit; there are: text-classification"):
+        Engine.load(sentence_model, task="sentiment")
     with pytest.raises(InputError, match="fit it first"):
         engine.predict(["a cat"])
     with pytest.raises(InputError, match="nothing to save"):
@@ -254,8 +256,30 @@ def test_engine_from_fit_to_a_device(sentence_model: Path, tmp_path: Path) -> No
     assert (done.stdout.strip(), done.stderr) == ("feline", "")
     loaded = Engine.load(tmp_path / "out")
     assert loaded.evaluate(*animals(20, seed=3))["accuracy"] == 100.0
+    with pytest.raises(InputError, match=r"does not know the labels '7', 'bird'; it knows: canine, feline"):
+        loaded.evaluate(["a cat", "a bird", "a dog"], ["feline", "bird", 7])
     with pytest.raises(InputError, match="cannot be trained"):
         loaded.fit(texts, labels)
+
+
+def test_labels_that_the_engine_does_not_know_are_an_error(tmp_path: Path) -> None:
+    labels = ["O", "B-ANIMAL", "I-ANIMAL"]
+    folder = save_model(tmp_path / "tags", "bert", tf.AutoModelForTokenClassification, id2label=dict(enumerate(labels)))
+    built = onnxpress.build(folder, out=tmp_path / "out", precision="fp32", measure=False, samples=8)
+    engine = Engine.load(built.path)
+    words = ["the", "cat", "sat"]
+    assert set(engine.evaluate([words], [["O", "B-ANIMAL", "O"]])) >= {"entity_f1"}
+    with pytest.raises(
+        InputError, match=r"does not know the labels 'B-BIRD', 'I-TREE'; it knows: O, B-ANIMAL, I-ANIMAL"
+    ):
+        engine.evaluate([words, words], [["B-BIRD", "O", "O"], ["O", "I-TREE", "B-ANIMAL"]])
+    with pytest.raises(InputError, match="The tag 'ANIMAL' is not understood"):
+        engine.evaluate([words], [["O", "ANIMAL", "O"]])
+    with pytest.raises(InputError, match="needs tokens and tags"):
+        engine.evaluate(["the cat sat"], ["ANIMAL"])
+    with pytest.raises(InputError, match="is an artifact for token-classification, not for regression"):
+        Engine.load(built.path, task="regression")
+    assert Engine.load(built.path, task="token-classification").predict(["the cat"])
 
 
 def test_cut_texts_are_counted(model: Path, tmp_path: Path) -> None:
@@ -391,7 +415,7 @@ def test_files_and_options_that_cannot_be(model: Path, tmp_path: Path) -> None:
     refused("holds no samples", file=tmp_path / "empty.csv", kind=onnxpress.OnnxpressError)
     refused("has no labels", file=tmp_path / "bare.csv")
     refused("line 2 has a label and no text", file=tmp_path / "bad.txt")
-    refused("line 1: a token and, last, its tag", file=tmp_path / "bad.conll")
+    refused("line 1: a token and, last, its tag", file=tmp_path / "bad.conll", kind=RecipeError)
     refused("no task 'translation'", task="translation")
     refused("'reptile' is in none", evaluation=other)
     refused("'0' is in none of the training samples; their labels are: canine, feline", evaluation=numbers)

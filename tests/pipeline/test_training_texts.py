@@ -9,7 +9,7 @@ import pytest
 from tiny_decoders import save_byte_tokenizer
 from tiny_models import save_tokenizer
 
-from onnxpress.errors import RecipeError
+from onnxpress.errors import UsageError
 from onnxpress.runtime.tokenization import Tokenizer
 from onnxpress.training_texts import WINDOW, training_examples
 
@@ -101,13 +101,18 @@ def test_the_built_in_texts_serve_where_no_file_is_given_and_say_so(letters: Tok
 @pytest.mark.parametrize(
     ("name", "content", "task", "more", "message"),
     [
-        ("empty.txt", " \n", "feature-extraction", {}, "holds no text"),
+        ("empty.txt", " \n", "feature-extraction", {}, "holds no samples"),
         ("missing.txt", None, "feature-extraction", {}, "cannot be read"),
         ("lines.txt", "the cat", "question-answering", {}, "context"),
-        ("lines.txt", "the cat", "feature-extraction", {"columns": {"text": "a"}}, "no columns"),
         ("short.txt", "x", "text-generation", {}, "no text has two tokens"),
         ("lines.txt", "the cat", "text-classification", {"labels": True}, "labels were asked for"),
-        ("bad.csv", "text,label\nthe cat,maybe\n", "text-classification", {"labels": True}, "'maybe' is not one of"),
+        (
+            "bad.csv",
+            "text,label\nthe cat,maybe\n",
+            "text-classification",
+            {"labels": True},
+            "does not know the labels 'maybe'",
+        ),
     ],
 )
 def test_bad_files_are_one_clear_error(
@@ -115,5 +120,5 @@ def test_bad_files_are_one_clear_error(
 ) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(UsageError, match=message):
         training_examples(task, letters, LABELS, file=tmp_path / name, **more)

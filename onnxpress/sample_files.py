@@ -1,0 +1,218 @@
+"""Reads a user's samples: csv, tsv and jsonl with or without labels, a text a line (.txt), CoNLL columns of tokens and tags.
+
+Arrays of a module are sample_arrays.py's; lines of a label and a text, which can only be trained from, labelled.py's.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnxpress.errors import RecipeError
+from onnxpress.evaluation import Sample, finite_number
+from onnxpress.manifest import Json
+
+TABLES = (".csv", ".tsv", ".jsonl")  # what has columns with names
+TAG = r"O|[BI]-.+"
+_COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "text": ("text", "sentence", "sentence1", "question", "premise", "text1", "query"),
+    "text_pair": ("text_pair", "sentence2", "context", "hypothesis", "text2"),
+    "label": ("label", "score", "answers", "answer", "target"),
+}
+_DOCUMENT = "-DOCSTART-"  # CoNLL-2003's line between documents
+
+
+def read_samples(path: Path, task: str, columns: Mapping[str, str | int] | None = None) -> list[Sample]:
+    """Samples of a csv, tsv or jsonl file, of a .txt (a text a line; for language models one text), or of CoNLL columns.
+
+    columns: of a csv, tsv or jsonl file, names (or, without a header, numbers from 0) by role; other files have none. Roles: text,
+    text_pair, label; for token-classification a jsonl file with tokens and BIO tags. Quotes are quotes in csv and plain characters in
+    tsv, as in the field's data sets. CoNLL files are for token-classification, whatever their suffix; a .txt is one where its first line
+    is a token and a tag. Raises RecipeError naming file, line and column.
+    """
+    if path.suffix in TABLES:
+        samples = _table(path, task, columns or {})
+    elif task == "token-classification" and (path.suffix != ".txt" or _begins_with_a_tag(path)):
+        samples = read_conll(path)
+    elif path.suffix == ".txt":
+        texts = [read_text(path)] if task == "text-generation" else read_text(path).split("\n")
+        samples = [Sample(text=text.removesuffix("\r")) for text in texts if text.strip()]
+    else:
+        raise RecipeError(f"{path}: files of samples end in {', '.join(TABLES)} or .txt.")
+    if not samples:
+        raise RecipeError(f"{path} holds no samples.")
+    labelled = samples[0].label is not None
+    if task == "question-answering" and any(sample.text_pair is None for sample in samples):
+        raise RecipeError(f"{path}: questions need a context each (columns question and context).")
+    if task == "feature-extraction" and labelled and any(sample.text_pair is None for sample in samples):
+        raise RecipeError(f"{path}: scores of similarity need two texts a row (columns text and text_pair).")
+    if task == "feature-extraction" and labelled and len({sample.label for sample in samples}) == 1:
+        raise RecipeError(
+            f"{path}: all scores are {samples[0].label}; a correlation needs at least two different ones."
+        )
+    return samples
+
+
+def read_conll(path: Path) -> list[Sample]:
+    """Lines of columns, the token first and its tag last, an empty line between sentences (as CoNLL-2003 and WNUT).
+
+    Raises RecipeError naming file and line.
+    """
+    samples: list[Sample] = []
+    tokens: list[str] = []
+    tags: list[str] = []
+    for number, line in enumerate([*read_text(path).split("\n"), ""], 1):
+        columns = line.split()
+        if not columns or columns[0] == _DOCUMENT:
+            if tokens:
+                samples.append(Sample(text=" ".join(tokens), label=(tokens, tags)))
+                tokens, tags = [], []
+            continue
+        if not _is_tagged(columns):
+            raise RecipeError(f"{path}, line {number}: a token and, last, its tag (O, B-TYPE or I-TYPE) are expected.")
+        tokens.append(columns[0])
+        tags.append(columns[-1])
+    return samples
+
+
+def read_text(path: Path) -> str:
+    """A file's content, whose lines end at \\n alone. Raises RecipeError."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read as UTF-8 text: {error}.") from None
+
+
+def _begins_with_a_tag(path: Path) -> bool:
+    columns = (line.split() for line in read_text(path).split("\n"))
+    return _is_tagged(next((found for found in columns if found and found[0] != _DOCUMENT), []))
+
+
+def _is_tagged(columns: Sequence[str]) -> bool:
+    return len(columns) > 1 and re.fullmatch(TAG, columns[-1]) is not None
+
+
+def _table(path: Path, task: str, columns: Mapping[str, str | int]) -> list[Sample]:
+    rows = _read_rows(path, numbered=any(isinstance(column, int) for column in columns.values()))
+    unknown = sorted(set(columns) - set(_COLUMNS))
+    if unknown:
+        raise RecipeError(f"Columns were given for {unknown[0]!r}; the roles are: {', '.join(_COLUMNS)}.")
+    samples = [_token_sample(path, row) if task == "token-classification" and "tokens" in row.values else
+               _sample(path, row, task, columns) for row in rows]  # fmt: skip
+    labelled = [sample.label is not None for sample in samples]
+    if any(labelled) and not all(labelled):
+        line = rows[labelled.index(False)].line
+        raise RecipeError(f"{path}, line {line} has no label and other lines do; label all of them, or none.")
+    return samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    line: int
+    values: Mapping[str | int, Any]
+
+
+def _read_rows(path: Path, *, numbered: bool) -> list[_Row]:
+    content = read_text(path)
+    # Lines end at \n alone: str.splitlines would also cut texts at characters such as U+2028.
+    if path.suffix == ".jsonl":
+        return [_json_row(path, number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+    lines = io.StringIO(content, newline="")
+    if path.suffix == ".tsv":
+        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
+    else:
+        reader = csv.reader(lines, strict=True)  # strict: a quote that is not closed is an error, not a long text
+    rows: list[tuple[int, list[str]]] = []
+    try:
+        rows = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise RecipeError(
+            f"{path}, line {reader.line_num}: {error}. A text with a quote stands in quotes, its own quotes doubled."
+        ) from None
+    if numbered:
+        return [_Row(line=line, values=dict(enumerate(row))) for line, row in rows]
+    if not rows:
+        return []
+    header = rows[0][1]
+    twice = [name for name in header if header.count(name) > 1]
+    if twice:
+        raise RecipeError(f"{path}: the header names the column {twice[0]!r} twice.")
+    for line, row in rows[1:]:
+        if len(row) != len(header):
+            raise RecipeError(f"{path}, line {line} has {len(row)} columns; the header has {len(header)}.")
+    return [_Row(line=line, values=dict(zip(header, row, strict=True))) for line, row in rows[1:]]
+
+
+def _json_row(path: Path, number: int, line: str) -> _Row:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise RecipeError(f"{path}, line {number} is not valid JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"{path}, line {number} is a {type(values).__name__}; an object with named fields is expected."
+        )
+    return _Row(line=number, values=values)
+
+
+def _sample(path: Path, row: _Row, task: str, columns: Mapping[str, str | int]) -> Sample:
+    found: dict[str, Any] = {}
+    for role, names in _COLUMNS.items():
+        if role in columns:
+            if columns[role] not in row.values:
+                raise RecipeError(
+                    f"{path}, line {row.line} has no column {columns[role]!r}; it has: {', '.join(map(str, row.values))}."
+                )
+            found[role] = row.values[columns[role]]
+        else:
+            free = [name for name in names if name in row.values and name not in columns.values()]
+            found[role] = row.values[free[0]] if free else None
+    if found["text"] is None:
+        raise RecipeError(
+            f"{path} has no column of texts; it has: {', '.join(map(str, row.values))}. Name it with --column text=NAME."
+        )
+    for role in ("text", "text_pair"):
+        if found[role] is not None and (not isinstance(found[role], str) or not found[role].strip()):
+            raise RecipeError(f"{path}, line {row.line}: the {role} is empty or no text.")
+    return Sample(text=found["text"], text_pair=found["text_pair"], label=_checked_label(path, row, task, found))
+
+
+def _checked_label(path: Path, row: _Row, task: str, found: Mapping[str, Any]) -> Json:
+    label = found["label"]
+    if label is None:
+        return None
+    if isinstance(label, str) and not label.strip():
+        raise RecipeError(f"{path}, line {row.line}: the label is empty.")
+    if task == "token-classification":
+        raise RecipeError(f"{path}, line {row.line}: labels of tokens come as lists in jsonl, tokens and tags.")
+    if task == "feature-extraction":
+        try:
+            return finite_number(label)
+        except RecipeError as error:
+            raise RecipeError(f"{path}, line {row.line}: {error}") from None
+    if task == "question-answering":
+        if isinstance(label, dict) and "text" in label:  # SQuAD's own form
+            label = label["text"]
+        answers = [label] if isinstance(label, str) else label
+        if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+            raise RecipeError(f"{path}, line {row.line}: answers are a text or a list of texts, not {label!r}.")
+        return answers
+    return label
+
+
+def _token_sample(path: Path, row: _Row) -> Sample:
+    tokens, tags = row.values.get("tokens"), row.values.get("tags")
+    if not isinstance(tokens, list) or not isinstance(tags, list) or len(tokens) != len(tags) or not tokens:
+        raise RecipeError(f"{path}, line {row.line}: tokens and tags are lists of the same length.")
+    if not all(isinstance(token, str) and token for token in tokens):
+        raise RecipeError(f"{path}, line {row.line}: tokens are texts that are not empty.")
+    for tag in tags:
+        if not isinstance(tag, str) or not re.fullmatch(TAG, tag):
+            raise RecipeError(f"{path}, line {row.line}: the tag {tag!r} is not in BIO form: O, B-TYPE or I-TYPE.")
+    return Sample(text=" ".join(tokens), label=(tokens, tags))
