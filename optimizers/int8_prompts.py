@@ -26,6 +26,8 @@ from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.linear import add_constant, attribute, replace_value, unused_name
 from onnxpress.optimizers.rounding import Blocks, Float, per_channel_8bit, unpack
 
+# Of weights: two products with 8 unsigned bits fit into 16. Session's switch for CPUs without VNNI does not reach into an If.
+_LIMIT = 63
 _TOKENS, _LENGTHS, _ANSWERS = "input_ids", "lengths", "logit_indices"  # inputs of language models
 
 
@@ -37,6 +39,10 @@ class Int8Prompts:
     lossless: ClassVar[bool] = False
 
     from_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        if self.from_tokens < 2:
+            raise RecipeError(f"from_tokens is 2 or more, not {self.from_tokens}: single tokens read the blocks.")
 
     def apply(self, graph: Graph, context: PassContext) -> PassResult:
         """Give every product in blocks but those in `context.keep` and the output layer an int8 copy.
@@ -56,7 +62,9 @@ class Int8Prompts:
         region = nodes[nodes.index(products[0]) : nodes.index(products[-1]) + 1]
         if answering & set(region):
             raise RecipeError(f"The pass {self.name} does not suit this graph: layers follow on the choice of answers.")
-        int8 = {node: self._int8(graph, node, context) for node in chosen}
+        if any(item.type == ir.AttributeType.GRAPH for node in region for item in node.attributes.values()):
+            raise RecipeError(f"The pass {self.name} does not suit this graph: its layers hold graphs of their own.")
+        int8 = {node: _int8(graph, node) for node in chosen}
         outputs = [value for node in region for value in node.outputs if _leaves(value, region)]
         many = _branch(region, outputs, "many", int8)
         few = _branch(region, outputs, "few", {})
@@ -89,17 +97,16 @@ class Int8Prompts:
             node.outputs[0].name = unused_name(graph.model.graph, node.name)
         return nodes
 
-    def _int8(self, graph: Graph, node: ir.Node, context: PassContext) -> list[ir.Value | None]:
-        """Weight, scales and zero points of DynamicQuantizeMatMul, and the bias."""
-        weight = _weight(node)
-        integers, scales, zero_points = per_channel_8bit(weight.T, limit=context.target.qdq.weight_limit)
-        bias = node.inputs[5] if len(node.inputs) > 5 else None
-        return [
-            add_constant(graph, f"{node.name}_weight_8bit", integers),
-            add_constant(graph, f"{node.name}_weight_scale", scales),
-            add_constant(graph, f"{node.name}_weight_zero_point", zero_points),
-            bias,
-        ]
+
+def _int8(graph: Graph, node: ir.Node) -> list[ir.Value | None]:
+    """Weight, scales and zero points of DynamicQuantizeMatMul, and the bias."""
+    integers, scales, zero_points = per_channel_8bit(_weight(node).T, limit=_LIMIT)
+    return [
+        add_constant(graph, f"{node.name}_weight_8bit", integers),
+        add_constant(graph, f"{node.name}_weight_scale", scales),
+        add_constant(graph, f"{node.name}_weight_zero_point", zero_points),
+        node.inputs[5] if len(node.inputs) > 5 else None,
+    ]
 
 
 def _weight(node: ir.Node) -> Float:

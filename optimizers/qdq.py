@@ -234,11 +234,10 @@ class _Writer:
         self, name: str, integers: npt.NDArray[Any], scales: Float, axis: int, *, before: ir.Node
     ) -> ir.Value:
         """DequantizeLinear of an initializer."""
-        middle = 128 if integers.dtype == np.uint8 else 0
         inputs = [
             add_constant(self._graph, f"{name}_quantized", integers),
             add_constant(self._graph, f"{name}_scale", scales),
-            add_constant(self._graph, f"{name}_zero_point", np.full(scales.shape, middle).astype(integers.dtype)),
+            add_constant(self._graph, f"{name}_zero_point", np.zeros(scales.shape).astype(integers.dtype)),
         ]
         return insert(
             before,
@@ -270,7 +269,7 @@ def _weight_integers(steps: Float, form: QdqForm) -> npt.NDArray[Any]:
     clipped = np.clip(steps, -limit, limit)
     if form.weights == _FP8:
         return clipped.astype(_DTYPES[_FP8])
-    return (np.rint(clipped) + (128 if form.weights == "uint8" else 0)).astype(_DTYPES[form.weights])
+    return np.rint(clipped).astype(_DTYPES[form.weights])
 
 
 def _replace_readers(readers: list[tuple[ir.Node, int]], value: ir.Value) -> None:

@@ -6,6 +6,8 @@ from functools import cache
 
 import numpy as np
 
+from onnxpress.runtime.providers import check_wheel
+
 # y = MatMulInteger(x, w), x: uint8 (m, 4), w: int8 (4, 1), all 127. tests/runtime/test_saturation.py writes it anew.
 MODEL = (
     b'\x08\x05:O\n\x18\n\x01x\n\x01w\x12\x01y"\rMatMulInteger\x12\x01g*\x0f\x08\x04\x08\x01\x10\x03B\x01wJ\x04\x7f\x7f\x7f\x7f'
@@ -15,7 +17,11 @@ MODEL = (
 
 @cache
 def products_saturate() -> bool:
-    """Whether two neighbouring products are added in 16 bits, which do not hold the largest: x86 without VNNI."""
+    """Whether two neighbouring products are added in 16 bits, which do not hold the largest: x86 without VNNI.
+
+    Raises MissingExtraError where ONNX Runtime is not installed.
+    """
+    check_wheel()
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

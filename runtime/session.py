@@ -518,21 +518,26 @@ def _check_array(spec: TensorSpec, array: Any, signature: Signature, sizes: dict
 
 
 def _inference_session(*arguments: Any, **options: Any) -> Any:
-    import onnxruntime
-
-    return onnxruntime.InferenceSession(*arguments, **options)
+    with _ENVIRONMENT:  # as it is for this session, not for one that opens beside it
+        return _open_inference_session(*arguments, **options)
 
 
 def _without_flash_attention(*arguments: Any, **options: Any) -> Any:
     """As `_inference_session`; what the user has set in the environment stays as it is."""
     with _ENVIRONMENT:
         if _FLASH in os.environ:
-            return _inference_session(*arguments, **options)
+            return _open_inference_session(*arguments, **options)
         os.environ[_FLASH] = "1"
         try:
-            return _inference_session(*arguments, **options)
+            return _open_inference_session(*arguments, **options)
         finally:
             del os.environ[_FLASH]
+
+
+def _open_inference_session(*arguments: Any, **options: Any) -> Any:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(*arguments, **options)
 
 
 def _declared_signature(session: Any) -> Signature:

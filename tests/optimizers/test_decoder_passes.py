@@ -242,6 +242,13 @@ def test_what_prompts_and_single_tokens_share_is_there_once() -> None:
     assert [sum(node.op_type == name for node in many) for name in names] == [0, 10, 0, 2, 0]
     assert [sum(node.op_type == name for node in few) for name in names] == [10, 0, 0, 2, 0]
     assert result.changes == 10
+    copies = [
+        item.const_value.numpy()
+        for name, item in result.graph.model.graph.initializers.items()
+        if name.endswith("_8bit")
+    ]
+    assert len(copies) == 10
+    assert all(np.abs(copy).max() == 63 for copy in copies)  # exact on CPUs without VNNI too
     assert [value.name for value in result.graph.model.graph.outputs] == [
         value.name for value in blocks.model.graph.outputs
     ]
@@ -264,6 +271,8 @@ def test_layers_that_are_kept_stay_in_blocks_for_prompts_too(tmp_path: Path) -> 
 
 
 def test_int8_prompts_are_for_language_models() -> None:
+    with pytest.raises(RecipeError, match="from_tokens is 2 or more, not 0"):
+        make_pass("int8-prompts", {"from_tokens": 0})
     graph = exported("llama").clone()
     assert make_pass("int8-prompts").apply(graph, PassContext(target=target("cpu"))).changes == 0  # nothing in blocks
     for value in list(graph.model.graph.inputs):
