@@ -79,7 +79,7 @@ def _built(name: str, precision: str, more: dict[str, Any], arguments: argparse.
         out=folder,
         precision=precision,
         file=str(arguments.model / "held_out.txt"),
-        calibration=str(arguments.model / "calibration.txt"),
+        calibration=str(arguments.model / "calibration.txt") if more else None,  # pruning looks at it
         keep_all=True,
         measure=False,
         quiet=False,

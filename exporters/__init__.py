@@ -5,34 +5,74 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from onnxpress.errors import SourceError
+from onnxpress.exporters.adapter import check_adapter
 from onnxpress.exporters.exported import Exported
 from onnxpress.exporters.license import license_files, stated_license
 from onnxpress.exporters.module import export_module
 from onnxpress.exporters.reference import TorchReference
 from onnxpress.exporters.resized import original, resized
-from onnxpress.exporters.source import ModuleSource, resolve
+from onnxpress.exporters.source import FolderSource, ModuleSource, resolve
 from onnxpress.exporters.tasks import find_task, infer_task
 from onnxpress.exporters.transformers_decoder import export_decoder
-from onnxpress.exporters.transformers_encoder import export_encoder
+from onnxpress.exporters.transformers_encoder import export_encoder, label_options
 from onnxpress.exporters.transformers_model import TextExport, load_config
 from onnxpress.exporters.verify import ParityCheck, ParityRow
 from onnxpress.exporters.verify_decoder import DecoderParityCheck
+from onnxpress.manifest import Json
 
 __all__ = [
     "DecoderParityCheck",
     "Exported",
+    "Found",
     "ParityCheck",
     "ParityRow",
     "TorchReference",
     "export",
+    "find",
     "original",
     "resized",
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A model before anything of it is loaded. config: transformers', None of a plain module.
+
+    options: of a model with labels, what its manifest says of them.
+    """
+
+    source: FolderSource | ModuleSource
+    task: str
+    config: Any = None
+    options: Mapping[str, Json] = field(default_factory=dict)
+
+
+def find(
+    source: object,
+    *,
+    task: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    example_inputs: object = None,
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+) -> Found:
+    """Find a model and its task; the arguments are those of `export`. Raises SourceError."""
+    found = resolve(source, revision=revision, example_inputs=example_inputs, dynamic_axes=dynamic_axes)
+    if isinstance(found, ModuleSource):
+        if task not in (None, "module"):
+            raise SourceError(f"The task {task!r} was given for a plain module, whose only task is 'module'.")
+        return Found(source=found, task="module")
+    config = load_config(found.folder, trust_remote_code=trust_remote_code)
+    wanted = infer_task(found.folder, tuple(config.architectures or ())) if task is None else find_task(task)
+    return Found(source=found, task=wanted.name, config=config, options=label_options(wanted, config))
 
 
 def export(
@@ -51,7 +91,7 @@ def export(
 ) -> Exported:
     """Export a model; the original is left exactly as it was.
 
-    source: a folder, a hub id, "package.module:factory", or a torch.nn.Module. task: e.g. text-classification; told
+    source: a folder, a hub id, "package.module:factory", a torch.nn.Module, or what `find` found of one, with its task. task: e.g. text-classification; told
     from the model where None. max_length: the longest text in tokens. Of language models: adapter, a folder with a LoRA adapter to
     merge; hidden_states, whether the states that the logits come from are a second output; uniform_steps, the form for kernels that
     take as many new tokens of every row that has a past (CUDA's). For a module: example_inputs, a tuple of
@@ -62,13 +102,18 @@ def export(
     Raises SourceError where the model cannot be had, ConversionError where it does not convert. Whether the graph
     answers like the original is not checked here, but by `ParityCheck`.
     """
-    found = resolve(source, revision=revision, example_inputs=example_inputs, dynamic_axes=dynamic_axes)
+    if not isinstance(source, Found):
+        source = find(
+            source,
+            task=task,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            example_inputs=example_inputs,
+            dynamic_axes=dynamic_axes,
+        )
+    found, config = source.source, source.config
     if isinstance(found, ModuleSource):
-        if instead is not None:
-            found = dataclasses.replace(found, module=instead)
-        if task not in (None, "module"):
-            raise SourceError(f"The task {task!r} was given for a plain module, whose only task is 'module'.")
-        module = export_module(found)
+        module = export_module(found if instead is None else dataclasses.replace(found, module=instead))
         return Exported(
             name=found.name,
             graph=module.graph,
@@ -77,9 +122,10 @@ def export(
             example=module.example,
             notes=module.notes,
         )
-    config = load_config(found.folder, trust_remote_code=trust_remote_code)
-    wanted = infer_task(found.folder, tuple(config.architectures or ())) if task is None else find_task(task)
+    wanted = find_task(source.task)
     if wanted.name == "text-generation":
+        if adapter is not None:
+            check_adapter(Path(adapter))
         exporter: Callable[..., TextExport] = partial(
             export_decoder, adapter=adapter, hidden_states=hidden_states, uniform_steps=uniform_steps
         )

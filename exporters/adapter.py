@@ -29,6 +29,7 @@ _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # the othe
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> str:
     """Add an adapter's weights to `model` in place; returns a remark. Raises SourceError, with the model unchanged."""
+    check_adapter(folder)
     config = _read_config(folder)
     pairs = _read_pairs(folder)
     modules = dict(model.named_modules())
@@ -65,6 +66,13 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> str:
     return f"LoRA adapter of rank {config['r']} merged into {len(merged)} layers"
 
 
+def check_adapter(folder: Path) -> None:
+    """Raises SourceError where a folder is no adapter's, before its base is loaded."""
+    _read_config(folder)
+    if not (folder / _WEIGHTS).is_file():
+        raise SourceError(f"{folder} has no {_WEIGHTS}; adapters are read from safetensors alone.")
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / _CONFIG
     if not path.is_file():
@@ -90,8 +98,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _read_pairs(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """{layer: (A, B)}, A (rank, in), B (out, rank)."""
     path = folder / _WEIGHTS
-    if not path.is_file():
-        raise SourceError(f"{folder} has no {_WEIGHTS}; adapters are read from safetensors alone.")
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:

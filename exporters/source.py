@@ -60,6 +60,7 @@ def resolve(
     if example_inputs is not None or dynamic_axes is not None:
         raise SourceError("example_inputs and dynamic_axes go with a torch.nn.Module, not with a model that is named.")
     if isinstance(source, Path):
+        _refuse_revision(source, revision)
         return _folder(source, name=source.resolve().name)
     if not isinstance(source, str):
         raise SourceError(
@@ -68,15 +69,24 @@ def resolve(
         )
     if source.startswith("package:"):
         folder = _package_folder(source.removeprefix("package:"))
+        _refuse_revision(source, revision)
         return _folder(folder, name=folder.name)
     path = Path(source).expanduser()
     if path.exists():
+        _refuse_revision(source, revision)
         return _folder(path, name=path.resolve().name)
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source):
         return _module(_call(source), name=source.rpartition(":")[2])
     if _HUB_ID.fullmatch(source) and ".." not in source:
         return _folder(_download(source, revision), name=source.rpartition("/")[2])
     raise SourceError(f"There is no folder {source}, and it is not a hub id either. Check the path.")
+
+
+def _refuse_revision(source: object, revision: str | None) -> None:
+    if revision is not None:
+        raise SourceError(
+            f"The revision {revision!r} was asked for; {source} is here as it is: revisions are of hub ids."
+        )
 
 
 def _folder(folder: Path, *, name: str) -> FolderSource:

@@ -166,7 +166,12 @@ def _task_options(task: Task, config: Any, tokenizer: Tokenizer, pooling: Senten
                 "The tokenizer has no mask token, so that the model cannot fill masks. Choose another task."
             )
         return {"mask_token": tokenizer.mask_token}
-    if task.name == "question-answering":
+    return label_options(task, config)
+
+
+def label_options(task: Task, config: Any) -> dict[str, Json]:
+    """The labels of a model that has some, and, of a classifier of texts, what kind of labels they are."""
+    if task.name not in ("text-classification", "token-classification"):
         return {}
     labels = [config.id2label[index] for index in range(config.num_labels)]
     if task.name == "token-classification":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from onnxpress.devices import DEVICES
 from onnxpress.errors import InputError, MissingExtraError, OnnxpressError, UsageError
@@ -41,15 +42,15 @@ _BUILD_PACKAGES |= {"safetensors", "scipy", "sklearn", "ml_dtypes"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. Errors are one paragraph on stderr, a traceback only with --debug."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.command is None:
-        parser.print_help()
-        return 2
+    parser, options = _parser(), argparse.Namespace(debug=False)
     warnings.showwarning = _print_warning
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     try:
+        options = parser.parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
+        if options.command is None:
+            parser.print_help()
+            return 2
         code = int(options.command(options))
         sys.stdout.flush()  # here, so that a pipe without a reader is met here and not at the interpreter's exit
         return code
@@ -75,8 +76,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one sentence, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        dash = "" if not message.endswith("expected one argument") else ", and one that begins with - is written with ="
+        raise UsageError(f"{message[0].upper()}{message[1:]}{dash}; `{self.prog} --help` says what there is.")
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """`--budget -3%` as `--budget=-3%`: argparse would take the value for an option, and none of ours begins with a digit."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and re.match(r"-[\d.]", argument) and re.fullmatch(r"--[a-z][a-z-]*", joined[-1]):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="onnxpress",
         description="Export PyTorch models to ONNX, press them, prove that they still answer alike, and run them.",
     )
@@ -107,24 +127,26 @@ def _parser() -> argparse.ArgumentParser:
         "--resume",
         type=Path,
         metavar="FOLDER",
-        help="where a search keeps what it measured, so that an interrupted one goes on",
+        help="where a build keeps what it measured of passes that cost quality, so that an interrupted one goes on",
     )
     build.add_argument(
         "--eval",
         dest="file",
-        help="your samples: csv, tsv or jsonl, with or without labels; or .txt; of a module, .npz",
+        help="your samples: csv, tsv or jsonl, with or without labels, or CoNLL columns; or a .txt without labels, a text a line (of a "
+        "language model one text), on which answers are compared with the original's; of a module, .npz",
     )
     build.add_argument(
-        "--calibration", help="other samples, for passes that calibrate; or .npy, token ids; of a module, .npz"
+        "--calibration",
+        help="other samples, for passes that calibrate, the same kinds of files, labels unread; or .npy, token ids; of a module, .npz",
     )
-    build.add_argument("--column", action="append", default=[], metavar="ROLE=NAME", help="a column of these")
+    build.add_argument("--column", action="append", default=[], metavar="ROLE=NAME", help="a column of these tables")
     build.add_argument(
         "--pass-option", action="append", default=[], metavar="PASS.NAME=VALUE", help="e.g. int4-weights.method=gptq"
     )
     build.add_argument(
         "--prune",
         metavar="PARTS",
-        help="e.g. ffn=0.5,heads=0.33,layers=2: shares or numbers that go, then all that follows",
+        help="e.g. ffn=0.5,heads=0.33,layers=2: shares below 1 or whole numbers that go, then all that follows",
     )
     build.add_argument(
         "--distil",
@@ -337,9 +359,9 @@ def _build(options: argparse.Namespace) -> int:
                 chosen[section] = passes.pop(section)
         chosen["passes"] = passes
     if options.prune is not None:
-        chosen["prune"] = chosen.get("prune", {}) | _prune(options.prune)
+        chosen["prune"] = _once([*chosen.get("prune", {}).items(), *_prune(options.prune)], "--prune")
     if options.distil is not None:
-        chosen["distil"] = chosen.get("distil", {}) | {"file": options.distil}
+        chosen["distil"] = _once([*chosen.get("distil", {}).items(), ("file", options.distil)], "--distil")
     if options.column:
         chosen["columns"] = _columns(options.column)
     artifact = build(options.source, out=options.out, quiet=options.json, **chosen)
@@ -454,6 +476,8 @@ def _generate(options: argparse.Namespace) -> int:
         prompts.append(_text(options.file))
     if not prompts:
         raise InputError('No prompt was given: use --prompt "…", or --file FILE (- for standard input).')
+    if options.logprobs is not None and not options.json:
+        raise UsageError("--logprobs are shown with --json; give it too.")
     chosen = {name: getattr(options, name) for name in (*_SAMPLING, "n", "logprobs")}
     return generate(_generator(options), prompts, as_json=options.json, **chosen)
 
@@ -625,13 +649,13 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _columns(items: Sequence[str]) -> dict[str, str | int]:
-    columns: dict[str, str | int] = {}
+    columns: list[tuple[str, str | int]] = []
     for item in items:
         role, separator, name = item.partition("=")
         if not separator or not role or not name:
             raise UsageError(f"--column {item!r} is not of the form ROLE=NAME, e.g. text=sentence or label=2.")
-        columns[role] = int(name) if name.isdecimal() else name
-    return columns
+        columns.append((role, int(name) if name.isdecimal() else name))
+    return _once(columns, "--column")
 
 
 def _pass_options(items: Sequence[str]) -> dict[str, dict[str, Json]]:
@@ -647,13 +671,24 @@ def _pass_options(items: Sequence[str]) -> dict[str, dict[str, Json]]:
             value = json.loads(text)
         except ValueError:
             value = text  # a word
-        found.setdefault(step, {})[name] = value
+        found[step] = _once([*found.get(step, {}).items(), (name, value)], f"--pass-option {step}")
     return found
 
 
-def _prune(text: str) -> dict[str, float]:
+def _once(pairs: Sequence[tuple[str, Any]], flag: str) -> dict[str, Any]:
+    """Names and values as a dict. Raises UsageError where one is given twice, of which the first would be forgotten."""
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{flag}: {twice} is given twice; give it once.")
+    return dict(pairs)
+
+
+def _prune(text: str) -> list[tuple[str, int | float]]:
+    """Parts and what goes of them: 1 is a whole number, and 1.0, which says no clear thing, is refused with the recipe."""
+    pairs = [(name.strip(), value.strip()) for name, _, value in (part.partition("=") for part in text.split(","))]
     try:
-        return {name: float(value) for name, _, value in (part.partition("=") for part in text.split(","))}
+        return [(name, int(value) if value.isdecimal() else float(value)) for name, value in pairs]
     except ValueError:
         raise UsageError(
             f"--prune {text!r} is not of the form PART=SHARE,…: ffn, heads or layers, e.g. ffn=0.5,heads=0.33."

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from onnxpress import terminal
+from onnxpress import preflight, terminal
 from onnxpress.artifact import Artifact, ArtifactWriter, check_outside
 from onnxpress.errors import InputError, OutputError
 from onnxpress.evaluation import Sample
@@ -103,7 +103,7 @@ def fit(
     training = training_options(chosen, folder / _PROGRESS, frozen_encoder)
     revision = options.pop("revision", None)  # of the source; the build's is the folder
     recipe = make_recipe({"model": {"source": str(folder)}, "build": {"name": artifact_folder.resolve().name}})
-    recipe = with_options(recipe, {**options, "file": str(folder / _EVALUATION)})  # said before training what is wrong
+    recipe = with_options(recipe, options)
     with terminal.Progress(enabled=not quiet) as report:
         report.step("read the samples")
         with ArtifactWriter(artifact_folder):
@@ -112,6 +112,9 @@ def fit(
         _check_checkpoint_folder(folder, resume=training.resume)
         samples = read_labelled(Path(train_file), task, columns)
         others = None if evaluation is None else read_labelled(Path(evaluation), task, columns)
+        labels = find_labels(samples, task)
+        answers = {"labels": list(labels.names), "problem_type": labels.problem_type}
+        preflight.check(recipe, labels.task, answers, labelled=True)  # said before training what is wrong
         report.step("train the head" if frozen_encoder else "train")
         facts = fit_samples(
             trainable.find_folder(os.fspath(source), revision),
@@ -125,7 +128,8 @@ def fit(
             max_length=options.get("max_length"),
             progress=report.detail,
         )
-    recipe = with_options(recipe, {"task": facts["task"], "max_length": facts["max_length"]})
+    judged_by = {"file": str(folder / _EVALUATION), "task": facts["task"], "max_length": facts["max_length"]}
+    recipe = with_options(recipe, judged_by)
     return Fitted(artifact=build(recipe, out=artifact_folder, quiet=quiet), checkpoint=folder, facts=facts)
 
 

@@ -22,7 +22,7 @@ _EXAMPLE_BATCH = 2  # how long leading symbolic axes are in the example
 _EXAMPLE_SIZES = (8, 64, 512)  # how long others are: the first with which the file runs
 
 
-def open_onnx(path: Path, *, task: str | None, max_length: int | None) -> Exported:
+def open_onnx(path: Path, *, task: str | None = None) -> Exported:
     """Read a file. Only task "module" (named arrays in, named arrays out). Raises SourceError, ConversionError."""
     if task not in (None, "module"):
         raise ConversionError(

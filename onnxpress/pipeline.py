@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from onnxpress import evaluation, terminal
+from onnxpress import evaluation, preflight, terminal
 from onnxpress.artifact import Artifact, ArtifactWriter, check_outside
 from onnxpress.decoder_workload import DecoderWorkload
 from onnxpress.errors import (
@@ -32,7 +32,7 @@ from onnxpress.errors import (
     RecipeError,
     SourceError,
 )
-from onnxpress.exporters import DecoderParityCheck, Exported, ParityCheck, ParityRow, export
+from onnxpress.exporters import DecoderParityCheck, Exported, Found, ParityCheck, ParityRow, export, find
 from onnxpress.foreign import open_onnx
 from onnxpress.gate import Gate
 from onnxpress.golden import write_golden
@@ -70,6 +70,7 @@ _SLOWER = 1.05  # a pass must not take more than this share of the time before i
 _MOST_KEPT = 0.5  # of the groups of places, where one precision was chosen: with more it would not be that precision
 _NOISE_MS = 0.05  # differences below this are the clock's
 _PARITY_CACHE = 2**32  # bytes of keys and values while a graph is compared
+_SAMPLES, _CALIBRATION_SAMPLES = 200, 128  # that a model is tried on where the recipe says no number
 _RANDOM_SAMPLES = 64  # that a module is tried on where no arrays are given
 _TORCH_FREE = ("torch", "transformers", "onnx")
 
@@ -148,11 +149,14 @@ def _build(
         work.mkdir()
         bench = Workbench(work, facts)
 
+        report.step("find the model, check what is asked for")
+        found = _find(recipe, given)
+        task, labels = ("module", {}) if found is None else (found.task, found.options)
+        preflight.check(recipe, task, labels, resume=resume is not None)
+
         report.step("export")
-        exported = _export(recipe, given)
+        exported = _export(recipe, found)
         _copy_files(exported, writer.folder)
-        if recipe.build.cache != "fp32" and not _generates(exported):
-            raise RecipeError(f"A cache of {recipe.build.cache} was asked for; {exported.name} is no language model.")
         workload = _workload(recipe, exported, writer.folder, evaluation_file, calibration_file)
         budget = evaluation.budget_for(
             workload.task,
@@ -162,8 +166,6 @@ def _build(
         )
 
         report.step("verify the export against the original")
-        if not recipe.build.only:
-            recipe.precision(exported.graph.signature.task)  # says where they do not go together
         if _generates(exported):
             bench.timed = bench.timed and not facts.uniform_steps
             check_onnxruntime(_minimum(exported, facts), "A language model")
@@ -187,7 +189,7 @@ def _build(
                 bench=bench,
                 workload=workload,
                 tokenizer_folder=writer.folder,
-                export_again=partial(_export, recipe, given),
+                export_again=partial(_export, recipe, found),
                 progress=report.detail,
             )
             press.begin_with(smaller, _Parity(smaller.exported))
@@ -419,11 +421,6 @@ class _Press:
         started = time.perf_counter()
         build = self._recipe.build
         timed = build.measure and self._bench.timed
-        if build.prefer == "speed" and not timed:
-            raise RecipeError(
-                f"Speed is to be preferred, and nothing is timed here ({self._bench.note or '`measure` is off'}): leave `prefer` out and the "
-                "smallest plan within the budget is taken, or give a precision."
-            )
         candidates: dict[str, Trials | None] = {
             name: self._trials(name, [make_pass(step, self._recipe.passes.get(step)) for step in steps])
             if steps
@@ -595,16 +592,27 @@ def _name(recipe: Recipe) -> str:
     return source.replace(":", "/").rpartition("/")[2] or "model"
 
 
-def _export(recipe: Recipe, given: _Given, instead: torch.nn.Module | None = None) -> Exported:
+def _find(recipe: Recipe, given: _Given) -> Found | None:
+    """The model, not loaded yet; None where it is an .onnx file."""
     model = recipe.model
     if given.module is None and model.source.endswith(".onnx"):
-        return open_onnx(Path(model.source), task=model.task, max_length=model.max_length)
-    return export(
+        return None
+    return find(
         given.module if given.module is not None else model.source,
         example_inputs=given.example_inputs,
         dynamic_axes=given.dynamic_axes,
         task=model.task,
         revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def _export(recipe: Recipe, found: Found | None, instead: torch.nn.Module | None = None) -> Exported:
+    model = recipe.model
+    if found is None:
+        return open_onnx(Path(model.source), task=model.task)
+    return export(
+        found,
         max_length=model.max_length,
         trust_remote_code=model.trust_remote_code,
         adapter=model.adapter,
@@ -619,17 +627,14 @@ def _workload(
 ) -> Workload:
     signature, quality = exported.graph.signature, recipe.quality
     if signature.task == "module":
-        if quality.columns:
-            raise RecipeError(
-                "`columns` goes with files of text; the arrays of a module go by the names of its inputs."
-            )
         return ModuleWorkload(
             signature=signature,
             example=exported.example,
             evaluation=None if file is None else read_arrays(file, signature),
             calibration=None if calibration is None else read_arrays(calibration, signature),
-            samples=_RANDOM_SAMPLES if file is None else quality.samples,
-            calibration_samples=_RANDOM_SAMPLES if calibration is None else quality.calibration_samples,
+            samples=quality.samples or (_RANDOM_SAMPLES if file is None else _SAMPLES),
+            calibration_samples=quality.calibration_samples
+            or (_RANDOM_SAMPLES if calibration is None else _CALIBRATION_SAMPLES),
         )
     kind = DecoderWorkload if _generates(exported) else partial(TextWorkload, task=signature.task)
     return kind(
@@ -639,8 +644,8 @@ def _workload(
         file=file,
         calibration=calibration,
         columns=quality.columns,
-        samples=quality.samples,
-        calibration_samples=quality.calibration_samples,
+        samples=quality.samples or _SAMPLES,
+        calibration_samples=quality.calibration_samples or _CALIBRATION_SAMPLES,
     )
 
 

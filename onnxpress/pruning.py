@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from onnxpress.calibration import ActivationStream, activations
-from onnxpress.errors import RecipeError
-from onnxpress.evaluation import LONG
 from onnxpress.exporters import Exported, original, resized
 from onnxpress.graph import Graph
 from onnxpress.manifest import Json
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext
-from onnxpress.optimizers.prune import PruneOptions, prune
+from onnxpress.optimizers.prune import prune
 from onnxpress.optimizers.targets import Target
 from onnxpress.pruned import Pruned
 from onnxpress.recipe import DistilSection, Recipe
@@ -71,7 +69,7 @@ def make_smaller(
             graph = make_pass(name).apply(graph, PassContext(target=target)).graph
     pruned = prune(
         graph,
-        PruneOptions(**recipe.prune.model_dump()),
+        recipe.prune.options(),
         stream=partial(ActivationStream, open_session=bench.open, inputs=workload.calibration),
         activations=partial(activations, open_session=bench.open, inputs=workload.calibration),
         training_follows=recipe.distil is not None,
@@ -79,37 +77,15 @@ def make_smaller(
     )
     changes, notes = len(pruned.changes) + len(pruned.layers), pruned.notes
     if module is None:
-        if recipe.distil is not None:
-            raise RecipeError("[distil] needs the PyTorch model; an .onnx file can be pruned, and not be trained.")
+        assert recipe.distil is None
         smaller = dataclasses.replace(exported, graph=pruned.graph, reference=bench.open(pruned.graph))
         return Smaller(smaller, changes, (_sizes(exported.graph, pruned.graph), *notes), can_learn=False)
     student = resized(module, pruned)
     if recipe.distil is not None:
-        _check_texts(recipe, exported.graph.signature.task)
         notes += _distil(exported, module, student, pruned, recipe.distil, tokenizer_folder, progress)
     again = export_again(student)
     planned = pruned.graph if recipe.distil is None else None
     return Smaller(again, changes, (_sizes(exported.graph, again.graph), *notes), planned)
-
-
-def _check_texts(recipe: Recipe, task: str) -> None:
-    """Raise RecipeError where the student would learn from the texts that judge it."""
-    from onnxpress.sample_files import read_samples
-
-    assert recipe.distil is not None
-    if recipe.distil.file is None or recipe.quality.file is None or task == "module":
-        return
-    given = ((recipe.distil.file, recipe.distil.columns), (recipe.quality.file, recipe.quality.columns))
-    learned, judged = (
-        {text for sample in read_samples(Path(file), task, columns) for text in (sample.text, sample.text_pair) if text}
-        for file, columns in given
-    )
-    both = learned & judged
-    if any(len(text) >= LONG for text in both):
-        raise RecipeError(
-            f"{len(both)} texts of {recipe.distil.file} are in {recipe.quality.file} too: what has learned from them cannot be "
-            "judged by them. Take them out."
-        )
 
 
 def _sizes(before: Graph, after: Graph) -> str:
@@ -132,8 +108,6 @@ def _distil(
 
     options: Mapping[str, Json] = exported.options
     task = exported.graph.signature.task
-    if task == "module":
-        raise RecipeError("[distil] goes with models that read text; train a plain module by yourself, then build it.")
     tokenizer = Tokenizer.from_folder(
         tokenizer_folder, max_length=options["max_length"], pad_token_id=options["pad_token_id"]
     )

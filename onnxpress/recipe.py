@@ -27,7 +27,7 @@ minimum_elements = 4096
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -35,11 +35,15 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from onnxpress.errors import RecipeError
+from onnxpress.evaluation import BUDGETS
 from onnxpress.machine import cpu_target
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.prune import PruneOptions
+from onnxpress.optimizers.sparse import check_sparse_target
 from onnxpress.optimizers.targets import DUAL, GENERATION, TARGETS, target
+from onnxpress.sample_files import TABLES
 
+_MODULE = "module"  # the task of plain modules and .onnx files
 _PROMPTS = "int8-prompts"  # the pass that goes last of all, since it doubles the layers
 
 
@@ -67,15 +71,15 @@ class BuildSection(_Section):
     """What to make of it.
 
     target: this machine's CPU where not given. precision: None is the target's default. only: the passes to run, and no
-    others. prefer: what the automatic plan looks for, speed where not given. cache: "int8" for language models whose keys and
-    values take a quarter of the memory.
+    others. prefer: what the automatic plan looks for, speed where not given. cache: of language models, fp32 where not given; "int8"
+    for keys and values that take a quarter of the memory.
     """
 
     name: str | None = Field(default=None, pattern=r"^\w[^/\\]*$")
     target: str = Field(default_factory=cpu_target)
     precision: str | None = None
     prefer: Literal["speed", "size"] | None = None
-    cache: Literal["fp32", "int8"] = "fp32"
+    cache: Literal["fp32", "int8"] | None = None
     only: list[str] = []
     keep_all: bool = False
     measure: bool = True
@@ -85,28 +89,33 @@ class QualitySection(_Section):
     """What it may cost.
 
     file holds the user's samples (csv, tsv, jsonl; of a module, arrays in .npz or .safetensors); budget "0.5%" is relative, 0.99 absolute. calibration: a file of other
-    samples, which passes that calibrate look at in the place of the built-in ones.
+    samples, which passes that calibrate look at in the place of the built-in ones. samples, calibration_samples: how many are looked at, 200 and
+    128 where not given; of the random ones of a module 64.
     """
 
     budget: str | float | int | None = None
     file: str | None = None
     calibration: str | None = None
     columns: dict[str, str | int] = {}
-    samples: int = Field(default=200, ge=8)
-    calibration_samples: int = Field(default=128, ge=1)
+    samples: int | None = Field(default=None, ge=8)
+    calibration_samples: int | None = Field(default=None, ge=1)
 
 
 class PruneSection(_Section):
-    """What goes before anything else is done: below 1 a share, from 1 on a number.
+    """What goes before anything else is done: shares below 1, or whole numbers written without a point (PruneOptions checks them).
 
     ffn: feed-forward channels and heads: key-value heads (with their query heads) of each layer; layers: whole layers. multiple: the
-    number of channels that stay is one of these.
+    number of channels that stay is one of these (32 where not given).
     """
 
-    ffn: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    heads: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    layers: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    multiple: int = Field(default=32, ge=1)
+    ffn: Any = 0
+    heads: Any = 0
+    layers: Any = 0
+    multiple: int | None = Field(default=None, ge=1)
+
+    def options(self) -> PruneOptions:
+        """What the pruning takes. Raises RecipeError."""
+        return PruneOptions(**self.model_dump(exclude_none=True))
 
 
 class DistilSection(_Section):
@@ -151,7 +160,7 @@ class Recipe(_Section):
         facts = target(self.build.target)
         found = {name: facts.precisions[name] for name in facts.allowed_precisions(task)}
         # int8-cache, which comes after the choice, would have to go before int8-prompts.
-        return {name: steps for name, steps in found.items() if self.build.cache == "fp32" or _PROMPTS not in steps}
+        return {name: steps for name, steps in found.items() if self.build.cache != "int8" or _PROMPTS not in steps}
 
     def precision(self, task: str) -> str:
         """The precision asked for, or the target's default for a task. Raises RecipeError where they do not go together."""
@@ -162,6 +171,51 @@ class Recipe(_Section):
                 f"{', '.join(allowed)}."
             )
         return self.build.precision or allowed[0]
+
+    def check(self, task: str) -> None:
+        """Hold the recipe against the task, once that is known. Raises RecipeError for what does not go with it."""
+        target(self.build.target).allowed_precisions(task)
+        if not self.build.only:
+            self.precision(task)
+        self.check_pass_options((task,))
+        for_language_models = {
+            "adapter": self.model.adapter is not None,
+            "hidden_states": self.model.hidden_states,
+            "cache": self.build.cache is not None,
+            "int8-cache": "int8-cache" in self.build.only,
+        }
+        for_texts = {
+            "max_length": self.model.max_length is not None,
+            "revision": self.model.revision is not None,
+            "distil": self.distil is not None,
+        }
+        wrong = [key for key, given in for_language_models.items() if given and task != GENERATION]
+        if wrong:
+            raise RecipeError(
+                f"`{wrong[0]}` goes with text-generation, and the task is {task}: leave it out, or build a language model."
+            )
+        wrong = [key for key, given in for_texts.items() if given and task == _MODULE]
+        if wrong:
+            raise RecipeError(
+                f"`{wrong[0]}` goes with models that read text, built from PyTorch; leave it out for a plain module or an .onnx file."
+            )
+        for columns in (self.quality.columns, self.distil.columns if self.distil else {}):
+            unread = sorted(set(columns) - {"text"})
+            if unread and task == GENERATION:
+                raise RecipeError(
+                    f"The column of {unread[0]!r} was named, and language models read texts alone: leave it out."
+                )
+
+    def check_pass_options(self, tasks: Sequence[str]) -> None:
+        """Raises RecipeError for options of passes that run for none of these tasks."""
+        runs = dict.fromkeys(name for task in tasks for name in self.pass_names(task))
+        if self.automatic:
+            runs |= dict.fromkeys(name for task in tasks for names in self.plans(task).values() for name in names)
+        unread = [name for name in self.passes if name not in runs]
+        if unread:
+            raise RecipeError(
+                f"[passes.{unread[0]}] sets options of a pass that this recipe does not run; it runs: {', '.join(runs)}."
+            )
 
     def pass_names(self, task: str) -> tuple[str, ...]:
         """The passes that this recipe runs for a task, in order; an automatic build chooses lossy ones (`plans`) beside them."""
@@ -203,7 +257,10 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Recipe:
-    """Check a recipe's content; `where` names it in errors. Raises RecipeError naming the key and what is allowed."""
+    """Check a recipe's content; `where` names it in errors. Raises RecipeError naming the key and what is allowed.
+
+    What hangs on a task that is not known yet is `Recipe.check`'s.
+    """
     try:
         recipe = Recipe.model_validate(dict(content))
     except ValidationError as error:
@@ -216,13 +273,13 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
         )
     if recipe.build.only and recipe.build.precision is not None:
         raise RecipeError(f"{where}: `only` names the passes itself; leave `precision` out, or `only`.")
-    if recipe.build.only and recipe.build.cache != "fp32":
+    if recipe.build.only and recipe.build.cache is not None:
         raise RecipeError(
             f"{where}: `only` names the passes itself; leave `cache` out, or put int8-cache last in `only`."
         )
-    if recipe.build.cache == "int8" and facts.uniform_steps:
+    if recipe.build.cache is not None and facts.uniform_steps:
         raise RecipeError(
-            f"{where}: a cache of int8 does not go with target {facts.name!r}, whose language models have one of float16."
+            f"{where}: a cache of {recipe.build.cache} does not go with target {facts.name!r}, whose language models have one of float16."
         )
     if recipe.distil is not None and recipe.prune is None:
         raise RecipeError(f"{where}: [distil] trains what [prune] made smaller; add [prune], or leave [distil] out.")
@@ -232,7 +289,19 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
             "`only` nor `keep_all`; or leave `prefer` out."
         )
     if recipe.prune is not None:
-        PruneOptions(**recipe.prune.model_dump())  # says what is wrong with them
+        channels = recipe.prune.options().ffn  # says what is wrong with any of them
+        if recipe.prune.multiple is not None and not channels:
+            raise RecipeError(
+                f"{where}: prune: multiple rounds how many channels of ffn stay; set ffn, or leave it out."
+            )
+    _check_columns(where, recipe.quality.columns, recipe.quality.file, recipe.quality.calibration)
+    if recipe.distil is not None:
+        _check_columns(where, recipe.distil.columns, recipe.distil.file)
+    if "sparse-2-4" in recipe.build.only:
+        check_sparse_target(facts)
+    twice = [name for name in recipe.build.only if recipe.build.only.count(name) > 1]
+    if twice:
+        raise RecipeError(f"{where}: `only` names {twice[0]} twice; it runs once.")
     order = [make_pass(name) for name in recipe.build.only]
     for step, later in pairwise(order):
         if later.lossless and not step.lossless:
@@ -241,27 +310,26 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
             )
         if step.name == _PROMPTS or (step.name == "int8-cache" and later.name != _PROMPTS):
             raise RecipeError(f"{where}: `only` has {later.name} after {step.name}, which goes last.")
-    if recipe.model.task is not None and not recipe.build.only:
-        try:
-            recipe.precision(recipe.model.task)
-        except RecipeError as error:
-            raise RecipeError(f"{where}: {error}") from None
-    tasks = ("", GENERATION) if recipe.model.task is None else (recipe.model.task,)
-    if GENERATION in tasks[1:] and (not facts.generation or recipe.build.precision not in (None, *facts.generation)):
-        tasks = ("",)  # where the model turns out to be one, the build says that it does not go with the precision
-    if recipe.build.precision == DUAL:
-        tasks = (GENERATION,)
-    runs = dict.fromkeys(name for task in tasks for name in recipe.pass_names(task))
-    if recipe.automatic:
-        runs |= dict.fromkeys(name for task in tasks for names in recipe.plans(task).values() for name in names)
     for name, options in recipe.passes.items():
-        make_pass(name, options)
-        if name not in runs:
-            raise RecipeError(
-                f"{where}: [passes.{name}] sets options of a pass that this recipe does not run; "
-                f"it runs: {', '.join(runs)}."
-            )
+        make_pass(name, options)  # says what is wrong with them
+    try:
+        if recipe.model.task is not None and recipe.model.task in BUDGETS:
+            recipe.check(recipe.model.task)
+        else:  # not known yet, or by another name
+            generates = facts.generation and recipe.build.precision in (None, *facts.generation)
+            others = () if recipe.build.precision == DUAL else ("",)
+            recipe.check_pass_options((*others, GENERATION) if generates else others)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
     return recipe
+
+
+def _check_columns(where: str, columns: Mapping[str, str | int], *files: str | None) -> None:
+    """Raises RecipeError where columns are named and no file has any."""
+    if columns and not any(Path(file).suffix in TABLES for file in files if file is not None):
+        raise RecipeError(
+            f"{where}: columns were named, and none of the files given is a table: {', '.join(TABLES)} have columns; leave them out."
+        )
 
 
 def _where(precision: str | None) -> str:

@@ -99,7 +99,7 @@ def render_report(manifest: Manifest, measured: Mapping[str, Json]) -> str:
 
 
 def build_command(recipe: Mapping[str, Json]) -> str:
-    """What to type to build the same again; a module that was given in Python, or options of passes, need more."""
+    """What to type to build the same again; a module that was given in Python, or options of passes and sections, need more."""
     model, build, quality = (recipe.get(section, {}) for section in ("model", "build", "quality"))
     source = str(model.get("source", ""))
     if source.startswith("python:"):
@@ -115,6 +115,9 @@ def build_command(recipe: Mapping[str, Json]) -> str:
         (build, "name", "--name"),
         (quality, "budget", "--budget"),
         (quality, "file", "--eval"),
+        (quality, "calibration", "--calibration"),
+        (model, "adapter", "--adapter"),
+        (recipe.get("distil") or {}, "file", "--distil"),
     ):
         if section.get(key) is not None:
             words += [option, str(section[key])]
@@ -122,6 +125,10 @@ def build_command(recipe: Mapping[str, Json]) -> str:
         words += ["--column", f"{role}={column}"]
     for name in build.get("only", ()):
         words += ["--only", str(name)]
+    parts = [f"{name}={value}" for name, value in (recipe.get("prune") or {}).items() if value and name != "multiple"]
+    words += ["--prune", ",".join(parts)] if parts else []
+    words += ["--cache", "int8"] if build.get("cache") == "int8" else []
+    words += ["--hidden-states"] if model.get("hidden_states") else []
     words += ["--keep-all"] if build.get("keep_all") else []
     words += ["--trust-remote-code"] if model.get("trust_remote_code") else []
     words += ["--no-measure"] if build.get("measure") is False else []

@@ -95,19 +95,24 @@ def refuse_overlap(evaluation: SampleArrays, calibration: SampleArrays) -> None:
         )
 
 
+def check_suffix(path: Path) -> None:
+    """Raises RecipeError for a file that holds no arrays by its name."""
+    if path.suffix not in (".npz", ".safetensors"):
+        raise RecipeError(
+            f"{path} does not go with a plain module or an .onnx file, which take arrays: give .npz (numpy.savez) or .safetensors."
+        )
+
+
 def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
+    check_suffix(path)
     try:
         if path.suffix == ".safetensors":
             return read_tensors(path)
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return {name: file[name] for name in file.files}
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, ArtifactError, AttributeError) as error:
         why = "it holds no plain arrays" if "pickle" in str(error) else error  # NumPy would advise to trust the file
         raise RecipeError(f"{path} cannot be read as arrays of numbers: {why}.") from None
-    raise RecipeError(
-        f"{path} does not go with a plain module or an .onnx file, which take arrays: give .npz (numpy.savez) or .safetensors."
-    )
 
 
 def _check(path: Path, spec: TensorSpec, array: npt.NDArray[Any], signature: Signature) -> None:

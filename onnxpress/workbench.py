@@ -28,6 +28,7 @@ from onnxpress.timing import alternate
 # Bytes of weights from which they are a file of their own, which ONNX Runtime maps into memory: weights inside model.onnx are
 # copied there, for the 0.5B model of benchmarks/language_shapes.py 572 MiB instead of 343.
 _EXTERNAL_FROM = 64_000_000
+NO_BFLOAT16 = "bf16 can be tried on a card alone, the CPU provider has no kernels for it; fp16 can."
 
 
 class Workbench:
@@ -37,16 +38,9 @@ class Workbench:
         self._folder = folder
         self._target = target
         self._count = 0
-        self._providers: tuple[str, ...] = target.providers
-        self.note = ""
-        self.timed = True
-        try:
-            for provider in target.providers:
-                check_provider(provider)
-        except ProviderError as error:
-            self._providers = ("cpu",)
-            self.timed = False
-            self.note = f"tried on the CPU provider and not timed: {error}"
+        self.note = untried(target)
+        self.timed = not self.note
+        self._providers: tuple[str, ...] = ("cpu",) if self.note else target.providers
 
     @property
     def on_target(self) -> bool:
@@ -61,9 +55,7 @@ class Workbench:
         save(graph, path)
         half = ir.DataType.BFLOAT16
         if self.note and any(value.dtype == half for node in graph.model.graph for value in node.outputs):
-            raise RecipeError(
-                f"bf16 can be tried on a card alone, the CPU provider has no kernels for it; fp16 can. {self.note}"
-            )
+            raise RecipeError(f"{NO_BFLOAT16} {self.note}")
         session = Session(
             path,
             signature=graph.signature,
@@ -98,6 +90,16 @@ def session_options(target: Target, signature: Signature) -> dict[str, Any]:
     ):
         options["flash_attention"] = False
     return options
+
+
+def untried(target: Target) -> str:
+    """Why graphs for a target are not tried on its own provider here; nothing where they are."""
+    try:
+        for provider in target.providers:
+            check_provider(provider)
+    except ProviderError as error:
+        return f"tried on the CPU provider and not timed: {error}"
+    return ""
 
 
 def attends_in_float(graph: Graph) -> bool:

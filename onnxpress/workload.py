@@ -106,11 +106,9 @@ class TextWorkload:
                 self._labelled = given
             else:
                 self._evaluation = given[:samples]
-            apart = [item for item in self._calibration if not {item.text, item.text_pair} & (seen - {None})]
-            both = [item for item in self._calibration if item not in apart and len(item.text) >= evaluation.LONG]
-            if calibration is not None and both:
-                raise RecipeError(evaluation.overlap(calibration, file, len(both)))
-            self._calibration = apart
+            self._calibration = [
+                item for item in self._calibration if not {item.text, item.text_pair} & (seen - {None})
+            ]
             mask = options.get("mask_token")
             if mask is not None and any(mask not in sample.text for sample in given):
                 raise RecipeError(f"{file}: texts for fill-mask need a mask each: write {mask} in the place of a word.")
@@ -213,7 +211,7 @@ def workload_file(path: str | None, purpose: str) -> Path | None:
         return None
     if not Path(path).is_file():
         raise RecipeError(
-            f"The {purpose} file {path!r} is no file that exists; give a csv, tsv or jsonl file, or text; for a module, arrays "
-            "as .npz or .safetensors."
+            f"The {purpose} file {path!r} is no file that exists; give a csv, tsv, jsonl or txt file; for a module, arrays as "
+            ".npz or .safetensors."
         )
     return Path(path)

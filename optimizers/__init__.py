@@ -53,16 +53,27 @@ PASSES: Mapping[str, type[Pass]] = {
 }
 
 
+_CALIBRATED = ("sparse-2-4", "int8", "int8-qdq", "fp8-qdq", "int8-cache")
+
+
+def calibrates(step: Pass) -> bool:
+    """Whether a pass looks at calibration inputs."""
+    return step.name in _CALIBRATED or getattr(step, "method", "rtn") != "rtn"
+
+
 def make_pass(name: str, options: Mapping[str, object] | None = None) -> Pass:
     """The named pass with its options. Raises RecipeError for an unknown pass or option."""
     if name not in PASSES:
         raise RecipeError(f"Unknown pass {name!r}; the passes are: {', '.join(PASSES)}.")
     kind = PASSES[name]
     defaults = {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
+    given: dict[str, object] = {}
     for option, value in (options or {}).items():
         if option not in defaults:
             allowed = ", ".join(defaults) or "none"
             raise RecipeError(f"Pass {name!r} does not take {option!r}; its options are: {allowed}.")
-        if type(value) is not type(defaults[option]) or (isinstance(value, int) and value < 0):
-            raise RecipeError(f"Pass {name!r}: {option} is {value!r}; it takes values like {defaults[option]!r}.")
-    return kind(**(options or {}))
+        default = defaults[option]
+        given[option] = float(value) if type(value) is int and isinstance(default, float) else value
+        if type(given[option]) is not type(default) or (isinstance(value, int) and value < 0):
+            raise RecipeError(f"Pass {name!r}: {option} is {value!r}; it takes values like {default!r}.")
+    return kind(**given)

@@ -19,6 +19,7 @@ from onnxpress.errors import RecipeError
 from onnxpress.optimizers.base import Distribution
 
 METHODS = ("min-max", "percentile", "entropy", "mse")
+PERCENTILE = 99.99  # that percentile keeps where nothing is said
 _SHARES = np.geomspace(1.0, 0.02, 80)  # of the whole range that a search tries
 
 Numbers = npt.NDArray[np.float64]
@@ -32,6 +33,11 @@ def check_method(name: str, method: str, percentile: float) -> None:
         raise RecipeError(f"Pass {name!r}: calibration is {method!r}; it takes {', '.join(METHODS)}.")
     if not 90.0 <= percentile <= 100.0:
         raise RecipeError(f"Pass {name!r}: percentile is {percentile}; it takes 90 to 100, e.g. 99.99.")
+    if percentile != PERCENTILE and method != "percentile":
+        raise RecipeError(
+            f"Pass {name!r}: percentile is read where calibration is percentile, and it is {method!r}; set it too, or leave "
+            "percentile out."
+        )
 
 
 def chosen_range(

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
-from onnxpress.optimizers.calibrated_range import check_method, chosen_range
+from onnxpress.optimizers.calibrated_range import PERCENTILE, check_method, chosen_range
 from onnxpress.optimizers.linear import Linear, add_constant, drop_unused_constants, linears, replace, unused_name
 from onnxpress.optimizers.rounding import activation_uint8, per_channel_8bit, rounded_uint8
 from onnxpress.optimizers.smooth import check_smooth, smooth_norms
@@ -40,7 +40,7 @@ class Int8:
 
     minimum_elements: int = 1024
     calibration: str = "min-max"
-    percentile: float = 99.99
+    percentile: float = PERCENTILE
     smooth: float = 0.0
 
     def __post_init__(self) -> None:

@@ -50,22 +50,25 @@ _ROUNDS = 8  # channels go in so many portions, between which the others' import
 
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions:
-    """How much goes: below 1 a share, from 1 on a number; of the layers, and in each layer of heads and feed-forward channels.
+    """How much goes, a share below 1 or a whole number; of the layers, and in each layer of heads and feed-forward channels.
 
     heads: of the key-value heads, each with the query heads that read it. multiple: the number of channels that stay is one of
     these, where that leaves a layer more than this many.
     """
 
-    ffn: float = 0.0
-    heads: float = 0.0
-    layers: float = 0.0
+    ffn: int | float = 0
+    heads: int | float = 0
+    layers: int | float = 0
     multiple: int = 32
 
     def __post_init__(self) -> None:
         for name in ("ffn", "heads", "layers"):
             value = getattr(self, name)
-            if not value >= 0 or (value > 1 and value != int(value)):
-                raise RecipeError(f"prune: {name} is {value!r}; it takes a share from 0 to 1, or a whole number.")
+            number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            if not number and not (isinstance(value, float) and 0 <= value < 1):
+                raise RecipeError(
+                    f"prune: {name} is {value!r}; it takes a share below 1, e.g. 0.5, or a whole number written without a point, e.g. 1."
+                )
         if self.multiple < 1:
             raise RecipeError(f"prune: multiple is {self.multiple!r}; it takes a whole number from 1 on.")
         if not self.ffn and not self.heads and not self.layers:

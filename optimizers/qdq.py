@@ -25,7 +25,7 @@ from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.bias_correction import correct_biases
-from onnxpress.optimizers.calibrated_range import Numbers, check_method, chosen_range
+from onnxpress.optimizers.calibrated_range import PERCENTILE, Numbers, check_method, chosen_range
 from onnxpress.optimizers.linear import add_constant, attribute, drop_unused_constants, replace_value, unused_name
 from onnxpress.optimizers.matching import body_nodes, constant, dimension, insert, rank
 from onnxpress.optimizers.opset import raise_opset
@@ -53,7 +53,7 @@ class Int8Qdq:
     lossless: ClassVar[bool] = False
 
     calibration: str = "min-max"
-    percentile: float = 99.99
+    percentile: float = PERCENTILE
     smooth: float = 0.0
     bias_correction: bool = False
 

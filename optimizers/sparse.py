@@ -19,6 +19,7 @@ from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.linear import linears
 from onnxpress.optimizers.rounding import Float
 from onnxpress.optimizers.slicing import replace_constant
+from onnxpress.optimizers.targets import Target
 
 _DAMPING = 0.01  # of the mean energy, added to every input's: keeps inverses finite
 _STRIP = 128  # inputs after which all later weights are updated at once
@@ -39,11 +40,7 @@ class Sparse24:
 
         Raises RecipeError for targets without sparse kernels, and without calibration data.
         """
-        if "tensorrt" not in context.target.providers:
-            raise RecipeError(
-                f"The pass sparse-2-4 brings nothing on the target {context.target.name}: its kernels multiply zeros like any "
-                "other number. Choose --target tensorrt, or make shapes smaller with --prune."
-            )
+        check_sparse_target(context.target)
         if context.stream is None:
             raise RecipeError("The pass sparse-2-4 needs calibration inputs, and none are at hand.")
         stream = context.stream(graph)
@@ -65,6 +62,15 @@ class Sparse24:
             touched.append(layer.name)
         notes = (f"{len(touched)} linear layers, two of four weights along the inputs are zero",)
         return PassResult(graph=graph, changes=len(touched), notes=notes, touched=tuple(touched), kept_as="dense")
+
+
+def check_sparse_target(target: Target) -> None:
+    """Raises RecipeError for targets without sparse kernels."""
+    if "tensorrt" not in target.providers:
+        raise RecipeError(
+            f"The pass sparse-2-4 brings nothing on the target {target.name}: its kernels multiply zeros like any "
+            "other number. Choose --target tensorrt, or make shapes smaller with --prune."
+        )
 
 
 def two_of_four(weight: Float, moments: Float) -> Float:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_decoders import make_model
+from tiny_decoders import make_model, save_decoder
 
 from onnxpress.errors import SourceError
+from onnxpress.exporters import export
 from onnxpress.exporters.adapter import merge_adapter
 
 LAYER = "model.layers.1.self_attn.q_proj"
@@ -92,3 +93,10 @@ def test_folders_that_are_no_adapter_are_refused(tmp_path: Path) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(SourceError, match="safetensors alone"):
         merge_adapter(model, adapter)
+
+
+def test_a_folder_that_is_no_adapter_is_said_before_its_base_is_loaded(tmp_path: Path) -> None:
+    base = save_decoder(tmp_path / "base")
+    (base / "model.safetensors").write_bytes(b"cannot be loaded")
+    with pytest.raises(SourceError, match="is no adapter folder"):
+        export(base, adapter=tmp_path)

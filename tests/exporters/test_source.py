@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_model, save_tokenizer
 
 from onnxpress.errors import SourceError
-from onnxpress.exporters import export
+from onnxpress.exporters import export, find
 from onnxpress.exporters.source import FolderSource, resolve
 from onnxpress.exporters.tasks import find_task, infer_task
 
@@ -17,6 +17,27 @@ from onnxpress.exporters.tasks import find_task, infer_task
 @pytest.fixture
 def folder(tmp_path):
     return save_model(tmp_path / "model", "distilbert")
+
+
+def test_what_was_found_is_exported_as_what_was_named(folder):
+    found = find(folder, task="embeddings")
+    assert (found.task, found.options) == ("feature-extraction", {})
+    (folder / "config.json").unlink()  # nothing is looked for twice
+    assert export(found).graph.signature.task == "feature-extraction"
+
+
+def test_labels_are_known_before_the_weights_are_read(tmp_path):
+    folder = save_model(tmp_path / "model", "bert", tf.AutoModelForSequenceClassification, num_labels=2)
+    (folder / "model.safetensors").write_bytes(b"")
+    found = find(folder)
+    labels = {"labels": ["LABEL_0", "LABEL_1"], "problem_type": "single_label_classification"}
+    assert (found.task, found.options) == ("text-classification", labels)
+
+
+@pytest.mark.parametrize("source", ["package:onnxpress/data", None])
+def test_a_revision_of_what_is_here_is_refused(folder, source):
+    with pytest.raises(SourceError, match=r"revision 'main' was asked for; .* is here as it is"):
+        resolve(source or folder, revision="main")
 
 
 def test_folder_by_text_and_by_path(folder):

@@ -95,7 +95,12 @@ def test_options_are_checked(name: str) -> None:
     with pytest.raises(RecipeError, match="min-max, percentile, entropy, mse"):
         make_pass(name, {"calibration": "median"})
     with pytest.raises(RecipeError, match="90 to 100"):
-        make_pass(name, {"percentile": 20.0})
+        make_pass(name, {"percentile": 20.0, "calibration": "percentile"})
+    with pytest.raises(RecipeError, match="percentile is read where calibration is percentile, and it is 'mse'"):
+        make_pass(name, {"percentile": 95, "calibration": "mse"})
+    assert make_pass(name, {"percentile": 95, "calibration": "percentile"}) == make_pass(
+        name, {"percentile": 95.0, "calibration": "percentile"}
+    )
     with pytest.raises(RecipeError, match="below 1"):
         make_pass(name, {"smooth": 1.0})
 

@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.manifest import Signature
-from onnxpress.optimizers import make_pass
+from onnxpress.optimizers import PASSES, calibrates, make_pass
 from onnxpress.optimizers.base import ChannelRange, PassContext
 from onnxpress.optimizers.rounding import Blocks, activation_uint8, block_size_for, blocks, per_channel_8bit
 from onnxpress.optimizers.targets import target
@@ -413,3 +413,14 @@ def linear_graph(weight: np.ndarray) -> Graph:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
     return Graph(model=ir.from_proto(model), signature=Signature(task="module", inputs=(), outputs=()))
+
+
+def test_the_passes_that_calibrate_are_those_that_cannot_do_without_inputs() -> None:
+    refusing = set()
+    for name in PASSES:
+        try:
+            make_pass(name).apply(feed_forward(), PassContext(target=target("tensorrt")))
+        except RecipeError as error:
+            refusing.add(name if "calibration" in str(error) else str(error))
+    assert refusing == {name for name in PASSES if calibrates(make_pass(name))}
+    assert calibrates(make_pass("int4-weights", {"method": "awq"}))

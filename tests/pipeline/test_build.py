@@ -328,7 +328,7 @@ def test_an_onnx_file_of_an_encoder_is_judged_on_its_vocabulary(tmp_path: Path) 
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     ir.save(ir.from_proto(model), tmp_path / "encoder.onnx")
-    exported = open_onnx(tmp_path / "encoder.onnx", task=None, max_length=None)
+    exported = open_onnx(tmp_path / "encoder.onnx")
     assert [spec.bounds for spec in exported.graph.signature.inputs] == [(0, 199), None, None]
     assert exported.example["ids"].max() > 100
     assert (exported.example["mask"] == 1).all()

@@ -271,15 +271,35 @@ def test_debug_shows_a_traceback(tmp_path: Path) -> None:
 
 
 def test_wrong_use() -> None:
-    for arguments in ([], ["frob"], ["run"], ["run", "a", "--top-k", "many"], ["bench", "a", "--frob"]):
-        done = onnxpress(*arguments)
-        assert done.returncode == 2
-        assert "usage: onnxpress" in done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
+    done = onnxpress()
+    assert (done.returncode, done.stderr) == (2, "")
+    assert done.stdout.startswith("usage: onnxpress")
+    for arguments, message in (
+        (["frob"], "Argument COMMAND: invalid choice: 'frob'"),
+        (["run"], "The following arguments are required: artifact; `onnxpress run --help` says what there is."),
+        (["run", "a", "--top-k", "many"], "Argument --top-k: invalid int value: 'many'"),
+        (["run", "a", "--top-k", "-3x"], "Argument --top-k: invalid int value: '-3x'"),
+        (["bench", "a", "--frob"], "Unrecognized arguments: --frob"),
+        (["generate", "a", "--stop", "---"], "expected one argument, and one that begins with - is written with =;"),
+        (["generate", "a", "--prompt", "x", "--logprobs", "3"], "--logprobs are shown with --json"),
+    ):
+        refused(onnxpress(*arguments), message)
     done = onnxpress("--help")
     assert done.returncode == 0
     for command in ("build", "run", "bench", "verify", "inspect", "doctor"):
         assert f"    {command} " in done.stdout
+
+
+def test_python_m_is_the_same_command(artifact: Path, tmp_path: Path) -> None:
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-W", "error", "-m", "onnxpress", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert run("--help").stdout.startswith("usage: onnxpress [-h]")
+    done = run("verify", artifact)
+    assert (done.returncode, done.stderr) == (0, "")
+    refused(run("verify", tmp_path / "nothing"), "nothing does not exist")
+    refused(run("verify"), "`onnxpress verify --help` says what there is")
 
 
 def test_a_reader_that_goes_away_is_no_error(artifact: Path) -> None:

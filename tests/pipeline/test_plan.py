@@ -67,7 +67,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trials_of(network: Path, folder: Path, limit: float, notebook: Notebook | None = None) -> Trials:
     """The trials of int8 on the network, under a budget of its own."""
-    exported = open_onnx(network, task=None, max_length=None)
+    exported = open_onnx(network)
     folder.mkdir(exist_ok=True)
     bench = Workbench(folder, target("cpu"))
     workload = ModuleWorkload(signature=exported.graph.signature, example=exported.example)
@@ -179,6 +179,30 @@ def test_a_search_that_was_killed_goes_on_and_comes_to_the_same(network: Path, t
     assert resumed.manifest.ledger == straight.manifest.ledger
     other = build(network, tmp_path / "other", budget="0.98", resume=resume, calibration_samples=7)
     assert other.measured["search"]["trials"] >= total - 1
+
+
+def test_a_named_precision_goes_on_from_its_notes_too(
+    network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+    real = Gate.measure
+
+    def counted(gate: Gate, session: Any) -> Any:
+        measured.append(session)
+        return real(gate, session)
+
+    monkeypatch.setattr(Gate, "measure", counted)
+    options: dict[str, Any] = {"precision": "int8", "budget": "0.98", "resume": tmp_path / "notes"}
+    first = build(network, tmp_path / "first", **options)
+    tried = noted(tmp_path / "notes")
+    assert len(measured) >= tried > LAYERS
+    measured.clear()
+    again = build(network, tmp_path / "again", **options)
+    assert len(measured) == 1  # the plan that is taken, whatever was noted of it
+    assert again.manifest.ledger == first.manifest.ledger
+    with pytest.raises(RecipeError, match="--resume keeps what is measured of passes that cost quality"):
+        build(network, tmp_path / "none", **{**options, "precision": "fp32"})
+    assert not (tmp_path / "none").exists()
 
 
 def noted(folder: Path) -> int:

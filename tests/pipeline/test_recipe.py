@@ -45,6 +45,13 @@ def test_everything_has_a_default_but_the_model() -> None:
             {**MODEL, "build": {"target": "tensorrt", "precision": "int4-weights"}},
             r"does not go with target 'tensorrt'",
         ),
+        (
+            {**MODEL, "prune": {"ffn": 1.0}},
+            r"ffn is 1.0; it takes a share below 1, e.g. 0.5, or a whole number written",
+        ),
+        ({**MODEL, "prune": {"layers": 2.5}}, r"layers is 2.5; it takes a share below 1"),
+        ({**MODEL, "prune": {"heads": True}}, r"heads is True; it takes a share below 1"),
+        ({**MODEL, "prune": {"ffn": "half"}}, r"ffn is 'half'; it takes a share below 1"),
         ({**MODEL, "build": {"only": ["int9"]}}, r"Unknown pass 'int9'; the passes are: fold"),
         ({**MODEL, "build": {"only": ["fold"], "precision": "int8"}}, r"`only` names the passes itself"),
         ({**MODEL, "build": {"only": ["fold"], "cache": "int8"}}, r"leave `cache` out, or put int8-cache last"),
@@ -63,7 +70,10 @@ def test_everything_has_a_default_but_the_model() -> None:
         ({**MODEL, "build": {"prefer": "beauty"}, "quality": {"budget": 0.9}}, r"'build.prefer'"),
         ({**MODEL, "quality": {"budget": 0.9}, "passes": {"fp16": {}}, "build": {"target": "cpu"}}, r"does not run"),
         ({**MODEL, "passes": {"fp16": {}}}, r"a pass that this recipe does not run"),
-        ({"model": {"source": "m", "task": "ner"}, "passes": {"int4-weights": {}}}, r"this recipe does not run"),
+        (
+            {"model": {"source": "m", "task": "token-classification"}, "passes": {"int4-weights": {}}},
+            r"this recipe does not run",
+        ),
     ],
 )
 def test_mistakes_are_named(content: dict[str, Any], said: str) -> None:
@@ -84,6 +94,26 @@ def test_a_budget_alone_is_an_automatic_plan() -> None:
     for build in ({"precision": "int8"}, {"only": ["fold"]}, {"keep_all": True}):
         assert not make_recipe({**MODEL, "quality": {"budget": "0.5%"}, "build": build}).automatic
     assert not make_recipe(MODEL).automatic
+
+
+def test_what_is_pruned_is_a_share_or_a_whole_number(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text('[model]\nsource = "x"\n[prune]\nffn = 0.5\nlayers = 1\n')
+    prune = read_recipe(path).prune
+    assert prune is not None
+    assert (prune.ffn, prune.heads, prune.layers) == (0.5, 0, 1)
+    assert type(prune.layers) is int
+    path.write_text('[model]\nsource = "x"\n[prune]\nlayers = 1.0\n')
+    with pytest.raises(RecipeError, match=r"layers is 1\.0"):
+        read_recipe(path)
+
+
+def test_a_recipe_with_all_its_keys_is_the_same_recipe() -> None:
+    """As a manifest has it: what was not said is not said there either."""
+    recipe = make_recipe({**MODEL, "prune": {"layers": 1}})
+    whole = make_recipe(recipe.model_dump(mode="json"))
+    whole.check("text-classification")
+    assert whole == recipe
 
 
 def test_files(tmp_path: Path) -> None:

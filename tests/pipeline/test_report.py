@@ -250,20 +250,31 @@ def test_the_same_page_every_time() -> None:
     assert render_report(make_manifest(*LEDGER), MEASURED) == render_report(make_manifest(*LEDGER), MEASURED)
 
 
-def test_the_command_builds_the_same_recipe_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        {
+            "model": {"source": "some folder", "task": "text-classification", "max_length": 64, "revision": "main"},
+            "build": {"name": "it's", "target": "cpu", "precision": "int8", "keep_all": True, "measure": False},
+            "quality": {"budget": "0.5%", "file": "a b.csv", "columns": {"text": "body", "label": 2}},
+        },
+        {
+            "model": {"source": "llama", "task": "text-generation", "adapter": "my lora", "hidden_states": True},
+            "build": {"target": "cpu", "precision": "int4-weights", "cache": "int8"},
+            "quality": {"file": "a.txt", "calibration": "b.txt"},
+            "prune": {"ffn": 0.5, "layers": 1},
+            "distil": {"file": "c.txt"},
+        },
+    ],
+)
+def test_the_command_builds_the_same_recipe_again(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The words on the page go through the command line's own parser and give the recipe back."""
     import shlex
 
     from onnxpress import cli, pipeline
     from onnxpress.recipe import make_recipe
 
-    recipe = make_recipe(
-        {
-            "model": {"source": "some folder", "task": "text-classification", "max_length": 64, "revision": "main"},
-            "build": {"name": "it's", "target": "cpu", "precision": "int8", "keep_all": True, "measure": False},
-            "quality": {"budget": "0.5%", "file": "a b.csv", "columns": {"text": "body", "label": 2}},
-        }
-    )
+    recipe = make_recipe(content)
     seen: list[Any] = []
 
     def keep(source: str, *, out: Path | None, quiet: bool, **options: Any) -> Any:
