@@ -48,6 +48,7 @@ _ALSO: dict[str, dict[str, Any]] = {  # at the smallest and the largest block
     "gptq, zero points": {"method": "gptq", "symmetric": False},
 }
 _CACHE = ("int8-cache", dict[str, Any]())
+_PROMPTS = ("int8-prompts", dict[str, Any]())
 FORMS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "int8-dynamic": [("int8-dynamic", {})],
     "int8-weights, block 128": [("int8-weights", {"block_size": 128})],
@@ -56,6 +57,11 @@ FORMS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         for size in (32, 64, 128)
         for name, options in (_INT4 if size == 64 else {**_INT4, **_ALSO}).items()
     },
+    "dual, block 32": [("int4-weights", {"block_size": 32}), _PROMPTS],
+    "dual, block 128, gptq, table at 8 bits": [
+        ("int4-weights", {"block_size": 128, "method": "gptq", "table_bits": 8}),
+        _PROMPTS,
+    ],
     "fp32, int8 cache": [_CACHE],
     "int4-weights, block 32, rtn, int8 cache": [("int4-weights", {"block_size": 32}), _CACHE],
 }

@@ -204,7 +204,7 @@ def _trusted_key(trusted: Path, material: Any) -> tuple[Any, str]:
             x509.load_der_x509_certificate(base64.b64decode(entry["rawBytes"], validate=True)) for entry in entries
         ]
         signer = chain[0]
-    except (ValueError, TypeError, KeyError, IndexError):
+    except (ValueError, TypeError, KeyError, IndexError, x509.InvalidVersion):
         raise BundleError(
             f"The bundle was signed with a bare key; {trusted} holds certificates. Give the public key."
         ) from None

@@ -51,7 +51,8 @@ def test_the_merged_model_answers_as_base_and_adapter_side_by_side(
     with torch.no_grad(), base.get_submodule(LAYER).register_forward_hook(beside):
         expected = base(input_ids=ids).logits
     with torch.no_grad():
-        assert torch.allclose(merged(input_ids=ids).logits, expected, atol=2e-5, rtol=1e-5)
+        # Float32 sums in another order; logits go to 5.2, and 6e-5 was seen with AVX512.
+        assert torch.allclose(merged(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-5)
         assert not torch.allclose(make_model("llama")(input_ids=ids).logits, expected, atol=1e-2)
 
 

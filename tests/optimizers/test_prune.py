@@ -458,7 +458,7 @@ def test_channels_that_stay_are_a_multiple(tmp_path: Path) -> None:
     ("options", "said"),
     [
         ({}, "nothing is to go"),
-        ({"ffn": 1.5}, r"ffn is 1.5; it takes a share from 0 to 1, or a whole number"),
+        ({"ffn": 1.5}, r"ffn is 1.5; it takes a share below 1, e.g. 0.5, or a whole number"),
         ({"heads": -1}, "heads is -1"),
         ({"heads": float("nan")}, "heads is nan"),
         ({"heads": 4}, "heads is 4, but there are 4; at least one has to stay"),

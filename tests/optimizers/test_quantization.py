@@ -417,7 +417,7 @@ def linear_graph(weight: np.ndarray) -> Graph:
 
 def test_the_passes_that_calibrate_are_those_that_cannot_do_without_inputs() -> None:
     refusing = set()
-    for name in PASSES:
+    for name in PASSES.keys() - {"int8-prompts"}:  # which is for language models
         try:
             make_pass(name).apply(feed_forward(), PassContext(target=target("tensorrt")))
         except RecipeError as error:
