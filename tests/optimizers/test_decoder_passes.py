@@ -194,16 +194,18 @@ def test_prompts_read_int8_copies_and_short_steps_the_blocks(name: str, tmp_path
         np.testing.assert_array_equal(
             last_logits(both.graph, lengths, tmp_path), last_logits(blocks, lengths, tmp_path)
         )
-    # For prompts it is as far from the blocks as int8-dynamic is from float: of these random models up to a fifth.
-    dynamic = make_pass("int8-dynamic").apply(exported(name).clone(), PassContext(target=target("cpu"))).graph
-    most = 4 if name == "mixtral" else 2  # where a rounding tips the choice of experts, the answer jumps
+    if name == "mixtral":
+        return  # a rounding that tips the choice of experts makes the answer jump, here and in int8-dynamic
+    # For prompts it is as far from the blocks as int8-dynamic with weights of as many bits is from float.
+    dynamic = make_pass("int8-dynamic").apply(exported(name).clone(), PassContext(target=target("cpu-avx2"))).graph
     for lengths in ([8], [60], [1] * 8, [20, 20]):
         found = []
         for before, after in ((blocks, both.graph), (exported(name), dynamic)):
             reference = last_logits(before, lengths, tmp_path)
             difference = last_logits(after, lengths, tmp_path) - reference
             found.append(float(np.sqrt(np.square(difference).mean() / np.square(reference).mean())))
-        assert 0 < found[0] < most * found[1] < 0.4, (lengths, found)
+        assert 0 < found[0] < 2 * found[1], (lengths, found)
+        assert found[0] < 0.2, (lengths, found)
 
 
 def test_memory_behind_the_tokens_does_not_decide_a_dynamic_scale(tmp_path: Path) -> None:
