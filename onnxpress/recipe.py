@@ -183,6 +183,7 @@ class Recipe(_Section):
             "hidden_states": self.model.hidden_states,
             "cache": self.build.cache is not None,
             "int8-cache": "int8-cache" in self.build.only,
+            _PROMPTS: _PROMPTS in self.build.only,
         }
         for_texts = {
             "max_length": self.model.max_length is not None,

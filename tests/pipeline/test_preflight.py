@@ -84,6 +84,8 @@ PRUNED: dict[str, Any] = {"prune": {"ffn": 0.5}}
         ("texts", {"only": ["bf16"]}, "bf16 can be tried on a card alone"),
         ("texts", {"only": ["fold", "fold"]}, "names fold twice"),
         ("texts", {"only": ["int8-cache"]}, "`int8-cache` goes with text-generation, and the task is text-class"),
+        ("texts", {"only": ["int8-prompts"]}, "`int8-prompts` goes with text-generation"),
+        ("texts", {"precision": "dual"}, "'dual' does not go with text-classification"),
         # what one kind of model has and another has not
         ("texts", {"cache": "fp32"}, "`cache` goes with text-generation"),
         ("texts", {"adapter": "lora"}, "`adapter` goes with text-generation"),
