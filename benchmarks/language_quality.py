@@ -32,7 +32,7 @@ from onnxpress.optimizers.base import PassContext
 from onnxpress.optimizers.targets import target
 from onnxpress.workbench import Workbench
 
-LOSSLESS = ("fuse-skip-norm", "fuse-rotary", "pack-projections")
+LOSSLESS = ("fuse-skip-norm", "fuse-rotary", "scale-queries", "pack-projections")
 _INT4: dict[str, dict[str, Any]] = {
     "rtn": {},
     "gptq": {"method": "gptq"},

@@ -81,7 +81,7 @@ class Target:
 
 _CLEAN = ("fold", "deduplicate")
 _FUSE = ("fuse-gelu", "fuse-layer-norm", "fuse-attention")
-_DECODER = ("fuse-skip-norm", "fuse-rotary", "pack-projections")
+_DECODER = ("fuse-skip-norm", "fuse-rotary")
 
 _WEIGHT_ONLY = {"int8-weights": ("int8-weights",), "int4-weights": ("int4-weights",)}
 
@@ -102,7 +102,7 @@ _NVIDIA_QDQ = {"int8-qdq": ("int8-qdq",), "fp8-qdq": ("fp8-qdq",)}
 _CPU = Target(
     name="cpu",
     providers=("cpu",),
-    lossless=(*_CLEAN, *_FUSE, *_DECODER),
+    lossless=(*_CLEAN, *_FUSE, *_DECODER, "scale-queries", "pack-projections"),
     precisions={
         "int8": ("int8",),
         "fp32": (),
@@ -125,6 +125,11 @@ _CPU = Target(
             claim="Attention (opset 23) with an additive mask costs what MultiHeadAttention costs without one",
             evidence="1 thread, 12 heads of 32: 0.050/0.364/1.83 ms at (1,32)/(1,128)/(4,128), against "
             "0.083/0.449/2.18 for MultiHeadAttention with a padding mask and 0.068/0.378/1.70 without",
+        ),
+        Fact(
+            claim="the scale of a language model's attention goes into its queries",
+            evidence="Xeon with AMX, 2 threads, onnxruntime 1.32, a step after 1,024 tokens: 13.5 ms against 15.6 for the SmolLM2-135M "
+            "shape, 21.1 against 23.4 for the Qwen2.5-0.5B shape; after 128 tokens level",
         ),
         Fact(
             claim="int8 with calibrated activation scales beats dynamic scales, and answers do not move with "
@@ -195,7 +200,7 @@ TARGETS: Mapping[str, Target] = {
     "cuda": Target(
         name="cuda",
         providers=("cuda",),
-        lossless=(*_CLEAN, *_FUSE, *_DECODER, "cuda-attention"),
+        lossless=(*_CLEAN, *_FUSE, *_DECODER, "pack-projections", "cuda-attention"),
         precisions={
             "fp16": ("pack-attention", "cuda-opset", "fp16"),
             "fp32": ("pack-attention", "cuda-opset"),

@@ -107,6 +107,41 @@ def test_attentions_that_do_not_fit_say_why() -> None:
     assert packed.changes == 0
 
 
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt-neox", "gpt2"])
+def test_the_scale_of_an_attention_goes_into_its_queries(name: str, tmp_path: Path) -> None:
+    """Into weights and biases, norms, or where neither is there alone (phi3, gpt-neox, gpt2) into a node."""
+    before = logits(exported(name), tmp_path)
+    rotary, scaled, packed = pressed(name, "fuse-rotary", "scale-queries", "pack-projections")
+    attentions = [node for node in packed.graph.model.graph if node.op_type == "GroupQueryAttention"]
+    assert scaled.changes == len(attentions) == 2
+    assert {node.attributes["scale"].value for node in attentions} == {1.0}
+    added = counts(scaled.graph, "Mul")[0] - counts(rotary.graph, "Mul")[0]
+    assert added == (2 if name in ("phi3", "gpt-neox", "gpt2") else 0)
+    np.testing.assert_allclose(logits(packed.graph, tmp_path), before, atol=2e-5 * np.abs(before).max())
+
+
+def test_shared_weights_are_not_scaled_for_one_of_their_readers(tmp_path: Path) -> None:
+    """Layers of one weight keep it, and their queries are scaled by a node; a norm that layers share is small, and copied."""
+    for name, weight in (("llama", "self_attn.q_proj"), ("qwen3", "self_attn.q_norm")):
+        model = make_model(name)
+        layers = [layer.get_submodule(weight) for layer in model.model.layers]
+        layers[1].weight = layers[0].weight
+        graph = export_causal_lm(model, learn(model, positions=CONTEXT), context=CONTEXT)
+        make_pass("deduplicate").apply(graph, PassContext(target=target("cpu")))
+        before = logits(graph, tmp_path)
+        muls = counts(graph, "Mul")[0]
+        result = make_pass("scale-queries").apply(graph, PassContext(target=target("cpu")))
+        assert counts(result.graph, "Mul")[0] - muls == (2 if name == "llama" else 0)
+        np.testing.assert_allclose(logits(result.graph, tmp_path), before, atol=2e-5 * np.abs(before).max())
+
+
+def test_what_is_scaled_or_packed_already_is_left_alone() -> None:
+    assert pressed("opt", "scale-queries")[0].changes == 0  # its queries are scaled by the model
+    *_, late = pressed("qwen2", "fuse-rotary", "pack-projections", "scale-queries")
+    assert late.changes == 0
+    assert any("its projections are packed" in note for note in late.notes)
+
+
 def cached_in_int8(name: str, folder: Path, keep: frozenset[str] = frozenset()) -> PassResult:
     """Calibrated on other tokens than `logits` reads."""
     graph = exported(name).clone()
