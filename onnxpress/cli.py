@@ -192,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--patience", type=int, help="stop after so many epochs without a better metric")
     fit.add_argument("--seed", type=int, help="of the head, the order and the split (default 0)")
     fit.add_argument("--autocast", choices=("fp32", "bf16", "fp16"), help="precision of training")
+    fit.add_argument("--processes", type=int, help="that share each batch: one a device, or on the CPU (default 1)")
     fit.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="keep what --resume needs this often too")
     fit.add_argument("--resume", action="store_true", help="go on with a training that was interrupted")
     fit.add_argument("--max-length", type=int, help="longest text in tokens")
@@ -396,6 +397,7 @@ def _fit(options: argparse.Namespace) -> int:
         ),
         *(
             "autocast",
+            "processes",
             "checkpoint_every",
             "resume",
             "max_length",

@@ -42,6 +42,7 @@ from onnxpress.manifest import Json, Manifest, Runnable
 from onnxpress.module_workload import ModuleWorkload
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import Pass, PassContext
+from onnxpress.optimizers.processes import check_alone
 from onnxpress.optimizers.targets import Target
 from onnxpress.optimizers.targets import target as find_target
 from onnxpress.plan import Plan, choose_automatically, curve, mixed_plan, proven, whole_plan
@@ -95,10 +96,11 @@ def build(
     and distil, dicts of those sections' keys. They overrule the recipe's. resume: a folder in which a search keeps what it measured, so that one that was interrupted goes on
     from there. quiet: no progress.
 
-    Raises RecipeError, SourceError, ConversionError, ParityError, BudgetError, OutputError.
+    Raises RecipeError, InputError, SourceError, ConversionError, ParityError, BudgetError, OutputError.
     """
     import torch
 
+    check_alone()
     module = None
     if isinstance(source, Recipe):
         recipe = source

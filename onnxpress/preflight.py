@@ -115,6 +115,11 @@ def _check_lesson(
     file: Path | None,
 ) -> None:
     """What a student would learn from: texts that do not judge it, with labels where these are learned too."""
+    from onnxpress.optimizers.training import TrainingOptions
+
+    TrainingOptions(
+        batch_size=distil.batch_size, precision=distil.precision, processes=distil.processes
+    ).check_machine()
     samples = [] if learned is None else read_samples(learned, task, distil.columns)
     if distil.label_weight > 0:
         gold_labels(samples, task, options, learned)
