@@ -605,6 +605,7 @@ def _find(recipe: Recipe, given: _Given) -> Found | None:
         dynamic_axes=given.dynamic_axes,
         task=model.task,
         revision=model.revision,
+        max_length=model.max_length,
         trust_remote_code=model.trust_remote_code,
     )
 
