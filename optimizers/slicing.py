@@ -32,6 +32,7 @@ ELEMENTWISE = frozenset((
 ))
 # fmt: on
 _END = np.iinfo(np.int64).max
+_FOLDED = -1  # in the place of an axis: the first of three, where each row's heads stand one after the other
 _ROOT_MEAN_SQUARE = frozenset(("SimplifiedLayerNormalization", "RMSNormalization"))
 _NORMS = _ROOT_MEAN_SQUARE | {"LayerNormalization"}
 # Inputs of the attention operators: past keys and values, those that may hold something for each head, and a mask, which may too.
@@ -98,13 +99,13 @@ def _softmax_heads(node: ir.Node) -> Heads | None:
         for use in pending.pop().uses():
             if use.node.op_type == "MatMul" and use.idx == 0:
                 size = dimension(use.node.inputs[1], -1)
-                same = dimension(use.node.inputs[1], -3) == number
+                same = dimension(use.node.inputs[1], -3) == dimension(use.node.inputs[0], -3) is not None
                 return (
                     Heads(groups=number, queries=1, size=size, value_size=size)
                     if isinstance(size, int) and same
                     else None
                 )
-            if use.node.op_type in ELEMENTWISE:
+            if use.node.op_type in ELEMENTWISE or _fold(use.node) is not None:
                 pending.append(use.node.outputs[0])
     return None
 
@@ -167,7 +168,7 @@ def cut(graph: Graph, group: Group) -> None:
             part = insert(node, "Slice", [mask, *ends], name=f"{mask.name}_heads", dtype=mask.dtype, shape=mask.shape)
             node.replace_input_with(_MASK[node.op_type], part)
     for value, (axis, lost) in group.cuts.items():
-        size = dimension(value, axis)
+        size = None if axis == _FOLDED else dimension(value, axis)
         if value.shape is not None and isinstance(size, int):
             sizes = list(value.shape)
             sizes[axis] = size - len(lost)
@@ -201,6 +202,8 @@ def _closure(seeds: Sequence[Cut], *, through_norms: bool = False) -> Group:
                     raise NotFollowedError(node, "has heads of unknown number or size")
                 group.heads[node] = heads
                 pending.extend(_related_heads(node, heads, value, axis, lost))
+            elif axis == _FOLDED:
+                pending.extend(_related_folded(node, value, lost))
             elif through_norms and _takes_mean_of(node, value, axis):
                 group.norms.add(node)
                 pending.extend((other, axis, lost) for other in (node.inputs[0], node.outputs[0]) if other is not None)
@@ -323,6 +326,12 @@ def _related(node: ir.Node, value: ir.Value, axis: int, lost: frozenset[int]) ->
         permutation = list(attribute(node, "perm", range(count)[::-1]))
         yield (output, permutation.index(axis), lost) if value is source else (source, permutation[axis], lost)
         return
+    if (folded := _fold(node)) is not None and value is not folded and axis == 1:
+        yield folded, _FOLDED, lost
+        return
+    if kind == "Tile" and value is source and axis == 0 and count == 3:
+        yield output, _FOLDED, lost
+        return
     if kind in ("Reshape", "Squeeze", "Unsqueeze", "Flatten") and value in (source, output):
         yield _reshaped(node, value, axis, lost, other)
         return
@@ -339,6 +348,53 @@ def _related(node: ir.Node, value: ir.Value, axis: int, lost: frozenset[int]) ->
         yield from _parts(node, value, axis, lost)
         return
     raise NotFollowedError(node, "is no operator that channels can be followed through")
+
+
+def _fold(node: ir.Node) -> ir.Value | None:
+    """The three axes (batch · heads, ·, ·) of a Reshape from or to four axes (batch, heads, ·, ·)."""
+    source, output = node.inputs[0] if node.inputs else None, node.outputs[0]
+    if node.op_type != "Reshape" or source is None or {rank(source), rank(output)} != {3, 4}:
+        return None
+    three, four = (source, output) if rank(source) == 3 else (output, source)
+    number, first = dimension(four, 1), constant(node.inputs[1])
+    concat = produced_by(node.inputs[1], "Concat")
+    if first is None and concat is not None and dimension(concat.inputs[0], 0) == 1:
+        first = constant(concat.inputs[0])
+    inside = all(dimension(three, axis) == dimension(four, axis) is not None for axis in (-2, -1))
+    known = isinstance(number, int) and not isinstance(dimension(four, 0), int)
+    return three if inside and known and first is not None and first.reshape(-1)[0] == -1 else None
+
+
+def _related_folded(node: ir.Node, value: ir.Value, lost: frozenset[int]) -> Iterator[Cut]:
+    """What else of a node loses heads when one of its values does that has them on its first axis, each row's in turn."""
+    source, output, kind = node.inputs[0], node.outputs[0], node.op_type
+    assert source is not None
+    other = output if value is source else source
+    if _fold(node) is value:
+        yield other, 1, lost
+    elif kind == "Transpose" and list(attribute(node, "perm", ()))[:1] == [0]:
+        yield other, _FOLDED, lost
+    elif kind == "Tile" and value is output and isinstance(dimension(source, 0), int) and _tiles_first(node):
+        yield source, 0, lost
+    elif kind == "GatherElements" and attribute(node, "axis", 0) and _repeats(node.inputs[1], 0):
+        yield other, _FOLDED, lost
+    elif kind in ELEMENTWISE or (kind == "MatMul" and all(rank(item) == 3 for item in (*node.inputs, output))):
+        for item in (*node.inputs, output):
+            if item is not None and rank(item) == 3 and dimension(item, 0) != 1:
+                if constant(item) is not None:
+                    raise NotFollowedError(node, f"has numbers of its own for each head and row ({item.name})")
+                yield item, _FOLDED, lost
+    else:
+        raise NotFollowedError(
+            node, "is no operator that heads can be followed through where they stand on the axis of rows"
+        )
+
+
+def _tiles_first(node: ir.Node) -> bool:
+    """Whether a Tile repeats three axes along the first one alone."""
+    concat = produced_by(node.inputs[1], "Concat")
+    repeats = [] if concat is None else [constant(part) for part in concat.inputs[1:]]
+    return len(repeats) == 2 and all(part is not None and part.tolist() == [1] for part in repeats)
 
 
 def _beside(node: ir.Node, value: ir.Value, axis: int, lost: frozenset[int], own: Iterable[ir.Value]) -> Iterator[Cut]:
@@ -559,7 +615,17 @@ def _edit(graph: Graph, node: ir.Node, cuts: Mapping[ir.Value, tuple[int, frozen
         width, heads = dimension(output, axis), int(attribute(node, "num_heads", 0))
         if heads and isinstance(width, int):
             node.attributes["num_heads"] = ir.AttrInt64("num_heads", heads * (width - len(lost)) // width)
-    elif node.op_type in ("Reshape", "Expand") and output in cuts:
+    elif node.op_type == "GatherElements" and cuts.get(output, (0,))[0] == _FOLDED:
+        # Indices are the same for each head and row: as many as there are now.
+        first = add_constant(graph, f"{output.name}_first", np.array([0], np.int64))
+        shape = insert(node, "Shape", [source], name=f"{output.name}_sizes", dtype=ir.DataType.INT64)
+        here = insert(node, "Gather", [shape, first], name=f"{output.name}_rows", dtype=ir.DataType.INT64)
+        indices = node.inputs[1]
+        assert indices is not None
+        bounds = [first, here, first]
+        part = insert(node, "Slice", [indices, *bounds], name=f"{output.name}_indices", dtype=indices.dtype)
+        node.replace_input_with(1, part)
+    elif node.op_type in ("Reshape", "Expand") and output in cuts and cuts[output][0] != _FOLDED:
         _edit_target(graph, node, *cuts[output])
     elif node.op_type == "Split" and source in cuts:
         axis, lost = cuts[source]

@@ -133,11 +133,15 @@ def test_caches_have_the_heads_that_stay(tmp_path: Path) -> None:
     assert {shape[1] for shape in caches.values()} == {1}, "of two key-value heads"
 
 
-def test_heads_of_an_architecture_that_cannot_follow_stay_whole(tmp_path: Path) -> None:
-    """DeBERTa's attention folds its heads into the batch axis, so that they are not found; its channels are."""
-    folder = save_model(tmp_path / "model", "deberta-v2")
-    result = check(folder, Workbench(tmp_path, target("cpu")), "ffn", ffn=0.5, heads=1)
-    assert any(note.startswith("heads stay whole: there is no attention") for note in result.notes)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+def test_heads_that_stand_on_the_axis_of_rows(shared: bool, tmp_path: Path) -> None:
+    """DeBERTa's; its positions go through the projections of queries and keys, or have their own."""
+    folder = save_model(tmp_path / "model", "deberta-v2", share_att_key=shared)
+    result = check(folder, Workbench(tmp_path, target("cpu")), "ffn", "heads", ffn=0.5, heads=1)
+    widths = {name: change.after.shape for name, change in result.changes.items() if "_proj.weight" in name}
+    assert set(widths.values()) == {(32, 24)}
+    assert len(widths) == 2 * (3 if shared else 5)
+    assert {lost.groups for lost in result.heads} == {3}
 
 
 def test_a_model_with_a_head_on_top(tmp_path: Path) -> None:
