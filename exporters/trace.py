@@ -93,7 +93,7 @@ def _spare_decomposition(program: ExportedProgram) -> None:
         elif node.target is torch.ops.aten.__and__.Tensor:
             node.target = torch.ops.aten.bitwise_and.Tensor
     program.graph_module.recompile()
-    program.run_decompositions = lambda *_, **__: program  # type: ignore[method-assign]
+    program.run_decompositions = lambda *_, **__: program
 
 
 def _translated(program: ExportedProgram, example: Mapping[str, torch.Tensor], outputs: Sequence[str]) -> ir.Model:
