@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -53,6 +52,7 @@ from onnxpress.runtime.chat_template import ChatTemplate
 from onnxpress.runtime.loading import check_onnxruntime
 from onnxpress.runtime.model_step import ModelStep
 from onnxpress.runtime.session import Session
+from onnxpress.runtime.wheel import version_of
 from onnxpress.sample_arrays import read_arrays
 from onnxpress.timing import alternate
 from onnxpress.trials import Notebook, Times, Trials, describe_steps, digest_of_files, notebook_folder
@@ -749,13 +749,8 @@ def _versions() -> dict[str, str]:
         "numpy",
         "tokenizers",
     )
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name: version for name in names if (version := version_of(name)) is not None}
+    return {"python": platform.python_version(), **found}
 
 
 def _rounded(value: float) -> float:

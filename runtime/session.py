@@ -16,22 +16,20 @@ import numpy as np
 
 from onnxpress.errors import ArtifactError, InputError, OnnxpressError, ProviderError
 from onnxpress.manifest import Arrays, Signature, TensorSpec
+from onnxpress.runtime.cuda import CAPTURES, CUDA
 from onnxpress.runtime.device import ON_CARD, DeviceArray, DeviceMemory, HostMemory, device_memory
 from onnxpress.runtime.providers import (
     CPU,
-    CUDA,
-    NvTensorRtRtx,
     Provider,
-    TensorRT,
     check_provider,
-    check_wheel,
     make_providers,
     refusal,
 )
 from onnxpress.runtime.replay import MOST_GRAPHS, NO_GRAPH, Buffers, Key, bind, run_options, shapes_of
 from onnxpress.runtime.saturation import products_saturate
+from onnxpress.runtime.tensorrt import NvTensorRtRtx, TensorRT
+from onnxpress.runtime.wheel import check_wheel
 
-_CAPTURES = "enable_cuda_graph"
 _MOST_SHAPES = 10_000  # that a session remembers to have seen
 _LARGEST_BUFFERS = (
     64 * 2**20
@@ -360,7 +358,7 @@ class Session:
         if cuda is not self._providers[0] and cuda is not None:  # behind TensorRT it runs but a part
             if cuda.graphs:
                 raise ProviderError("CUDA(graphs=True) was asked for behind another provider; it has to come first.")
-            providers[CUDA.registered_as].pop(_CAPTURES, None)
+            providers[CUDA.registered_as].pop(CAPTURES, None)
         try:
             model = bytes(files.pop(self.path.name)) if files else self.path
             if files:
@@ -373,13 +371,13 @@ class Session:
                 disabled_optimizers=list(self._disabled) or None,
                 enable_fallback=0,
             )
-            self.captures = _CAPTURES in providers.get(CUDA.registered_as, {})
+            self.captures = CAPTURES in providers.get(CUDA.registered_as, {})
             try:
                 return inner(providers=list(providers.items()) or None)
             except Exception as error:
                 if cuda is None or cuda.graphs or _NO_CAPTURE not in str(error):
                     raise
-                del providers[CUDA.registered_as][_CAPTURES]  # it was not asked for by name
+                del providers[CUDA.registered_as][CAPTURES]  # it was not asked for by name
                 self.captures = False
                 return inner(providers=list(providers.items()) or None)
         except Exception as error:  # ONNX Runtime's errors have no common base but Exception

@@ -16,7 +16,8 @@ from onnxpress.errors import InputError, ProviderError
 from onnxpress.manifest import Signature, TensorSpec
 from onnxpress.runtime import CPU, CUDA, NvTensorRtRtx, Session, TensorRT
 from onnxpress.runtime.nvidia import gpu_name, missing_libraries, tensorrt_version
-from onnxpress.runtime.providers import _installed_version, check_provider, check_wheel, make_providers, refusal
+from onnxpress.runtime.providers import check_provider, make_providers, refusal
+from onnxpress.runtime.wheel import check_wheel, onnxruntime_version
 
 
 def test_names_become_options() -> None:
@@ -266,7 +267,7 @@ def test_tensorrt_profiles_cover_the_signature(tmp_path: Path) -> None:
     assert options["trt_profile_min_shapes"] == "input_ids:1x1,attention_mask:1x1"
     assert options["trt_profile_opt_shapes"] == "input_ids:64x16,attention_mask:64x16"
     assert options["trt_profile_max_shapes"] == "input_ids:64x16,attention_mask:64x16"
-    here = f"onnxruntime-{_installed_version()}-tensorrt-{tensorrt_version()}-{gpu_name(0)}"
+    here = f"onnxruntime-{onnxruntime_version()}-tensorrt-{tensorrt_version()}-{gpu_name(0)}"
     folder = tmp_path / "abc" / here
     assert folder.is_dir()
     assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(folder)
