@@ -6,6 +6,7 @@ without an exception. So a provider's library is loaded here first: its error na
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -112,3 +113,15 @@ def refusal(error: Exception, providers: Sequence[Provider]) -> ProviderError | 
             f"Build it anew here: open the model itself, with TensorRT(ep_context=…). ONNX Runtime: {text[:300]}"
         )
     return None
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def one_line(error: Exception) -> str:
+    """What an error of ONNX Runtime says, on one line of bounded length."""
+    return " ".join(str(error).split())[:500]

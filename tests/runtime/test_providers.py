@@ -175,6 +175,20 @@ def test_a_session_that_fell_back_takes_what_its_provider_takes(tmp_path: Path) 
     assert session.run({"input_ids": ones, "attention_mask": ones})
 
 
+@pytest.mark.skipif(loads("cuda"), reason="this machine has CUDA, so nothing falls back")
+@pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")
+def test_a_provider_that_loads_and_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a library of CUDA's is older than ONNX Runtime wants: it gives a session on the CPU, without an error."""
+    path = save_embedder(tmp_path / "model.onnx")
+    monkeypatch.setattr("onnxpress.runtime.session.check_provider", lambda _: None)
+    with pytest.raises(ProviderError, match="did not take the provider cuda; it took CPUExecutionProvider"):
+        Session(path, providers=["cuda"])
+    session = Session(path, providers=["cuda"], allow_fallback=True)
+    assert session.providers == ("cpu",)
+    assert session.on_cpu
+    assert "did not take the provider cuda" in session.fallback_note
+
+
 def test_context_model_and_raw_options(tmp_path: Path) -> None:
     path = tmp_path / "new" / "context.onnx"
     options = TensorRT(ep_context=path, raw_options={"trt_dla_enable": "1"}).options(SIGNATURE, "")
