@@ -138,7 +138,8 @@ def _build(
 
         report.step("export")
         exported = _export(recipe, found)
-        _copy_files(exported, writer.folder)
+        for path in exported.files:
+            shutil.copyfile(path, writer.folder / path.name)
         workload = _workload(recipe, exported, writer.folder, evaluation_file, calibration_file)
         budget = evaluation.budget_for(
             workload.task,
@@ -195,11 +196,7 @@ def _build(
         measured = _measured(exported, gate, press, bench)
         if recipe.build.measure and bench.timed:
             report.step("measure")
-            measured["latency"] = _latency(
-                workload, _timed_systems(workload, exported.reference, {"export": plain, "artifact": press.session})
-            )
-            if isinstance(workload, TextWorkload) and not press.rows_alone and press.session.on_cpu:
-                measured["tokens_per_chunk"] = _fastest_chunk(workload, press.session)
+            measured |= _times(workload, exported.reference, plain, press)
         shutil.rmtree(work)
         measured["build_seconds"] = round(time.perf_counter() - started, 1)
         measured["peak_memory_bytes"] = peak_memory_bytes()
@@ -386,18 +383,19 @@ def _generates(exported: Exported) -> bool:
     return exported.graph.signature.task == DecoderWorkload.task
 
 
-def _timed_systems(workload: Workload, reference: Runnable, ours: Mapping[str, Runnable]) -> Mapping[str, Runnable]:
-    """What is timed side by side; the original of a language model has no cache, so that its steps would mislead."""
-    return ours if isinstance(workload, DecoderWorkload) else {"PyTorch": reference, **ours}
-
-
-def _copy_files(exported: Exported, folder: Path) -> None:
-    for path in exported.files:
-        shutil.copyfile(path, folder / path.name)
-
-
 def _is_labelled(workload: Workload) -> bool:
     return isinstance(workload, TextWorkload | ModuleWorkload) and workload.labelled
+
+
+def _times(workload: Workload, reference: Runnable, plain: Session, press: Press) -> dict[str, Json]:
+    """Of the finished artifact beside its plain export and the original."""
+    systems: dict[str, Runnable] = {"export": plain, "artifact": press.session}
+    if not isinstance(workload, DecoderWorkload):  # a language model's original has no cache: its steps would mislead
+        systems = {"PyTorch": reference, **systems}
+    times: dict[str, Json] = {"latency": _latency(workload, systems)}
+    if isinstance(workload, TextWorkload) and not press.rows_alone and press.session.on_cpu:
+        times["tokens_per_chunk"] = _fastest_chunk(workload, press.session)
+    return times
 
 
 def _latency(workload: Workload, systems: Mapping[str, Runnable]) -> list[dict[str, Json]]:
