@@ -434,16 +434,7 @@ def _check_in_fresh_process(folder: Path, providers: tuple[str, ...]) -> None:
 
 def _versions() -> dict[str, str]:
     names = (
-        "onnxpress",
-        "torch",
-        "transformers",
-        "onnx",
-        "onnx-ir",
-        "onnxscript",
-        "onnxruntime",
-        "onnxruntime-gpu",
-        "numpy",
-        "tokenizers",
-    )
+        "onnxpress", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers",
+    )  # fmt: skip
     found = {name: version for name in names if (version := version_of(name)) is not None}
     return {"python": platform.python_version(), **found}

@@ -249,47 +249,37 @@ def _related(node: ir.Node, value: ir.Value, axis: int, lost: frozenset[int]) ->
     if weights := weight_axes(node, value, axis):
         for weight, place in weights:
             yield from _sharing(node, weight, place, lost)
-        return
-    if kind == "MatMul" and (axis < count - 2 or (axis == count - 2 and value is not node.inputs[1])):
+    elif kind == "MatMul" and (axis < count - 2 or (axis == count - 2 and value is not node.inputs[1])):
         yield from _beside(node, value, axis, lost, own if axis < count - 2 else (source, output))
-        return
-    if kind in ("MatMul", "Gemm"):
+    elif kind in ("MatMul", "Gemm"):
         raise NotFollowedError(node, "multiplies two computed values, or along another axis")
-    if kind in ELEMENTWISE:
+    elif kind in ELEMENTWISE:
         yield from _beside(node, value, axis, lost, own)
-        return
-    if kind in NORMS and value in (source, output):
-        normalized = attribute(node, "axis", -1) % count
-        if axis >= normalized:
+    elif kind in NORMS and value in (source, output):
+        if axis >= attribute(node, "axis", -1) % count:
             raise NotFollowedError(node, "normalizes over all channels, so that each depends on all others")
         yield other, axis, lost
-        return
-    if kind == "Softmax" and axis < _softmax_axis(node, count):
+    elif (kind == "Softmax" and axis < _softmax_axis(node, count)) or (
+        kind == "RotaryEmbedding" and value in (source, output)
+    ):
         yield other, axis, lost
-        return
-    if kind == "RotaryEmbedding" and value in (source, output):
-        yield other, axis, lost
-        return
-    if kind == "Transpose":
+    elif kind == "Transpose":
         permutation = list(attribute(node, "perm", range(count)[::-1]))
         yield (output, permutation.index(axis), lost) if value is source else (source, permutation[axis], lost)
-        return
-    if kind in ("Reshape", "Squeeze", "Unsqueeze", "Flatten") and value in (source, output):
+    elif kind in ("Reshape", "Squeeze", "Unsqueeze", "Flatten") and value in (source, output):
         yield _reshaped(node, value, axis, lost, other)
-        return
-    if kind == "Expand" and value in (source, output):
+    elif kind == "Expand" and value in (source, output):
         yield from _expanded(node, value, axis, lost)
-        return
-    if kind == "Gather" and value in (source, output):
+    elif kind == "Gather" and value in (source, output):
         yield from _gathered(node, value, axis, lost)
-        return
-    if kind == "Concat" and attribute(node, "axis", 0) % count != axis and all(constant(item) is None for item in own):
+    elif (
+        kind == "Concat" and attribute(node, "axis", 0) % count != axis and all(constant(item) is None for item in own)
+    ):
         yield from ((item, axis, lost) for item in own if item is not value)
-        return
-    if kind in ("Split", "Slice") and value in (source, *node.outputs):
+    elif kind in ("Split", "Slice") and value in (source, *node.outputs):
         yield from _parts(node, value, axis, lost)
-        return
-    raise NotFollowedError(node, "is no operator that channels can be followed through")
+    else:
+        raise NotFollowedError(node, "is no operator that channels can be followed through")
 
 
 def _beside(node: ir.Node, value: ir.Value, axis: int, lost: frozenset[int], own: Iterable[ir.Value]) -> Iterator[Cut]:

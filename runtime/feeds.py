@@ -10,19 +10,10 @@ import numpy as np
 from onnxpress.errors import InputError
 from onnxpress.manifest import Arrays, Signature, TensorSpec
 
-_NUMPY = {
+_SAME = ("float16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool")
+_NUMPY = {f"tensor({name})": name for name in _SAME} | {
     "tensor(float)": "float32",
     "tensor(double)": "float64",
-    "tensor(float16)": "float16",
-    "tensor(int64)": "int64",
-    "tensor(int32)": "int32",
-    "tensor(int16)": "int16",
-    "tensor(int8)": "int8",
-    "tensor(uint64)": "uint64",
-    "tensor(uint32)": "uint32",
-    "tensor(uint16)": "uint16",
-    "tensor(uint8)": "uint8",
-    "tensor(bool)": "bool",
     "tensor(string)": "str",
 }
 

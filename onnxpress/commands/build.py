@@ -12,6 +12,7 @@ from onnxpress.commands.options import command, others, print_json
 from onnxpress.errors import UsageError
 
 if TYPE_CHECKING:
+    from onnxpress.artifact import Artifact
     from onnxpress.manifest import Json
 
 
@@ -101,13 +102,7 @@ def _build(options: argparse.Namespace) -> int:
         chosen["columns"] = _columns(options.column)
     artifact = build(options.source, out=options.out, quiet=options.json, **chosen)
     if options.json:
-        print_json(
-            {
-                "path": str(artifact.path),
-                "manifest": json.loads(artifact.manifest.to_json()),
-                "measured": artifact.measured,
-            }
-        )
+        print_json(_described(artifact))
     else:
         terminal.print_build(artifact)
     return 0
@@ -169,21 +164,18 @@ def _fit(options: argparse.Namespace) -> int:
         **others(options, "source", "train", "column", "json"),
     )
     if options.json:
-        print_json(
-            {
-                "path": str(fitted.artifact.path),
-                "checkpoint": str(fitted.checkpoint),
-                "training": fitted.facts,
-                "manifest": json.loads(fitted.artifact.manifest.to_json()),
-                "measured": fitted.artifact.measured,
-            }
-        )
+        print_json(_described(fitted.artifact, checkpoint=str(fitted.checkpoint), training=fitted.facts))
     else:
         terminal.print_build(fitted.artifact)
         for note in fitted.facts["notes"]:
             print(note)
         print(f"the trained model: {fitted.checkpoint}")
     return 0
+
+
+def _described(artifact: Artifact, **training: Json) -> dict[str, Json]:
+    manifest = json.loads(artifact.manifest.to_json())
+    return {"path": str(artifact.path), **training, "manifest": manifest, "measured": artifact.measured}
 
 
 def _columns(items: Sequence[str]) -> dict[str, str | int]:
