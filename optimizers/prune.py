@@ -25,21 +25,13 @@ from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Signature, TensorSpec
 from onnxpress.optimizers.base import Stream
+from onnxpress.optimizers.dependencies import Group, NotFollowedError, attention_heads, follow, follow_heads
 from onnxpress.optimizers.heads import swap_last_axes
 from onnxpress.optimizers.layers import drop_layers, find_layers
-from onnxpress.optimizers.linear import Linear, drop_unused_constants, linears
+from onnxpress.optimizers.linear import Linear, drop_unused_constants, linears, replace_constant, replace_everywhere
 from onnxpress.optimizers.matching import constant, dimension, rank
 from onnxpress.optimizers.rounding import Float
-from onnxpress.optimizers.slicing import (
-    Group,
-    NotFollowedError,
-    attention_heads,
-    cut,
-    follow,
-    follow_heads,
-    replace_constant,
-    replace_everywhere,
-)
+from onnxpress.optimizers.slicing import cut
 from onnxpress.pruned import Change, Heads, LostHeads, Pruned
 
 Wide = npt.NDArray[np.float64]

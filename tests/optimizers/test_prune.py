@@ -21,11 +21,12 @@ from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Signature, TensorSpec
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext
+from onnxpress.optimizers.dependencies import NotFollowedError, attention_heads, follow, follow_heads
 from onnxpress.optimizers.layers import drop_layers, find_layers
 from onnxpress.optimizers.linear import add_constant
 from onnxpress.optimizers.matching import insert
 from onnxpress.optimizers.prune import PruneOptions, prune, without
-from onnxpress.optimizers.slicing import NotFollowedError, attention_heads, cut, follow, follow_heads
+from onnxpress.optimizers.slicing import cut
 from onnxpress.optimizers.targets import target
 from onnxpress.pruned import Pruned
 from onnxpress.workbench import Workbench
