@@ -163,6 +163,7 @@ def _build(
 
         notes = None if resume is None else Resume(resume, _about(recipe, workload, bench))
         press = Press(recipe, bench, gate, parity, exported.graph, plain, report, notes)
+        del plain  # float weights once more in memory, until the first pass is kept
         if recipe.prune is not None:
             report.step("prune")
             smaller = make_smaller(
@@ -196,7 +197,7 @@ def _build(
         measured = _measured(exported, gate, press, bench)
         if recipe.build.measure and bench.timed:
             report.step("measure")
-            measured |= _times(workload, exported.reference, plain, press)
+            measured |= _times(workload, exported, bench, press)
         shutil.rmtree(work)
         measured["build_seconds"] = round(time.perf_counter() - started, 1)
         measured["peak_memory_bytes"] = peak_memory_bytes()
@@ -387,11 +388,11 @@ def _is_labelled(workload: Workload) -> bool:
     return isinstance(workload, TextWorkload | ModuleWorkload) and workload.labelled
 
 
-def _times(workload: Workload, reference: Runnable, plain: Session, press: Press) -> dict[str, Json]:
+def _times(workload: Workload, exported: Exported, bench: Workbench, press: Press) -> dict[str, Json]:
     """Of the finished artifact beside its plain export and the original."""
-    systems: dict[str, Runnable] = {"export": plain, "artifact": press.session}
+    systems: dict[str, Runnable] = {"export": bench.open(exported.graph), "artifact": press.session}
     if not isinstance(workload, DecoderWorkload):  # a language model's original has no cache: its steps would mislead
-        systems = {"PyTorch": reference, **systems}
+        systems = {"PyTorch": exported.reference, **systems}
     times: dict[str, Json] = {"latency": _latency(workload, systems)}
     if isinstance(workload, TextWorkload) and not press.rows_alone and press.session.on_cpu:
         times["tokens_per_chunk"] = _fastest_chunk(workload, press.session)
