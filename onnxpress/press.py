@@ -123,6 +123,8 @@ class Press:
             return
         reason = "answers as before" + (f"; {slower}" if slower else "")
         self._take(row, result.graph, session, status="kept", reason=reason)
+        if self.exact:
+            self.unrounded = session  # so that no session of an older graph stays in memory
 
     def _run_lossy(self, step: Pass) -> None:
         trials = self._trials(step.name, (step,))
