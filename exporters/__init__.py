@@ -23,7 +23,7 @@ from onnxpress.exporters.source import FolderSource, ModuleSource, resolve
 from onnxpress.exporters.tasks import find_task, infer_task
 from onnxpress.exporters.transformers_decoder import export_decoder
 from onnxpress.exporters.transformers_encoder import export_encoder, label_options
-from onnxpress.exporters.transformers_model import TextExport, load_config
+from onnxpress.exporters.transformers_model import TextExport, check_length, load_config
 from onnxpress.exporters.verify import ParityCheck, ParityRow
 from onnxpress.exporters.verify_decoder import DecoderParityCheck
 from onnxpress.manifest import Json
@@ -61,10 +61,11 @@ def find(
     task: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    max_length: int | None = None,
     example_inputs: object = None,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
 ) -> Found:
-    """Find a model and its task; the arguments are those of `export`. Raises SourceError."""
+    """Find a model and its task; the arguments are those of `export`. Raises SourceError, for a length that it cannot have too."""
     found = resolve(source, revision=revision, example_inputs=example_inputs, dynamic_axes=dynamic_axes)
     if isinstance(found, ModuleSource):
         if task not in (None, "module"):
@@ -72,6 +73,7 @@ def find(
         return Found(source=found, task="module")
     config = load_config(found.folder, trust_remote_code=trust_remote_code)
     wanted = infer_task(found.folder, tuple(config.architectures or ())) if task is None else find_task(task)
+    check_length(found.folder, wanted, config, max_length, trust_remote_code=trust_remote_code)
     return Found(source=found, task=wanted.name, config=config, options=label_options(wanted, config))
 
 
@@ -108,6 +110,7 @@ def export(
             task=task,
             trust_remote_code=trust_remote_code,
             revision=revision,
+            max_length=max_length,
             example_inputs=example_inputs,
             dynamic_axes=dynamic_axes,
         )

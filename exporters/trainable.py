@@ -25,7 +25,13 @@ from onnxpress.exporters.source import FolderSource, resolve
 from onnxpress.exporters.tasks import TASKS
 from onnxpress.exporters.tokenizer import Tokenizer, read_tokenizer
 from onnxpress.exporters.transformers_encoder import open_encoder, token_inputs
-from onnxpress.exporters.transformers_model import TextModel, load_config, longest_input, position_limit
+from onnxpress.exporters.transformers_model import (
+    TextModel,
+    check_length,
+    load_config,
+    longest_input,
+    position_limit,
+)
 
 _PREFIX = "sentence_transformers.models."
 
@@ -86,6 +92,7 @@ def load_trainable(folder: Path, head: Head, *, seed: int, max_length: int | Non
     config = load_config(folder, trust_remote_code=False)
     _declare(config, head)
     task = TASKS[head.task]
+    check_length(folder, task, config, max_length)
     try:
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -118,6 +125,7 @@ def load_frozen(folder: Path, *, max_length: int | None = None) -> Trainable:
     Raises SourceError, ConversionError.
     """
     config = load_config(folder, trust_remote_code=False)
+    check_length(folder, TASKS["feature-extraction"], config, max_length)
     pooling = read_pooling(folder) if not has_classifier(folder) else _without_head(folder)
     if pooling is None:
         pooling = SentencePooling([Pooling(("mean",))])

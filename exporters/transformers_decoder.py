@@ -39,7 +39,7 @@ from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.tasks import Task
 from onnxpress.exporters.tokenizer import read_tokenizer
 from onnxpress.exporters.trace import LARGEST_AXIS, LARGEST_BATCH, tensor_spec, trace
-from onnxpress.exporters.transformers_model import TextExport, load_model, position_limit
+from onnxpress.exporters.transformers_model import TextExport, load_model, position_limit, refuse_longer
 from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Json, Signature
 
@@ -69,8 +69,8 @@ def export_decoder(
     if adapter is not None and instead is None:
         notes += (merge_adapter(model, Path(adapter)),)
     limit = position_limit(model, tokenizer)
-    if max_length is not None and not 1 <= max_length <= limit:
-        raise SourceError(f"A context of {max_length} was asked for; the model in {folder} takes 1 to {limit} tokens.")
+    if max_length is not None:
+        refuse_longer(folder, max_length, limit)
     context = max_length or limit
     name = type(model).__name__
     try:

@@ -15,7 +15,7 @@ from onnxpress.errors import SourceError
 from onnxpress.exporters.pooling import SentencePooling, read_json
 from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.tasks import Task, heads
-from onnxpress.exporters.tokenizer import Tokenizer
+from onnxpress.exporters.tokenizer import Tokenizer, read_tokenizer
 from onnxpress.graph import Graph
 from onnxpress.manifest import Json, Runnable
 
@@ -109,13 +109,32 @@ def position_limit(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
     return int(limit or tokenizer.max_length or _LENGTH_WITHOUT_LIMIT)
 
 
+def check_length(folder: Path, task: Task, config: Any, wanted: int | None, *, trust_remote_code: bool = False) -> None:
+    """Raise SourceError for a length that a model has no positions for. It is laid out without weights, and none are read."""
+    if wanted is None:
+        return
+    try:
+        with quiet(), torch.device("meta"):
+            model = task.auto_class.from_config(config, trust_remote_code=trust_remote_code)  # type: ignore[attr-defined]
+    except (
+        Exception
+    ):  # a config without such a head, code that computes with its weights: said where the model is loaded
+        return
+    refuse_longer(folder, wanted, position_limit(model, read_tokenizer(folder, trust_remote_code=trust_remote_code)))
+
+
+def refuse_longer(folder: Path, wanted: int, limit: int) -> None:
+    """Raise SourceError for a length above the limit."""
+    if not 1 <= wanted <= limit:
+        raise SourceError(
+            f"A maximum length of {wanted} was asked for; the model in {folder} takes 1 to {limit} tokens."
+        )
+
+
 def longest_input(folder: Path, tokenizer: Tokenizer, *, limit: int, wanted: int | None) -> int:
     """How many tokens a text may have: the wanted number, or what the folder declares. Raises SourceError."""
     if wanted is not None:
-        if not 1 <= wanted <= limit:
-            raise SourceError(
-                f"A maximum length of {wanted} was asked for; the model in {folder} takes 1 to {limit} tokens."
-            )
+        refuse_longer(folder, wanted, limit)
         return wanted
     declared = folder / "sentence_bert_config.json"
     sentence_length = read_json(declared).get("max_seq_length") if declared.is_file() else None

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ from onnxpress.labelled import (
 )
 from onnxpress.manifest import Json
 from onnxpress.optimizers.linear_head import fit_linear_head
-from onnxpress.optimizers.training import Batch, Item, TrainingOptions, train
+from onnxpress.optimizers.processes import check_alone
+from onnxpress.optimizers.training import Batch, ComputeLoss, Item, TrainingOptions, train
 from onnxpress.pipeline import build
 from onnxpress.recipe import make_recipe, with_options
 from onnxpress.runtime.embedder import Embedder
@@ -89,7 +91,7 @@ def fit(
     tenth of the training samples is held out, by the seed. checkpoint: the folder of the trained model (default OUT-checkpoint); with
     it the evaluation samples and fit.json. task: a key of labelled.KINDS. frozen_encoder: fit a linear head on the encoder's vectors
     alone. balanced: rare labels count as much as frequent ones. options: those of TrainingOptions (epochs, batch_size, learning_rate,
-    seed, patience, resume…), max_length, revision, and those of `build`.
+    seed, patience, resume, processes…), max_length, revision, and those of `build`.
 
     Raises InputError, SourceError, OutputError, QualityError, and what `build` raises.
     """
@@ -277,11 +279,11 @@ def _fine_tune(
             model.model,
             learned_items,
             options=training,
-            collate=_collator(model, tokenizer, labels),
+            collate=partial(_collate, names=model.names, tokenizer=tokenizer, kind=labels.kind),
             evaluation=_items(tokenizer, judged, labels),
             length=lambda item: len(item["encoding"].ids),
             compute_loss=_balanced_loss(learned_items, len(labels.names)) if balanced else None,
-            metrics=lambda logits, gold: {name: metric(logits, gold)},
+            metrics=partial(_figures, name=name, metric=metric),
             best=name,
             identity={
                 "labels": labels.names,
@@ -339,31 +341,36 @@ def _token_targets(encoding: Encoding, sample: Sample, tags: Sequence[int], labe
     return targets
 
 
-def _collator(model: Trainable, tokenizer: Tokenizer, labels: Labels) -> Callable[[list[Item]], Batch]:
-    def collate(items: list[Item]) -> Batch:
-        arrays = tokenizer.batch([item["encoding"] for item in items])
-        batch = {name: torch.from_numpy(arrays[name]) for name in model.names}  # int64 (batch, length)
-        targets = [item["labels"] for item in items]
-        if labels.kind == "token-classification":
-            length = batch["input_ids"].shape[1]
-            targets = [target + [-100] * (length - len(target)) for target in targets]
-        whole = labels.kind in ("text-classification", "token-classification")
-        return {**batch, "labels": torch.tensor(targets, dtype=torch.int64 if whole else torch.float32)}
-
-    return collate
+def _collate(items: list[Item], *, names: Sequence[str], tokenizer: Tokenizer, kind: str) -> Batch:
+    arrays = tokenizer.batch([item["encoding"] for item in items])
+    batch = {name: torch.from_numpy(arrays[name]) for name in names}  # int64 (batch, length)
+    targets = [item["labels"] for item in items]
+    if kind == "token-classification":
+        length = batch["input_ids"].shape[1]
+        targets = [target + [-100] * (length - len(target)) for target in targets]
+    whole = kind in ("text-classification", "token-classification")
+    return {**batch, "labels": torch.tensor(targets, dtype=torch.int64 if whole else torch.float32)}
 
 
-def _balanced_loss(items: Sequence[Item], num_labels: int) -> Any:
+def _balanced_loss(items: Sequence[Item], num_labels: int) -> ComputeLoss:
     """Cross entropy in which a label weighs n / (labels · its count), as scikit-learn's "balanced" does."""
     counts = np.bincount([item["labels"] for item in items], minlength=num_labels)
     weights = torch.tensor(len(items) / (num_labels * np.maximum(counts, 1)), dtype=torch.float32)
+    return partial(_weighted_loss, weights=weights)
 
-    def loss(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
-        weight = weights.to(outputs["logits"].device)
-        return torch.nn.functional.cross_entropy(outputs["logits"].float(), batch["labels"], weight), outputs
 
-    return loss
+def _weighted_loss(
+    model: torch.nn.Module, batch: Batch, *, weights: torch.Tensor
+) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+    outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
+    weight = weights.to(outputs["logits"].device)
+    return torch.nn.functional.cross_entropy(outputs["logits"].float(), batch["labels"], weight), outputs
+
+
+def _figures(
+    logits: np.ndarray[Any, Any], gold: np.ndarray[Any, Any], *, name: str, metric: Callable[..., float]
+) -> dict[str, float]:
+    return {name: metric(logits, gold)}
 
 
 def _accuracy(logits: np.ndarray[Any, Any], gold: np.ndarray[Any, Any]) -> float:
@@ -399,6 +406,7 @@ _METRICS: Mapping[str, tuple[str, Callable[..., float]]] = {
 
 def training_options(chosen: Mapping[str, Any], folder: Path | None, frozen_encoder: bool) -> TrainingOptions:
     """Options by name, None for a default; folder: of checkpoints for a resume. Raises InputError."""
+    check_alone()
     unknown = sorted(set(chosen) - _TRAINING)
     if unknown:
         raise InputError(f"Unknown option {unknown[0]!r} of training; the options are: {', '.join(sorted(_TRAINING))}.")
@@ -408,7 +416,9 @@ def training_options(chosen: Mapping[str, Any], folder: Path | None, frozen_enco
         raise InputError(f"A frozen encoder is not trained: {', '.join(unread)} would change nothing; leave it out.")
     if "autocast" in given:
         given["precision"] = given.pop("autocast")
-    return TrainingOptions(**given, checkpoints=None if frozen_encoder else folder)
+    training = TrainingOptions(**given, checkpoints=None if frozen_encoder else folder)
+    training.check_machine()
+    return training
 
 
 def _check_checkpoint_folder(folder: Path, *, resume: bool) -> None:

@@ -37,6 +37,7 @@ from onnxpress.machine import describe, peak_memory_bytes
 from onnxpress.manifest import Json, Manifest, Runnable
 from onnxpress.module_workload import ModuleWorkload
 from onnxpress.optimizers import make_pass
+from onnxpress.optimizers.processes import check_alone
 from onnxpress.optimizers.targets import Target
 from onnxpress.optimizers.targets import target as find_target
 from onnxpress.press import Parity, Press, Resume, rounded
@@ -84,10 +85,11 @@ def build(
     and distil, dicts of those sections' keys. They overrule the recipe's. resume: a folder in which a search keeps what it measured, so that one that was interrupted goes on
     from there. quiet: no progress.
 
-    Raises RecipeError, SourceError, ConversionError, ParityError, BudgetError, OutputError.
+    Raises RecipeError, InputError, SourceError, ConversionError, ParityError, BudgetError, OutputError.
     """
     import torch
 
+    check_alone()
     module = None
     if isinstance(source, Recipe):
         recipe = source
@@ -306,6 +308,7 @@ def _find(recipe: Recipe, given: _Given) -> Found | None:
         dynamic_axes=given.dynamic_axes,
         task=model.task,
         revision=model.revision,
+        max_length=model.max_length,
         trust_remote_code=model.trust_remote_code,
     )
 

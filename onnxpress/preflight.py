@@ -1,6 +1,6 @@
 """What can be said against a build before its model is loaded: by the recipe, the task, the model's labels and the user's files.
 
-What hangs on the tokenizer, on weights, or on shapes is said later, where it is met.
+What hangs on the tokenizer, on weights, or on shapes is said later, where it is met; how long a text may be, by `find`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from onnxpress.optimizers import calibrates, make_pass
 from onnxpress.optimizers.base import Pass
 from onnxpress.optimizers.targets import GENERATION, target
 from onnxpress.recipe import DistilSection, Recipe
-from onnxpress.sample_arrays import check_suffix
+from onnxpress.sample_arrays import check_arrays
 from onnxpress.sample_files import read_samples
 from onnxpress.training_texts import gold_labels
 from onnxpress.workbench import NO_BFLOAT16, untried
@@ -87,8 +87,7 @@ def _check_files(recipe: Recipe, task: str, options: Mapping[str, Json]) -> bool
     file, calibration = workload_file(quality.file, "evaluation"), workload_file(quality.calibration, "calibration")
     learned = None if distil is None else workload_file(distil.file, "distillation")
     if task == "module":
-        for path in filter(None, (file, calibration)):
-            check_suffix(path)
+        check_arrays(file, calibration)
         return None if file is not None else False
     judged = [] if file is None else read_samples(file, task, quality.columns)
     labelled = bool(judged) and judged[0].label is not None and task != GENERATION
@@ -97,9 +96,11 @@ def _check_files(recipe: Recipe, task: str, options: Mapping[str, Json]) -> bool
     if calibration is not None and not (task == GENERATION and calibration.suffix == ".npy"):
         calibrating = read_samples(calibration, task, quality.columns)
         seen = {text for sample in judged for text in (sample.text, sample.text_pair)} - {None}
-        none_left = all({sample.text, sample.text_pair} & seen for sample in calibrating)
-        both = len(calibrating) if none_left else _shared(calibrating, judged)
-        if both and task != GENERATION:  # a language model's are cut into windows first
+        both = _shared(calibrating, judged)
+        # A language model's texts are cut into windows later, of which those that are shared are left out, or refused where they are long.
+        if task != GENERATION and all({sample.text, sample.text_pair} & seen for sample in calibrating):
+            both = len(calibrating)
+        if both:
             raise RecipeError(evaluation.overlap(calibration, file, both))
     if distil is not None:
         _check_lesson(distil, learned, task, options, judged, file)
@@ -115,6 +116,11 @@ def _check_lesson(
     file: Path | None,
 ) -> None:
     """What a student would learn from: texts that do not judge it, with labels where these are learned too."""
+    from onnxpress.optimizers.training import TrainingOptions
+
+    TrainingOptions(
+        batch_size=distil.batch_size, precision=distil.precision, processes=distil.processes
+    ).check_machine()
     samples = [] if learned is None else read_samples(learned, task, distil.columns)
     if distil.label_weight > 0:
         gold_labels(samples, task, options, learned)

@@ -127,6 +127,7 @@ def _distil(
         learning_rate=section.learning_rate,
         seed=section.seed,
         precision=section.precision,
+        processes=section.processes,
         checkpoints=checkpoints,
         resume=checkpoints is not None and has_begun(checkpoints),
     )

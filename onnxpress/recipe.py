@@ -123,7 +123,7 @@ class DistilSection(_Section):
 
     file: the texts to learn from (csv, tsv, jsonl, txt; the built-in ones where not given), columns: which of its columns. hidden_weight, label_weight: of the
     losses on hidden states and on the file's own labels, beside that on the answers. checkpoints: a folder for them, from which a
-    killed build goes on.
+    killed build goes on. processes: on this machine, that share each batch.
     """
 
     file: str | None = None
@@ -137,6 +137,7 @@ class DistilSection(_Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: int = Field(default=0, ge=0, lt=2**32)
     checkpoints: str | None = None
+    processes: int = Field(default=1, ge=1)
 
 
 class Recipe(_Section):
@@ -298,6 +299,11 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
     _check_columns(where, recipe.quality.columns, recipe.quality.file, recipe.quality.calibration)
     if recipe.distil is not None:
         _check_columns(where, recipe.distil.columns, recipe.distil.file)
+        if recipe.distil.batch_size % recipe.distil.processes:
+            raise RecipeError(
+                f"{where}: distil: batch_size is {recipe.distil.batch_size}, which {recipe.distil.processes} processes cannot share "
+                "evenly; it is a multiple of processes."
+            )
     if "sparse-2-4" in recipe.build.only:
         check_sparse_target(facts)
     twice = [name for name in recipe.build.only if recipe.build.only.count(name) > 1]

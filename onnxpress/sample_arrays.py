@@ -87,24 +87,38 @@ def read_arrays(path: Path, signature: Signature) -> SampleArrays:
 
 def refuse_overlap(evaluation: SampleArrays, calibration: SampleArrays) -> None:
     """Raises RecipeError where both have a sample."""
-    both = len(_digests(evaluation) & _digests(calibration))
+    _refuse_shared((evaluation.path, evaluation.inputs), (calibration.path, calibration.inputs))
+
+
+def check_arrays(evaluation: Path | None, calibration: Path | None) -> None:
+    """What can be said of files before the model's inputs are known. Raises RecipeError.
+
+    Labels are compared too where both files have them, since they could be an input.
+    """
+    read = [(path, _read(path)) for path in (evaluation, calibration) if path is not None]
+    if len(read) < 2:
+        return
+    names = read[0][1].keys() & read[1][1].keys()
+    counts = [{array.shape[:1] for array in (arrays[name] for name in names)} for _, arrays in read]
+    if all(len(sizes) == 1 and () not in sizes for sizes in counts):  # else it is said later what is wrong
+        one, other = ((path, {name: arrays[name] for name in names}) for path, arrays in read)
+        _refuse_shared(one, other)
+
+
+def _refuse_shared(one: tuple[Path, Arrays], other: tuple[Path, Arrays]) -> None:
+    both = len(_digests(one[1]) & _digests(other[1]))
     if both:
         raise RecipeError(
-            f"{both} samples are both in {evaluation.path} and in {calibration.path}: what a model is calibrated on cannot judge it. "
+            f"{both} samples are both in {one[0]} and in {other[0]}: what a model is calibrated on cannot judge it. "
             "Take them out of one of the files."
         )
 
 
-def check_suffix(path: Path) -> None:
-    """Raises RecipeError for a file that holds no arrays by its name."""
+def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
     if path.suffix not in (".npz", ".safetensors"):
         raise RecipeError(
             f"{path} does not go with a plain module or an .onnx file, which take arrays: give .npz (numpy.savez) or .safetensors."
         )
-
-
-def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
-    check_suffix(path)
     try:
         if path.suffix == ".safetensors":
             return read_tensors(path)
@@ -135,11 +149,11 @@ def _check(path: Path, spec: TensorSpec, array: npt.NDArray[Any], signature: Sig
         )
 
 
-def _digests(samples: SampleArrays) -> set[bytes]:
+def _digests(arrays: Arrays) -> set[bytes]:
     found = set()
-    for index in range(len(samples)):
+    for index in range(len(next(iter(arrays.values())))):
         digest = hashlib.sha256()
-        for _, array in sorted(samples.inputs.items()):
+        for _, array in sorted(arrays.items()):
             digest.update(np.ascontiguousarray(array[index]).tobytes())
         found.add(digest.digest())
     return found

@@ -49,7 +49,7 @@ def of_tokens(student: Answers, teacher: Answers, real: Tensor, temperature: flo
     total = ours.new_zeros((), dtype=torch.float32)
     for parts in zip(*(torch.split(tensor, rows) for tensor in (ours, theirs, real.flatten())), strict=True):
         total = total + checkpoint(_sum_of_real, *parts, temperature, use_reentrant=False, preserve_rng_state=False)
-    return total / real.sum()
+    return total / _share(real)
 
 
 def of_spans(student: Answers, teacher: Answers, real: Tensor, temperature: float) -> Tensor:
@@ -68,7 +68,7 @@ def of_embeddings(student: Answers, teacher: Answers, real: Tensor, temperature:
 
 def of_states(student: Answers, teacher: Answers, real: Tensor, temperature: float) -> Tensor:
     """One vector a token, last_hidden_state (B, L, H): as for embeddings, over real tokens."""
-    return _relative(student["last_hidden_state"][real], teacher["last_hidden_state"][real]).mean()
+    return _relative(student["last_hidden_state"][real], teacher["last_hidden_state"][real]).sum() / _share(real)
 
 
 def of_hidden(student: Tensor, teacher: Tensor, real: Tensor) -> Tensor:
@@ -77,7 +77,16 @@ def of_hidden(student: Tensor, teacher: Tensor, real: Tensor) -> Tensor:
     Normalized, since layers differ in size by orders of magnitude, and the next layer normalizes too.
     """
     ours, theirs = (layer_norm(states[real].float(), states.shape[-1:]) for states in (student, teacher))
-    return (ours - theirs).square().mean()
+    return (ours - theirs).square().mean(-1).sum() / _share(real)
+
+
+def _share(real: Tensor) -> Tensor:
+    """The number of real tokens; where processes share a batch, their mean, so that the mean of their losses is the batch's."""
+    count = real.sum().float()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(count)
+        count = count / torch.distributed.get_world_size()
+    return count
 
 
 def _sum_of_real(student: Tensor, teacher: Tensor, real: Tensor, temperature: float) -> Tensor:

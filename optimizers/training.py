@@ -16,11 +16,12 @@ import random
 import re
 import tempfile
 import time
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from transformers.utils import logging
 
 from onnxpress.errors import InputError, OutputError, QualityError
+from onnxpress.optimizers.processes import together
 
 Batch = dict[str, torch.Tensor]
 Item = Mapping[str, Any]
@@ -49,7 +51,8 @@ class TrainingOptions:
     warmup: the share of all steps in which the learning rate rises. max_steps: stop there, and let the schedule end there.
     precision: of the forward pass (autocast); weights and optimizer stay in fp32. patience: evaluations without a better
     metric before training stops; None trains to the end. checkpoints: a folder for what a resume needs; one checkpoint an epoch, and
-    one every checkpoint_every steps too. resume: go on from the last checkpoint there.
+    one every checkpoint_every steps too. resume: go on from the last checkpoint there. processes: that share each batch, on this
+    machine: one a device where there are any, else on the CPU.
     """
 
     epochs: int = 3
@@ -65,11 +68,12 @@ class TrainingOptions:
     checkpoints: Path | None = None
     checkpoint_every: int | None = None
     resume: bool = False
+    processes: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "max_steps", "patience", "checkpoint_every"):
+        for name in ("epochs", "batch_size", "processes", "max_steps", "patience", "checkpoint_every"):
             value = getattr(self, name)
-            if value is None and name not in ("epochs", "batch_size"):
+            if value is None and name not in ("epochs", "batch_size", "processes"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} is a positive whole number, not {value!r}.")
@@ -83,6 +87,22 @@ class TrainingOptions:
                 raise InputError(f"{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}.")
         if self.checkpoints is None and (self.resume or self.checkpoint_every is not None):
             raise InputError("resume and checkpoint_every need a folder for the checkpoints; give checkpoints too.")
+        if self.batch_size % self.processes:
+            raise InputError(
+                f"batch_size is {self.batch_size}, which {self.processes} processes cannot share evenly; it is a multiple of processes."
+            )
+
+    def check_machine(self) -> None:
+        """Raise InputError for what cannot be done here."""
+        if self.precision == "fp16" and not torch.cuda.is_available():
+            raise InputError(
+                "precision fp16 needs a CUDA device, and torch finds none here; bf16 and fp32 train on a CPU."
+            )
+        devices = torch.accelerator.device_count()
+        if devices and self.processes > devices:
+            raise InputError(f"processes is {self.processes}, each takes one device, and torch finds {devices} here.")
+        if self.processes > 1 and not torch.distributed.is_available():
+            raise InputError("processes is above 1, and this build of torch has no torch.distributed; leave it 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,37 +145,80 @@ def train(
     Raises InputError (no data, a checkpoint folder that does not fit), OutputError, and QualityError where a loss is no number.
     """
     _check_data(dataset, evaluation, options, best, metrics)
-    origin = next(model.parameters()).device
-    with _folder(options.checkpoints, evaluation) as folder, _kept_random_state():
+    with _folder(options.checkpoints, evaluation) as folder:
         belongs = _identity(model, dataset, evaluation, options, best, identity or {})
-        checkpoint = _checkpoint_to_resume(folder, options, belongs)
-        trainer = _Trainer(
+        run = _Run(
             model=model,
-            args=_arguments(options, folder, evaluates=evaluation is not None, best=best),
-            data_collator=collate,
-            train_dataset=dataset,
-            eval_dataset=evaluation,
-            compute_metrics=None if metrics is None else _metrics_of(metrics),
-            callbacks=[_Observer(options, progress)],
+            dataset=dataset,
+            evaluation=evaluation,
+            options=options,
+            folder=folder,
+            checkpoint=_checkpoint_to_resume(folder, options, belongs),
+            collate=collate,
+            compute_loss=compute_loss,
+            lengths=None if length is None else [length(dataset[index]) for index in range(len(dataset))],
+            metrics=metrics,
+            best=best,
         )
-        trainer.own_loss = compute_loss
-        if length is not None:
-            trainer.lengths = [length(dataset[index]) for index in range(len(dataset))]
-        trainer.remove_callback(PrinterCallback)
-        if options.patience is not None:
-            trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=options.patience))
         try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if options.processes == 1:
+                return run(progress)
+            summary, weights = together(run.with_weights, options.processes, progress)
         except QualityError:
-            if options.checkpoints is not None and not any(_is_whole(path) for path in folder.glob("checkpoint-*")):
+            if options.checkpoints is not None and not any(
+                _is_whole(path, options) for path in folder.glob("checkpoint-*")
+            ):
                 with contextlib.suppress(OSError):  # nothing to resume: other options may begin anew there
                     (folder / _IDENTITY).unlink()
                     folder.rmdir()
             raise
-    model.to(origin).eval()
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
-        raise QualityError(_not_a_number(trainer.state.global_step, "weights"))
-    return _summary(trainer, options)
+    model.load_state_dict(weights)
+    model.eval()
+    return cast("TrainingSummary", summary)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """One training, ready to begin: in this process, or in each of several that share its batches."""
+
+    model: torch.nn.Module
+    dataset: Sequence[Item]
+    evaluation: Sequence[Item] | None
+    options: TrainingOptions
+    folder: Path
+    checkpoint: Path | None
+    collate: Callable[[list[Item]], Batch]
+    compute_loss: ComputeLoss | None
+    lengths: Sequence[int] | None
+    metrics: ComputeMetrics | None
+    best: str
+
+    def __call__(self, progress: Callable[[str], None]) -> TrainingSummary:
+        """Train the model in place."""
+        origin = next(self.model.parameters()).device
+        with _kept_random_state():
+            trainer = _Trainer(
+                model=self.model,
+                args=_arguments(self.options, self.folder, evaluates=self.evaluation is not None, best=self.best),
+                data_collator=self.collate,
+                train_dataset=self.dataset,
+                eval_dataset=self.evaluation,
+                compute_metrics=None if self.metrics is None else _metrics_of(self.metrics),
+                callbacks=[_Observer(self.options, progress)],
+            )
+            trainer.own_loss, trainer.lengths = self.compute_loss, self.lengths
+            trainer.remove_callback(PrinterCallback)
+            if self.options.patience is not None:
+                trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=self.options.patience))
+            trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
+        self.model.to(origin).eval()
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+            raise QualityError(_not_a_number(trainer.state.global_step, "weights"))
+        return _summary(trainer, self.options)
+
+    def with_weights(self, progress: Callable[[str], None]) -> tuple[TrainingSummary, Mapping[str, torch.Tensor]]:
+        """Train in a process whose model nobody else has."""
+        return self(progress), self.model.state_dict()
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
@@ -171,7 +234,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.lengths is None:
             return super()._get_train_sampler(train_dataset)
-        return _LikeLengths(self.lengths, self.args.train_batch_size, self.args.seed)
+        return _LikeLengths(self.lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -187,7 +250,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
     def training_step(self, *arguments: Any, **more: Any) -> torch.Tensor:
         """Forward and backward; the weights change after it. Raises QualityError."""
         loss: torch.Tensor = super().training_step(*arguments, **more)
-        value = float(loss)
+        value = float(self.accelerator.reduce(loss, "mean"))  # the same in all processes, which then stop together
         if not math.isfinite(value):
             raise QualityError(_not_a_number(self.state.global_step + 1, "loss"))
         self.losses.append(value)
@@ -254,12 +317,12 @@ class _Observer(TrainerCallback):  # type: ignore[misc]
 
 def _arguments(options: TrainingOptions, folder: Path, *, evaluates: bool, best: str) -> TrainingArguments:
     saves = options.checkpoints is not None or evaluates
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=options.epochs,
         max_steps=options.max_steps or -1,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
+        per_device_train_batch_size=options.batch_size // options.processes,
+        per_device_eval_batch_size=options.batch_size // options.processes,
         learning_rate=options.learning_rate,
         warmup_steps=options.warmup,  # below 1 it is a share
         weight_decay=options.weight_decay,
@@ -282,6 +345,8 @@ def _arguments(options: TrainingOptions, folder: Path, *, evaluates: bool, best:
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # of a process; with more the batch would be as many times larger
+    return arguments
 
 
 def _summary(trainer: _Trainer, options: TrainingOptions) -> TrainingSummary:
@@ -350,7 +415,7 @@ def _checkpoint_to_resume(folder: Path, options: TrainingOptions, belongs: dict[
             f"The training in {folder} cannot be resumed with another {what}. Give what it began with, or begin anew with "
             f"another folder."
         )
-    whole = [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
+    whole = [path for path in folder.glob("checkpoint-*") if _is_whole(path, options)]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
@@ -358,11 +423,17 @@ def _difference(name: str, before: Any, now: Any) -> str:
     return f"{name} ({before}, now {now})" if name in TrainingOptions.__dataclass_fields__ else name
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """The Trainer writes its state last, so that a checkpoint with a state that can be read has all its files."""
+def _is_whole(checkpoint: Path, options: TrainingOptions) -> bool:
+    """The Trainer writes its state last, so that a checkpoint with a state that can be read has all files of the first process.
+
+    The others write one each, of their random numbers, which is an archive once it is whole.
+    """
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):
+        return False
+    others = (checkpoint / f"rng_state_{rank}.pth" for rank in range(1, options.processes))
+    if not all(map(zipfile.is_zipfile, others)):
         return False
     return re.fullmatch(r"checkpoint-\d+", checkpoint.name) is not None
 
@@ -417,8 +488,7 @@ def _check_data(
         raise InputError("The training set is empty; at least one example is needed.")
     if evaluation is not None and not len(evaluation):
         raise InputError("The evaluation set is empty; leave it out, or give at least one example.")
-    if options.precision == "fp16" and not torch.cuda.is_available():
-        raise InputError("precision fp16 needs a CUDA device, and torch finds none here; bf16 and fp32 train on a CPU.")
+    options.check_machine()
     if evaluation is None and options.patience is not None:
         raise InputError("patience needs an evaluation set: it counts evaluations without a better metric.")
     if metrics is None and best != "loss":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ class Tokenizer:
         inner.no_padding()
         self._lock = threading.Lock()
         self._cutters: dict[int | None, Any] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled for another process, without the lock."""
+        return partial(Tokenizer, max_length=self.max_length, pad_token_id=self.pad_token_id), (self.inner,)
 
     @classmethod
     def from_folder(cls, folder: Path, *, max_length: int, pad_token_id: int = 0) -> Tokenizer:

@@ -63,7 +63,7 @@ ALLOWED = {
 # What changes weights by training runs in torch; nothing else among the optimizers does.
 TRAINING = {"torch", "transformers"}
 ALLOWED_IN_FILES = {
-    **dict.fromkeys(("optimizers/training.py", "optimizers/distil.py", "optimizers/divergence.py"), TRAINING),
+    **dict.fromkeys((f"optimizers/{name}.py" for name in ("training", "processes", "distil", "divergence")), TRAINING),
     "optimizers/linear_head.py": {"sklearn"},
 }
 

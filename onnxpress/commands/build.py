@@ -141,6 +141,7 @@ def add_fit(commands: Any) -> None:
     parser.add_argument("--patience", type=int, help="stop after so many epochs without a better metric")
     parser.add_argument("--seed", type=int, help="of the head, the order and the split (default 0)")
     parser.add_argument("--autocast", choices=("fp32", "bf16", "fp16"), help="precision of training")
+    parser.add_argument("--processes", type=int, help="that share each batch: one a device, or on the CPU (default 1)")
     parser.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="keep what --resume needs this often too")
     parser.add_argument("--resume", action="store_true", help="go on with a training that was interrupted")
     parser.add_argument("--max-length", type=int, help="longest text in tokens")

@@ -163,6 +163,30 @@ def test_a_language_model_without_a_layer_recovers() -> None:
     assert kl(teacher, student, held_out) < apart / 3
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with devices there is one process a device")
+def test_two_processes_give_what_one_gives() -> None:
+    """Of texts of unequal lengths, so that the processes have unequal numbers of tokens; 64 texts are 8 whole batches."""
+    teacher = encoder("token-classification", num_labels=3)
+    rows = [{"input_ids": row["input_ids"]} for row in questions(64, 3)]
+    students, said = [], list[str]()
+    for processes in (1, 2):
+        students.append(smaller_encoder(teacher, channels=12, layers=(1,)))
+        training = TrainingOptions(epochs=2, batch_size=8, learning_rate=2e-3, processes=processes)
+        summary = distil(
+            teacher, students[-1], rows, task="token-classification", options=DistilOptions(training=training),
+            layers=[1], progress=said.append,
+        )  # fmt: skip
+        assert summary.training.steps == 16
+    assert [text.split(",")[0] for text in said] == [f"step {step} of 16" for step in range(1, 17)] * 2
+    one, two = (dict(student.named_parameters()) for student in students)
+    for name in one:
+        if not name.endswith("key.bias"):  # a bias of keys changes no answer, so that its gradient is noise alone
+            assert torch.allclose(one[name], two[name], rtol=0, atol=1e-6), name
+    first, second = (torch.cat([answers(student, [row]).flatten() for row in rows]) for student in students)
+    assert torch.allclose(first, second, rtol=0, atol=1e-5)  # of answers up to 4
+    assert float((first - torch.cat([answers(teacher, [row]).flatten() for row in rows])).abs().max()) > 0.1
+
+
 def test_embeddings_recover() -> None:
     teacher = encoder("feature-extraction")
     student = smaller_encoder(teacher, channels=12, layers=(1,))

@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from calibrating import PlainSession, calibrated
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidGraph
 from quantizable import IMAGE, images, normed, residual, together, vectors
 from small_graphs import small_graph
 
@@ -237,12 +238,16 @@ def test_integers_for_nvidia_do_not_overflow_on_the_cpu(tmp_path: Path) -> None:
 
 
 def test_fp8_keeps_a_relu_where_the_fusion_is_off(tmp_path: Path) -> None:
-    """ONNX Runtime drops it otherwise: should this stop to be so, the target need not switch the fusion off."""
+    """ONNX Runtime drops it otherwise (1.30 takes no such graph): should this stop to be so, the target need not switch the fusion off."""
     graph = residual()
     test = together(images(16, seed=1))
     expected = PlainSession(graph, tmp_path).run(test)["y"]
     result = quantize(graph, tmp_path, images(16), name="fp8-qdq", kind="tensorrt")
-    assert relative_error(PlainSession(result.graph, tmp_path).run(test)["y"], expected) > 0.2
+    try:
+        error = relative_error(PlainSession(result.graph, tmp_path).run(test)["y"], expected)
+    except InvalidGraph:
+        error = np.inf
+    assert error > 0.2
     assert relative_error(open_for(result, tmp_path, "tensorrt").run(test)["y"], expected) < 0.12
 
 

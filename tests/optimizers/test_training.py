@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+import mortal
 import numpy as np
 import pytest
 import torch
 import transformers as tf
 from tiny_models import CONFIGS
 
-from onnxpress.errors import InputError, OutputError, QualityError
+from onnxpress.errors import InputError, OnnxpressError, OutputError, QualityError
 from onnxpress.optimizers.training import TrainingOptions, train
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -312,12 +314,63 @@ def test_half_precision_needs_a_device() -> None:
         ({"seed": -1}, "seed"),
         ({"schedule": "step"}, "linear, cosine, constant"),
         ({"precision": "int8"}, "fp32, bf16, fp16"),
+        ({"processes": 0}, "processes is a positive"),
+        ({"processes": 3}, "batch_size is 32, which 3 processes cannot share evenly"),
         ({"resume": True}, "need a folder"),
     ],
 )
 def test_options_that_cannot_be(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         TrainingOptions(**wrong)
+
+
+LINE = [{"x": x, "labels": 2 * x} for x in range(8)]
+TWO = dataclasses.replace(OPTIONS, processes=2)
+
+
+def test_where_one_process_is_killed_the_others_end_too() -> None:
+    with pytest.raises(OnnxpressError, match=r"One of the 2 processes ended early.*Signal 9"):
+        train(mortal.Line(), LINE, options=TWO, collate=mortal.killed_in_the_second_process)
+
+
+def test_what_one_of_the_processes_raises_is_raised(tmp_path: Path) -> None:
+    data = [{"x": x, "labels": float("nan") if x == 5 else x} for x in range(8)]
+    options = dataclasses.replace(TWO, checkpoints=tmp_path / "run")
+    with pytest.raises(QualityError, match=r"at step . the loss held numbers that are not finite"):
+        train(mortal.Line(), data, options=options, collate=mortal.collate)
+    assert not (tmp_path / "run").exists(), "other options may begin anew there"
+
+
+def test_what_only_this_process_knows_is_not_shared() -> None:
+    with pytest.raises(InputError, match=r"cannot be handed to other processes.*or processes=1"):
+        train(mortal.Line(), LINE, options=TWO, collate=lambda items: mortal.collate(items))
+
+
+def test_processes_do_not_start_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"started in 2 processes by a launcher.*Start it once"):
+        train(mortal.Line(), LINE, options=TWO, collate=mortal.collate)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with devices there is one process a device")
+def test_two_processes_go_on_after_a_kill_and_keep_the_best_epoch(tmp_path: Path) -> None:
+    """Checkpoints, evaluation and the best epoch are those of one process; 8 rows are batches of 4, two a process."""
+    more: dict[str, Any] = {"collate": mortal.collate, "evaluation": LINE[:5], "length": mortal.size}
+    models = []
+    for processes in (1, 2):
+        torch.manual_seed(0)
+        models.append(mortal.Line())
+        options = dataclasses.replace(
+            OPTIONS, epochs=4, learning_rate=0.3, processes=processes, checkpoints=tmp_path / str(processes)
+        )
+        if processes == 2:
+            with pytest.raises(KilledError):
+                train(copy.deepcopy(models[1]), LINE, options=options, progress=kill_at(5), **more)
+            options = dataclasses.replace(options, resume=True)
+        summary = train(models[-1], LINE, options=options, **more)
+        assert summary.steps == 8
+    assert torch.allclose(models[0].linear.weight, models[1].linear.weight, rtol=1e-6)
+    assert torch.allclose(models[0].linear.bias, models[1].linear.bias, rtol=1e-6)
 
 
 def test_data_that_cannot_be() -> None:

@@ -186,7 +186,11 @@ def test_tags_of_tokens(model: Path, tmp_path: Path) -> None:
         return path
 
     train, dev = conll(tmp_path / "train.conll", 100, 0), conll(tmp_path / "dev.conll", 20, 5)
-    fitted = fit(model, train, evaluation=dev, out=tmp_path / "out", **FAST | {"precision": "fp32"})
+    processes = 1 if torch.accelerator.is_available() else 2  # each takes a device where there are any
+    fitted = fit(
+        model, train, evaluation=dev, out=tmp_path / "out", processes=processes, **FAST | {"precision": "fp32"}
+    )
+    assert fitted.facts["training"]["processes"] == processes
     manifest = fitted.artifact.manifest
     assert (manifest.task, manifest.options["labels"]) == ("token-classification", ["O", "B-ANIMAL", "B-PLACE"])
     assert (manifest.ledger[0]["metric"], manifest.ledger[0]["quality"]) == ("entity_f1", 100.0)

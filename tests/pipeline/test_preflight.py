@@ -37,6 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "questions": (tf.AutoModelForQuestionAnswering, {}),
     }
     found = {name: save_model(folder / name, "bert", head, **config) for name, (head, config) in heads.items()}
+    found["roberta"] = save_model(folder / "roberta", "roberta")
     (folder / "file.onnx").write_bytes(b"never opened")
     return {**found, "language": save_decoder(folder / "language"), "file": folder / "file.onnx", "module": Linear()}
 
@@ -55,12 +56,17 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "tags.conll": "the O\ncat B-ANIMAL\n",
     }.items():
         (tmp_path / name).write_text(content)
-    np.savez(tmp_path / "labelled.npz", input=np.ones((2, 4), np.float32), labels=np.array([0, 1]))
+    samples = np.arange(8, dtype=np.float32).reshape(2, 4)
+    np.savez(tmp_path / "labelled.npz", input=samples, labels=np.array([0, 1]))
+    np.savez(tmp_path / "some.npz", input=np.float32([[4, 5, 6, 7], [9, 9, 9, 9]]))
+    np.savez(tmp_path / "others.npz", input=samples + 100)
+    (tmp_path / "broken.npz").write_bytes(b"no arrays")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 GPTQ = {"int4-weights": {"method": "gptq"}}
+QDQ = {"precision": "int8-qdq"}
 PRUNED: dict[str, Any] = {"prune": {"ffn": 0.5}}
 
 
@@ -114,7 +120,23 @@ PRUNED: dict[str, Any] = {"prune": {"ffn": 0.5}}
         ("texts", {"file": "short.csv", "calibration": "other.txt"}, "1 texts of other.txt are in short.csv too"),
         ("texts", {"calibration": "plain.txt", "precision": "int8-dynamic"}, "Nothing .* calibration file plain.txt"),
         ("language", {"calibration": "plain.txt"}, "choose --precision int8, .*--pass-option int4-weights.method=gptq"),
+        (
+            "language",
+            {"file": "plain.txt", "calibration": "plain.txt", "passes": GPTQ},
+            "1 texts of plain.txt are in plain",
+        ),
+        (
+            "module",
+            {**QDQ, "file": "labelled.npz", "calibration": "some.npz"},
+            "1 samples are both in labelled.npz and in",
+        ),
+        ("module", {**QDQ, "file": "labelled.npz", "calibration": "broken.npz"}, "broken.npz cannot be read as arrays"),
+        # lengths
+        ("texts", {"max_length": 41}, "A maximum length of 41 was asked for; .* takes 1 to 40 tokens"),
+        ("roberta", {"max_length": 39}, "A maximum length of 39 was asked for; .* takes 1 to 38 tokens"),
+        ("language", {"max_length": 4097}, "A maximum length of 4097 was asked for; .* takes 1 to"),
         # pruning and distilling
+        ("texts", {**PRUNED, "distil": {"processes": 3}}, "batch_size is 32, which 3 processes cannot share evenly"),
         ("texts", {"prune": {"ffn": 1.0}}, "ffn is 1.0; it takes a share below 1.* or a whole number written without"),
         ("texts", {"prune": {"layers": 1, "multiple": 8}}, "multiple rounds how many channels"),
         ("module", {**PRUNED, "distil": {"epochs": 1}}, "`distil` goes with models that read text"),
@@ -154,6 +176,8 @@ def test_what_cannot_be_is_refused_before_the_export(
         ("tags", {"file": "plain.txt"}),
         ("language", {"task": "chat", "passes": GPTQ, "calibration": "plain.txt", "cache": "fp32"}),
         ("module", {"budget": "95", "file": "labelled.npz"}),
+        ("module", {**QDQ, "file": "labelled.npz", "calibration": "others.npz"}),
+        ("language", {"file": "plain.txt", "calibration": "fresh.txt", "passes": GPTQ}),
     ],
 )
 def test_what_can_be_is_not_refused(model: str, options: dict[str, Any], models: dict[str, Any], files: Path) -> None:
@@ -206,3 +230,24 @@ def test_the_command_line_says_it_in_one_sentence(
     assert shown.err.startswith("onnxpress: ")
     assert message in shown.err
     assert shown.err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 trains on CUDA")
+def test_training_that_this_machine_cannot_do(models: dict[str, Any], files: Path) -> None:
+    with pytest.raises(InputError, match="fp16 needs a CUDA device"):
+        onnxpress.build(models["texts"], out="out", target="cpu", **PRUNED, distil={"precision": "fp16"})
+    with pytest.raises(InputError, match="fp16 needs a CUDA device"):
+        fit_module.fit(models["texts"], "short.csv", out="out", target="cpu", autocast="fp16")
+    assert not Path("out").exists()
+
+
+def test_under_a_launcher_one_error_and_no_file(
+    models: dict[str, Any], files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = sorted(files.rglob("*"))
+    assert main(["build", str(models["texts"]), "--out", "out"]) == 2
+    assert "started in 2 processes by a launcher" in capsys.readouterr().err
+    assert main(["fit", str(models["texts"]), "--train", "short.csv", "--out", "out"]) == 2
+    assert "fit: --processes 2" in capsys.readouterr().err
+    assert sorted(files.rglob("*")) == before

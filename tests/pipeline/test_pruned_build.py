@@ -160,6 +160,11 @@ def test_a_budget_that_the_pruned_model_does_not_meet(tmp_path: Path) -> None:
         ({"prune": {}}, RecipeError, "nothing is to go; set ffn, heads or layers"),
         ({"prune": {"ffn": 0.5}, "distil": {"file": "nowhere.txt"}}, RecipeError, "nowhere.txt"),
         ({"prune": {"ffn": float("inf")}}, RecipeError, "prune: ffn is"),
+        (
+            {"prune": {"ffn": 0.5}, "distil": {"processes": 3}},
+            RecipeError,
+            "distil: batch_size is 32, which 3 processes cannot share evenly",
+        ),
         ({"prune": {"ffn": 1.5}}, RecipeError, "ffn is 1.5; it takes a share below 1"),
         (
             {"prune": {"ffn": 0.5}, "distil": {"checkpoints": "artifacts/x/c"}, "out": "artifacts/x"},
@@ -220,7 +225,8 @@ def test_from_the_command_line(
 ) -> None:
     arguments = ["build", str(classifier), "--out", str(tmp_path / "out"), "--no-measure", "--keep-all", "--json"]
     more = ["--prune", "ffn=0.5,layers=1", "--distil", str(texts), "--pass-option", "distil.epochs=1"]
-    assert main([*arguments, *more]) == 0
+    processes = [] if torch.accelerator.is_available() else ["--pass-option", "distil.processes=2"]
+    assert main([*arguments, *more, *processes]) == 0
     assert json.loads(capsys.readouterr().out)["path"] == str(tmp_path / "out")
     assert main([*arguments, "--prune", "half"]) == 2
     assert "is not of the form PART=SHARE" in capsys.readouterr().err
