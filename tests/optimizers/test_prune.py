@@ -513,6 +513,25 @@ def test_channels_of_experts_are_named(tmp_path: Path) -> None:
         pruned(graph, tmp_path, ffn=0.5)
 
 
+def test_channels_of_experts_in_one_operator_are_named(tmp_path: Path) -> None:
+    graph = small_graph(
+        """
+        s = MatMul (x, router) r = Reshape (s, rows)
+        y = com.microsoft.MoE <k = 1, activation_type = "silu"> (x, r, up, , down)
+        """,
+        weights={
+            "router": weight(WIDTH, 4),
+            "up": weight(4, WIDE, WIDTH),
+            "down": weight(4, WIDTH, WIDE),
+            "rows": np.array([-1, 4]),
+        },
+        opset=20,
+        ir_version=9,
+    )
+    with pytest.raises(RecipeError, match=r"nothing can go.*each token picks its own of 2 stacks"):
+        pruned(graph, tmp_path, ffn=0.5)
+
+
 def test_heads_without_attention(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="there is no attention whose heads could be told apart"):
         pruned(feed_forward("m = Gelu (g)"), tmp_path, heads=1)
