@@ -140,16 +140,14 @@ def _answer(
     form: ExpertsForm, module: Any, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """What the operator would answer for one token, (hidden,)."""
+    gate_up_all, gate_up_bias, down_all, down_bias = _parameters(module)
     found = torch.zeros_like(x)
     for number, weight in zip(index.tolist(), weights, strict=True):
-        gate_up, gate_up_bias, down, down_bias = (
-            0 if parameter is None else parameter[number] for parameter in _parameters(module)
-        )
-        if form.transposed:
-            gate_up, down = gate_up.T, down.T
-        both = gate_up @ x + gate_up_bias
+        gate_up, down = (part[number].T if form.transposed else part[number] for part in (gate_up_all, down_all))
+        both = gate_up @ x if gate_up_bias is None else gate_up @ x + gate_up_bias[number]
         gate, up = (both[0::2], both[1::2]) if form.interleaved else both.chunk(2)
-        found = found + weight * (down @ (torch.nn.functional.silu(gate) * up) + down_bias)
+        one = down @ (torch.nn.functional.silu(gate) * up)
+        found = found + weight * (one if down_bias is None else one + down_bias[number])
     return found
 
 
@@ -183,7 +181,7 @@ def _rearrange(value: ir.Value, *, turned: bool, halves: bool) -> None:
     experts, *shape = tensor.shape.numpy()
     shape = shape[::-1] if turned else shape
 
-    def read() -> ir.Tensor:
+    def read() -> ir.TensorProtocol:
         array = tensor.numpy()
         array = array.swapaxes(1, 2) if turned else array
         if halves:

@@ -4,8 +4,8 @@
 
 Decoding is bound by the bytes of the weights, a prompt by multiplications. One If holds the layers from the first such product to
 the last, twice; what comes before and after them, the embedding table and the output layer, is there once. Mixtures of experts are there
-once too, between one If and the next: ONNX Runtime would pack their weights for each branch anew. The int8 copies are what the
-blocks stand for, so that prompts and decoding see the same model but for the rounding of activations.
+once too, between one If and the next: while it opens a file, ONNX Runtime packs the weights of each branch anew. The int8 copies are what
+the blocks stand for, so that prompts and decoding see the same model but for the rounding of activations.
 
 The scale of an activation is one for all tokens of a step, as in int8-dynamic. Steps with padding read the blocks: attention leaves
 whatever was in memory there, which must not decide the scale.
