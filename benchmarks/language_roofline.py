@@ -4,7 +4,7 @@
 
 The roof is how fast this machine's threads read memory that no cache holds (numpy's maximum over 256 MiB, the best of 20). A step of
 decoding has to read every weight once (but for a table that only embeds, and is not the output layer too, and for a dual's int8 copies):
-bytes of the weights over the step's time is its bandwidth. ONNX Runtime's profiler then says
+bytes of the weights over the step's time is its bandwidth; of experts, those that one token has chosen. ONNX Runtime's profiler then says
 how the time is spent; it adds some.
 """
 
@@ -80,7 +80,13 @@ def bytes_of_a_step(artifact: Artifact) -> int:
         one.name: math.prod(one.dims) * np.dtype(onnx.helper.tensor_dtype_to_np_dtype(one.data_type)).itemsize
         for one in graph.initializer
     }
-    return sum(size for name, size in sizes.items() if name not in prompts_alone)
+    shares = {}
+    for node in graph.node:
+        if node.op_type in ("MoE", "QMoE"):
+            chosen = next(item.i for item in node.attribute if item.name == "k")
+            experts = next(one.dims[0] for one in graph.initializer if one.name == node.input[2])
+            shares.update(dict.fromkeys(node.input[2:], chosen / experts))
+    return round(sum(size * shares.get(name, 1) for name, size in sizes.items() if name not in prompts_alone))
 
 
 def read_bandwidth() -> float:

@@ -2,7 +2,8 @@
 
     python benchmarks/language_shapes.py --tokenizer FOLDER --out FOLDER
 
-Writes OUT/smollm2-135m and OUT/qwen2.5-0.5b, the shapes of these models' published configs, as transformers saves them. FOLDER
+Writes OUT/smollm2-135m and OUT/qwen2.5-0.5b, the shapes of these models' published configs, as transformers saves them, and
+OUT/olmoe-halved, OLMoE-1B-7B's with half of its widths, layers and experts. FOLDER
 holds any tokenizer of fewer tokens than theirs: benchmarks/train_language_model.py makes one.
 """
 
@@ -13,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 SHAPES: dict[str, tuple[Any, Any]] = {
     "smollm2-135m": (
@@ -44,6 +53,22 @@ SHAPES: dict[str, tuple[Any, Any]] = {
             max_position_embeddings=32768,
             rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
             tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+    ),
+    "olmoe-halved": (
+        OlmoeForCausalLM,
+        OlmoeConfig(
+            vocab_size=50304,
+            hidden_size=1024,
+            intermediate_size=512,
+            num_hidden_layers=8,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            num_experts=32,
+            num_experts_per_tok=8,
+            max_position_embeddings=4096,
             bos_token_id=0,
             eos_token_id=0,
         ),

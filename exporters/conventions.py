@@ -1,6 +1,6 @@
-"""Finds out by numbers how a decoder computes its norms, rotary embeddings, attention masks and caches.
+"""Finds out by numbers how a decoder computes its norms, rotary embeddings, attention masks, caches and experts.
 
-One forward pass with real numbers, in which every attention and every rotary embedding is recorded in the order of the
+One forward pass with real numbers, in which every attention, every rotary embedding and every mixture of experts is recorded in the order of the
 calls. Nothing is known by a model's name: what a function does is told by comparing what it answers with what
 ONNX Runtime's operator would. What fits no operator stays in the graph as the model computes it; only attention has to fit.
 """
@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from onnxpress.errors import ConversionError
 from onnxpress.exporters.attention import attention_implementation
+from onnxpress.exporters.experts import ExpertsForm, recorded_experts
 
 _NAME = "onnxpress_recorder"
 _LENGTH = 9  # tokens of the recorded forward pass
@@ -71,7 +72,7 @@ class Conventions:
     """What was found out.
 
     attentions and rotaries: in the order of the calls; None for a rotary embedding that fits no operator. tables: (cosines,
-    sines), float32 (positions, width / 2) each. norms: by module. positions: the longest context; fewer than were asked
+    sines), float32 (positions, width / 2) each. norms: by module. experts: by module, None where they fit no operator. positions: the longest context; fewer than were asked
     for where the rotary embeddings of the first tokens change with the length of the text.
     """
 
@@ -79,6 +80,7 @@ class Conventions:
     rotaries: tuple[RotaryCall | None, ...]
     tables: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     norms: dict[torch.nn.Module, Norm]
+    experts: dict[torch.nn.Module, ExpertsForm | None]
     positions: int
 
 
@@ -90,12 +92,14 @@ def learn(model: PreTrainedModel, *, positions: int) -> Conventions:
     recorder = _Recorder(model, positions)
     AttentionInterface.register(_NAME, recorder.attention)
     AttentionMaskInterface.register(_NAME, recorder.mask)
+    experts: dict[torch.nn.Module, ExpertsForm | None] = {}
     ids = torch.arange(2 * _LENGTH).reshape(2, _LENGTH) % min(64, int(model.config.get_text_config().vocab_size))
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(attention_implementation(model, _NAME))
         stack.enter_context(rotary_functions(model, recorder.rotary))
         stack.enter_context(rotary_modules(model, recorder.source))
+        stack.enter_context(recorded_experts(model, experts))
         model(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -111,6 +115,7 @@ def learn(model: PreTrainedModel, *, positions: int) -> Conventions:
         rotaries=tuple(recorder.rotaries),
         tables=tuple((cos[: recorder.stable].clone(), sin[: recorder.stable].clone()) for cos, sin in recorder.tables),
         norms=_norms(model),
+        experts=experts,
         positions=recorder.stable,
     )
 

@@ -46,33 +46,68 @@ def trace(
     )
     try:
         with quiet(), torch.no_grad():
-            # The modules take *inputs, which torch.export sees as one argument that is a tuple.
-            with redirect_stderr(io.StringIO()):  # a graph that cannot be traced is printed there, and raised
-                program = torch.export.export(
-                    module,
-                    tuple(example.values()),
-                    dynamic_shapes=(dynamic,),
-                    strict=False,
-                    # Ranges that are given are not up to the tracer, which in torch 2.11 doubts even that 8 n <= 16 n.
-                    prefer_deferred_runtime_asserts_over_guards=axes is not None,
-                )
-            translated = torch.onnx.export(
-                program,
-                dynamo=True,
-                input_names=list(example),
-                output_names=list(outputs),
-                opset_version=OPSET,
-                optimize=False,
-                verbose=False,
-            )
-            assert translated is not None
-            clean(translated.model, inputs=shapes, prefix=prefix)
+            program = _exported(module, example, dynamic, given=axes is not None)
             ranges = _ranges(program, shapes) if axes is None else axes
+            try:
+                _spare_decomposition(program)
+                model = _translated(program, example, outputs)
+            except torch.onnx.OnnxExporterError:  # something in it has to be taken apart first
+                program = _exported(module, example, dynamic, given=axes is not None)
+                model = _translated(program, example, outputs)
+            clean(model, inputs=shapes, prefix=prefix)
     except ConversionError:
         raise
     except Exception as error:  # torch.export raises errors of every kind, and so do models while they are traced
         raise ConversionError(f"{name} does not convert to ONNX: {_first_lines(error)}") from error
-    return translated.model, ranges
+    return model, ranges
+
+
+def _exported(
+    module: torch.nn.Module, example: Mapping[str, torch.Tensor], dynamic: tuple[Any, ...], *, given: bool
+) -> ExportedProgram:
+    """given: the ranges of axes are not up to the tracer, which in torch 2.11 doubts even that 8 n <= 16 n."""
+    with redirect_stderr(io.StringIO()):  # a graph that cannot be traced is printed there, and raised
+        # The modules take *inputs, which torch.export sees as one argument that is a tuple.
+        return torch.export.export(
+            module,
+            tuple(example.values()),
+            dynamic_shapes=(dynamic,),
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=given,
+        )
+
+
+def _spare_decomposition(program: ExportedProgram) -> None:
+    """Let a program stay as it was traced where the translation knows all of its operators.
+
+    torch.onnx takes each program apart first, which traces it once more with symbolic shapes: half of the time of an export. In
+    transformers' models that changes no more than what casts and bitwise operators are called.
+    """
+    if any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in program.graph.nodes):
+        return  # writes in place are left to torch
+    program.graph.eliminate_dead_code()
+    for node in program.graph.nodes:
+        if getattr(node.target, "overloadpacket", None) is torch.ops.aten.to:
+            node.args, node.kwargs = node.args[:1], {"dtype": node.meta["val"].dtype}
+            node.target = torch.ops.aten._to_copy.default
+        elif node.target is torch.ops.aten.__and__.Tensor:
+            node.target = torch.ops.aten.bitwise_and.Tensor
+    program.graph_module.recompile()
+    program.run_decompositions = lambda *_, **__: program
+
+
+def _translated(program: ExportedProgram, example: Mapping[str, torch.Tensor], outputs: Sequence[str]) -> ir.Model:
+    translated = torch.onnx.export(
+        program,
+        dynamo=True,
+        input_names=list(example),
+        output_names=list(outputs),
+        opset_version=OPSET,
+        optimize=False,
+        verbose=False,
+    )
+    assert translated is not None
+    return translated.model
 
 
 def tensor_spec(value: ir.Value, *, bounds: tuple[int, int] | None = None) -> TensorSpec:

@@ -35,6 +35,7 @@ from onnxpress.errors import ConversionError, SourceError
 from onnxpress.exporters.adapter import merge_adapter
 from onnxpress.exporters.conventions import Conventions, learn, replaced_forwards
 from onnxpress.exporters.decoder_operators import Step, add_cache, decoder_operators
+from onnxpress.exporters.experts import arrange_experts, emitted_experts
 from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.tasks import Task
 from onnxpress.exporters.tokenizer import read_tokenizer
@@ -42,8 +43,6 @@ from onnxpress.exporters.trace import LARGEST_AXIS, LARGEST_BATCH, tensor_spec, 
 from onnxpress.exporters.transformers_model import TextExport, load_model, position_limit, refuse_longer
 from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Json, Signature
-
-_EXPORTED_EXPERTS = "batched_mm"  # the one form of a mixture of experts whose shapes do not hang on the routing
 
 
 def export_decoder(
@@ -103,7 +102,7 @@ def export_decoder(
         reference=DecoderReference(model),
         options=options,
         tokenizer=tokenizer,
-        notes=(*notes, *_summary(conventions), *tokenizer.notes),
+        notes=(*notes, *_summary(conventions, uniform_steps=uniform_steps), *tokenizer.notes),
     )
 
 
@@ -142,6 +141,7 @@ def export_causal_lm(
             wrapped, example, shapes=shapes, axes=axes, outputs=outputs, prefix="model.", name=type(model).__name__
         )
     add_cache(ir_model, conventions)
+    arrange_experts(ir_model)
     ir_model.graph.opset_imports.setdefault("com.microsoft", 1)
     vocabulary = int(model.config.get_text_config().vocab_size)
     bounds = {
@@ -199,7 +199,9 @@ class CausalModel(torch.nn.Module):
         with ExitStack() as stack:
             stack.enter_context(decoder_operators(self.model, self._conventions, self._current))
             stack.enter_context(replaced_forwards({self._head[0]: self._logits}))
-            stack.enter_context(experts_implementation(self.model, _EXPORTED_EXPERTS))
+            # CUDA's operator for experts has not been tried.
+            forms = {} if self._uniform_steps else self._conventions.experts
+            stack.enter_context(emitted_experts(self.model, forms))
             yield
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -291,20 +293,6 @@ class DecoderReference:
         return found
 
 
-@contextmanager
-def experts_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Switch how a model computes its mixture of experts, and back; models without one are left alone."""
-    before = getattr(model.config, "_experts_implementation", None)
-    if before is None or not model._can_set_experts_implementation():
-        yield
-        return
-    model.set_experts_implementation(name)
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(before)
-
-
 def _special_tokens(folder: Path, model: PreTrainedModel) -> dict[str, Json]:
     """bos_token_id, and eos_token_ids: whichever of them ends an answer."""
     generation = model.generation_config or GenerationConfig.from_model_config(model.config)
@@ -317,7 +305,7 @@ def _special_tokens(folder: Path, model: PreTrainedModel) -> dict[str, Json]:
     }
 
 
-def _summary(conventions: Conventions) -> tuple[str, ...]:
+def _summary(conventions: Conventions, *, uniform_steps: bool) -> tuple[str, ...]:
     fused = sum(call is not None for call in conventions.rotaries)
     windows = sorted({call.window for call in conventions.attentions if call.window is not None})
     sentence = (
@@ -325,8 +313,19 @@ def _summary(conventions: Conventions) -> tuple[str, ...]:
         f"{len(conventions.norms)} SimplifiedLayerNormalization emitted"
     )
     left = len(conventions.rotaries) - fused
+    mixtures = len(conventions.experts)
+    as_operator = 0 if uniform_steps else sum(form is not None for form in conventions.experts.values())
     return (
         sentence,
+        *((f"{as_operator} mixtures of experts as MoE",) if as_operator else ()),
+        *(
+            (
+                f"{mixtures - as_operator} mixtures of experts fit no operator here: the weights of every token's experts are copied, "
+                "which is slow, and they stay in floating point",
+            )
+            if mixtures > as_operator
+            else ()
+        ),
         *((f"{left} rotary embeddings fit no operator and stay as the model computes them",) if left else ()),
         *((f"sliding windows of {', '.join(map(str, windows))} tokens",) if windows else ()),
     )

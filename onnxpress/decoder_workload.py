@@ -146,12 +146,15 @@ class DecoderWorkload:
         return np.unique(np.linspace(0, len(window) - 2, count).round().astype(np.int64))
 
     def _perplexity(self, answers: Answers) -> float:
-        logits = np.concatenate([answer["logits"] for answer in answers]).astype(np.float64)
-        if not np.isfinite(logits).all():
-            return float("inf")
-        top = logits.max(-1)
-        total = top + np.log(np.exp(logits - top[:, None]).sum(-1))
-        return float(np.exp(np.mean(total - logits[np.arange(len(logits)), self._next])))
+        losses, start = [], 0
+        for answer in answers:  # one at a time: all of them in float64 would be several times the memory
+            logits = answer["logits"].astype(np.float64)
+            if not np.isfinite(logits).all():
+                return float("inf")
+            wanted = self._next[start : start + len(logits)]
+            losses.append(-metrics.log_softmax(logits)[np.arange(len(logits)), wanted])
+            start += len(logits)
+        return float(np.exp(np.mean(np.concatenate(losses))))
 
     def _feeds(
         self, rows: list[list[int]], asked: list[np.ndarray], runnable: Runnable | None = None, past: int = 0

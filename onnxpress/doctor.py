@@ -5,13 +5,13 @@ Providers are tried, not asked for: ONNX Runtime lists CUDA and TensorRT on mach
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from typing import Any
 
 from onnxpress import machine
 from onnxpress.errors import OnnxpressError
 from onnxpress.runtime.providers import PROVIDERS, check_provider
+from onnxpress.runtime.wheel import version_of
 
 _PACKAGES = (
     "onnxpress",
@@ -29,7 +29,7 @@ _PACKAGES = (
 
 def examine() -> dict[str, Any]:
     """All findings; `problems` lists what has to be mended, `lines` is the text for a person."""
-    versions = {name: version for name in _PACKAGES if (version := _version(name)) is not None}
+    versions = {name: version for name in _PACKAGES if (version := version_of(name)) is not None}
     providers: dict[str, str] = {}
     for name in PROVIDERS:
         try:
@@ -55,10 +55,3 @@ def examine() -> dict[str, Any]:
         lines.append(f"memory: {facts['memory_bytes'] / 2**30:.1f} GiB")
     lines += [f"PROBLEM: {problem}" for problem in problems] or ["no problems found"]
     return {"versions": versions, "providers": providers, "machine": facts, "problems": problems, "lines": lines}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

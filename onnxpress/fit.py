@@ -47,8 +47,8 @@ from onnxpress.manifest import Json
 from onnxpress.optimizers.linear_head import fit_linear_head
 from onnxpress.optimizers.processes import check_alone
 from onnxpress.optimizers.training import Batch, ComputeLoss, Item, TrainingOptions, train
-from onnxpress.pipeline import build, with_options
-from onnxpress.recipe import make_recipe
+from onnxpress.pipeline import build
+from onnxpress.recipe import make_recipe, with_options
 from onnxpress.runtime.embedder import Embedder
 from onnxpress.runtime.loading import RUNNERS
 from onnxpress.runtime.text_runner import TextRunner

@@ -7,8 +7,8 @@ import platform
 from pathlib import Path
 
 from onnxpress.manifest import Json
+from onnxpress.runtime.providers import usable_cores
 from onnxpress.runtime.saturation import products_saturate
-from onnxpress.runtime.session import usable_cores
 
 _INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")
 

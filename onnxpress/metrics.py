@@ -45,9 +45,9 @@ def choice_metrics(reference: Answers, candidate: Answers, output: str) -> dict[
         finite = np.isfinite(second).all(axis=-1)
         agreed.append((first.argmax(-1) == second.argmax(-1)) & finite)
         with np.errstate(all="ignore"):
-            logs = _log_softmax(first)
+            logs = log_softmax(first)
             shares = np.exp(logs)
-            divergence = np.where(shares > 0, shares * (logs - _log_softmax(second)), 0).sum(-1)
+            divergence = np.where(shares > 0, shares * (logs - log_softmax(second)), 0).sum(-1)
             differences.append(np.where(np.isfinite(second), np.abs(first - second), np.inf).max(initial=0.0))
         divergences.append(np.where(finite, divergence, np.inf))
     return {
@@ -184,7 +184,8 @@ def _cosine(one: Array, other: Array) -> float:
     return float(one @ other) / norms
 
 
-def _log_softmax(logits: Array) -> Array:
+def log_softmax(logits: Array) -> Array:
+    """Logarithms of the probabilities, over the last axis."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     result: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result

@@ -35,18 +35,8 @@ DESCRIPTION, SCHEMA_VERSION = "bundle.json", 1
 SIGNATURE, SIGNATURE_DIGEST = "model.sig", "model.sig.sha256"  # these two cannot be in what is signed
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 _WORDS = {
-    "name",
-    "target",
-    "task",
-    "precision",
-    "system",
-    "machine",
-    "providers",
-    "threads",
-    "requires",
-    "budget",
-    "chunks",
-}
+    "name", "target", "task", "precision", "system", "machine", "providers", "threads", "requires", "budget", "chunks",
+}  # fmt: skip
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 _TIMED_SECONDS, _TIMED_CALLS = 2.0, 50
 
@@ -70,10 +60,12 @@ def read_description(folder: Path) -> dict[str, Any]:
     try:
         text = path.read_bytes()
         description: dict[str, Any] = json.loads(text)
-        whole = isinstance(description, dict) and canonical(description).encode() == text
-        whole = whole and isinstance(description["files"], dict)
         whole = (
-            whole and f"{description['artifact']}/manifest.json" in description["files"] and set(description) >= _WORDS
+            isinstance(description, dict)
+            and canonical(description).encode() == text
+            and isinstance(description["files"], dict)
+            and f"{description['artifact']}/manifest.json" in description["files"]
+            and set(description) >= _WORDS
         )
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror or error}. Copy the bundle again.") from None
@@ -303,9 +295,8 @@ def open_artifact(folder: Path, description: dict[str, Any], key: str | None = N
     except ImportError as error:
         raise _missing(error, description) from None
     sys.dont_write_bytecode = True
-    sys.pycache_prefix = str(
-        folder / "no-bytecode"
-    )  # bytecode that lies in the bundle was not compared: it is not read
+    # Bytecode that lies in the bundle was not compared: it is not read.
+    sys.pycache_prefix = str(folder / "no-bytecode")
     library = str(folder / "lib")
     if library not in sys.path:
         sys.path.insert(0, library)

@@ -331,6 +331,36 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
     return recipe
 
 
+def with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
+    """A recipe with some of its keys set, as `build` takes them. Raises RecipeError."""
+    content = recipe.model_dump(exclude_unset=True)
+    sections = {
+        "model": set(ModelSection.model_fields),
+        "build": set(BuildSection.model_fields),
+        "quality": set(QualitySection.model_fields),
+    }
+    for key, value in options.items():
+        if value is None:
+            continue
+        if key in ("prune", "distil"):
+            if not isinstance(value, Mapping):
+                raise RecipeError(f"{key} is {value!r}; it takes a dict, the keys of the recipe's [{key}].")
+            content[key] = (content.get(key) or {}) | dict(value)
+            continue
+        if key == "passes":
+            before = content.get("passes", {})
+            if not isinstance(value, Mapping) or not all(isinstance(given, Mapping) for given in value.values()):
+                raise RecipeError(f"passes is {value!r}; it takes the options of each pass by its name.")
+            content["passes"] = before | {name: before.get(name, {}) | dict(given) for name, given in value.items()}
+            continue
+        section = next((name for name, keys in sections.items() if key in keys), None)
+        if section is None or key == "source":
+            allowed = sorted(set().union(*sections.values()) - {"source"} | {"passes", "prune", "distil"})
+            raise RecipeError(f"Unknown option {key!r}; the options are: {', '.join(allowed)}.")
+        content.setdefault(section, {})[key] = list(value) if isinstance(value, tuple) else value
+    return make_recipe(content)
+
+
 def _check_columns(where: str, columns: Mapping[str, str | int], *files: str | None) -> None:
     """Raises RecipeError where columns are named and no file has any."""
     if columns and not any(Path(file).suffix in TABLES for file in files if file is not None):

@@ -5,7 +5,8 @@
 Weights are symmetric 8-bit integers with one scale an output channel; activations are uint8 with one scale and zero
 point for the tensor, measured on calibration inputs, so an answer does not depend on what else is in its batch. Layers that
 read one tensor share its QuantizeLinear. Embedding tables become GatherBlockQuantized, and an output layer that
-shares its weight with such a table reads the same bytes through MatMulNBits.
+shares its weight with such a table reads the same bytes through MatMulNBits. Experts become QMoE with weights in blocks (experts.py),
+whose kernel finds the scales of its activations itself.
 
 Not for convolutions, and not for weights without calibration data: `int8-dynamic` needs none.
 """
@@ -21,8 +22,9 @@ from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.calibrated_range import PERCENTILE, check_method, chosen_range
+from onnxpress.optimizers.experts import quantize_experts, routers
 from onnxpress.optimizers.linear import Linear, add_constant, drop_unused_constants, linears, replace, unused_name
-from onnxpress.optimizers.rounding import activation_uint8, per_channel_8bit, rounded_uint8
+from onnxpress.optimizers.rounding import activation_uint8, blocks, per_channel_8bit, rounded_uint8
 from onnxpress.optimizers.smooth import check_smooth, smooth_norms
 from onnxpress.optimizers.weights import quantize_embeddings
 
@@ -48,7 +50,7 @@ class Int8:
         check_smooth(self.name, self.smooth)
 
     def apply(self, graph: Graph, context: PassContext) -> PassResult:
-        """Quantize every linear layer and embedding table but those in `context.keep`.
+        """Quantize every linear layer, embedding table and mixture of experts but those in `context.keep`.
 
         Raises RecipeError when the context has no calibration data.
         """
@@ -59,10 +61,11 @@ class Int8:
             )
         smoothed = smooth_norms(graph, context.observe, self.smooth) if self.smooth else ()
         tied, touched = quantize_embeddings(graph, bits=8, preferred_block=128, keep=context.keep)
+        kept = context.keep | routers(graph)
         layers = [
             layer
             for layer in linears(graph)
-            if layer.name not in context.keep
+            if layer.name not in kept
             and layer.weight.const_value is not None
             and layer.weight.const_value.size >= self.minimum_elements
         ]
@@ -74,11 +77,14 @@ class Int8:
             if name not in quantized:
                 quantized[name] = _quantize_activation(graph, layer.x, *ranges[name])
             _quantize_layer(graph, layer, quantized[name], limit=context.target.qdq.weight_limit)
+        experts = quantize_experts(graph, blocks, bits=8, preferred_block=128, keep=context.keep)
         drop_unused_constants(graph)
         graph.model.graph.opset_imports.setdefault("com.microsoft", 1)
-        touched += tuple(layer.name for layer in layers)
+        touched += (*(layer.name for layer in layers), *experts.touched)
         notes = (f"{len(layers)} linear layers, {len(quantized)} activation scales, {tied.tables} embedding tables",)
-        return PassResult(graph=graph, changes=len(touched), notes=notes + tied.notes + smoothed, touched=touched)
+        return PassResult(
+            graph=graph, changes=len(touched), notes=notes + tied.notes + experts.notes + smoothed, touched=touched
+        )
 
     def _ranges(self, graph: Graph, names: list[str], context: PassContext) -> dict[str, tuple[float, float]]:
         """What the integers of each activation cover."""

@@ -1,6 +1,7 @@
 """int8 linear layers whose activation scale is found anew at each call, and int8 embedding tables.
 
-    y = MatMul(x, w) + b   →   y = DynamicQuantizeMatMul(x, w8, scales, zero_points, b)
+    y = MatMul(x, w) + b     →   y = DynamicQuantizeMatMul(x, w8, scales, zero_points, b)
+    y = MoE(x, routing, …)   →   y = QMoE(x, routing, blocks, scales, …)      (experts.py)
 
 Needs no calibration data. The scale is one for the whole tensor, so an answer moves with its batch-mates: the gate
 measures how far. In a language model's step whose rows have unequal numbers of new tokens, attention leaves whatever was in memory at the
@@ -17,8 +18,9 @@ import onnx_ir as ir
 
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
+from onnxpress.optimizers.experts import quantize_experts, routers
 from onnxpress.optimizers.linear import add_constant, drop_unused_constants, linears, replace, unused_name
-from onnxpress.optimizers.rounding import per_channel_8bit
+from onnxpress.optimizers.rounding import blocks, per_channel_8bit
 from onnxpress.optimizers.weights import quantize_embeddings
 
 
@@ -32,12 +34,13 @@ class Int8Dynamic:
     minimum_elements: int = 1024
 
     def apply(self, graph: Graph, context: PassContext) -> PassResult:
-        """Quantize every linear layer and embedding table but those in `context.keep`."""
+        """Quantize every linear layer, embedding table and mixture of experts but those in `context.keep`."""
         tied, touched = quantize_embeddings(graph, bits=8, preferred_block=128, keep=context.keep)
         count = 0
+        routing = routers(graph)
         for layer in linears(graph):
             tensor = layer.weight.const_value
-            if layer.name in context.keep or tensor is None or tensor.size < self.minimum_elements:
+            if layer.name in context.keep | routing or tensor is None or tensor.size < self.minimum_elements:
                 continue
             limit = context.target.qdq.weight_limit
             integers, scales, zero_points = per_channel_8bit(layer.weight_array(), limit=limit)
@@ -52,11 +55,13 @@ class Int8Dynamic:
             replace(graph, layer, [ir.node("DynamicQuantizeMatMul", inputs, domain="com.microsoft", name=layer.name)])
             touched += (layer.name,)
             count += 1
+        experts = quantize_experts(graph, blocks, bits=8, preferred_block=128, keep=context.keep)
+        touched += experts.touched
         _zero_padding(graph)
         drop_unused_constants(graph)
         graph.model.graph.opset_imports.setdefault("com.microsoft", 1)
         notes = (f"{count} linear layers, {tied.tables} embedding tables",)
-        return PassResult(graph=graph, changes=len(touched), notes=notes + tied.notes, touched=touched)
+        return PassResult(graph=graph, changes=len(touched), notes=notes + tied.notes + experts.notes, touched=touched)
 
 
 def _zero_padding(graph: Graph) -> None:

@@ -3,8 +3,9 @@
     y = MatMulNBits(x, blocks)   →   y = If(the step has many tokens; DynamicQuantizeMatMul(x, w8), MatMulNBits(x, blocks))
 
 Decoding is bound by the bytes of the weights, a prompt by multiplications. One If holds the layers from the first such product to
-the last, twice; what comes before and after them, the embedding table and the output layer, is there once. The int8 copies are what the
-blocks stand for, so that prompts and decoding see the same model but for the rounding of activations.
+the last, twice; what comes before and after them, the embedding table and the output layer, is there once. Mixtures of experts are there
+once too, between one If and the next: while it opens a file, ONNX Runtime packs the weights of each branch anew. The int8 copies are what
+the blocks stand for, so that prompts and decoding see the same model but for the rounding of activations.
 
 The scale of an activation is one for all tokens of a step, as in int8-dynamic. Steps with padding read the blocks: attention leaves
 whatever was in memory there, which must not decide the scale.
@@ -12,6 +13,7 @@ whatever was in memory there, which must not decide the scale.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -28,6 +30,7 @@ from onnxpress.optimizers.rounding import Blocks, Float, per_channel_8bit, unpac
 
 # Of weights: two products with 8 unsigned bits fit into 16. Session's switch for CPUs without VNNI does not reach into an If.
 _LIMIT = 63
+_MIXTURES = ("MoE", "QMoE")
 _TOKENS, _LENGTHS, _ANSWERS = "input_ids", "lengths", "logit_indices"  # inputs of language models
 
 
@@ -59,25 +62,20 @@ class Int8Prompts:
         chosen = [node for node in products if node.name not in context.keep]
         if not chosen:
             return PassResult(graph=graph, changes=0)
-        region = nodes[nodes.index(products[0]) : nodes.index(products[-1]) + 1]
-        if answering & set(region):
-            raise RecipeError(f"The pass {self.name} does not suit this graph: layers follow on the choice of answers.")
-        if any(item.type == ir.AttributeType.GRAPH for node in region for item in node.attributes.values()):
-            raise RecipeError(f"The pass {self.name} does not suit this graph: its layers hold graphs of their own.")
-        int8 = {node: _int8(graph, node) for node in chosen}
-        outputs = [value for node in region for value in node.outputs if _leaves(value, region)]
-        many = _branch(region, outputs, "many", int8)
-        few = _branch(region, outputs, "few", {})
+        regions = _regions(nodes, products, chosen)
+        for node in (node for region in regions for node in region):
+            if node in answering:
+                raise RecipeError(
+                    f"The pass {self.name} does not suit this graph: layers follow on the choice of answers."
+                )
+            if any(item.type == ir.AttributeType.GRAPH for item in node.attributes.values()):
+                raise RecipeError(
+                    f"The pass {self.name} does not suit this graph: its layers hold graphs of their own."
+                )
         steps = self._has_many_tokens(graph, inputs[_TOKENS], inputs[_LENGTHS])
-        choice = ir.node(
-            "If", steps[-1].outputs, {"then_branch": many, "else_branch": few}, num_outputs=len(outputs), name="layers"
-        )
-        body.insert_before(region[0], [*steps, choice])
-        for old, new in zip(outputs, choice.outputs, strict=True):
-            name, new.shape, new.type = old.name, old.shape, old.type
-            replace_value(graph, old, new)
-            old.name, new.name = f"{name}_before", name
-        body.remove(list(reversed(region)), safe=True)
+        body.insert_before(regions[0][0], steps)
+        for number, region in enumerate(regions):
+            _choose(graph, region, chosen, steps[-1].outputs[0], name=f"layers_{number}" if number else "layers")
         notes = (f"{len(chosen)} of {len(products)} products in int8 from {self.from_tokens} tokens a step on",)
         touched = tuple(str(node.name) for node in chosen)
         return PassResult(graph=graph, changes=len(chosen), notes=notes, touched=touched, kept_as="in blocks")
@@ -96,6 +94,40 @@ class Int8Prompts:
             node.name = f"step_{node.op_type.lower()}"
             node.outputs[0].name = unused_name(graph.model.graph, node.name)
         return nodes
+
+
+def _regions(
+    nodes: Sequence[ir.Node], products: Sequence[ir.Node], chosen: Sequence[ir.Node]
+) -> list[Sequence[ir.Node]]:
+    """The nodes from the first product to the last, between two mixtures of experts, where some of them are chosen."""
+    places = {node: place for place, node in enumerate(nodes)}
+    mixtures = [places[node] for node in nodes if node.op_type in _MIXTURES and node.domain == "com.microsoft"]
+    found: list[Sequence[ir.Node]] = []
+    for start, end in itertools.pairwise((-1, *mixtures, len(nodes))):
+        within = [places[node] for node in products if start < places[node] < end]
+        if any(start < places[node] < end for node in chosen):
+            found.append(nodes[within[0] : within[-1] + 1])
+    return found
+
+
+def _choose(
+    graph: Graph, region: Sequence[ir.Node], chosen: Sequence[ir.Node], condition: ir.Value, *, name: str
+) -> None:
+    """Put an If in the place of nodes: with the chosen products in int8, or as they are."""
+    body = graph.model.graph
+    int8 = {node: _int8(graph, node) for node in region if node in chosen}
+    outputs = [value for node in region for value in node.outputs if _leaves(value, region)]
+    branches = {
+        "then_branch": _branch(region, outputs, "many", int8),
+        "else_branch": _branch(region, outputs, "few", {}),
+    }
+    choice = ir.node("If", [condition], branches, num_outputs=len(outputs), name=name)
+    body.insert_before(region[0], choice)
+    for old, new in zip(outputs, choice.outputs, strict=True):
+        before, new.shape, new.type = old.name, old.shape, old.type
+        replace_value(graph, old, new)
+        old.name, new.name = f"{before}_before", before
+    body.remove(list(reversed(region)), safe=True)
 
 
 def _int8(graph: Graph, node: ir.Node) -> list[ir.Value | None]:

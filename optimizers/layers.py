@@ -17,9 +17,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxpress.graph import Graph
+from onnxpress.optimizers.dependencies import attention_heads
 from onnxpress.optimizers.linear import drop_unused_constants, replace_value
 from onnxpress.optimizers.matching import dimension, rank
-from onnxpress.optimizers.slicing import attention_heads
 
 
 @dataclass(frozen=True, kw_only=True)

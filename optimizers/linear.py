@@ -101,6 +101,29 @@ def add_constant(graph: Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
     return value
 
 
+def replace_constant(graph: Graph, node: ir.Node, place: int, array: npt.NDArray[np.generic]) -> ir.Value:
+    """Let one input of a node be another constant, under the old name where nothing else reads the old one."""
+    value = node.inputs[place]
+    assert value is not None
+    name = str(value.name)
+    if value.is_initializer() and len(value.uses()) == 1:
+        del graph.model.graph.initializers[name]
+        value.name = None
+    new = add_constant(graph, name, np.ascontiguousarray(array))
+    node.replace_input_with(place, new)
+    return new
+
+
+def replace_everywhere(graph: Graph, value: ir.Value, array: npt.NDArray[np.generic]) -> None:
+    """Let a constant be another one wherever it is read, under the same name."""
+    if value.is_initializer():
+        value.const_value = ir.tensor(np.ascontiguousarray(array), name=value.name)
+        value.shape = ir.Shape(array.shape)
+    else:
+        new = add_constant(graph, str(value.name), np.ascontiguousarray(array))
+        ir.convenience.replace_all_uses_with(value, new)
+
+
 def unused_name(body: ir.Graph, wanted: str) -> str:
     """A name that no value of a graph has: the wanted one, or that with a number."""
     taken = {value.name for node in body.all_nodes() for value in node.outputs}

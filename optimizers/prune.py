@@ -25,21 +25,14 @@ from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Signature, TensorSpec
 from onnxpress.optimizers.base import Stream
+from onnxpress.optimizers.dependencies import Group, NotFollowedError, attention_heads, follow, follow_heads
+from onnxpress.optimizers.experts import mixtures
 from onnxpress.optimizers.heads import swap_last_axes
 from onnxpress.optimizers.layers import drop_layers, find_layers
-from onnxpress.optimizers.linear import Linear, drop_unused_constants, linears
+from onnxpress.optimizers.linear import Linear, drop_unused_constants, linears, replace_constant, replace_everywhere
 from onnxpress.optimizers.matching import constant, dimension, rank
 from onnxpress.optimizers.rounding import Float
-from onnxpress.optimizers.slicing import (
-    Group,
-    NotFollowedError,
-    attention_heads,
-    cut,
-    follow,
-    follow_heads,
-    replace_constant,
-    replace_everywhere,
-)
+from onnxpress.optimizers.slicing import cut
 from onnxpress.pruned import Change, Heads, LostHeads, Pruned
 
 Wide = npt.NDArray[np.float64]
@@ -316,8 +309,10 @@ def _places(graph: Graph, options: PruneOptions) -> tuple[list[_Place], list[str
         picked = [
             node for node in graph.model.graph if node.op_type in ("Gather", "GatherND") and _is_stack(node.inputs[0])
         ]
-        if picked:
-            left.append(f"channels of experts stay whole: each token picks its own of {len(picked)} stacks of weights")
+        mixed = sum(len([value for value in node.inputs if _is_stack(value)]) for node in mixtures(graph))
+        if picked or mixed:
+            stacks = len(picked) + mixed
+            left.append(f"channels of experts stay whole: each token picks its own of {stacks} stacks of weights")
     named = any(place.kind == "heads" for place in found) or any(note.startswith("heads") for note in left)
     if options.heads and not named:
         left.append("heads stay whole: there is no attention whose heads could be told apart")

@@ -26,6 +26,7 @@ from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.bias_correction import correct_biases
 from onnxpress.optimizers.calibrated_range import PERCENTILE, Numbers, check_method, chosen_range
+from onnxpress.optimizers.experts import mixtures, routers
 from onnxpress.optimizers.linear import add_constant, attribute, drop_unused_constants, replace_value, unused_name
 from onnxpress.optimizers.matching import body_nodes, constant, dimension, insert, rank
 from onnxpress.optimizers.opset import raise_opset
@@ -85,6 +86,10 @@ def _quantize(options: Int8Qdq, graph: Graph, context: PassContext, form: QdqFor
         )
     raise_opset(graph, 19 if form.activations == _FP8 else 13)
     notes: tuple[str, ...] = ()
+    if mixed := len(list(mixtures(graph))):
+        notes += (
+            f"{mixed} mixtures of experts stay in float; int8-dynamic and the precisions of weights quantize them",
+        )
     if form.chained:
         _pool_instead_of_means(graph)
     plan = _plan(graph, context, form)
@@ -111,7 +116,7 @@ def _quantize(options: Int8Qdq, graph: Graph, context: PassContext, form: QdqFor
 
 
 def _plan(graph: Graph, context: PassContext, form: QdqForm) -> Plan:
-    return (plan_chained if form.chained else plan_inputs)(graph, context.keep)
+    return (plan_chained if form.chained else plan_inputs)(graph, context.keep | routers(graph))
 
 
 def _outputs(copy: Graph, plan: Plan) -> dict[ir.Node, ir.Value]:

@@ -16,9 +16,8 @@ import numpy as np
 from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
-from onnxpress.optimizers.linear import linears
+from onnxpress.optimizers.linear import linears, replace_constant
 from onnxpress.optimizers.rounding import Float
-from onnxpress.optimizers.slicing import replace_constant
 from onnxpress.optimizers.targets import Target
 
 _DAMPING = 0.01  # of the mean energy, added to every input's: keeps inverses finite

@@ -2,6 +2,7 @@
 
     y = MatMul(x, w) + b     →   y = MatMulNBits(x, blocks, scales, b)
     y = Gather(table, ids)   →   y = GatherBlockQuantized(blocks, ids, scales)
+    y = MoE(x, routing, …)   →   y = QMoE(x, routing, blocks, scales, …)      (experts.py)
 
 A table that is also an output layer's weight (tied weights) is stored once and read by both. The block size is the
 largest power of two, up to the preferred one, that divides the input width. accuracy_level 4 lets the kernel
@@ -9,7 +10,7 @@ multiply in int8, which is 4 times faster on CPUs than level 0.
 
 Methods: "rtn" rounds to the nearest; "gptq" and "awq" look at what calibration inputs bring to each layer, behind layers that are
 rounded already (error_feedback.py); "awq-gptq" does both. awq scales the inputs of layers that read a norm, into whose weight the
-scales go. Tables are always rounded to the nearest.
+scales go. Tables and experts are always rounded to the nearest.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult, Stream
 from onnxpress.optimizers.error_feedback import blocks_with_feedback, channel_scales
+from onnxpress.optimizers.experts import quantize_experts, routers
 from onnxpress.optimizers.linear import (
     Linear,
     add_constant,
@@ -78,7 +80,7 @@ class _WeightOnly:
             raise RecipeError(f"table_bits is 4 or 8, or 0 for as many as elsewhere, not {self.table_bits}.")
 
     def apply(self, graph: Graph, context: PassContext) -> PassResult:
-        """Quantize the weights of every linear layer and embedding table; those in `context.keep` less, or not at all.
+        """Quantize the weights of every linear layer, embedding table and mixture of experts; those in `context.keep` less, or not at all.
 
         Raises RecipeError where the method needs calibration inputs and the context has none.
         """
@@ -90,13 +92,25 @@ class _WeightOnly:
             kept_bits=self.kept_bits,
             search=self.search,
         )
-        notes = list(tied.notes)
+        routing = routers(graph)
+        experts = quantize_experts(
+            graph,
+            partial(blocks, search=self.search),
+            bits=self.bits,
+            preferred_block=self.block_size,
+            keep=context.keep,
+            kept_bits=self.kept_bits,
+        )
+        touched += experts.touched
+        notes = [*tied.notes, *experts.notes]
+        if experts.touched and self.method != "rtn":
+            notes.append(f"experts are rounded to the nearest: {self.method} does not follow which tokens reach which")
         calibrated = None if self.method == "rtn" else _Calibrated(self, graph, context)
         count = scaled = 0
         for layer in linears(graph):
             tensor = layer.weight.const_value
             bits = self.kept_bits if layer.name in context.keep else self.bits
-            if bits is None or tensor is None or tensor.size < self.minimum_elements:
+            if bits is None or tensor is None or tensor.size < self.minimum_elements or layer.name in routing:
                 continue
             width = tensor.shape.numpy()[1 if layer.transposed else 0]
             size = block_size_for(width, preferred=self.block_size)

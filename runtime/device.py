@@ -82,6 +82,10 @@ class DeviceArray:
             found: npt.NDArray[Any] = self._owner.numpy()
         return found
 
+    def bind(self, how: Callable[..., None], name: str) -> None:
+        """Bind it to an input or output by its address; how: an IOBinding's bind_input or bind_output."""
+        how(name, "cuda", self.device_id, self.dtype.type, self.shape, self.address)
+
 
 @functools.cache
 def device_memory(device_id: int) -> DeviceMemory:

@@ -19,7 +19,7 @@ from onnxpress.runtime.embedder import Embedder
 from onnxpress.runtime.fill_mask import FillMask
 from onnxpress.runtime.generator import CACHE_BYTES, Generator
 from onnxpress.runtime.module_runner import ModuleRunner
-from onnxpress.runtime.providers import Provider, check_wheel
+from onnxpress.runtime.providers import Provider
 from onnxpress.runtime.question_answerer import QuestionAnswerer
 from onnxpress.runtime.session import Session
 from onnxpress.runtime.tensor_file import tensors_of
@@ -27,6 +27,7 @@ from onnxpress.runtime.text_classifier import TextClassifier
 from onnxpress.runtime.text_runner import TextRunner
 from onnxpress.runtime.token_classifier import TokenClassifier
 from onnxpress.runtime.tokenization import TOKENIZER, Tokenizer
+from onnxpress.runtime.wheel import check_wheel
 
 MODEL, GOLDEN = "model.onnx", "golden.safetensors"
 

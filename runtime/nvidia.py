@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from onnxpress.errors import ProviderError
+from onnxpress.runtime.wheel import file_name
 
 _COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 
@@ -90,13 +91,6 @@ def missing_libraries(library: Path) -> list[str]:
         except OSError:
             missing.append(name)
     return missing
-
-
-def file_name(library: str) -> str:
-    """The file of one of ONNX Runtime's libraries on this system."""
-    if sys.platform == "win32":
-        return f"onnxruntime_{library}.dll"
-    return f"libonnxruntime_{library}.{'dylib' if sys.platform == 'darwin' else 'so'}"
 
 
 def _needed(content: bytes) -> list[str]:

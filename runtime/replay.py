@@ -8,12 +8,14 @@ Source: ONNX Runtime's CUDA provider, enable_cuda_graph and gpu_graph_id.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
-from onnxpress.manifest import Arrays
+from onnxpress.manifest import Arrays, Signature
 from onnxpress.runtime.device import ON_CARD, DeviceArray, DeviceMemory
 
 MOST_GRAPHS = 256  # of a session: ONNX Runtime never lets one go
@@ -36,6 +38,33 @@ def run_options(graph: str) -> Any:
     return options
 
 
+def can_be_replayed(inner: Any, signature: Signature) -> bool:
+    """Whether all inputs are read on the card, and the outputs' shapes hang on the inputs' alone.
+
+    A shape, a position or a number of elements that is an input is read on the CPU, when it is bound.
+    """
+    axes = {axis for spec in signature.inputs for axis in spec.shape}
+    if not axes.issuperset(axis for spec in signature.outputs for axis in spec.shape if isinstance(axis, str)):
+        return False
+    if signature.task not in ("module", "text-generation"):  # these take tokens and masks alone
+        return True
+    places = [info.name.lower() for info in inner.get_input_memory_infos()]
+    return not any("cpu" in place or "pinned" in place for place in places)
+
+
+def bytes_of(feeds: Arrays, signature: Signature) -> int:
+    """Bytes of inputs, and of the outputs that they bring."""
+    sizes: dict[str | int, int] = {}
+    for spec in signature.inputs:
+        sizes.update(zip(spec.shape, feeds[spec.name].shape, strict=True))
+    outputs = sum(
+        math.prod(sizes.get(axis, axis if isinstance(axis, int) else 0) for axis in spec.shape)
+        * np.dtype(spec.dtype).itemsize
+        for spec in signature.outputs
+    )
+    return outputs + sum(array.nbytes for array in feeds.values())
+
+
 class Buffers:
     """Inputs and outputs of a session in a card's memory. Not for several threads at once.
 
@@ -51,9 +80,9 @@ class Buffers:
         self._outputs = self._allocated(memory, outputs, None if graph is None else run_options(NO_GRAPH))
         self._binding = inner.io_binding()
         for name, array in self._inputs.items():
-            bind(self._binding.bind_input, name, array)
+            array.bind(self._binding.bind_input, name)
         for name, array in self._outputs.items():
-            bind(self._binding.bind_output, name, array)
+            array.bind(self._binding.bind_output, name)
 
     def write(self, feeds: Mapping[str, npt.NDArray[Any]]) -> None:
         """Copy inputs to the card."""
@@ -73,7 +102,7 @@ class Buffers:
         """Arrays of the shapes that one run without a graph gives."""
         first = self._inner.io_binding()
         for name, array in self._inputs.items():
-            bind(first.bind_input, name, array)
+            array.bind(first.bind_input, name)
         for name in outputs:
             first.bind_output(name, "cuda", memory.device_id)
         found = {}
@@ -82,8 +111,3 @@ class Buffers:
             for name, value in zip(outputs, first.get_outputs(), strict=True):
                 found[name] = memory.empty(value.shape(), value.numpy().dtype)
         return found
-
-
-def bind(how: Any, name: str, array: DeviceArray) -> None:
-    """Bind an array on a card, by its address; how: an IOBinding's bind_input or bind_output."""
-    how(name, "cuda", array.device_id, array.dtype.type, array.shape, array.address)

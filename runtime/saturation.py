@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 
-from onnxpress.runtime.providers import check_wheel
+from onnxpress.runtime.wheel import check_wheel
 
 # y = MatMulInteger(x, w), x: uint8 (m, 4), w: int8 (4, 1), all 127. tests/runtime/test_saturation.py writes it anew.
 MODEL = (

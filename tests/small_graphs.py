@@ -31,7 +31,8 @@ def small_graph(
     ir_version: int = 8,
 ) -> Graph:
     """body: nodes, one a line, in the language of `onnx.parser`. Shapes are inferred."""
-    text = f'<ir_version: {ir_version}, opset_import: ["": {opset}]> small ({inputs}) => ({outputs}) {{ {body} }}'
+    domains = f'"": {opset}' + (', "com.microsoft": 1' if "com.microsoft" in body else "")
+    text = f"<ir_version: {ir_version}, opset_import: [{domains}]> small ({inputs}) => ({outputs}) {{ {body} }}"
     model = parser.parse_model(text)
     for name, array in (weights or {}).items():
         model.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))

@@ -11,6 +11,12 @@ import transformers as tf
 from tiny_models import spread_weights
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from onnxpress.graph import Graph
+from onnxpress.runtime.cache import KeyValueCache
+from onnxpress.runtime.model_step import ModelStep
+from onnxpress.runtime.session import Session
+from onnxpress.workbench import save
+
 VOCABULARY = 320
 CONTEXT = 128
 EOS = "<|end|>"
@@ -52,6 +58,19 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
     ),
     "mistral": lambda **more: tf.MistralConfig(**BASE, sliding_window=6),
     "mixtral": lambda **more: tf.MixtralConfig(**BASE, num_local_experts=4),
+    "olmoe": lambda **more: tf.OlmoeConfig(**{**BASE, **more}, num_experts=8, num_experts_per_tok=3),
+    "granite-moe": lambda **more: tf.GraniteMoeConfig(**BASE, num_local_experts=4, num_experts_per_tok=2),
+    "glm4-moe": lambda **more: (
+        tf.Glm4MoeConfig(  # chosen by groups and biases, weighed without; the first layer has no experts
+            **BASE,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            n_shared_experts=1,
+            first_k_dense_replace=1,
+            head_dim=16,
+        )
+    ),
     "gemma2": lambda **more: tf.Gemma2Config(**BASE, head_dim=16, query_pre_attn_scalar=24, **_MIXED),
     "gemma3": lambda **more: tf.Gemma3TextConfig(**BASE, head_dim=16, query_pre_attn_scalar=24, **_MIXED),
     "phi3": lambda **more: tf.Phi3Config(**BASE),
@@ -109,3 +128,11 @@ def save_byte_tokenizer(folder: Path, template: str | None = None) -> None:
     if template is not None:
         fast.chat_template = template
     fast.save_pretrained(folder)
+
+
+def step_on(graph: Graph, folder: Path) -> ModelStep:
+    """The graph with an empty cache, opened from a file in the folder."""
+    save(graph, folder / "model.onnx")
+    session = Session(folder / "model.onnx", signature=graph.signature)
+    cache = KeyValueCache(graph.signature.inputs, context=graph.signature.axes["length"][1], budget=2**28)
+    return ModelStep(session, cache)

@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_decoders import ARCHITECTURES, CONTEXT, make_model
+from tiny_decoders import ARCHITECTURES, CONTEXT, make_model, step_on
 
 from onnxpress.exporters import DecoderParityCheck, Exported
 from onnxpress.exporters.conventions import learn
 from onnxpress.exporters.transformers_decoder import DecoderReference, export_causal_lm
-from onnxpress.graph import Graph
 from onnxpress.runtime.cache import KeyValueCache
 from onnxpress.runtime.model_step import ModelStep
 from onnxpress.runtime.session import Session
@@ -33,11 +32,7 @@ EMITTED = {
 }
 
 
-def step_on(graph: Graph, folder: Path) -> ModelStep:
-    save(graph, folder / "model.onnx")
-    session = Session(folder / "model.onnx", signature=graph.signature)
-    cache = KeyValueCache(graph.signature.inputs, context=graph.signature.axes["length"][1], budget=2**28)
-    return ModelStep(session, cache)
+EXPERTS = {"qwen3-moe": 2, "mixtral": 2, "olmoe": 2, "granite-moe": 2, "glm4-moe": 1}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -58,6 +53,7 @@ def test_prompts_chunks_and_steps_answer_like_pytorch(name: str, tmp_path: Path)
         "prompt of 124 tokens, 3 steps",
     ]
     operators = graph.operators()
+    assert operators.get("com.microsoft::MoE", 0) == EXPERTS.get(name, 0)
     kinds = ("com.microsoft::GroupQueryAttention", "com.microsoft::RotaryEmbedding", "SimplifiedLayerNormalization")
     assert tuple(operators.get(kind, 0) for kind in kinds) == EMITTED.get(
         name, tuple(operators.get(k, 0) for k in kinds)

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from tiny_decoders import CONTEXT, make_model
 from tiny_models import OnnxRunner
 from torch import nn
 
 from onnxpress.errors import ConversionError, SourceError
 from onnxpress.exporters import ParityCheck, export
+from onnxpress.exporters.conventions import learn
+from onnxpress.exporters.transformers_decoder import export_causal_lm
 
 
 class Convolutions(nn.Module):
@@ -59,6 +62,33 @@ def test_convolutional_network(batch, tmp_path):
     assert module.training
     assert module.dropout.training
     _check(exported, tmp_path)
+
+
+class WritesInPlace(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left = x.clone()
+        left[:, 0].add_(3)
+        return left.relu_().to(torch.int64)
+
+
+def test_writes_in_place_and_casts(tmp_path):
+    exported = export(WritesInPlace(), example_inputs=torch.randn(2, 5) * 3)
+    rows = ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
+    assert max(row.max_abs for row in rows) == 0
+
+
+def test_what_is_known_as_it_was_traced_is_not_taken_apart(monkeypatch, tmp_path):
+    """Nor is a language model's export, whose time that would double; networks with batch norms are."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("taken apart")
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", fail)
+    export(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)), example_inputs=torch.randn(2, 4))
+    model = make_model("qwen3")
+    export_causal_lm(model, learn(model, positions=CONTEXT), context=CONTEXT)
+    with pytest.raises(ConversionError, match="taken apart"):
+        export(_trained_convolutions(), example_inputs=torch.randn(2, 3, 8, 8))
 
 
 def test_height_and_width_can_be_declared(tmp_path):

@@ -24,7 +24,7 @@ from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext
 from onnxpress.optimizers.prune import PruneOptions, prune
 from onnxpress.optimizers.targets import target
-from onnxpress.pipeline import _Parity
+from onnxpress.press import Parity
 from onnxpress.pruned import Change, Pruned
 from onnxpress.workbench import Workbench
 
@@ -70,13 +70,13 @@ def check(folder: Path, bench: Workbench, *kinds: str, **options: float) -> Prun
         assert any(note.startswith(f"{kind}:") for note in result.notes), result.notes
     smaller = resized(module, result)
     again = export(folder, instead=smaller)
-    parity = _Parity(again)  # 5e-5 of the largest answer, several shapes, padding, and 20 steps of a language model
+    parity = Parity(again)  # 5e-5 of the largest answer, several shapes, padding, and 20 steps of a language model
     parity.check(bench.open(again.graph))
     parity.check(bench.open(result.graph))
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items()), "left as it was"
     count = sum(parameter.numel() for parameter in smaller.parameters())
     assert count < sum(parameter.numel() for parameter in module.parameters())
-    _Parity(exported).check(bench.open(exported.graph))
+    Parity(exported).check(bench.open(exported.graph))
     return result
 
 

@@ -27,9 +27,10 @@ from onnxpress.graph import Graph
 from onnxpress.manifest import Signature
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext
+from onnxpress.optimizers.dependencies import Group, attention_heads, follow_heads
 from onnxpress.optimizers.heads import swap_last_axes
 from onnxpress.optimizers.layers import find_layers
-from onnxpress.optimizers.slicing import Group, attention_heads, cut, follow_heads
+from onnxpress.optimizers.slicing import cut
 from onnxpress.optimizers.targets import target
 
 WIDTH, HEADS, LAYERS = 32, 4, 2

@@ -21,11 +21,12 @@ from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Signature, TensorSpec
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext
+from onnxpress.optimizers.dependencies import NotFollowedError, attention_heads, follow, follow_heads
 from onnxpress.optimizers.layers import drop_layers, find_layers
 from onnxpress.optimizers.linear import add_constant
 from onnxpress.optimizers.matching import insert
 from onnxpress.optimizers.prune import PruneOptions, prune, without
-from onnxpress.optimizers.slicing import NotFollowedError, attention_heads, cut, follow, follow_heads
+from onnxpress.optimizers.slicing import cut
 from onnxpress.optimizers.targets import target
 from onnxpress.pruned import Pruned
 from onnxpress.workbench import Workbench
@@ -509,6 +510,25 @@ def test_channels_of_experts_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         RecipeError, match=r"nothing can go.*channels of experts stay whole: each token picks its own of 2 stacks"
     ):
+        pruned(graph, tmp_path, ffn=0.5)
+
+
+def test_channels_of_experts_in_one_operator_are_named(tmp_path: Path) -> None:
+    graph = small_graph(
+        """
+        s = MatMul (x, router) r = Reshape (s, rows)
+        y = com.microsoft.MoE <k = 1, activation_type = "silu"> (x, r, up, , down)
+        """,
+        weights={
+            "router": weight(WIDTH, 4),
+            "up": weight(4, WIDE, WIDTH),
+            "down": weight(4, WIDTH, WIDE),
+            "rows": np.array([-1, 4]),
+        },
+        opset=20,
+        ir_version=9,
+    )
+    with pytest.raises(RecipeError, match=r"nothing can go.*each token picks its own of 2 stacks"):
         pruned(graph, tmp_path, ffn=0.5)
 
 

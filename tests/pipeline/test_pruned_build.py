@@ -16,8 +16,7 @@ import onnxpress
 from onnxpress.cli import main
 from onnxpress.errors import BudgetError, InputError, RecipeError
 from onnxpress.exporters.quiet import quiet
-from onnxpress.pipeline import with_options
-from onnxpress.recipe import make_recipe, read_recipe
+from onnxpress.recipe import make_recipe, read_recipe, with_options
 
 QUICK = {"measure": False, "samples": 24, "calibration_samples": 16}
 

@@ -16,7 +16,8 @@ from onnxpress.errors import InputError, ProviderError
 from onnxpress.manifest import Signature, TensorSpec
 from onnxpress.runtime import CPU, CUDA, NvTensorRtRtx, Session, TensorRT
 from onnxpress.runtime.nvidia import gpu_name, missing_libraries, tensorrt_version
-from onnxpress.runtime.providers import _installed_version, check_provider, check_wheel, make_providers, refusal
+from onnxpress.runtime.providers import check_provider, make_providers, refusal
+from onnxpress.runtime.wheel import check_wheel, onnxruntime_version
 
 
 def test_names_become_options() -> None:
@@ -174,6 +175,20 @@ def test_a_session_that_fell_back_takes_what_its_provider_takes(tmp_path: Path) 
     assert session.run({"input_ids": ones, "attention_mask": ones})
 
 
+@pytest.mark.skipif(loads("cuda"), reason="this machine has CUDA, so nothing falls back")
+@pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")
+def test_a_provider_that_loads_and_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a library of CUDA's is older than ONNX Runtime wants: it gives a session on the CPU, without an error."""
+    path = save_embedder(tmp_path / "model.onnx")
+    monkeypatch.setattr("onnxpress.runtime.session.check_provider", lambda _: None)
+    with pytest.raises(ProviderError, match="did not take the provider cuda; it took CPUExecutionProvider"):
+        Session(path, providers=["cuda"])
+    session = Session(path, providers=["cuda"], allow_fallback=True)
+    assert session.providers == ("cpu",)
+    assert session.on_cpu
+    assert "did not take the provider cuda" in session.fallback_note
+
+
 def test_context_model_and_raw_options(tmp_path: Path) -> None:
     path = tmp_path / "new" / "context.onnx"
     options = TensorRT(ep_context=path, raw_options={"trt_dla_enable": "1"}).options(SIGNATURE, "")
@@ -266,7 +281,7 @@ def test_tensorrt_profiles_cover_the_signature(tmp_path: Path) -> None:
     assert options["trt_profile_min_shapes"] == "input_ids:1x1,attention_mask:1x1"
     assert options["trt_profile_opt_shapes"] == "input_ids:64x16,attention_mask:64x16"
     assert options["trt_profile_max_shapes"] == "input_ids:64x16,attention_mask:64x16"
-    here = f"onnxruntime-{_installed_version()}-tensorrt-{tensorrt_version()}-{gpu_name(0)}"
+    here = f"onnxruntime-{onnxruntime_version()}-tensorrt-{tensorrt_version()}-{gpu_name(0)}"
     folder = tmp_path / "abc" / here
     assert folder.is_dir()
     assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(folder)

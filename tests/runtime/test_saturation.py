@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxpress import machine
-from onnxpress.runtime import saturation, session
+from onnxpress.runtime import opening, saturation
 from onnxpress.runtime.session import Session
 
 
@@ -45,7 +45,7 @@ def test_slower_kernels_are_asked_for_only_where_the_faster_ones_saturate(
     saturates: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     onnx.save(product(np.full((64, 32), 127, np.int8), ["batch", 64]), tmp_path / "p.onnx")
-    monkeypatch.setattr(session, "products_saturate", lambda: saturates or saturation.products_saturate())
+    monkeypatch.setattr(opening, "products_saturate", lambda: saturates or saturation.products_saturate())
     opened = Session(tmp_path / "p.onnx", exact_products=True)
     x = np.full((3, 64), 255, np.uint8)
     np.testing.assert_array_equal(opened.run({"x": x})["y"], np.full((3, 32), 255 * 127 * 64))

@@ -1,0 +1,192 @@
+"""Emits ONNX Runtime's operator for mixtures of experts from any transformers model that uses the experts interface.
+
+    Σ over the chosen experts e of w_e · down_e(silu(gate_e x) · up_e x)   →   MoE(x, log of w, gate_up, down) · Σ w
+
+The interface hands over which experts each token has chosen and what they weigh. The operator chooses by itself, from numbers whose
+softmax weighs the experts: the logarithm of the weights, minus infinity where there is none, makes it choose the same experts,
+whatever way the model took to them.
+
+How a model stores its experts is told by comparing what the operator would answer with what the model does; experts that fit no
+form are exported as transformers' batched_mm computes them, which copies the weights of every token's experts.
+Source of the operator: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch.onnx.ops import symbolic
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+_NAME = "onnxpress_experts"
+_COPYING = "batched_mm"  # of transformers' own forms the one whose shapes do not hang on the routing
+_TRANSPOSED, _INTERLEAVED = "onnxpress_transposed", "onnxpress_interleaved"  # attributes until the weights are arranged
+_TOKENS = 3  # of the recorded forward pass that forms are tried on
+_TOLERANCE = 1e-5  # of the largest number
+
+Experts = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsForm:
+    """How a module stores its gated experts.
+
+    transposed: the weights are (experts, in, out), not (experts, out, in). interleaved: gate and up alternate; otherwise all of
+    the gate comes first.
+    """
+
+    transposed: bool
+    interleaved: bool
+
+
+_FORMS = [ExpertsForm(transposed=one, interleaved=other) for one in (False, True) for other in (False, True)]
+
+
+@contextmanager
+def recorded_experts(model: PreTrainedModel, found: dict[torch.nn.Module, ExpertsForm | None]) -> Iterator[None]:
+    """Write into `found`, while this lasts, which form each module has whose experts are called; None where none fits."""
+    before = getattr(model.config, "_experts_implementation", None)
+
+    def record(module: Any, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        original = ALL_EXPERTS_FUNCTIONS.get_interface(before, type(module).forward.__wrapped__)
+        answer: torch.Tensor = original(module, x, index, weights)
+        fitting = (form for form in _FORMS if _fits(form, module, x, index, weights, answer))
+        found[module] = next(fitting, None)
+        return answer
+
+    with _experts_function(model, record):
+        yield
+
+
+@contextmanager
+def emitted_experts(model: PreTrainedModel, forms: Mapping[torch.nn.Module, ExpertsForm | None]) -> Iterator[None]:
+    """Let the model emit the operator while this lasts, for the modules that have a form. Only for tracing."""
+    copying: Experts = ALL_EXPERTS_FUNCTIONS[_COPYING]
+
+    def emit(module: Any, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        form = forms.get(module)
+        return copying(module, x, index, weights) if form is None else _emit(form, module, x, index, weights)
+
+    with _experts_function(model, emit):
+        yield
+
+
+def arrange_experts(model: ir.Model) -> None:
+    """Give the emitted operators their weights as (experts, out, in) with gate and up alternating, the one form that CPUs have.
+
+    The rearranged copies are made when they are read, one at a time.
+    """
+    done: set[ir.Value] = set()
+    for node in model.graph:
+        if _TRANSPOSED not in node.attributes:
+            continue
+        transposed, interleaved = (bool(node.attributes.pop(name).as_int()) for name in (_TRANSPOSED, _INTERLEAVED))
+        gate_up, gate_up_bias, down = node.inputs[2:5]
+        assert gate_up is not None
+        node.name = str(gate_up.name).rpartition(".")[0]
+        for value, turned, halves in (
+            (gate_up, transposed, not interleaved),
+            (gate_up_bias, False, not interleaved),
+            (down, transposed, False),
+        ):
+            if value is not None and (turned or halves) and value not in done:
+                done.add(value)
+                _rearrange(value, turned=turned, halves=halves)
+
+
+@contextmanager
+def _experts_function(model: PreTrainedModel, function: Experts) -> Iterator[None]:
+    """Let `function(module, x, index, weights)` compute a model's experts; models without any are left alone."""
+    before = getattr(model.config, "_experts_implementation", None)
+    if before is None or not model._can_set_experts_implementation():
+        yield
+        return
+    ALL_EXPERTS_FUNCTIONS.register(_NAME, function)
+    model.set_experts_implementation(_NAME)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+def _fits(
+    form: ExpertsForm,
+    module: Any,
+    x: torch.Tensor,  # (tokens, hidden)
+    index: torch.Tensor,  # (tokens, chosen)
+    weights: torch.Tensor,  # (tokens, chosen)
+    answer: torch.Tensor,  # (tokens, hidden)
+) -> bool:
+    """Whether the operator would answer what the module does; tried on a few tokens."""
+    twice = any(len(set(chosen)) < len(chosen) for chosen in index.tolist())  # one expert to the operator
+    if twice or bool((weights < 0).any()):
+        return False
+    try:
+        found = [_answer(form, module, *token) for token in zip(x[:_TOKENS], index, weights, strict=False)]
+        difference = (torch.stack(found) - answer[:_TOKENS]).abs().max()
+    except (AttributeError, IndexError, RuntimeError):  # without such weights, or with others' shapes
+        return False
+    return bool(difference <= _TOLERANCE * answer.abs().max())
+
+
+def _answer(
+    form: ExpertsForm, module: Any, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """What the operator would answer for one token, (hidden,)."""
+    gate_up_all, gate_up_bias, down_all, down_bias = _parameters(module)
+    found = torch.zeros_like(x)
+    for number, weight in zip(index.tolist(), weights, strict=True):
+        gate_up, down = (part[number].T if form.transposed else part[number] for part in (gate_up_all, down_all))
+        both = gate_up @ x if gate_up_bias is None else gate_up @ x + gate_up_bias[number]
+        gate, up = (both[0::2], both[1::2]) if form.interleaved else both.chunk(2)
+        one = down @ (torch.nn.functional.silu(gate) * up)
+        found = found + weight * (one if down_bias is None else one + down_bias[number])
+    return found
+
+
+def _parameters(module: Any) -> tuple[Any, ...]:
+    """Gate and up, down, and their biases where there are any, by the names that the interface gives them."""
+    biases = (getattr(module, f"{name}_bias", None) for name in ("gate_up_proj", "down_proj"))
+    gate_up_bias, down_bias = biases
+    return module.gate_up_proj, gate_up_bias, module.down_proj, down_bias
+
+
+def _emit(form: ExpertsForm, module: Any, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    gate_up, gate_up_bias, down, down_bias = _parameters(module)
+    weighed = x.new_zeros(x.shape[0], gate_up.shape[0]).scatter(1, index, weights.to(x.dtype))  # (tokens, experts)
+    attributes: dict[str, Any] = {
+        "k": index.shape[1],
+        "activation_type": "swiglu",
+        "swiglu_fusion": 1,
+        "normalize_routing_weights": 1,
+        _TRANSPOSED: int(form.transposed),
+        _INTERLEAVED: int(form.interleaved),
+    }
+    inputs = (x, weighed.log(), gate_up, gate_up_bias, down, down_bias)
+    out = symbolic("com.microsoft::MoE", inputs, attributes, dtype=x.dtype, shape=x.shape, version=1)
+    return out * weights.sum(-1, keepdim=True)
+
+
+def _rearrange(value: ir.Value, *, turned: bool, halves: bool) -> None:
+    """turned: swap the last two axes. halves: let the two halves of what then is the second axis alternate."""
+    tensor = value.const_value
+    assert tensor is not None
+    experts, *shape = tensor.shape.numpy()
+    shape = shape[::-1] if turned else shape
+
+    def read() -> ir.TensorProtocol:
+        array = tensor.numpy()
+        array = array.swapaxes(1, 2) if turned else array
+        if halves:
+            array = array.reshape(experts, 2, shape[0] // 2, *shape[1:]).swapaxes(1, 2).reshape(experts, *shape)
+        return ir.Tensor(np.ascontiguousarray(array), name=value.name)
+
+    value.shape = ir.Shape((experts, *shape))
+    value.const_value = ir.LazyTensor(read, dtype=tensor.dtype, shape=value.shape, name=value.name)

@@ -1,0 +1,131 @@
+"""Mixtures of experts with weights of 8 or 4 bits, in blocks along the input axis.
+
+    y = MoE(x, routing, gate_up, down)   →   y = QMoE(x, routing, blocks and scales of both)
+
+Only the experts that a step's tokens have chosen are read, so that decoding is bound by few of the bytes. Blocks are symmetric, and one
+size holds for both products. Steps of many tokens are as fast with 4 bits as with 8 (docs/decisions/0020).
+
+The layer that routes stays as it is: it is small, and its rounding would send tokens to other experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxpress.graph import Graph
+from onnxpress.optimizers.linear import add_constant, attribute, linears, replace_value
+from onnxpress.optimizers.rounding import Blocks, Float, block_size_for
+
+Rounder = Callable[..., Blocks]  # (weight (out, in), *, bits, block_size)
+
+_ROUTING = 1  # among the inputs of MoE
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedExperts:
+    """Names of the mixtures that were quantized, and remarks."""
+
+    touched: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def mixtures(graph: Graph) -> Iterator[ir.Node]:
+    """The operators of the main graph that compute experts in floating point, with constant weights."""
+    for node in list(graph.model.graph):
+        if node.op_type == "MoE" and node.domain == "com.microsoft":
+            weights = [node.inputs[place] for place in (2, 4)]
+            if all(value is not None and value.is_initializer() for value in weights):
+                yield node
+
+
+def routers(graph: Graph) -> frozenset[str]:
+    """Names of the linear layers that choose experts."""
+    layers = {layer.output: layer for layer in linears(graph)}
+    ahead = [node.inputs[_ROUTING] for node in mixtures(graph)]
+    seen: set[ir.Value] = set()
+    found = set()
+    while ahead:
+        value = ahead.pop()
+        if value is None or value in seen:
+            continue
+        seen.add(value)
+        if value in layers:
+            found.add(layers[value].name)
+        elif (producer := value.producer()) is not None:
+            ahead.extend(producer.inputs)
+    return frozenset(found)
+
+
+def quantize_experts(
+    graph: Graph,
+    rounder: Rounder,
+    *,
+    bits: int,
+    preferred_block: int,
+    keep: frozenset[str] = frozenset(),
+    kept_bits: int | None = None,
+) -> RoundedExperts:
+    """Quantize the experts of every mixture. What is in `keep` has kept_bits, or stays in float where that is None."""
+    touched: list[str] = []
+    notes: list[str] = []
+    for node in mixtures(graph):
+        name = node.name or str(node.outputs[0].name)
+        wanted = kept_bits if name in keep else bits
+        if wanted is None:
+            continue
+        x, routing, gate_up, gate_up_bias, down, down_bias = (*node.inputs, None, None)[:6]
+        assert gate_up is not None
+        assert down is not None
+        assert gate_up.shape is not None
+        assert down.shape is not None
+        widths = (gate_up.shape.numpy()[2], down.shape.numpy()[2])
+        size = block_size_for(math.gcd(*widths), preferred=preferred_block)
+        if size is None:
+            notes.append(f"{name}: no block size divides its input widths {widths[0]} and {widths[1]}; kept in float")
+            continue
+        if not attribute(node, "normalize_routing_weights", 0) or len(node.inputs) > 6:
+            notes.append(f"{name}: its routing or its third product has no quantized form on CPUs; kept in float")
+            continue
+        rounded = [_blocks(graph, value, rounder, bits=wanted, block_size=size) for value in (gate_up, down)]
+        new = ir.node(
+            "QMoE",
+            [x, routing, *rounded[0], gate_up_bias, *rounded[1], down_bias],
+            {
+                **{key: value.value for key, value in node.attributes.items()},
+                "expert_weight_bits": wanted,
+                "block_size": size,
+                "weights_prepacked": 0,
+                "accuracy_level": 4,
+            },
+            domain="com.microsoft",
+            name=name,
+        )
+        old = node.outputs[0]
+        new.outputs[0].shape, new.outputs[0].type = old.shape, old.type
+        graph.model.graph.insert_before(node, new)
+        replace_value(graph, old, new.outputs[0])
+        graph.model.graph.remove(node, safe=True)
+        touched.append(name)
+    summary = (f"{len(touched)} mixtures of experts at {bits} bits, their routing in float",) if touched else ()
+    return RoundedExperts(touched=tuple(touched), notes=(*summary, *notes))
+
+
+def _blocks(
+    graph: Graph, weight: ir.Value, rounder: Rounder, *, bits: int, block_size: int
+) -> tuple[ir.Value, ir.Value]:
+    """Blocks (experts, out, in · bits / 8) and scales (experts, out, in / block_size) of weights (experts, out, in)."""
+    assert weight.const_value is not None
+    array = weight.const_value.numpy()
+    experts, out, width = array.shape
+    packed = np.empty((experts, out, width * bits // 8), np.uint8)
+    scales = np.empty((experts, out, width // block_size), np.float32)
+    for number, expert in enumerate(array):
+        one: Float = np.ascontiguousarray(expert, np.float32)
+        found = rounder(one, bits=bits, block_size=block_size)
+        packed[number], scales[number] = found.packed.reshape(out, -1), found.scales
+    return add_constant(graph, f"{weight.name}_blocks", packed), add_constant(graph, f"{weight.name}_scales", scales)
