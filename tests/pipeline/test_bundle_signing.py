@@ -216,6 +216,14 @@ def test_what_was_changed_and_described_anew_is_not_what_was_signed(signed: Call
         check(folder, keys / "signer.pub")
 
 
+def signed_bytes(signature: bytes) -> tuple[bytes, bytes]:
+    """Payload and signature as bytes: base64 can spell the same bytes in more than one way (the last character's
+    spare bits), and the length of a signature, so whether it has any, differs from one to the next.
+    """
+    envelope = json.loads(signature)["dsseEnvelope"]
+    return base64.b64decode(envelope["payload"]), base64.b64decode(envelope["signatures"][0]["sig"])
+
+
 def test_a_flipped_bit_of_the_signature_is_seen_by_all_and_never_accepted(
     signed: Callable[..., Path], keys: Path
 ) -> None:
@@ -235,11 +243,9 @@ def test_a_flipped_bit_of_the_signature_is_seen_by_all_and_never_accepted(
         except BundleError:
             continue
         accepted += 1
-        ours, theirs = json.loads(whole), json.loads(broken)
-        assert ours["dsseEnvelope"]["payload"] == theirs["dsseEnvelope"]["payload"]
-        assert ours["dsseEnvelope"]["signatures"][0]["sig"] == theirs["dsseEnvelope"]["signatures"][0]["sig"]
+        assert signed_bytes(whole) == signed_bytes(broken)
         (folder / "model.sig.sha256").write_bytes(digest_line(whole))
-    assert accepted < 30, "white space, and names that nobody reads"
+    assert accepted < 30, "white space, names that nobody reads, spare bits of base64"
 
 
 @pytest.mark.parametrize(
