@@ -20,6 +20,7 @@ import onnx_ir as ir
 from onnxpress.graph import Graph
 from onnxpress.optimizers.linear import add_constant, attribute, linears, replace_value
 from onnxpress.optimizers.rounding import Blocks, Float, block_size_for
+from onnxpress.optimizers.targets import Target
 
 Rounder = Callable[..., Blocks]  # (weight (out, in), *, bits, block_size)
 
@@ -67,12 +68,17 @@ def quantize_experts(
     *,
     bits: int,
     preferred_block: int,
+    target: Target,
     keep: frozenset[str] = frozenset(),
     kept_bits: int | None = None,
 ) -> RoundedExperts:
     """Quantize the experts of every mixture. What is in `keep` has kept_bits, or stays in float where that is None."""
     touched: list[str] = []
     notes: list[str] = []
+    if target.providers != ("cpu",):
+        count = len(list(mixtures(graph)))
+        untried = (f"{count} mixtures of experts stay in float: QMoE has been tried on CPUs alone",) if count else ()
+        return RoundedExperts(touched=(), notes=untried)
     for node in mixtures(graph):
         name = node.name or str(node.outputs[0].name)
         wanted = kept_bits if name in keep else bits

@@ -77,7 +77,7 @@ class Int8:
             if name not in quantized:
                 quantized[name] = _quantize_activation(graph, layer.x, *ranges[name])
             _quantize_layer(graph, layer, quantized[name], limit=context.target.qdq.weight_limit)
-        experts = quantize_experts(graph, blocks, bits=8, preferred_block=128, keep=context.keep)
+        experts = quantize_experts(graph, blocks, bits=8, preferred_block=128, keep=context.keep, target=context.target)
         drop_unused_constants(graph)
         graph.model.graph.opset_imports.setdefault("com.microsoft", 1)
         touched += (*(layer.name for layer in layers), *experts.touched)

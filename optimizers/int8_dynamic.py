@@ -55,7 +55,7 @@ class Int8Dynamic:
             replace(graph, layer, [ir.node("DynamicQuantizeMatMul", inputs, domain="com.microsoft", name=layer.name)])
             touched += (layer.name,)
             count += 1
-        experts = quantize_experts(graph, blocks, bits=8, preferred_block=128, keep=context.keep)
+        experts = quantize_experts(graph, blocks, bits=8, preferred_block=128, keep=context.keep, target=context.target)
         touched += experts.touched
         _zero_padding(graph)
         drop_unused_constants(graph)

@@ -63,7 +63,7 @@ class Int8Prompts:
         if not chosen:
             return PassResult(graph=graph, changes=0)
         regions = _regions(nodes, products, chosen)
-        for node in (node for region in regions for node in region):
+        for node in itertools.chain(*regions):
             if node in answering:
                 raise RecipeError(
                     f"The pass {self.name} does not suit this graph: layers follow on the choice of answers."

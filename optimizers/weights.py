@@ -100,6 +100,7 @@ class _WeightOnly:
             preferred_block=self.block_size,
             keep=context.keep,
             kept_bits=self.kept_bits,
+            target=context.target,
         )
         touched += experts.touched
         notes = [*tied.notes, *experts.notes]

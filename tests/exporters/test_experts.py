@@ -87,6 +87,11 @@ def test_every_layout_becomes_the_operator(transposed: bool, interleaved: bool, 
     graph = exported(model)
     assert graph.operators()[MOE] == 2
     check(model, graph, tmp_path)
+    tokens = [np.random.default_rng(0).integers(0, 300, 12).tolist()]
+    expected = step_on(graph, tmp_path).run(0, tokens).copy()
+    pressed = make_pass("int8-weights").apply(graph, PassContext(target=target("cpu"))).graph
+    found = step_on(pressed, tmp_path).run(0, tokens)
+    assert np.square(found - expected).mean() < 0.2**2 * np.square(expected).mean()  # biases are where they were
 
 
 def test_the_weights_are_there_once_and_named_after_their_module() -> None:

@@ -125,6 +125,12 @@ def test_what_is_kept_stays_in_float() -> None:
         assert (graph.operators()[MOE], graph.operators().get(QMOE, 0)) == (2, 0)
 
 
+def test_experts_for_cuda_stay_in_float() -> None:
+    result = make_pass("int4-weights").apply(exported("qwen3-moe").clone(), PassContext(target=target("cuda")))
+    assert (result.graph.operators()[MOE], result.graph.operators().get(QMOE, 0)) == (2, 0)
+    assert any("2 mixtures of experts stay in float" in note for note in result.notes)
+
+
 @pytest.mark.parametrize("name", ["qwen3-moe", "glm4-moe", "granite-moe"])
 def test_the_layers_that_choose_experts_stay_in_float(name: str) -> None:
     found = routers(exported(name))
