@@ -36,7 +36,11 @@ _ROTARY_STEP = 8  # ONNX Runtime's kernel rotates vectors of so many numbers
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCall:
-    """One attention of the forward pass. window: how many tokens back it sees, itself included; None is all."""
+    """One attention of the forward pass.
+
+    head_dim: numbers of a head, the larger where keys and values differ. window: how many tokens back it sees, itself included; None
+    is all.
+    """
 
     num_heads: int
     kv_num_heads: int
@@ -122,7 +126,10 @@ def learn(model: PreTrainedModel, *, positions: int) -> Conventions:
 
 @contextmanager
 def rotary_functions(model: PreTrainedModel, replacement: Callable[..., Any]) -> Iterator[None]:
-    """Let `replacement(original, q, k, cos, sin, …)` stand for the model's apply_rotary… functions while this lasts."""
+    """Let `replacement(original, q, k, cos, sin, …)` stand for the model's apply_rotary… functions while this lasts.
+
+    Some take one table of complex numbers in the place of cos and sin.
+    """
     replaced: list[tuple[ModuleType, str, Any]] = []
     try:
         for module in {sys.modules[type(part).__module__] for part in model.modules()}:
@@ -176,9 +183,15 @@ class _Recorder:
         self.stable = self.positions
 
     def mask(self, mask_function: Callable[..., torch.Tensor], **_: Any) -> torch.Tensor:
-        """A stand-in that carries the window; the recorded attention makes its own mask."""
+        """A stand-in that carries the window, or why it has none; the recorded attention makes its own mask.
+
+        Models make masks that none of their layers use (Qwen2-MoE), so that one of another kind is not yet an error.
+        """
         mask = torch.zeros(1, 1, _LENGTH, _LENGTH)
-        mask.window = self._window(mask_function)  # type: ignore[attr-defined]
+        try:
+            mask.window = self._window(mask_function)  # type: ignore[attr-defined]
+        except ConversionError as error:
+            mask.window = error  # type: ignore[attr-defined]
         return mask
 
     def attention(
@@ -192,6 +205,7 @@ class _Recorder:
         dropout: float = 0.0,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,  # (heads,): a sink's scores
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
         name = type(module).__name__
@@ -204,21 +218,18 @@ class _Recorder:
             raise ConversionError(
                 f"{name} asks its attention for {', '.join(unknown)}, which GroupQueryAttention does not have here."
             )
-        if key.shape != value.shape or query.shape[3] != key.shape[3]:
-            raise ConversionError(
-                f"{name} has heads of {query.shape[3]} numbers for queries, {key.shape[3]} for keys and {value.shape[3]} "
-                "for values; GroupQueryAttention takes one size."
-            )
         if not hasattr(attention_mask, "window"):
             raise ConversionError(f"{name} makes an attention mask of its own, which cannot be told from outside.")
-        window: int | None = attention_mask.window  # type: ignore[union-attr]
+        window: int | ConversionError | None = attention_mask.window  # type: ignore[union-attr]
+        if isinstance(window, ConversionError):
+            raise window
         if sliding_window is not None and window is not None and int(sliding_window) != window:
             raise ConversionError(f"{name} says that its window is {sliding_window} and masks to {window} tokens.")
         scale = float(query.shape[3] ** -0.5 if scaling is None else scaling)
         call = AttentionCall(
             num_heads=query.shape[1],
             kv_num_heads=key.shape[1],
-            head_dim=query.shape[3],
+            head_dim=max(query.shape[3], value.shape[3]),
             scale=scale,
             window=window,
             softcap=float(softcap) if softcap else None,
@@ -232,12 +243,15 @@ class _Recorder:
         seen = index[None] <= index[:, None]
         if window is not None:
             seen &= index[:, None] - index[None] < window
-        weights = scores.masked_fill(~seen, -1e9).softmax(-1)
+        scores = scores.masked_fill(~seen, -1e9)
+        if s_aux is not None:
+            scores = torch.cat((scores, s_aux[None, :, None, None].expand(*scores.shape[:3], 1)), -1)
+        weights = scores.softmax(-1)[..., : len(index)]
         return (weights @ value.repeat_interleave(repeats, 1)).transpose(1, 2).contiguous(), None
 
     def source(self, module: torch.nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What a rotary module answers, marked with where it came from; the whole table is asked of it once."""
-        cos, sin = original(*args, **kwargs)
+        answer = original(*args, **kwargs)
         options = {name: value for name, value in kwargs.items() if name not in ("x", "position_ids")}
         key = (id(module), tuple(args[2:]), tuple(sorted(options.items())))
         if key not in self._whole:
@@ -245,27 +259,25 @@ class _Recorder:
 
             def table(count: int) -> tuple[torch.Tensor, torch.Tensor]:
                 asked = copy.deepcopy(module)  # some change themselves when they are asked for more
-                answer: tuple[torch.Tensor, torch.Tensor] = type(module).forward(
-                    asked, like[:1], torch.arange(count)[None], *args[2:], **options
+                return _cosines_sines(
+                    type(module).forward(asked, like[:1], torch.arange(count)[None], *args[2:], **options)
                 )
-                return answer
 
             length = _stable_length(table, self.positions)
             self._whole[key] = table(length)
             self.stable = min(self.stable, length)
-        cos.source = key
-        return cos, sin
+        (answer[0] if isinstance(answer, tuple) else answer).source = key
+        return answer
 
-    def rotary(
-        self, original: Callable[..., Any], q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        turned = original(q, k, cos, sin, *args, **kwargs)
-        self.rotaries.append(self._fitting(q, k, cos, sin, turned))
+    def rotary(self, original: Callable[..., Any], q: Any, k: Any, cos: Any, *sin: Any, **kwargs: Any) -> Any:
+        turned = original(q, k, cos, *sin, **kwargs)
+        source = getattr(cos, "source", None)
+        tables = (cos.real, cos.imag) if cos.is_complex() else (cos, sin[0] if sin else kwargs.get("sin"))
+        self.rotaries.append(self._fitting(q, k, *tables, source, turned))
         return turned
 
-    def _fitting(self, q: Any, k: Any, cos: Any, sin: Any, turned: Any) -> RotaryCall | None:
-        source = getattr(cos, "source", None)
-        if source is None or cos.dim() != 3 or q.dim() != 4:
+    def _fitting(self, q: Any, k: Any, cos: Any, sin: Any, source: Any, turned: Any) -> RotaryCall | None:
+        if source is None or cos.dim() != 3 or q.dim() != 4 or q.shape[2] != cos.shape[1]:
             return None
         for interleaved in (False, True):
             for layout, take in _LAYOUTS.items():
@@ -321,6 +333,12 @@ _LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "pairs": lambda table: table[..., 0::2],
     "half": lambda table: table,
 }
+
+
+def _cosines_sines(answer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a rotary module gives: two tables, or one of complex numbers."""
+    cos, sin = answer if isinstance(answer, tuple) else (answer.real, answer.imag)
+    return cos, sin
 
 
 def _stable_length(table: Callable[[int], tuple[torch.Tensor, torch.Tensor]], longest: int) -> int:
@@ -381,7 +399,7 @@ def _takes_query_and_key(function: Any) -> bool:
         names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return False
-    return names[:4] == ["q", "k", "cos", "sin"] or names[:4] == ["query", "key", "cos", "sin"]
+    return names[:4] in (["q", "k", "cos", "sin"], ["query", "key", "cos", "sin"]) or names == ["xq", "xk", "freqs_cis"]
 
 
 def _bound(replacement: Callable[..., Any], *first: Any) -> Callable[..., Any]:

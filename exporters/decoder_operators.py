@@ -83,11 +83,14 @@ def _attention(
     key: torch.Tensor,  # (batch, kv_heads, length, head_dim)
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    s_aux: torch.Tensor | None = None,  # (heads,): scores of a sink, which takes its share and gives nothing
     **_: Any,  # all of it was looked at when it was learned
 ) -> tuple[torch.Tensor, None]:
     step = current()
     call: AttentionCall = conventions.attentions[step.attentions]
-    batch, heads, length, head_dim = query.shape
+    batch, heads, length, _width = query.shape
+    value_dim, head_dim = value.shape[3], call.head_dim
+    query, key, value = (_widened(part, head_dim) for part in (query, key, value))
     attributes: dict[str, Any] = {
         "num_heads": heads,
         "kv_num_heads": call.kv_num_heads,
@@ -99,19 +102,20 @@ def _attention(
         attributes["local_window_size"] = call.window
     if call.softcap is not None:
         attributes["softcap"] = call.softcap
+    # Past follows later; cosines, sines, positions, bias, scales and norms of queries and keys are not given.
+    inputs = [_joined(query), _joined(key), _joined(value), None, None, step.ends, step.total]
+    inputs += [*[None] * 4, s_aux, *[None] * 4, step.lengths]
+    while inputs[-1] is None:  # CUDA's operator has no lengths
+        inputs.pop()
     out = symbolic(
         "com.microsoft::GroupQueryAttention",
-        # past follows later; cos, sin, positions, bias, sink, scales and norms of q and k are not given; then the row's new tokens
-        [
-            *(_joined(query), _joined(key), _joined(value), None, None, step.ends, step.total),
-            *([] if step.lengths is None else [*[None] * 9, step.lengths]),
-        ],
+        inputs,
         attributes,
         dtype=query.dtype,
         shape=(batch, length, heads * head_dim),
         version=1,
     )
-    return out.reshape(batch, length, heads, head_dim), None
+    return out.reshape(batch, length, heads, head_dim)[..., :value_dim], None
 
 
 def _rotary(
@@ -120,16 +124,14 @@ def _rotary(
     original: Callable[..., Any],
     q: torch.Tensor,  # (batch, heads, length, head_dim)
     k: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    *args: Any,
+    *tables: Any,
     **kwargs: Any,
 ) -> Any:
     step = current()
     call = conventions.rotaries[step.rotaries]
     step.rotaries += 1
     if call is None:
-        return original(q, k, cos, sin, *args, **kwargs)
+        return original(q, k, *tables, **kwargs)
     cosines, sines = step.tables[call.table]
 
     def turned(x: torch.Tensor) -> torch.Tensor:
@@ -150,10 +152,15 @@ def _rotary(
     return turned(q), turned(k)
 
 
-def _no_rotary(
-    _module: torch.nn.Module, _original: Callable[..., Any], x: torch.Tensor, *_: Any, **__: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return x, x
+class _Unread(tuple[torch.Tensor, torch.Tensor]):
+    """Stands where cosines and sines, or complex numbers, are handed on."""
+
+    def to(self, *_: Any) -> _Unread:
+        return self
+
+
+def _no_rotary(_module: torch.nn.Module, _original: Callable[..., Any], x: torch.Tensor, *_: Any, **__: Any) -> _Unread:
+    return _Unread((x, x))
 
 
 def _norm(
@@ -166,6 +173,12 @@ def _norm(
     weight = current().norm_weights[module] if norm.offset else next(module.parameters())
     attributes: dict[str, Any] = {"axis": -1, "epsilon": norm.epsilon, "stash_type": 1}
     return symbolic("SimplifiedLayerNormalization", (x, weight), attributes, dtype=x.dtype, shape=x.shape, version=1)
+
+
+def _widened(heads: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Heads with zeros up to head_dim, which change no score, and give numbers that are cut off again."""
+    missing = head_dim - heads.shape[3]
+    return torch.nn.functional.pad(heads, (0, missing)) if missing else heads
 
 
 def _joined(heads: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,22 @@
 """Emits ONNX Runtime's operator for mixtures of experts from any transformers model that uses the experts interface.
 
-    Σ over the chosen experts e of w_e · down_e(silu(gate_e x) · up_e x)   →   MoE(x, log of w, gate_up, down) · Σ w
+    Σ over the chosen experts e of w_e · down_e(g · σ(α g) · (u + β))   →   MoE(x, log of w, gate_up, down) · Σ w
+    where g = min(gate_e x, limit) and u = min(max(up_e x, -limit), limit)
+
+With α = 1, β = 0 and no limit that is the usual SwiGLU; gpt-oss has others.
 
 The interface hands over which experts each token has chosen and what they weigh. The operator chooses by itself, from numbers whose
 softmax weighs the experts: the logarithm of the weights, minus infinity where there is none, makes it choose the same experts,
 whatever way the model took to them.
 
-How a model stores its experts is told by comparing what the operator would answer with what the model does; experts that fit no
-form are exported as transformers' batched_mm computes them, which copies the weights of every token's experts.
+How a model stores and gates its experts is told by comparing what the operator would answer with what the model does, with the numbers of
+a forward pass and with numbers large enough to meet any limit; experts that fit no form are exported as transformers' batched_mm computes them, which copies the weights of every token's experts.
 Source of the operator: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,13 +34,32 @@ _COPYING = "batched_mm"  # of transformers' own forms the one whose shapes do no
 _TRANSPOSED, _INTERLEAVED = "onnxpress_transposed", "onnxpress_interleaved"  # attributes until the weights are arranged
 _TOKENS = 3  # of the recorded forward pass that forms are tried on
 _TOLERANCE = 1e-5  # of the largest number
+_SCALES = (
+    1.0,
+    1000.0,
+)  # times what the forward pass brings: no limit of a gate, of 7 or 10 with trained weights, lies beyond
+_SMALL, _NO_LIMIT = 0.01, 1e6  # a limit of a gate lies between
 
 Experts = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gate:
+    """min(g, limit) · σ(alpha · min(g, limit)) · (u within ±limit + beta), of a gate g and what it lets through, u."""
+
+    alpha: float
+    beta: float
+    limit: float
+
+    def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Of two tensors of one shape."""
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return gate * torch.sigmoid(self.alpha * gate) * (up + self.beta)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExpertsForm:
-    """How a module stores its gated experts.
+    """How a module stores and gates its experts.
 
     transposed: the weights are (experts, in, out), not (experts, out, in). interleaved: gate and up alternate; otherwise all of
     the gate comes first.
@@ -44,9 +67,7 @@ class ExpertsForm:
 
     transposed: bool
     interleaved: bool
-
-
-_FORMS = [ExpertsForm(transposed=one, interleaved=other) for one in (False, True) for other in (False, True)]
+    gate: Gate
 
 
 @contextmanager
@@ -57,7 +78,10 @@ def recorded_experts(model: PreTrainedModel, found: dict[torch.nn.Module, Expert
     def record(module: Any, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         original = ALL_EXPERTS_FUNCTIONS.get_interface(before, type(module).forward.__wrapped__)
         answer: torch.Tensor = original(module, x, index, weights)
-        fitting = (form for form in _FORMS if _fits(form, module, x, index, weights, answer))
+        few = index[:_TOKENS], weights[:_TOKENS]
+        cases = [(scale * x[:_TOKENS], *few) for scale in _SCALES]
+        tried = [(*case, original(module, *case)) for case in cases]
+        fitting = (form for form in _forms(module) if all(_fits(form, module, *case) for case in tried))
         found[module] = next(fitting, None)
         return answer
 
@@ -116,6 +140,25 @@ def _experts_function(model: PreTrainedModel, function: Experts) -> Iterator[Non
         model.set_experts_implementation(before)
 
 
+def _forms(module: Any) -> Iterator[ExpertsForm]:
+    """The forms that a module may have: any way to store, and the gate that its answers to a few pairs of numbers tell."""
+    g = _SMALL
+    pairs = torch.tensor([[g, 0.0], [g, g], [g, _NO_LIMIT]], dtype=torch.float64)
+    try:
+        nothing, little, most = (answer / g for answer in module._apply_gate(pairs)[:, 0].tolist())
+        sigmoid = (little - nothing) / g  # σ(alpha · g)
+        alpha, beta = math.log(sigmoid / (1 - sigmoid)) / g, nothing / sigmoid
+        limit = most / sigmoid - beta
+    except (AttributeError, IndexError, ArithmeticError, RuntimeError, TypeError, ValueError):  # no gate of this kind
+        return
+    gate = Gate(
+        alpha=round(alpha, 6), beta=round(beta, 6), limit=round(limit, 4) if limit < 0.99 * _NO_LIMIT else math.inf
+    )
+    for transposed in (False, True):
+        for interleaved in (False, True):
+            yield ExpertsForm(transposed=transposed, interleaved=interleaved, gate=gate)
+
+
 def _fits(
     form: ExpertsForm,
     module: Any,
@@ -124,13 +167,13 @@ def _fits(
     weights: torch.Tensor,  # (tokens, chosen)
     answer: torch.Tensor,  # (tokens, hidden)
 ) -> bool:
-    """Whether the operator would answer what the module does; tried on a few tokens."""
+    """Whether the operator would answer what the module does."""
     twice = any(len(set(chosen)) < len(chosen) for chosen in index.tolist())  # one expert to the operator
     if twice or bool((weights < 0).any()):
         return False
     try:
-        found = [_answer(form, module, *token) for token in zip(x[:_TOKENS], index, weights, strict=False)]
-        difference = (torch.stack(found) - answer[:_TOKENS]).abs().max()
+        found = [_answer(form, module, *token) for token in zip(x, index, weights, strict=True)]
+        difference = (torch.stack(found) - answer).abs().max()
     except (AttributeError, IndexError, RuntimeError):  # without such weights, or with others' shapes
         return False
     return bool(difference <= _TOLERANCE * answer.abs().max())
@@ -146,7 +189,7 @@ def _answer(
         gate_up, down = (part[number].T if form.transposed else part[number] for part in (gate_up_all, down_all))
         both = gate_up @ x if gate_up_bias is None else gate_up @ x + gate_up_bias[number]
         gate, up = (both[0::2], both[1::2]) if form.interleaved else both.chunk(2)
-        one = down @ (torch.nn.functional.silu(gate) * up)
+        one = down @ form.gate(gate, up)
         found = found + weight * (one if down_bias is None else one + down_bias[number])
     return found
 
@@ -166,9 +209,13 @@ def _emit(form: ExpertsForm, module: Any, x: torch.Tensor, index: torch.Tensor, 
         "activation_type": "swiglu",
         "swiglu_fusion": 1,
         "normalize_routing_weights": 1,
+        "activation_alpha": form.gate.alpha,
+        "activation_beta": form.gate.beta,
         _TRANSPOSED: int(form.transposed),
         _INTERLEAVED: int(form.interleaved),
     }
+    if form.gate.limit < math.inf:
+        attributes["swiglu_limit"] = form.gate.limit
     inputs = (x, weighed.log(), gate_up, gate_up_bias, down, down_bias)
     out = symbolic("com.microsoft::MoE", inputs, attributes, dtype=x.dtype, shape=x.shape, version=1)
     return out * weights.sum(-1, keepdim=True)

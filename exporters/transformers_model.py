@@ -20,6 +20,9 @@ from onnxpress.graph import Graph
 from onnxpress.manifest import Json, Runnable
 
 _LENGTH_WITHOUT_LIMIT = 512  # for models with relative positions whose tokenizer has no limit either
+_UNFOLDED = frozenset(
+    {"mxfp4", "fp8", "compressed-tensors"}
+)  # forms of stored weights that transformers turns into numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,13 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> Any:
 
 
 def load_model(folder: Path, task: Task, config: Any, *, trust_remote_code: bool) -> PreTrainedModel:
-    """The model in float32, in evaluation mode, with its own attention. Raises SourceError."""
+    """The model in float32, in evaluation mode, with its own attention. Raises SourceError.
+
+    Weights that are stored in fewer bits (MXFP4, FP8) are unfolded, whatever this machine could compute with.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if isinstance(stored, dict) and stored.get("quant_method") in _UNFOLDED:
+        config.quantization_config = {**stored, "dequantize": True}
     try:
         with quiet():
             model, report = task.auto_class.from_pretrained(  # type: ignore[attr-defined]

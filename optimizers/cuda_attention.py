@@ -23,7 +23,7 @@ from onnxpress.graph import Graph
 from onnxpress.manifest import TensorSpec
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.coverage import Miss, coverage
-from onnxpress.optimizers.linear import add_constant, attribute, replace_value
+from onnxpress.optimizers.linear import add_constant, attribute, replace_node
 from onnxpress.optimizers.matching import body_nodes, insert
 
 _MASK = "attention_mask"
@@ -159,13 +159,7 @@ def _rewrite(graph: Graph, attention: ir.Node, lengths: ir.Value | None) -> None
         domain="com.microsoft",
         name=attention.name,
     )
-    old = attention.outputs[0]
-    new.outputs[0].shape, new.outputs[0].type = old.shape, old.type
-    name = old.name
-    graph.model.graph.insert_before(attention, new)
-    replace_value(graph, old, new.outputs[0])
-    graph.model.graph.remove(attention, safe=True)
-    new.outputs[0].name = name
+    replace_node(graph, attention, new)
 
 
 def _right_padded(graph: Graph) -> Graph:

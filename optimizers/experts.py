@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.graph import Graph
-from onnxpress.optimizers.linear import add_constant, attribute, linears, replace_value
+from onnxpress.optimizers.linear import add_constant, attribute, linears, replace_node
 from onnxpress.optimizers.rounding import Blocks, Float, block_size_for
 from onnxpress.optimizers.targets import Target
 
@@ -111,11 +111,7 @@ def quantize_experts(
             domain="com.microsoft",
             name=name,
         )
-        old = node.outputs[0]
-        new.outputs[0].shape, new.outputs[0].type = old.shape, old.type
-        graph.model.graph.insert_before(node, new)
-        replace_value(graph, old, new.outputs[0])
-        graph.model.graph.remove(node, safe=True)
+        replace_node(graph, node, new)
         touched.append(name)
     summary = (f"{len(touched)} mixtures of experts at {bits} bits, their routing in float",) if touched else ()
     return RoundedExperts(touched=tuple(touched), notes=(*summary, *notes))

@@ -92,6 +92,16 @@ def replace_value(graph: Graph, old: ir.Value, new: ir.Value) -> None:
     ir.convenience.replace_all_uses_with(old, new)
 
 
+def replace_node(graph: Graph, old: ir.Node, new: ir.Node) -> None:
+    """Put a node with one output in another's place. The output keeps name, type and shape."""
+    before, after = old.outputs[0], new.outputs[0]
+    name, after.shape, after.type = before.name, before.shape, before.type
+    graph.model.graph.insert_before(old, new)
+    replace_value(graph, before, after)
+    graph.model.graph.remove(old, safe=True)
+    after.name = name
+
+
 def add_constant(graph: Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
     """Register an initializer; where the name is taken, a number is added to it."""
     name = unused_name(graph.model.graph, name)

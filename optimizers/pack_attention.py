@@ -18,7 +18,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.coverage import Miss, coverage
-from onnxpress.optimizers.linear import Linear, attribute, drop_unused_constants, linears, replace_value
+from onnxpress.optimizers.linear import Linear, attribute, drop_unused_constants, linears, replace_node
 from onnxpress.optimizers.pack_projections import packed, why_not_packed
 
 _KEPT = ("num_heads", "scale")  # attributes that both operators have
@@ -77,10 +77,4 @@ def _pack(graph: Graph, attention: ir.Node, parts: list[Linear]) -> None:
         domain="com.microsoft",
         name=attention.name,
     )
-    old = attention.outputs[0]
-    value, label = new.outputs[0], old.name
-    value.shape, value.type = old.shape, old.type
-    graph.model.graph.insert_before(attention, new)
-    replace_value(graph, old, value)
-    graph.model.graph.remove(attention, safe=True)
-    value.name = label
+    replace_node(graph, attention, new)

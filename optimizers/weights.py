@@ -34,7 +34,7 @@ from onnxpress.optimizers.linear import (
     embeddings,
     linears,
     replace,
-    replace_value,
+    replace_node,
 )
 from onnxpress.optimizers.rounding import Blocks, Float, block_size_for, blocks
 
@@ -280,11 +280,7 @@ def quantize_embeddings(
             domain="com.microsoft",
             name=name,
         )
-        old = node.outputs[0]
-        new.outputs[0].shape, new.outputs[0].type = old.shape, old.type
-        graph.model.graph.insert_before(node, new)
-        replace_value(graph, old, new.outputs[0])
-        graph.model.graph.remove(node, safe=True)
+        replace_node(graph, node, new)
         touched.append(name)
     for layer in linears(graph):
         shared = stored.get(str(layer.weight.name))

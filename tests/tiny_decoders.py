@@ -34,6 +34,20 @@ BASE: dict[str, Any] = {
     "eos_token_id": 0,
 }
 _MIXED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+_LATENT: dict[str, Any] = {  # keys of 24 numbers a head, values of 16
+    **BASE,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
 _LEARNED: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}
 
 
@@ -71,6 +85,18 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
             head_dim=16,
         )
     ),
+    "qwen2-moe": lambda **more: tf.Qwen2MoeConfig(  # makes a mask that no layer looks at
+        **BASE,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+    ),
+    "gpt-oss": lambda **more: tf.GptOssConfig(  # sinks; gates with a limit, low enough that they meet it
+        **BASE, head_dim=16, num_local_experts=4, num_experts_per_tok=2, swiglu_limit=0.5, **_MIXED
+    ),
+    "deepseek-v2": lambda **more: tf.DeepseekV2Config(**_LATENT),  # rotary embeddings as complex numbers
+    "deepseek-v3": lambda **more: tf.DeepseekV3Config(**_LATENT, n_group=2, topk_group=1),
     "gemma2": lambda **more: tf.Gemma2Config(**BASE, head_dim=16, query_pre_attn_scalar=24, **_MIXED),
     "gemma3": lambda **more: tf.Gemma3TextConfig(**BASE, head_dim=16, query_pre_attn_scalar=24, **_MIXED),
     "phi3": lambda **more: tf.Phi3Config(**BASE),

@@ -73,28 +73,11 @@ def test_a_head_too_narrow_for_the_operator_keeps_the_models_own_rotary_embeddin
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (
-            tf.GptOssConfig(**BASE, head_dim=16, num_local_experts=4, num_experts_per_tok=2),
-            "GptOssAttention asks its attention for s_aux",
-        ),
         (tf.Llama4TextConfig(**BASE, head_dim=16, attention_chunk_size=8), "chunked attention is not exported"),
-        (
-            tf.DeepseekV3Config(
-                **{**BASE, "num_key_value_heads": 4},
-                q_lora_rank=16,
-                kv_lora_rank=16,
-                qk_rope_head_dim=8,
-                qk_nope_head_dim=8,
-                v_head_dim=8,
-                n_routed_experts=4,
-                first_k_dense_replace=2,
-            ),
-            "GroupQueryAttention takes one size",
-        ),
         (tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4), "by itself"),
         (tf.MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2), "by itself"),
     ],
-    ids=["gpt-oss", "llama4", "deepseek", "bloom", "mamba"],
+    ids=["llama4", "bloom", "mamba"],
 )
 def test_what_fits_no_operator_is_named(config: Any, message: str) -> None:
     with pytest.raises(ConversionError, match=message):

@@ -29,10 +29,23 @@ EMITTED = {
     "glm4": (2, 4, 9),
     "cohere": (2, 4, 0),  # norms that subtract the mean
     "gpt2": (2, 0, 0),
+    "gpt-oss": (2, 4, 5),
+    "deepseek-v2": (2, 4, 9),  # norms of what queries, and keys with values, are made of
+    "deepseek-v3": (2, 0, 9),  # its rotary embeddings change the order of the numbers
 }
 
 
-EXPERTS = {"qwen3-moe": 2, "mixtral": 2, "olmoe": 2, "granite-moe": 2, "glm4-moe": 1}
+EXPERTS = {
+    "qwen3-moe": 2,
+    "mixtral": 2,
+    "olmoe": 2,
+    "granite-moe": 2,
+    "glm4-moe": 1,
+    "qwen2-moe": 2,
+    "gpt-oss": 2,
+    "deepseek-v2": 1,
+    "deepseek-v3": 1,
+}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

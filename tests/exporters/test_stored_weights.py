@@ -1,0 +1,77 @@
+"""Checkpoints whose weights are stored in fewer bits load as the numbers that they stand for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_decoders import make_model
+from transformers import AutoConfig
+
+from onnxpress.exporters.tasks import TASKS
+from onnxpress.exporters.transformers_model import load_model
+
+pytestmark = pytest.mark.newest
+
+FOUR_BITS = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])  # E2M1; the fourth bit is the sign
+
+
+def save(model: Any, state: dict[str, torch.Tensor], stored: dict[str, Any], folder: Path) -> None:
+    model.config.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load(folder: Path) -> Any:
+    config = AutoConfig.from_pretrained(folder)
+    return load_model(folder, TASKS["text-generation"], config, trust_remote_code=False)
+
+
+def test_mxfp4(tmp_path: Path) -> None:
+    model = make_model("gpt-oss")
+    random = np.random.default_rng(0)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for name in [name for name in state if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, width, rows = state.pop(name).shape
+        codes = torch.tensor(random.integers(0, 16, (experts, rows, width // 32, 32), dtype=np.uint8))
+        exponents = torch.tensor(random.integers(-6, 0, (experts, rows, width // 32)))
+        state[f"{name}_blocks"] = codes[..., 0::2] | codes[..., 1::2] << 4
+        state[f"{name}_scales"] = (exponents + 127).to(torch.uint8)
+        numbers = FOUR_BITS[codes.long() & 7] * torch.where(codes > 7, -1.0, 1.0) * 2.0 ** exponents[..., None]
+        with torch.no_grad():
+            model.get_parameter(name).copy_(numbers.reshape(experts, rows, width).mT)
+    save(model, state, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, tmp_path)
+    assert_alike(load(tmp_path), model)
+
+
+def test_fp8_in_blocks(tmp_path: Path) -> None:
+    model = make_model("qwen3")
+    state = {name: value.clone() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    for name in [name for name in state if name.endswith("proj.weight")]:
+        weight = state[name]
+        blocks = tuple(-(-side // 32) for side in weight.shape)
+        scales = torch.rand(blocks, generator=torch.Generator().manual_seed(0)) * 0.01 + 0.001
+        wide = scales.repeat_interleave(32, 0).repeat_interleave(32, 1)[: weight.shape[0], : weight.shape[1]]
+        state[name] = (weight / wide).clamp(-448, 448).to(torch.float8_e4m3fn)
+        state[f"{name}_scale_inv"] = scales
+        with torch.no_grad():
+            model.get_parameter(name).copy_(state[name].float() * wide)
+    stored = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
+    save(model, state, stored, tmp_path)
+    assert_alike(load(tmp_path), model)
+
+
+def assert_alike(found: Any, expected: Any) -> None:
+    weights = dict(expected.named_parameters())
+    assert {name for name, _ in found.named_parameters()} == set(weights)
+    for name, parameter in found.named_parameters():
+        assert parameter.dtype == torch.float32
+        torch.testing.assert_close(parameter, weights[name], rtol=1e-6, atol=0, msg=name)
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(found(input_ids=ids).logits, expected(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
