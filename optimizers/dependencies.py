@@ -34,6 +34,7 @@ NORMS = _ROOT_MEAN_SQUARE | {"LayerNormalization"}
 _PAST = {"GroupQueryAttention": (3, 4), "Attention": (4, 5), "MultiHeadAttention": ()}
 _PER_HEAD = {"GroupQueryAttention": (10, 11), "Attention": (), "MultiHeadAttention": (3, 6, 7)}
 MASK = {"Attention": 3, "MultiHeadAttention": 5}
+SINK = 11  # of GroupQueryAttention
 
 
 class NotFollowedError(Exception):
@@ -116,7 +117,7 @@ def follow_heads(node: ir.Node, lost: Sequence[int]) -> Group:
     if node.op_type == "Softmax":
         weights = node.outputs[0]
         return _closure([(weights, (rank(weights) or 0) - 3, frozenset(lost))], through_norms=True)
-    seeds = [(value, axis, _blocks(lost, block)) for value, axis, block in with_heads(node, heads)]
+    seeds = [(value, axis, whole_blocks(lost, block)) for value, axis, block in with_heads(node, heads)]
     return _closure(seeds, through_norms=True)
 
 
@@ -194,9 +195,12 @@ def with_heads(node: ir.Node, heads: Heads) -> list[tuple[ir.Value, int, int]]:
         (node.outputs[0], axis, heads.queries * sizes[1]),
     ]
     inputs = dict(enumerate(node.inputs))
+    sink = sink_of(node)
     for place in _PER_HEAD[node.op_type]:
         other = inputs.get(place)
-        if other is not None and rank(other) != 2 and (rank(other) != 4 or dimension(other, 1) != 1):
+        if other is sink or other is None or rank(other) == 2:
+            continue
+        if rank(other) != 4 or dimension(other, 1) != 1:
             raise NotFollowedError(node, f"has numbers of its own for each head ({other.name})")
     mask = mask_of(node)
     if mask is not None and dimension(mask, -3) == heads.groups * heads.queries:
@@ -206,6 +210,12 @@ def with_heads(node: ir.Node, heads: Heads) -> list[tuple[ir.Value, int, int]]:
     caches = (*(inputs.get(place) for place in _PAST[node.op_type]), *node.outputs[1:3])
     found.extend((cache, 1, 1) for cache in caches if cache is not None and cache.name)
     return found
+
+
+def sink_of(node: ir.Node) -> ir.Value | None:
+    """Constant scores, one a query head, that an attention operator counts beside those of the keys."""
+    sink = node.inputs[SINK] if node.op_type == "GroupQueryAttention" and len(node.inputs) > SINK else None
+    return sink if constant(sink) is not None and dimension(sink, 0) == attribute(node, "num_heads", 0) else None
 
 
 def mask_of(node: ir.Node) -> ir.Value | None:
@@ -233,9 +243,9 @@ def _related_heads(node: ir.Node, heads: Heads, value: ir.Value, axis: int, lost
     if block is None:
         raise NotFollowedError(node, "is reached by another way than its heads")
     gone = sorted({position // block for position in lost})
-    if _blocks(gone, block) != lost:
+    if whole_blocks(gone, block) != lost:
         raise NotFollowedError(node, "would lose a part of the heads that read the same keys")
-    yield from ((other, place, _blocks(gone, size)) for other, place, size in there)
+    yield from ((other, place, whole_blocks(gone, size)) for other, place, size in there)
 
 
 def _related(node: ir.Node, value: ir.Value, axis: int, lost: frozenset[int]) -> Iterator[Cut]:
@@ -537,5 +547,6 @@ def _softmax_axis(node: ir.Node, count: int) -> int:
     return int(attribute(node, "axis", 1 if old else -1)) % count
 
 
-def _blocks(which: Sequence[int], size: int) -> frozenset[int]:
+def whole_blocks(which: Iterable[int], size: int) -> frozenset[int]:
+    """Of the given blocks of so many positions each, all positions."""
     return frozenset(block * size + index for block in which for index in range(size))

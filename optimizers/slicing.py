@@ -18,10 +18,13 @@ from onnxpress.optimizers.dependencies import (
     FOLDED,
     MASK,
     NORMS,
+    SINK,
     Group,
     mask_of,
     part_ranges,
+    sink_of,
     weight_axes,
+    whole_blocks,
     with_heads,
 )
 from onnxpress.optimizers.linear import add_constant, attribute, replace_constant, replace_everywhere
@@ -71,9 +74,12 @@ def _weights(nodes: Iterable[ir.Node], group: Group) -> dict[ir.Value, dict[int,
 
 
 def _edit_heads(graph: Graph, node: ir.Node, heads: Heads, group: Group) -> None:
-    """The numbers of heads that an attention operator is told, and a mask that is the same for each."""
+    """The numbers of heads that an attention operator is told, a score for each, and a mask that is the same for each."""
     key, _, block = with_heads(node, heads)[1]
-    left = heads.groups - len(group.cuts[key][1]) // block
+    gone = {position // block for position in group.cuts[key][1]}
+    left = heads.groups - len(gone)
+    if sink_of(node) is not None:
+        _shrink(graph, node, SINK, 0, whole_blocks(gone, heads.queries))
     query_name = "q_num_heads" if node.op_type == "Attention" else "num_heads"
     if query_name in node.attributes:
         node.attributes[query_name] = ir.AttrInt64(query_name, left * heads.queries)

@@ -337,6 +337,33 @@ def test_a_norm_over_all_heads_is_scaled_to_those_that_stay(tmp_path: Path) -> N
     assert errors[0] < 0.1 * errors[1]
 
 
+def test_sinks_go_with_the_query_heads_that_have_them(tmp_path: Path) -> None:
+    out = weight(WIDTH, WIDTH)
+    out[16:] = 0  # so that what the second key-value head and its two queries say does not matter
+    sizes = {"wq": (WIDTH, 32), "wk": (WIDTH, 16), "wv": (WIDTH, 16)}
+    graph = small_graph(
+        """
+        q = MatMul (x, wq) k = MatMul (x, wk) v = MatMul (x, wv)
+        a = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 2> (q, k, v, , , ends, total, , , , , sinks)
+        y = MatMul (a, wo)
+        """,
+        weights={name: weight(*shape) for name, shape in sizes.items()}
+        | {"wo": out, "sinks": np.array([2, -1, 0.5, 1], np.float32), "ends": np.array([39], np.int32)}
+        | {"total": np.array(40, np.int32)},
+        opset=20,
+        ir_version=9,
+    )
+    attention = next(node for node in graph.model.graph if node.op_type == "GroupQueryAttention")
+    attention.outputs[0].shape = ir.Shape(["batch", "length", WIDTH])
+    before = graph.clone()
+    cut(graph, follow_heads(attention, [1]))
+    (sinks,) = [value for value in attention.inputs if value is not None and value.name == "sinks"]
+    assert sinks.const_value is not None
+    assert sinks.const_value.numpy().tolist() == [2, -1]
+    for feeds in inputs(3):
+        np.testing.assert_allclose(run(graph, tmp_path, feeds), run(before, tmp_path, feeds), atol=1e-5)
+
+
 def test_a_mask_for_each_head_that_is_an_input_keeps_the_heads_whole() -> None:
     graph = small_graph(
         "y = Attention <q_num_heads = 4, kv_num_heads = 4> (x, x, x, mask)",
