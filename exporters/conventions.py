@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -52,15 +53,17 @@ class AttentionCall:
 
 @dataclass(frozen=True, kw_only=True)
 class RotaryCall:
-    """One application of rotary embeddings to a query and a key.
+    """One application of rotary embeddings, to a query, a key, or both.
 
     table: index into `Conventions.tables`. width: how many numbers of a head are turned, from the first on. interleaved:
-    pairs stand side by side, not half a width apart.
+    pairs stand side by side, not half a width apart. lengths_first: tensors are (batch, length, heads, head_dim); otherwise heads come
+    before the length.
     """
 
     table: int
     width: int
     interleaved: bool
+    lengths_first: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,17 +129,17 @@ def learn(model: PreTrainedModel, *, positions: int) -> Conventions:
 
 @contextmanager
 def rotary_functions(model: PreTrainedModel, replacement: Callable[..., Any]) -> Iterator[None]:
-    """Let `replacement(original, q, k, cos, sin, …)` stand for the model's apply_rotary… functions while this lasts.
+    """Let `replacement(original, count, …)` stand for the model's apply_rotary… functions while this lasts.
 
-    Some take one table of complex numbers in the place of cos and sin.
+    The arguments that follow are `count` tensors to turn, one or a query and a key, then cos and sin, or one table of complex numbers.
     """
     replaced: list[tuple[ModuleType, str, Any]] = []
     try:
         for module in {sys.modules[type(part).__module__] for part in model.modules()}:
             for name, function in list(vars(module).items()):
-                if name.startswith("apply_rotary") and callable(function) and _takes_query_and_key(function):
+                if name.startswith("apply_rotary") and callable(function) and (count := _turned_tensors(function)):
                     replaced.append((module, name, function))
-                    setattr(module, name, _bound(replacement, function))
+                    setattr(module, name, _bound(replacement, function, count))
         yield
     finally:
         for module, name, function in replaced:
@@ -269,29 +272,35 @@ class _Recorder:
         (answer[0] if isinstance(answer, tuple) else answer).source = key
         return answer
 
-    def rotary(self, original: Callable[..., Any], q: Any, k: Any, cos: Any, *sin: Any, **kwargs: Any) -> Any:
-        turned = original(q, k, cos, *sin, **kwargs)
-        source = getattr(cos, "source", None)
-        tables = (cos.real, cos.imag) if cos.is_complex() else (cos, sin[0] if sin else kwargs.get("sin"))
-        self.rotaries.append(self._fitting(q, k, *tables, source, turned))
+    def rotary(self, original: Callable[..., Any], count: int, *args: Any, **kwargs: Any) -> Any:
+        turned = original(*args, **kwargs)
+        answers = turned if isinstance(turned, tuple) else (turned,)
+        self.rotaries.append(self._fitting(args[:count], args[count:], answers))
         return turned
 
-    def _fitting(self, q: Any, k: Any, cos: Any, sin: Any, source: Any, turned: Any) -> RotaryCall | None:
-        if source is None or cos.dim() != 3 or q.dim() != 4 or q.shape[2] != cos.shape[1]:
+    def _fitting(self, heads: Sequence[Any], tables: Sequence[Any], turned: Sequence[Any]) -> RotaryCall | None:
+        source = getattr(tables[0], "source", None) if tables else None
+        if source is None or len(heads) != len(turned) or any(x is None or x.dim() != 4 for x in heads):
             return None
-        for interleaved in (False, True):
+        cos, sin = _cosines_sines(tables[0] if tables[0].is_complex() else tuple(tables[:2]))
+        for lengths_first, interleaved in itertools.product((False, True), repeat=2):
+            pairs = [
+                (x.transpose(1, 2), y.transpose(1, 2)) if lengths_first else (x, y)
+                for x, y in zip(heads, turned, strict=True)
+            ]
             for layout, take in _LAYOUTS.items():
                 half_cos, half_sin = take(cos), take(sin)
                 size = 2 * half_cos.shape[-1]
-                if size > q.shape[-1] or size % _ROTARY_STEP:
+                if size % _ROTARY_STEP or any(size > x.shape[-1] or x.shape[2] != cos.shape[1] for x, _ in pairs):
                     continue
                 if all(
                     torch.allclose(
-                        _turn(x, half_cos, half_sin, interleaved=interleaved), found, rtol=_TOLERANCE, atol=_TOLERANCE
+                        _turn(x, half_cos, half_sin, interleaved=interleaved), y, rtol=_TOLERANCE, atol=_TOLERANCE
                     )
-                    for x, found in zip((q, k), turned, strict=True)
+                    for x, y in pairs
                 ):
-                    return RotaryCall(table=self._table(source, layout), width=size, interleaved=interleaved)
+                    table = self._table(source, layout)
+                    return RotaryCall(table=table, width=size, interleaved=interleaved, lengths_first=lengths_first)
         return None
 
     def _table(self, source: Any, layout: str) -> int:
@@ -336,7 +345,7 @@ _LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def _cosines_sines(answer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a rotary module gives: two tables, or one of complex numbers."""
+    """Of what a rotary module gives: two tables, or one of complex numbers."""
     cos, sin = answer if isinstance(answer, tuple) else (answer.real, answer.imag)
     return cos, sin
 
@@ -394,12 +403,15 @@ def _norms(model: PreTrainedModel) -> dict[torch.nn.Module, Norm]:
     return found
 
 
-def _takes_query_and_key(function: Any) -> bool:
+def _turned_tensors(function: Any) -> int:
+    """How many tensors a function turns by cosines and sines, or by complex numbers; 0 where it is of another kind."""
     try:
         names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):
-        return False
-    return names[:4] in (["q", "k", "cos", "sin"], ["query", "key", "cos", "sin"]) or names == ["xq", "xk", "freqs_cis"]
+        return 0
+    if names == ["xq", "xk", "freqs_cis"]:
+        return 2
+    return next((count for count in (1, 2) if names[count : count + 2] == ["cos", "sin"]), 0)
 
 
 def _bound(replacement: Callable[..., Any], *first: Any) -> Callable[..., Any]:

@@ -27,6 +27,7 @@ from onnxpress.exporters.conventions import (
     AttentionCall,
     Conventions,
     Norm,
+    RotaryCall,
     replaced_forwards,
     rotary_functions,
     rotary_modules,
@@ -122,34 +123,36 @@ def _rotary(
     conventions: Conventions,
     current: Callable[[], Step],
     original: Callable[..., Any],
-    q: torch.Tensor,  # (batch, heads, length, head_dim)
-    k: torch.Tensor,
-    *tables: Any,
+    count: int,
+    *args: Any,
     **kwargs: Any,
 ) -> Any:
     step = current()
     call = conventions.rotaries[step.rotaries]
     step.rotaries += 1
     if call is None:
-        return original(q, k, *tables, **kwargs)
-    cosines, sines = step.tables[call.table]
+        return original(*args, **kwargs)
+    turned = tuple(_turned(x, call, step) for x in args[:count])
+    return turned if count > 1 else turned[0]
 
-    def turned(x: torch.Tensor) -> torch.Tensor:
-        batch, heads, length, head_dim = x.shape
-        attributes: dict[str, Any] = {"interleaved": int(call.interleaved), "num_heads": heads}
-        if call.width != head_dim:
-            attributes["rotary_embedding_dim"] = call.width
-        joined = symbolic(
-            "com.microsoft::RotaryEmbedding",
-            (_joined(x), step.positions, cosines, sines),
-            attributes,
-            dtype=x.dtype,
-            shape=(batch, length, heads * head_dim),
-            version=1,
-        )
-        return joined.reshape(batch, length, heads, head_dim).transpose(1, 2)
 
-    return turned(q), turned(k)
+def _turned(x: torch.Tensor, call: RotaryCall, step: Step) -> torch.Tensor:
+    """x: (batch, heads, length, head_dim) or (batch, length, heads, head_dim)."""
+    x = x if call.lengths_first else x.transpose(1, 2)
+    batch, length, heads, head_dim = x.shape
+    attributes: dict[str, Any] = {"interleaved": int(call.interleaved), "num_heads": heads}
+    if call.width != head_dim:
+        attributes["rotary_embedding_dim"] = call.width
+    joined = symbolic(
+        "com.microsoft::RotaryEmbedding",
+        (x.reshape(batch, length, heads * head_dim), step.positions, *step.tables[call.table]),
+        attributes,
+        dtype=x.dtype,
+        shape=(batch, length, heads * head_dim),
+        version=1,
+    )
+    turned = joined.reshape(batch, length, heads, head_dim)
+    return turned if call.lengths_first else turned.transpose(1, 2)
 
 
 class _Unread(tuple[torch.Tensor, torch.Tensor]):
