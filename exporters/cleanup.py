@@ -95,11 +95,13 @@ def _transposes_weight(node: ir.Node) -> bool:
     if node.op_type != "Transpose" or node.domain != "" or node.graph is None:
         return False
     source = node.inputs[0]
+    permutation = node.attributes.get("perm")
     return (
         source is not None
         and source.is_initializer()
         and source.shape is not None
         and len(source.shape) == 2
+        and (permutation is None or list(permutation.as_ints()) == [1, 0])  # exporters write [0, 1] too
         and not node.outputs[0].is_graph_output()
     )
 

@@ -116,11 +116,12 @@ def budget_for(task: str, given: str | float | None, *, labelled: bool, problem_
             f"The budget {given!r} is a value of {default.metric}, which goes from 0 to 100 with labels: give "
             f'"{100 * number:g}" for that value, or "{100 * (1 - number):.4g}%" for the share that may be lost.'
         )
-    if not given.endswith("%") and 0 <= number <= (100 if labelled else 1):
+    if not given.endswith("%") and 0 < number <= (100 if labelled else 1):  # at least 0 would be anything
         return dataclasses.replace(default, limit=number, kind="at least")
     scale = "0 to 100" if labelled else "0 to 1"
+    example = "0%" if number == 0 else "0.5%"
     raise RecipeError(
-        f'The budget {given!r} is not understood: "0.5%" is the share of {default.metric} that may be lost, a number from '
+        f'The budget {given!r} is not understood: "{example}" is the share of {default.metric} that may be lost, a number from '
         f"{scale} the least that {default.metric} may be."
     )
 

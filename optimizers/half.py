@@ -130,7 +130,9 @@ class _Half:
             if attribute is not None and attribute.value == ir.DataType.FLOAT.value:
                 node.attributes[name] = ir.AttrInt64(name, self.dtype.value)
         constant = node.attributes.get("value")
-        if node.op_type in ("Constant", "ConstantOfShape") and constant is not None:
+        if node.op_type == "ConstantOfShape" and constant is None:  # float32 zeros
+            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(self._array(np.zeros(1, np.float32))))
+        elif node.op_type in ("Constant", "ConstantOfShape") and constant is not None:
             tensor = constant.as_tensor()
             if tensor.dtype == ir.DataType.FLOAT:
                 node.attributes["value"] = ir.AttrTensor("value", ir.tensor(self._array(tensor.numpy())))

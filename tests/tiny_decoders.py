@@ -99,6 +99,16 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
     "deepseek-v3": lambda **more: tf.DeepseekV3Config(**_LATENT, n_group=2, topk_group=1),
     "gemma2": lambda **more: tf.Gemma2Config(**BASE, head_dim=16, query_pre_attn_scalar=24, **_MIXED),
     "gemma3": lambda **more: tf.Gemma3TextConfig(**BASE, head_dim=16, query_pre_attn_scalar=24, **_MIXED),
+    "gemma4": lambda **more: (
+        tf.Gemma4TextConfig(  # heads of two sizes; queries and keys are turned one by one, before heads come first
+            **BASE,
+            head_dim=16,
+            global_head_dim=32,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=320,
+            **_MIXED,
+        )
+    ),
     "phi3": lambda **more: tf.Phi3Config(**BASE),
     "phi4-partial-rotary": lambda **more: tf.Phi3Config(**BASE, partial_rotary_factor=0.5),
     "smollm3-nope": lambda **more: tf.SmolLM3Config(**BASE, no_rope_layers=[1, 0]),

@@ -24,6 +24,7 @@ EMITTED = {
     "llama": (2, 4, 5),
     "qwen3": (2, 4, 9),  # norms of queries and keys too
     "gemma3": (2, 4, 13),
+    "gemma4": (2, 4, 16),
     "smollm3-nope": (2, 2, 5),  # the second layer has no rotary embedding
     "phi4-partial-rotary": (2, 4, 5),
     "glm4": (2, 4, 9),

@@ -77,6 +77,25 @@ def test_writes_in_place_and_casts(tmp_path):
     assert max(row.max_abs for row in rows) == 0
 
 
+class ReadsRows(nn.Module):
+    """Of a table that is a parameter, which the exporter reads through a Transpose that changes nothing."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 8)
+        self.table = nn.Parameter(torch.randn(rows, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.linear(x) + self.table[x[:, 0].abs().to(torch.int64) % len(self.table)]
+        return answer
+
+
+@pytest.mark.parametrize("rows", [20, 8])
+def test_rows_of_a_parameter_are_read(rows, tmp_path):
+    exported = export(ReadsRows(rows), example_inputs=3 * torch.randn(5, 4))
+    ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
+
+
 def test_what_is_known_as_it_was_traced_is_not_taken_apart(monkeypatch, tmp_path):
     """Nor is a language model's export, whose time that would double; networks with batch norms are."""
 

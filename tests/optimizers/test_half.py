@@ -72,6 +72,15 @@ def test_fp16_halves_weights_and_keeps_the_interface(tmp_path: Path) -> None:
     assert any("ReduceL2" in note for note in result.notes)
 
 
+def test_zeros_that_are_float32_by_default_become_fp16(tmp_path: Path) -> None:
+    graph = graph_of(
+        [helper.make_node("ConstantOfShape", ["shape"], ["zeros"]), helper.make_node("Add", ["x", "zeros"], ["y"])],
+        {"shape": np.array([32])},
+    )
+    x = np.ones((4, 32), "f4")
+    np.testing.assert_array_equal(run(make_pass("fp16").apply(graph, CONTEXT).graph, x, tmp_path), x)
+
+
 def test_kept_nodes_stay_in_float32() -> None:
     context = PassContext(target=target("cuda"), keep=frozenset({"linear"}))
     result = make_pass("fp16").apply(small_graph(), context)

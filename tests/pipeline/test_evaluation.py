@@ -412,7 +412,7 @@ def test_budgets_of_the_user() -> None:
     assert budget_for("text-classification", None, labelled=True, problem_type="regression").metric == "spearman"
 
 
-@pytest.mark.parametrize("given", ["", "%", "half", "nan", "-1%", "101%", "1.5", "-0.1", "0.5 %%"])
+@pytest.mark.parametrize("given", ["", "%", "half", "nan", "-1%", "101%", "1.5", "-0.1", "0.5 %%", "0"])
 def test_budgets_that_are_not_understood(given: str) -> None:
     with pytest.raises(RecipeError, match=r"is not understood: .*share of cosine_mean.*0 to 1"):
         budget_for("feature-extraction", given, labelled=False)
