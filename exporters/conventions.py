@@ -171,6 +171,23 @@ def replaced_forwards(replacements: Mapping[torch.nn.Module, Callable[..., Any]]
                 module.__dict__["forward"] = forward
 
 
+class _Marks:
+    """What is known of tensors, and of their slices, which share their memory."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[torch.Tensor, Any]] = {}  # the tensors, so that their memory stays theirs
+
+    def put(self, tensor: torch.Tensor, mark: Any) -> None:
+        self._known[tensor.untyped_storage().data_ptr()] = tensor, mark
+
+    def of(self, tensor: Any) -> Any:
+        """None where nothing is known."""
+        return self._known[tensor.untyped_storage().data_ptr()][1] if tensor in self else None
+
+    def __contains__(self, tensor: Any) -> bool:
+        return isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() in self._known
+
+
 @dataclass
 class _Recorder:
     model: PreTrainedModel
@@ -179,6 +196,7 @@ class _Recorder:
     rotaries: list[RotaryCall | None] = field(default_factory=list)
     tables: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     stable: int = 0
+    _marks: _Marks = field(default_factory=_Marks)
     _whole: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _table_of: dict[Any, int] = field(default_factory=dict)
 
@@ -192,9 +210,9 @@ class _Recorder:
         """
         mask = torch.zeros(1, 1, _LENGTH, _LENGTH)
         try:
-            mask.window = self._window(mask_function)  # type: ignore[attr-defined]
+            self._marks.put(mask, self._window(mask_function))
         except ConversionError as error:
-            mask.window = error  # type: ignore[attr-defined]
+            self._marks.put(mask, error)
         return mask
 
     def attention(
@@ -221,9 +239,9 @@ class _Recorder:
             raise ConversionError(
                 f"{name} asks its attention for {', '.join(unknown)}, which GroupQueryAttention does not have here."
             )
-        if not hasattr(attention_mask, "window"):
+        if attention_mask not in self._marks:
             raise ConversionError(f"{name} makes an attention mask of its own, which cannot be told from outside.")
-        window: int | ConversionError | None = attention_mask.window  # type: ignore[union-attr]
+        window: int | ConversionError | None = self._marks.of(attention_mask)
         if isinstance(window, ConversionError):
             raise window
         if sliding_window is not None and window is not None and int(sliding_window) != window:
@@ -269,7 +287,7 @@ class _Recorder:
             length = _stable_length(table, self.positions)
             self._whole[key] = table(length)
             self.stable = min(self.stable, length)
-        (answer[0] if isinstance(answer, tuple) else answer).source = key
+        self._marks.put(answer[0] if isinstance(answer, tuple) else answer, key)
         return answer
 
     def rotary(self, original: Callable[..., Any], count: int, *args: Any, **kwargs: Any) -> Any:
@@ -279,8 +297,13 @@ class _Recorder:
         return turned
 
     def _fitting(self, heads: Sequence[Any], tables: Sequence[Any], turned: Sequence[Any]) -> RotaryCall | None:
-        source = getattr(tables[0], "source", None) if tables else None
-        if source is None or len(heads) != len(turned) or any(x is None or x.dim() != 4 for x in heads):
+        source = self._marks.of(tables[0]) if tables else None
+        if (
+            source is None
+            or tables[0].dim() != 3
+            or len(heads) != len(turned)
+            or any(x is None or x.dim() != 4 for x in heads)
+        ):
             return None
         cos, sin = _cosines_sines(tables[0] if tables[0].is_complex() else tuple(tables[:2]))
         for lengths_first, interleaved in itertools.product((False, True), repeat=2):

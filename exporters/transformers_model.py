@@ -97,6 +97,9 @@ def load_model(folder: Path, task: Task, config: Any, *, trust_remote_code: bool
             f"for {', '.join(heads(tuple(config.architectures or ())))}.{_remote_code_hint(folder, trust_remote_code)}"
         ) from error
     model.eval()
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise SourceError(f"The weights in {folder} are damaged: {name} holds numbers that are not finite.")
     missing = _used(model, task, report["missing_keys"])
     if missing:
         raise SourceError(

@@ -77,5 +77,9 @@ def make_pass(name: str, options: Mapping[str, object] | None = None) -> Pass:
         default = defaults[option]
         given[option] = float(value) if type(value) is int and isinstance(default, float) else value
         if type(given[option]) is not type(default) or (isinstance(value, int) and value < 0):
-            raise RecipeError(f"Pass {name!r}: {option} is {value!r}; it takes values like {default!r}.")
+            kinds = {bool: "true or false", int: "whole numbers", float: "numbers"}
+            kind_of_value = kinds.get(type(default), "a word")
+            raise RecipeError(
+                f"Pass {name!r}: {option} is {value!r}; it takes {kind_of_value}, and is {default!r} by default."
+            )
     return kind(**given)

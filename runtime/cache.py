@@ -49,7 +49,11 @@ class KeyValueCache:
 
     def fits(self, rows: int, capacity: int) -> bool:
         """Whether so many rows of so many tokens are within the budget."""
-        return rows * self._rounded(capacity) * self.bytes_per_token <= self.budget
+        return self.needed(rows, capacity) <= self.budget
+
+    def needed(self, rows: int, capacity: int) -> int:
+        """Bytes of so many rows of so many tokens, with the room that they are given beyond."""
+        return rows * self._rounded(capacity) * self.bytes_per_token
 
     def reserve(self, rows: int, capacity: int) -> None:
         """Have at least so many rows of at least so many tokens; rows that then exceed the budget go, the last first.
@@ -60,8 +64,8 @@ class KeyValueCache:
             return
         if not self.fits(rows, capacity):
             raise InputError(
-                f"{rows} sequences of {capacity} tokens need {rows * capacity * self.bytes_per_token / 2**20:.0f} MiB for keys "
-                f"and values, and the budget is {self.budget / 2**20:.0f} MiB: allow more with cache_bytes, or ask for less."
+                f"{rows} sequences of {capacity} tokens need {self.needed(rows, capacity) / 2**20:.1f} MiB for keys "
+                f"and values, and the budget is {self.budget / 2**20:.1f} MiB: allow more with cache_bytes, or ask for less."
             )
         new_capacity = self.capacity
         if not self.fits(rows, new_capacity):  # more rows than before, and room for one long one no more

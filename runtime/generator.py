@@ -351,7 +351,7 @@ class Generator:
     def _check_budget(self, sequence: _Sequence) -> None:
         longest = _longest(sequence)
         if not self._cache.fits(1, longest):
-            needed, budget = longest * self._cache.bytes_per_token / 2**20, self._cache.budget / 2**20
+            needed, budget = self._cache.needed(1, longest) / 2**20, self._cache.budget / 2**20
             raise InputError(
                 f"A prompt of {len(sequence.prompt)} tokens and {sequence.limit} new ones need {needed:.1f} MiB for keys and "
                 f"values, and the budget is {budget:.1f} MiB: raise cache_bytes, or ask for fewer tokens."

@@ -100,13 +100,15 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
     "gemma2": lambda **more: tf.Gemma2Config(**BASE, head_dim=16, query_pre_attn_scalar=24, **_MIXED),
     "gemma3": lambda **more: tf.Gemma3TextConfig(**BASE, head_dim=16, query_pre_attn_scalar=24, **_MIXED),
     "gemma4": lambda **more: (
-        tf.Gemma4TextConfig(  # heads of two sizes; queries and keys are turned one by one, before heads come first
-            **BASE,
+        tf.Gemma4TextConfig(  # heads of two sizes, turned before they come first; the last layers' keys are others'
+            **{**BASE, "num_hidden_layers": 4},
             head_dim=16,
             global_head_dim=32,
             hidden_size_per_layer_input=8,
             vocab_size_per_layer_input=320,
-            **_MIXED,
+            num_kv_shared_layers=2,
+            sliding_window=6,
+            layer_types=["sliding_attention", "full_attention"] * 2,
         )
     ),
     "phi3": lambda **more: tf.Phi3Config(**BASE),

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tiny_decoders import make_model
 from transformers import AutoConfig
 
+from onnxpress.errors import SourceError
 from onnxpress.exporters.tasks import TASKS
 from onnxpress.exporters.transformers_model import load_model
 
@@ -75,3 +76,14 @@ def assert_alike(found: Any, expected: Any) -> None:
         torch.testing.assert_close(parameter, weights[name], rtol=1e-6, atol=0, msg=name)
     ids = torch.arange(20)[None]
     torch.testing.assert_close(found(input_ids=ids).logits, expected(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 2] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        SourceError, match=r"damaged: model\.layers\.1\.mlp\.up_proj\.weight holds numbers that are not"
+    ):
+        load(tmp_path)

@@ -76,7 +76,7 @@ PRUNED: dict[str, Any] = {"prune": {"ffn": 0.5}}
         # passes, precisions and targets
         ("texts", {"passes": {"frob": {}}}, "Unknown pass 'frob'"),
         ("texts", {"passes": {"int8": {"frob": 1}}}, "does not take 'frob'"),
-        ("texts", {"passes": {"int8": {"smooth": "much"}}}, "smooth is 'much'; it takes values like 0.0"),
+        ("texts", {"passes": {"int8": {"smooth": "much"}}}, "smooth is 'much'; it takes numbers, and is 0.0"),
         ("texts", {"passes": {"int8": {"smooth": 1}}}, "smooth is 1.0; it takes 0"),
         ("texts", {"passes": {"int8": {"percentile": 99}}}, "percentile is read where calibration is percentile"),
         ("texts", {"passes": GPTQ}, "a pass that this recipe does not run; it runs: fold, .*int8"),

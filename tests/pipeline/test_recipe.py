@@ -61,7 +61,7 @@ def test_everything_has_a_default_but_the_model() -> None:
         ({**MODEL, "passes": {"int8": {"bits": 3}}}, r"Pass 'int8' does not take 'bits'; its options are"),
         (
             {**MODEL, "passes": {"int8": {"minimum_elements": "lots"}}},
-            r"minimum_elements is 'lots'; it takes values like 1",
+            r"minimum_elements is 'lots'; it takes whole numbers, and is 1",
         ),
         ({**MODEL, "passes": {"int8": {"minimum_elements": -5}}}, r"minimum_elements is -5"),
         ({**MODEL, "build": {"name": "../evil"}}, r"'build.name': .* not '../evil'"),
