@@ -9,8 +9,9 @@ The interface hands over which experts each token has chosen and what they weigh
 softmax weighs the experts: the logarithm of the weights, minus infinity where there is none, makes it choose the same experts,
 whatever way the model took to them.
 
-How a model stores and gates its experts is told by comparing what the operator would answer with what the model does, with the numbers of
-a forward pass and with numbers large enough to meet any limit; experts that fit no form are exported as transformers' batched_mm computes them, which copies the weights of every token's experts.
+How a model stores and gates its experts is told by comparing what the operator would answer with what the model does, with the
+numbers of a forward pass and with numbers large enough to meet any limit; experts that fit no form are exported as transformers'
+batched_mm computes them, which copies the weights of every token's experts.
 Source of the operator: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
 
@@ -34,10 +35,8 @@ _COPYING = "batched_mm"  # of transformers' own forms the one whose shapes do no
 _TRANSPOSED, _INTERLEAVED = "onnxpress_transposed", "onnxpress_interleaved"  # attributes until the weights are arranged
 _TOKENS = 3  # of the recorded forward pass that forms are tried on
 _TOLERANCE = 1e-5  # of the largest number
-_SCALES = (
-    1.0,
-    1000.0,
-)  # times what the forward pass brings: no limit of a gate, of 7 or 10 with trained weights, lies beyond
+# Forms are tried on multiples of what the forward pass brings: no limit of a gate, of 7 or 10 with trained weights, lies beyond.
+_SCALES = (1.0, 1000.0)
 _SMALL, _NO_LIMIT = 0.01, 1e6  # a limit of a gate lies between
 
 Experts = Callable[..., torch.Tensor]
@@ -78,11 +77,10 @@ def recorded_experts(model: PreTrainedModel, found: dict[torch.nn.Module, Expert
     def record(module: Any, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         original = ALL_EXPERTS_FUNCTIONS.get_interface(before, type(module).forward.__wrapped__)
         answer: torch.Tensor = original(module, x, index, weights)
-        few = index[:_TOKENS], weights[:_TOKENS]
-        cases = [(scale * x[:_TOKENS], *few) for scale in _SCALES]
+        cases = [(scale * x[:_TOKENS], index[:_TOKENS], weights[:_TOKENS]) for scale in _SCALES]
         tried = [(*case, original(module, *case)) for case in cases]
         fitting = (form for form in _forms(module) if all(_fits(form, module, *case) for case in tried))
-        found[module] = next(fitting, None)
+        found[module] = next(fitting, None) if _routes(index, weights) else None
         return answer
 
     with _experts_function(model, record):
@@ -140,6 +138,12 @@ def _experts_function(model: PreTrainedModel, function: Experts) -> Iterator[Non
         model.set_experts_implementation(before)
 
 
+def _routes(index: torch.Tensor, weights: torch.Tensor) -> bool:
+    """Whether the operator can route like this: weights that have logarithms, and no expert twice, which would be one to it."""
+    once = all(len(set(chosen)) == len(chosen) for chosen in index.tolist())
+    return once and not bool((weights < 0).any())
+
+
 def _forms(module: Any) -> Iterator[ExpertsForm]:
     """The forms that a module may have: any way to store, and the gate that its answers to a few pairs of numbers tell."""
     g = _SMALL
@@ -168,9 +172,6 @@ def _fits(
     answer: torch.Tensor,  # (tokens, hidden)
 ) -> bool:
     """Whether the operator would answer what the module does."""
-    twice = any(len(set(chosen)) < len(chosen) for chosen in index.tolist())  # one expert to the operator
-    if twice or bool((weights < 0).any()):
-        return False
     try:
         found = [_answer(form, module, *token) for token in zip(x, index, weights, strict=True)]
         difference = (torch.stack(found) - answer).abs().max()

@@ -20,9 +20,7 @@ from onnxpress.graph import Graph
 from onnxpress.manifest import Json, Runnable
 
 _LENGTH_WITHOUT_LIMIT = 512  # for models with relative positions whose tokenizer has no limit either
-_UNFOLDED = frozenset(
-    {"mxfp4", "fp8", "compressed-tensors"}
-)  # forms of stored weights that transformers turns into numbers
+_UNFOLDED = frozenset({"mxfp4", "fp8"})  # forms of stored weights that transformers turns into numbers
 
 
 @dataclass(frozen=True, kw_only=True)

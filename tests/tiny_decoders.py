@@ -34,7 +34,7 @@ BASE: dict[str, Any] = {
     "eos_token_id": 0,
 }
 _MIXED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
-_LATENT: dict[str, Any] = {  # keys of 24 numbers a head, values of 16
+LATENT: dict[str, Any] = {  # keys of 24 numbers a head, values of 16
     **BASE,
     "num_key_value_heads": 4,
     "q_lora_rank": 24,
@@ -95,8 +95,8 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
     "gpt-oss": lambda **more: tf.GptOssConfig(  # sinks; gates with a limit, low enough that they meet it
         **BASE, head_dim=16, num_local_experts=4, num_experts_per_tok=2, swiglu_limit=0.5, **_MIXED
     ),
-    "deepseek-v2": lambda **more: tf.DeepseekV2Config(**_LATENT),  # rotary embeddings as complex numbers
-    "deepseek-v3": lambda **more: tf.DeepseekV3Config(**_LATENT, n_group=2, topk_group=1),
+    "deepseek-v2": lambda **more: tf.DeepseekV2Config(**LATENT),  # rotary embeddings as complex numbers
+    "deepseek-v3": lambda **more: tf.DeepseekV3Config(**LATENT, n_group=2, topk_group=1),
     "gemma2": lambda **more: tf.Gemma2Config(**BASE, head_dim=16, query_pre_attn_scalar=24, **_MIXED),
     "gemma3": lambda **more: tf.Gemma3TextConfig(**BASE, head_dim=16, query_pre_attn_scalar=24, **_MIXED),
     "gemma4": lambda **more: (

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from tiny_decoders import BASE, CONTEXT, VOCABULARY, make_model
+from tiny_decoders import BASE, CONTEXT, LATENT, VOCABULARY, make_model
 
 from onnxpress.errors import ConversionError
 from onnxpress.exporters import conventions as conventions_module
@@ -73,11 +73,15 @@ def test_a_head_too_narrow_for_the_operator_keeps_the_models_own_rotary_embeddin
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        (
+            tf.DeepseekV32Config(**LATENT, index_topk=4, index_n_heads=2, index_head_dim=16),
+            "DeepseekV32Attention asks its attention for indices",
+        ),
         (tf.Llama4TextConfig(**BASE, head_dim=16, attention_chunk_size=8), "chunked attention is not exported"),
         (tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4), "by itself"),
         (tf.MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2), "by itself"),
     ],
-    ids=["llama4", "bloom", "mamba"],
+    ids=["deepseek-v3.2", "llama4", "bloom", "mamba"],
 )
 def test_what_fits_no_operator_is_named(config: Any, message: str) -> None:
     with pytest.raises(ConversionError, match=message):

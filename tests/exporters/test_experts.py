@@ -146,6 +146,25 @@ def test_experts_that_fit_no_form_stay_as_the_model_computes_them(gated: Activat
     Session(tmp_path / "pressed.onnx", signature=graph.signature)
 
 
+def test_a_token_with_one_expert_twice_is_met_wherever_it_stands() -> None:
+    class LastTokenTwice(torch.nn.Module):
+        def __init__(self, router: torch.nn.Module) -> None:
+            super().__init__()
+            self.router = router
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            found: list[torch.Tensor] = [part.clone() for part in self.router(x)]
+            next(part for part in found if not part.is_floating_point())[-1] = 0  # which experts
+            return tuple(found)
+
+    model = make_model("mixtral")
+    first, second = (layer.mlp for layer in model.model.layers)
+    first.gate = LastTokenTwice(first.gate)
+    forms = learn(model, positions=CONTEXT).experts
+    assert forms[first.experts] is None
+    assert forms[second.experts] is not None
+
+
 @pytest.mark.parametrize(("activation", "uniform_steps", "note"), [
     ("silu", False, "2 mixtures of experts as MoE"),
     ("gelu", False, "2 mixtures of experts fit no operator here"),
