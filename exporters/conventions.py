@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from onnxpress.errors import ConversionError
 from onnxpress.exporters.attention import attention_implementation
 from onnxpress.exporters.experts import ExpertsForm, recorded_experts
+from onnxpress.exporters.recurrences import State, deaf_recurrences, recorded_recurrences
 
 _NAME = "onnxpress_recorder"
 _LENGTH = 9  # tokens of the recorded forward pass
@@ -32,6 +34,7 @@ _HARMLESS = frozenset(
     | {"return_dict", "position_embeddings", "past_key_values", "cache", "layer_idx", "output_router_logits"}
 )
 _TOLERANCE = 1e-5  # relative and absolute
+_DEAF = 1e-3  # of the largest number: what a token hears that should hear nothing, experts that meet others in a batch aside
 _ROTARY_STEP = 8  # ONNX Runtime's kernel rotates vectors of so many numbers
 
 
@@ -79,7 +82,8 @@ class Conventions:
     """What was found out.
 
     attentions and rotaries: in the order of the calls; None for a rotary embedding that fits no operator. tables: (cosines,
-    sines), float32 (positions, width / 2) each. norms: by module. experts: by module, None where they fit no operator. positions: the longest context; fewer than were asked
+    sines), float32 (positions, width / 2) each. norms: by module. states: of layers that keep one, in the
+    order of the calls. experts: by module, None where they fit no operator. positions: the longest context; fewer than were asked
     for where the rotary embeddings of the first tokens change with the length of the text.
     """
 
@@ -87,6 +91,7 @@ class Conventions:
     rotaries: tuple[RotaryCall | None, ...]
     tables: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     norms: dict[torch.nn.Module, Norm]
+    states: tuple[State, ...]
     experts: dict[torch.nn.Module, ExpertsForm | None]
     positions: int
 
@@ -100,6 +105,7 @@ def learn(model: PreTrainedModel, *, positions: int) -> Conventions:
     AttentionInterface.register(_NAME, recorder.attention)
     AttentionMaskInterface.register(_NAME, recorder.mask)
     experts: dict[torch.nn.Module, ExpertsForm | None] = {}
+    states: list[State] = []
     ids = torch.arange(2 * _LENGTH).reshape(2, _LENGTH) % min(64, int(model.config.get_text_config().vocab_size))
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -107,24 +113,75 @@ def learn(model: PreTrainedModel, *, positions: int) -> Conventions:
         stack.enter_context(rotary_functions(model, recorder.rotary))
         stack.enter_context(rotary_modules(model, recorder.source))
         stack.enter_context(recorded_experts(model, experts))
-        model(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            position_ids=torch.arange(_LENGTH)[None].expand(2, -1),
-            use_cache=False,
-        )
-    if not recorder.attentions:
+        stack.enter_context(recorded_recurrences(model, states))
+        _forward(model, ids)
+    if not recorder.attentions and not states:
         raise ConversionError(
             f"{type(model).__name__} computes attention by itself, not through transformers' attention interface."
         )
+    _refuse_other_memory(model, ids)
     return Conventions(
         attentions=tuple(recorder.attentions),
         rotaries=tuple(recorder.rotaries),
         tables=tuple((cos[: recorder.stable].clone(), sin[: recorder.stable].clone()) for cos, sin in recorder.tables),
         norms=_norms(model),
+        states=tuple(states),
         experts=experts,
         positions=recorder.stable,
     )
+
+
+def _forward(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        position_ids=torch.arange(ids.shape[1])[None].expand(len(ids), -1),
+        use_cache=False,
+    ).logits
+    return logits
+
+
+def _refuse_other_memory(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """Raise ConversionError where a token hears of those before it otherwise than through what was recorded.
+
+    All of that is made deaf; then another first token may change nothing that follows.
+    """
+    AttentionInterface.register(_NAME, _deaf_attention)
+    AttentionMaskInterface.register(_NAME, lambda *_, **__: None)
+    other = ids.clone()
+    other[:, 0] += 1
+    with torch.no_grad(), attention_implementation(model, _NAME), deaf_recurrences(model):
+        first, second = _followed(model, ids), _followed(model, other)
+    for (name, x), (_, y) in zip(first, second, strict=True):
+        if not torch.allclose(x[:, 1:], y[:, 1:], rtol=0, atol=_DEAF * float(x.abs().max())):
+            raise ConversionError(
+                f"{type(model).__name__} reads earlier tokens, at {name} or right before it, otherwise than through transformers' "
+                "attention interface and the linear attention, state spaces and convolutions that ONNX Runtime has operators for."
+            )
+
+
+def _followed(model: PreTrainedModel, ids: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """What the modules answer, (batch, length, …), by their names, in the order in which they are done; then the logits."""
+    found: list[tuple[str, torch.Tensor]] = []
+
+    def note(name: str, _module: torch.nn.Module, _given: Any, answer: Any) -> None:
+        answer = answer[0] if isinstance(answer, tuple) else answer
+        if isinstance(answer, torch.Tensor) and answer.dim() > 2 and answer.shape[:2] == ids.shape:
+            found.append((name, answer))
+
+    hooks = [module.register_forward_hook(partial(note, name)) for name, module in model.named_modules()]
+    try:
+        logits = _forward(model, ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [*found, ("the last layer", logits)]
+
+
+def _deaf_attention(
+    _module: torch.nn.Module, query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, None]:
+    return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from onnxpress.exporters.conventions import (
     rotary_functions,
     rotary_modules,
 )
+from onnxpress.exporters.recurrences import real_tokens
 
 _NAME = "onnxpress_grouped_query"
 _LAYER = "onnxpress_layer"  # attribute of an attention node until it has its cache
@@ -116,6 +117,9 @@ def _attention(
         shape=(batch, length, heads * head_dim),
         version=1,
     )
+    if conventions.states and step.lengths is not None:
+        # What the kernel leaves for padding is anything, not a number too, and may not come into a state.
+        out = torch.where(real_tokens(step.lengths, length)[..., None], out, 0.0)
     return out.reshape(batch, length, heads, head_dim)[..., :value_dim], None
 
 
@@ -170,9 +174,13 @@ def _norm(
     norm: Norm,
     current: Callable[[], Step],
     module: torch.nn.Module,
-    _original: Callable[..., Any],
+    original: Callable[..., Any],
     x: torch.Tensor,
-) -> torch.Tensor:
+    *gate: Any,  # a norm of another kind, which was tried without
+    **named: Any,
+) -> Any:
+    if gate or named:
+        return original(x, *gate, **named)
     weight = current().norm_weights[module] if norm.offset else next(module.parameters())
     attributes: dict[str, Any] = {"axis": -1, "epsilon": norm.epsilon, "stash_type": 1}
     return symbolic("SimplifiedLayerNormalization", (x, weight), attributes, dtype=x.dtype, shape=x.shape, version=1)

@@ -6,9 +6,11 @@
     logit_indices    int64 (answers,)           which tokens to answer, as row · length + column
     past_key_values.N.key, .value               float32 (batch, kv_heads, capacity, head_dim)
     total_length     int32 ()                   the longest row's tokens, past and new; in the form for CUDA alone
+    past_states.N.recurrent, .conv              float32 (batch, …): of layers that keep a state of one size (recurrences.py)
     → logits         float32 (answers, vocabulary)
     → hidden_states  float32 (answers, hidden), where asked for: what the logits are a projection of
     → present.N.key, .value                     as the past, with the new tokens written in
+    → present_states.N.recurrent, .conv         as the past, after the new tokens
 
 Rows are independent: each has its own past and its own number of new tokens, so that prompts, parts of prompts and single
 tokens can share a step. Past and present may be one buffer, which is then written in place; its capacity has to hold the
@@ -37,6 +39,13 @@ from onnxpress.exporters.conventions import Conventions, learn, replaced_forward
 from onnxpress.exporters.decoder_operators import Step, add_cache, decoder_operators
 from onnxpress.exporters.experts import arrange_experts, emitted_experts
 from onnxpress.exporters.quiet import quiet
+from onnxpress.exporters.recurrences import (
+    PAST_STATES,
+    PRESENT_STATES,
+    Recurrence,
+    emitted_recurrences,
+    state_names,
+)
 from onnxpress.exporters.tasks import Task
 from onnxpress.exporters.tokenizer import read_tokenizer
 from onnxpress.exporters.trace import LARGEST_AXIS, LARGEST_BATCH, tensor_spec, trace
@@ -118,24 +127,35 @@ def export_causal_lm(
     head = model.get_output_embeddings()
     if head is None:
         raise ConversionError(f"{type(model).__name__} does not say which layer gives its logits.")
+    if conventions.states and uniform_steps:
+        raise ConversionError(
+            f"{type(model).__name__} has layers that keep a state (linear attention, state spaces, convolutions); no form of them "
+            "for CUDA has been tried. Build it for the CPU."
+        )
     wrapped = CausalModel(
         model, head, conventions, context, hidden_states=hidden_states, uniform_steps=uniform_steps
     ).eval()
     example = wrapped.example()
-    shapes = {
+    past = state_names(conventions.states, PAST_STATES)
+    shapes: dict[str, tuple[str | int, ...]] = {
         "input_ids": ("batch", "length"),
         "past_lengths": ("batch",),
         "lengths": ("batch",),
         "logit_indices": ("answers",),
         **({"total_length": ()} if uniform_steps else {}),
+        **dict(zip(past, (("batch", *state.shape) for state in conventions.states), strict=True)),
     }
     axes = {
         "batch": (1, LARGEST_BATCH),
         "length": (1, context),
         "answers": (1, LARGEST_AXIS),
-        "capacity": (1, context),
+        **({"capacity": (1, context)} if conventions.attentions else {}),
     }
-    outputs = ["logits", "hidden_states"] if hidden_states else ["logits"]
+    outputs = [
+        "logits",
+        *(["hidden_states"] if hidden_states else []),
+        *state_names(conventions.states, PRESENT_STATES),
+    ]
     with wrapped.emitting():
         ir_model, _ = trace(
             wrapped, example, shapes=shapes, axes=axes, outputs=outputs, prefix="model.", name=type(model).__name__
@@ -178,6 +198,7 @@ class CausalModel(torch.nn.Module):
         self._conventions = conventions
         self._context = context
         self._step: Step | None = None
+        self._recurrence: Recurrence | None = None
         self._answers: torch.Tensor | None = None
         self._gives_hidden = hidden_states
         self._uniform_steps = uniform_steps
@@ -199,14 +220,16 @@ class CausalModel(torch.nn.Module):
         with ExitStack() as stack:
             stack.enter_context(decoder_operators(self.model, self._conventions, self._current))
             stack.enter_context(replaced_forwards({self._head[0]: self._logits}))
+            stack.enter_context(emitted_recurrences(self.model, self._current_recurrence))
             # CUDA's operator for experts has not been tried.
             forms = {} if self._uniform_steps else self._conventions.experts
             stack.enter_context(emitted_experts(self.model, forms))
             yield
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """input_ids, past_lengths, lengths, logit_indices and perhaps total_length in, logits and perhaps hidden states out."""
-        input_ids, past_lengths, lengths, self._answers, *total = inputs
+        """The graph's inputs in their order, but for keys and values; logits, perhaps hidden states, and states out."""
+        input_ids, past_lengths, lengths, self._answers, *more = inputs
+        total, states = more[: self._uniform_steps], more[self._uniform_steps :]
         columns = torch.arange(input_ids.shape[1])
         # Padding may lie beyond the last position there is; what it gets does not matter.
         positions = (past_lengths.to(torch.int64)[:, None] + columns[None]).clamp(max=self._context - 1)
@@ -222,15 +245,16 @@ class CausalModel(torch.nn.Module):
             ],
             norm_weights={module: getattr(self, name) for module, name in self._norm_weights.items()},
         )
+        self._recurrence = Recurrence(lengths=lengths, past=states)
         logits = self.model(
             input_ids=input_ids, position_ids=positions, attention_mask=None, use_cache=False, return_dict=True
         ).logits
-        if self._step.attentions != len(self._conventions.attentions):
-            raise ConversionError("The attention layers of a trace are not those of the forward pass before it.")
+        if self._step.attentions != len(self._conventions.attentions) or len(self._recurrence.present) != len(states):
+            raise ConversionError("The layers of a trace are not those of the forward pass before it.")
         if not self._gives_hidden:
-            return (logits,)
+            return logits, *self._recurrence.present
         assert self._hidden is not None, "the output layer was called"
-        return logits, self._hidden
+        return logits, self._hidden, *self._recurrence.present
 
     def example(self) -> dict[str, torch.Tensor]:
         """Inputs to trace with: two rows, whose sizes are all different."""
@@ -241,11 +265,21 @@ class CausalModel(torch.nn.Module):
             "lengths": torch.tensor([length, length], dtype=torch.int32),
             "logit_indices": torch.tensor([0, 1, 2], dtype=torch.int64),
             **({"total_length": torch.tensor(length, dtype=torch.int32)} if self._uniform_steps else {}),
+            **{
+                name: torch.zeros(batch, *state.shape)
+                for name, state in zip(
+                    state_names(self._conventions.states, PAST_STATES), self._conventions.states, strict=True
+                )
+            },
         }
 
     def _current(self) -> Step:
         assert self._step is not None
         return self._step
+
+    def _current_recurrence(self) -> Recurrence:
+        assert self._recurrence is not None
+        return self._recurrence
 
     def _logits(self, _: torch.nn.Module, original: Callable[..., torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         """The output layer for the tokens that are asked for: (batch, length, hidden) → (answers, vocabulary)."""
@@ -315,8 +349,10 @@ def _summary(conventions: Conventions, *, uniform_steps: bool) -> tuple[str, ...
     left = len(conventions.rotaries) - fused
     mixtures = len(conventions.experts)
     as_operator = 0 if uniform_steps else sum(form is not None for form in conventions.experts.values())
+    recurrent = sum(state.kind == "recurrent" for state in conventions.states)
     return (
         sentence,
+        *((f"{recurrent} LinearAttention emitted",) if recurrent else ()),
         *((f"{as_operator} mixtures of experts as MoE",) if as_operator else ()),
         *(
             (

@@ -15,7 +15,7 @@ import numpy as np
 from onnxpress import evaluation, metrics
 from onnxpress.errors import RecipeError
 from onnxpress.manifest import Arrays, Json, Runnable, Signature
-from onnxpress.runtime.cache import PAST
+from onnxpress.runtime.cache import is_past
 from onnxpress.runtime.model_step import TOTAL_LENGTH
 from onnxpress.runtime.session import Session
 from onnxpress.runtime.tokenization import Tokenizer
@@ -178,12 +178,15 @@ class DecoderWorkload:
         }
         signature = runnable.signature if isinstance(runnable, Session) else self._signature
         for spec in signature.inputs:
-            if spec.name.startswith(PAST):
+            if is_past(spec.name):
                 shape = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in spec.shape)
                 cache = np.zeros(shape, spec.dtype)
+                feeds[spec.name] = cache
+                if "capacity" not in spec.shape:  # a state: small, as keys of length 1 leave it
+                    cache[:] = 0.01 * random.standard_normal(shape) if past else 0
+                    continue
                 numbers = random.standard_normal((*shape[:2], past, shape[3]))
                 cache[:, :, :past] = numbers if cache.dtype.kind == "f" else (32 * numbers).clip(-127, 127)
-                feeds[spec.name] = cache
         return {name: feeds[name] for name in runnable.input_names} if isinstance(runnable, Session) else feeds
 
     def _windows_of_file(

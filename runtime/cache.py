@@ -1,6 +1,7 @@
 """The keys and values that a language model has computed: one buffer a layer and kind, one row a sequence.
 
-Holds which tokens each row's numbers belong to, and grows within a budget. Decides nothing about who gets a row.
+Holds which tokens each row's numbers belong to, and grows within a budget. Decides nothing about who gets a row. Layers with linear
+attention keep a state of one size instead, in which all tokens of a row are mixed: it can be copied, but not cut back.
 """
 
 from __future__ import annotations
@@ -14,28 +15,29 @@ from onnxpress.errors import InputError
 from onnxpress.manifest import TensorSpec
 from onnxpress.runtime.device import HostMemory, Memory
 
+_TOKENS = "capacity"  # the axis along which keys and values grow
 _GROWTH = 256  # tokens by which capacity grows at least
-PAST = "past_key_values."  # how the names of past inputs begin
+PAST = "past_key_values."  # how the names of keys' and values' inputs begin
+_PRESENT = {PAST: "present.", "past_states.": "present_states."}
 
 
 class KeyValueCache:
     """Rows of keys and values.
 
-    specs: the graph's past inputs, (batch, kv_heads, capacity, head_dim) each. context: the most tokens of a row. budget: the
+    specs: the graph's past inputs, (batch, kv_heads, capacity, head_dim) each, states (batch, …). context: the most tokens of a row. budget: the
     most bytes of all rows together. memory: the computer's where None. tokens: of each row, the token ids whose keys and values it
     holds, in order.
     """
 
     def __init__(self, specs: Sequence[TensorSpec], *, context: int, budget: int, memory: Memory | None = None) -> None:
-        self.specs = tuple(spec for spec in specs if spec.name.startswith(PAST))
+        self.specs = tuple(spec for spec in specs if is_past(spec.name))
+        self._states = tuple(spec.name for spec in self.specs if _TOKENS not in spec.shape)
         self.context = context
         self.budget = budget
         self.tokens: list[list[int]] = []
         self.capacity = 0
         self.memory = memory or HostMemory()
-        self.arrays: dict[str, Any] = {
-            spec.name: self.memory.zeros(self._shape(spec, 0, 0), spec.dtype) for spec in self.specs
-        }
+        self.arrays: dict[str, Any] = {spec.name: self._zeros(spec, 0, 0) for spec in self.specs}
 
     @property
     def rows(self) -> int:
@@ -43,9 +45,14 @@ class KeyValueCache:
         return len(self.tokens)
 
     @property
+    def keeps_states(self) -> bool:
+        """Whether tokens are mixed in states, so that a row can be forgotten as a whole alone."""
+        return bool(self._states)
+
+    @property
     def bytes_per_token(self) -> int:
-        """Bytes of one token in one row, all layers together."""
-        return sum(int(np.prod(self._shape(spec, 1, 1))) * np.dtype(spec.dtype).itemsize for spec in self.specs)
+        """Bytes of one token in one row, all layers together, states not counted."""
+        return self._bytes(states=False)
 
     def fits(self, rows: int, capacity: int) -> bool:
         """Whether so many rows of so many tokens are within the budget."""
@@ -53,7 +60,7 @@ class KeyValueCache:
 
     def needed(self, rows: int, capacity: int) -> int:
         """Bytes of so many rows of so many tokens, with the room that they are given beyond."""
-        return rows * self._rounded(capacity) * self.bytes_per_token
+        return rows * (self._rounded(capacity) * self.bytes_per_token + self._bytes(states=True))
 
     def reserve(self, rows: int, capacity: int) -> None:
         """Have at least so many rows of at least so many tokens; rows that then exceed the budget go, the last first.
@@ -77,12 +84,12 @@ class KeyValueCache:
         while kept > rows and not self.fits(kept, new_capacity):
             kept -= 1
         new_rows = max(rows, kept)
-        tokens = [self.tokens[row][:new_capacity] if row < kept else [] for row in range(new_rows)]
+        tokens = [self.prefix(row, new_capacity) if row < kept else [] for row in range(new_rows)]
         grown = {}
         for spec in self.specs:
-            grown[spec.name] = new = self.memory.zeros(self._shape(spec, new_rows, new_capacity), spec.dtype)
+            grown[spec.name] = new = self._zeros(spec, new_rows, new_capacity)
             for row, held in enumerate(tokens[:kept]):
-                self.memory.copy(self.arrays[spec.name], row, new, row, len(held))
+                self._copy(spec.name, self.arrays[spec.name], row, new, row, len(held))
         # All at once: an interrupt before leaves everything as it was.
         self.arrays, self.tokens, self.capacity = grown, tokens, new_capacity
 
@@ -93,29 +100,69 @@ class KeyValueCache:
         first, second = self.tokens[one], self.tokens[other]
         length = max(len(first), len(second))
         self.tokens[one] = self.tokens[other] = []  # until all layers have changed places, neither row holds anything
-        for array in self.arrays.values():
-            kept = self.memory.zeros((1, array.shape[1], length, array.shape[3]), array.dtype)
-            self.memory.copy(array, one, kept, 0, length)
-            self.memory.copy(array, other, array, one, length)
-            self.memory.copy(kept, 0, array, other, length)
+        for spec, array in zip(self.specs, self.arrays.values(), strict=True):
+            kept = self._zeros(spec, 1, length)
+            self._copy(spec.name, array, one, kept, 0, length)
+            self._copy(spec.name, array, other, array, one, length)
+            self._copy(spec.name, kept, 0, array, other, length)
         self.tokens[one], self.tokens[other] = second, first
+
+    def usable(self, row: int, tokens: Sequence[int]) -> int:
+        """How many first tokens of a text need not be read again, because this row holds them."""
+        return len(self.prefix(row, common_prefix(self.tokens[row], tokens)))
+
+    def prefix(self, row: int, length: int) -> list[int]:
+        """The tokens that a row still holds when it is cut to a length: where there are states, all of them or none."""
+        tokens = self.tokens[row]
+        return [] if self._states and length < len(tokens) else tokens[:length]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give a row the first tokens of another."""
-        tokens = self.tokens[source][:length]
-        if source != target:
-            self.tokens[target] = []
-            for array in self.arrays.values():
-                self.memory.copy(array, source, array, target, length)
-        self.tokens[target] = tokens
+        if source == target:
+            self.truncate(target, length)
+            return
+        tokens = self.prefix(source, length)
+        self.truncate(target, 0)
+        for name, array in self.arrays.items():
+            if tokens:
+                self._copy(name, array, source, array, target, len(tokens))
+        self.tokens[target] = list(tokens)
 
     def truncate(self, row: int, length: int) -> None:
-        """Let a row forget its tokens from `length` on."""
-        del self.tokens[row][length:]
+        """Let a row forget its tokens from `length` on; where there are states, all of them if any."""
+        if 0 < len(self.tokens[row]) <= length:
+            return
+        tokens = self.prefix(row, length)
+        if not tokens:
+            self.tokens[row] = []  # first, so that an interrupt leaves nothing wrong
+            for name in self._states:
+                self.arrays[name][row] = 0
+        self.tokens[row] = tokens
 
     def clear(self) -> None:
         """Forget everything; the memory stays reserved."""
-        self.tokens = [[] for _ in self.tokens]
+        for row in range(self.rows):
+            self.truncate(row, 0)
+
+    def _bytes(self, *, states: bool) -> int:
+        """Of the states of one row, or of the keys and values of one token."""
+        return sum(
+            int(np.prod(self._shape(spec, 1, 1))) * np.dtype(spec.dtype).itemsize
+            for spec in self.specs
+            if (spec.name in self._states) == states
+        )
+
+    def _zeros(self, spec: TensorSpec, rows: int, capacity: int) -> Any:
+        shape = self._shape(spec, rows, capacity)
+        if spec.name in self._states:  # no graph for a card has them
+            return np.zeros(shape, spec.dtype)
+        return self.memory.zeros(shape, spec.dtype)
+
+    def _copy(self, name: str, source: Any, row: int, target: Any, to_row: int, length: int) -> None:
+        if name in self._states:
+            target[to_row] = source[row]
+        else:
+            self.memory.copy(source, row, target, to_row, length)
 
     def _rounded(self, capacity: int) -> int:
         """Up to the next step of growth, but not beyond the context without need: padding may reach a little further."""
@@ -123,8 +170,19 @@ class KeyValueCache:
 
     @staticmethod
     def _shape(spec: TensorSpec, rows: int, capacity: int) -> tuple[int, ...]:
-        sizes = {"batch": rows, "capacity": capacity}
+        sizes = {"batch": rows, _TOKENS: capacity}
         return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in spec.shape)
+
+
+def is_past(name: str) -> bool:
+    """Whether an input of this name is part of the cache."""
+    return name.startswith(tuple(_PRESENT))
+
+
+def present_name(name: str) -> str:
+    """The output that belongs to an input of the cache."""
+    past = next(past for past in _PRESENT if name.startswith(past))
+    return _PRESENT[past] + name.removeprefix(past)
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

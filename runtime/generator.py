@@ -17,7 +17,7 @@ import numpy as np
 
 from onnxpress.errors import InputError
 from onnxpress.manifest import Json
-from onnxpress.runtime.cache import KeyValueCache, common_prefix
+from onnxpress.runtime.cache import KeyValueCache
 from onnxpress.runtime.chat_template import ChatTemplate
 from onnxpress.runtime.detokenizer import Detokenizer, StopStrings
 from onnxpress.runtime.model_step import ModelStep
@@ -219,6 +219,10 @@ class Generator:
             raise InputError(f"logprobs is {logprobs!r}; it takes a whole number from 0 on.")
         if type(prompt_lookup) is not int or not 0 <= prompt_lookup <= LONGEST_GUESS:
             raise InputError(f"prompt_lookup is {prompt_lookup!r}; it takes a whole number from 0 to {LONGEST_GUESS}.")
+        if prompt_lookup and self._cache.keeps_states:
+            raise InputError(
+                "prompt_lookup needs a cache that can be cut back, and this model's linear attention mixes what it has read: leave it out."
+            )
         stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Sequence) else (stop,)
         if not all(isinstance(item, str) and item for item in stops):
             raise InputError("stop takes strings that are not empty.")
@@ -327,12 +331,12 @@ class Generator:
         """Read a prompt into the row after the active ones; the sequence joins them unless its first token is its last."""
         cache, row, prompt = self._cache, len(active), sequence.prompt
         cache.reserve(row + 1, max(map(_longest, [*active, sequence])))
-        known = [common_prefix(tokens, prompt[:-1]) for tokens in cache.tokens]
+        known = [cache.usable(other, prompt[:-1]) for other in range(cache.rows)]
         best = int(np.argmax(known))
         if best > row:  # nobody's: it may be moved
             cache.swap(row, best)
             best = row
-        sequence.cached = known[best] if best < row else common_prefix(cache.tokens[row], prompt[:-1])
+        sequence.cached = known[best] if best < row else cache.usable(row, prompt[:-1])
         cache.copy(best, row, sequence.cached)
         rest = prompt[sequence.cached :]
         for start in range(0, len(rest), self._chunk):

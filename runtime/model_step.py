@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxpress.errors import InputError
-from onnxpress.runtime.cache import KeyValueCache
+from onnxpress.runtime.cache import KeyValueCache, present_name
 from onnxpress.runtime.device import DeviceArray, DeviceMemory
 from onnxpress.runtime.session import Session
 
@@ -89,9 +89,11 @@ class ModelStep:
         ]
         if self._uniform and bound.graph is None:
             inputs[TOTAL_LENGTH][...] = max(past) + length
+        held = self.cache.tokens[first : first + rows]
+        if self.cache.keeps_states:  # until the step is over nobody can say what is in them
+            self.cache.tokens[first : first + rows] = [[] for _ in held]
         found = bound.run()  # checked above, and the cache is our own
-        for row, new in enumerate(tokens):
-            self.cache.tokens[first + row].extend(new)
+        self.cache.tokens[first : first + rows] = [before + list(new) for before, new in zip(held, tokens, strict=True)]
         return found
 
     def _check_ids(self, ids: npt.ArrayLike) -> None:
@@ -126,7 +128,7 @@ class ModelStep:
         for name, array in self.cache.arrays.items():
             view = array[first : first + rows]
             bound.binding.bind_input(name, view)
-            bound.binding.bind_output(name.replace("past_key_values", "present"), view)
+            bound.binding.bind_output(present_name(name), view)
         self._bound[key] = bound
         return bound
 

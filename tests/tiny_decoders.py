@@ -48,6 +48,22 @@ LATENT: dict[str, Any] = {  # keys of 24 numbers a head, values of 16
     "moe_intermediate_size": 32,
     "first_k_dense_replace": 1,
 }
+_LINEAR: dict[str, Any] = {  # every second layer attends; the others keep a state
+    **BASE,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_MAMBA: dict[str, Any] = {
+    **BASE,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 8,
+    "mamba_expand": 2,
+}
 _LEARNED: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}
 
 
@@ -132,6 +148,37 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
     "gpt-neox": lambda **more: tf.GPTNeoXConfig(**{**BASE, "hidden_size": 128, "num_key_value_heads": 4}),
     "cohere": lambda **more: tf.CohereConfig(**BASE),
     "phi": lambda **more: tf.PhiConfig(**BASE),
+    "qwen3.5": lambda **more: tf.Qwen3_5TextConfig(**{**_LINEAR, **more}, head_dim=64),
+    "kimi-linear": lambda **more: tf.KimiLinearConfig(  # a decay for every number of a key
+        **{**LATENT, "head_dim": 24},
+        linear_head_dim=16,
+        linear_num_heads=4,
+        layer_types=["linear_attention", "full_attention"],
+        num_experts=4,
+        num_experts_per_token=2,
+    ),
+    "lfm2": lambda **more: tf.Lfm2Config(**{**BASE, **more}, layer_types=["conv", "full_attention"]),
+    "granite-hybrid": lambda **more: tf.GraniteMoeHybridConfig(  # state spaces; a norm with a gate
+        **_MAMBA,
+        mamba_n_groups=1,
+        layer_types=["mamba", "attention"],
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=32,
+    ),
+    "falcon-h1": lambda **more: tf.FalconH1Config(  # attention and a state space side by side
+        **_MAMBA, mamba_n_groups=2, mamba_d_ssm=128
+    ),
+    "mamba2": lambda **more: tf.Mamba2Config(  # no attention at all
+        **_LEARNED,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_heads=8,
+        head_dim=16,
+        state_size=16,
+        n_groups=2,
+        chunk_size=8,
+    ),
 }
 
 

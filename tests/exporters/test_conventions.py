@@ -79,9 +79,13 @@ def test_a_head_too_narrow_for_the_operator_keeps_the_models_own_rotary_embeddin
         ),
         (tf.Llama4TextConfig(**BASE, head_dim=16, attention_chunk_size=8), "chunked attention is not exported"),
         (tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4), "by itself"),
-        (tf.MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2), "by itself"),
+        (tf.MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2), r"first kind \(Mamba 1\)"),
+        (
+            tf.MiniMaxConfig(**BASE, layer_types=["full_attention", "linear_attention"], num_local_experts=4),
+            r"earlier tokens, at model\.layers\.1\.self_attn\.",
+        ),
     ],
-    ids=["deepseek-v3.2", "llama4", "bloom", "mamba"],
+    ids=["deepseek-v3.2", "llama4", "bloom", "mamba", "minimax"],
 )
 def test_what_fits_no_operator_is_named(config: Any, message: str) -> None:
     with pytest.raises(ConversionError, match=message):

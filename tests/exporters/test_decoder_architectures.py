@@ -35,6 +35,9 @@ EMITTED = {
     "deepseek-v3": (2, 0, 9),  # its rotary embeddings change the order of the numbers
 }
 
+# Attentions where they are not two; linear attentions.
+ATTENTIONS = {"gemma4": 4, "qwen3.5": 1, "kimi-linear": 1, "lfm2": 1, "granite-hybrid": 1, "mamba2": 0}
+LINEAR = {"qwen3.5": 1, "kimi-linear": 1, "granite-hybrid": 1, "falcon-h1": 2, "mamba2": 2}
 
 EXPERTS = {
     "qwen3-moe": 2,
@@ -46,6 +49,8 @@ EXPERTS = {
     "gpt-oss": 2,
     "deepseek-v2": 1,
     "deepseek-v3": 1,
+    "kimi-linear": 1,
+    "granite-hybrid": 2,
 }
 
 
@@ -72,7 +77,8 @@ def test_prompts_chunks_and_steps_answer_like_pytorch(name: str, tmp_path: Path)
     assert tuple(operators.get(kind, 0) for kind in kinds) == EMITTED.get(
         name, tuple(operators.get(k, 0) for k in kinds)
     )
-    assert operators["com.microsoft::GroupQueryAttention"] == (4 if name == "gemma4" else 2)
+    assert operators.get("com.microsoft::GroupQueryAttention", 0) == ATTENTIONS.get(name, 2)
+    assert operators.get("com.microsoft::LinearAttention", 0) == LINEAR.get(name, 0)
     if name in ("llama", "qwen2", "mistral"):  # nothing between the projections and the operators
         assert "Transpose" not in operators
 

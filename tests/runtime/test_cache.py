@@ -84,6 +84,29 @@ def test_rows_change_places_and_are_copied() -> None:
     assert cache.tokens == [[], [], []]
 
 
+def test_states_are_copied_whole_and_never_cut() -> None:
+    state = TensorSpec(name="past_states.0.recurrent", dtype="float32", shape=("batch", 2, 5))
+    cache = KeyValueCache((*SPECS, state), context=1000, budget=256 * TOKEN * 2 + 2 * 40)
+    assert (cache.keeps_states, cache.bytes_per_token, cache.needed(2, 1)) == (True, TOKEN, 2 * (256 * TOKEN + 40))
+    cache.reserve(2, 10)
+    array = cache.arrays[state.name]
+    cache.tokens[0], array[0] = [1, 2, 3], 7
+    assert [cache.usable(0, tokens) for tokens in ([1, 2, 3, 4], [1, 2, 4], [])] == [3, 0, 0]
+    cache.copy(0, 1, 2)  # half of what is mixed in it cannot be had
+    assert (cache.tokens[1], array[1].any()) == ([], False)
+    cache.copy(0, 1, 3)
+    assert (cache.tokens[1], (array[1] == 7).all()) == ([1, 2, 3], True)
+    array[1] = 8
+    cache.swap(0, 1)
+    assert (array[0, 0, 0], array[1, 0, 0]) == (8, 7)
+    cache.truncate(0, 3)
+    assert (cache.tokens[0], array[0, 0, 0]) == ([1, 2, 3], 8)
+    cache.truncate(0, 2)
+    assert (cache.tokens[0], array[0].any()) == ([], False)
+    with pytest.raises(InputError, match="and the budget is"):
+        cache.reserve(3, 10)
+
+
 @pytest.mark.parametrize(
     ("one", "other", "length"), [([1, 2, 3], [1, 2, 4], 2), ([], [1], 0), ([1, 2], [1, 2, 3], 2), ([5], [6], 0)]
 )
