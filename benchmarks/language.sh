@@ -8,11 +8,11 @@ python=$1 out=$2 rounds=$3 data=${4:-}
 mkdir -p .bench-cache
 [ -f .bench-cache/lm/training.json ] && [ -f .bench-cache/lm/calibration.txt ] ||
   "$python" benchmarks/train_language_model.py --data "$data" --out .bench-cache/lm --steps 600
-[ -f .bench-cache/shapes/qwen2.5-0.5b/model.safetensors ] ||
-  "$python" benchmarks/language_shapes.py --tokenizer .bench-cache/lm --out .bench-cache/shapes
 "$python" benchmarks/stories.py --data "$data/model_stories260K" --json .bench-cache/stories.json
 "$python" benchmarks/language_quality.py --model .bench-cache/lm --json .bench-cache/language_quality.json
-for shape in smollm2-135m qwen2.5-0.5b; do
+for shape in smollm2-135m qwen2.5-0.5b lfm2-350m; do
+  [ -f ".bench-cache/shapes/$shape/model.safetensors" ] ||
+    "$python" benchmarks/language_shapes.py --tokenizer .bench-cache/lm --out .bench-cache/shapes --only "$shape"
   artifacts=()
   for precision in int4-weights dual int8-dynamic; do
     recipe=.bench-cache/$shape-$precision.toml

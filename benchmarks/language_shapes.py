@@ -1,9 +1,9 @@
 """Writes language models of real shapes with random weights: speed does not depend on the weights, quality would.
 
-    python benchmarks/language_shapes.py --tokenizer FOLDER --out FOLDER
+    python benchmarks/language_shapes.py --tokenizer FOLDER --out FOLDER [--only NAME]
 
-Writes OUT/smollm2-135m and OUT/qwen2.5-0.5b, the shapes of these models' published configs, as transformers saves them, and
-OUT/olmoe-halved, OLMoE-1B-7B's with half of its widths, layers and experts. FOLDER
+Writes OUT/smollm2-135m, OUT/qwen2.5-0.5b, OUT/lfm2-350m and OUT/qwen3.5-0.8b (of its text alone), the shapes of these models' published
+configs, as transformers saves them, and OUT/olmoe-halved, OLMoE-1B-7B's with half of its widths, layers and experts. FOLDER
 holds any tokenizer of fewer tokens than theirs: benchmarks/train_language_model.py makes one.
 """
 
@@ -16,12 +16,16 @@ from typing import Any
 import torch
 from transformers import (
     AutoTokenizer,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
 )
 
 SHAPES: dict[str, tuple[Any, Any]] = {
@@ -52,6 +56,42 @@ SHAPES: dict[str, tuple[Any, Any]] = {
             num_key_value_heads=2,
             max_position_embeddings=32768,
             rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+    ),
+    "lfm2-350m": (
+        Lfm2ForCausalLM,
+        Lfm2Config(
+            vocab_size=65536,
+            hidden_size=1024,
+            intermediate_size=6656,
+            num_hidden_layers=16,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            layer_types=["full_attention" if layer in (2, 5, 8, 10, 12, 14) else "conv" for layer in range(16)],
+            max_position_embeddings=32768,
+            rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+    ),
+    "qwen3.5-0.8b": (
+        Qwen3_5ForCausalLM,
+        Qwen3_5TextConfig(
+            vocab_size=248320,
+            hidden_size=1024,
+            intermediate_size=3584,
+            num_hidden_layers=24,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=256,
+            linear_num_key_heads=16,
+            linear_num_value_heads=16,
+            linear_key_head_dim=128,
+            linear_value_head_dim=128,
+            max_position_embeddings=32768,
             tie_word_embeddings=True,
             bos_token_id=0,
             eos_token_id=0,

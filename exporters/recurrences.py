@@ -13,6 +13,7 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -289,10 +290,15 @@ def _convolved(
     bias: torch.Tensor | None,
     activation: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(batch, channels, length) after a convolution of each channel, and what it read, (batch, kernel - 1 + length, channels)."""
+    """(batch, channels, length) after a convolution of each channel, and what it read, (batch, kernel - 1 + length, channels).
+
+    As a sum of products: for one token ONNX Runtime's Conv takes six times as long, for 128 half.
+    """
     joined = torch.cat((before, x.transpose(1, 2)), 1)
-    out = torch.nn.functional.conv1d(joined.transpose(1, 2), weight[:, None], bias, groups=weight.shape[0])
-    return (out if activation is None else ACT2FN[activation](out)), joined
+    last = weight.shape[1] - 1
+    parts = [joined[:, tap : tap - last or None] * weight[:, tap] for tap in range(last + 1)]
+    out = functools.reduce(torch.add, parts if bias is None else [*parts, bias])
+    return (out if activation is None else ACT2FN[activation](out)).transpose(1, 2), joined
 
 
 def _compare(model: PreTrainedModel, original: Any, expected: torch.Tensor, answer: torch.Tensor) -> None:
