@@ -37,6 +37,11 @@ def export_module(source: ModuleSource) -> ModuleExport:
     """Export a module. Raises SourceError and ConversionError."""
     example = _named(source)
     _check_device(source)
+    for name, parameter in source.module.named_parameters():
+        if bool(torch.isnan(parameter).any()):
+            raise SourceError(
+                f"The weights of {type(source.module).__name__} are damaged: {name} holds numbers that are none (NaN)."
+            )
     module = PlainModule(source.module, tuple(example))
     with evaluation_mode(module), torch.inference_mode():
         answer = source.module(**example)

@@ -45,22 +45,23 @@ def generate(runner: Generator, prompts: list[str], *, as_json: bool, **options:
 
 
 def chat(runner: Generator, *, system: str | None, **options: Any) -> int:
-    """A conversation, until the input ends."""
+    """A conversation, until the input ends; 1 where a message that was piped in got no answer."""
     if runner.template is None:
         raise InputError("This model has no chat template, so it cannot chat: use `onnxpress generate`.")
     first = [] if system is None else [{"role": "system", "content": system}]
     messages: list[dict[str, Json]] = list(first)
     print(_HELP, file=sys.stderr)
+    failed = 0
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
-            return 0
+            return failed
         except KeyboardInterrupt:
             print("\n(/exit or Ctrl-D ends)", file=sys.stderr)
             continue
         if line == "/exit":
-            return 0
+            return failed
         if line in ("/reset", "/undo"):
             messages = list(first) if line == "/reset" else messages[: max(len(first), len(messages) - 2)]
             continue
@@ -72,6 +73,7 @@ def chat(runner: Generator, *, system: str | None, **options: Any) -> int:
         except InputError as error:  # too long for the context, or refused by the template: the conversation goes on
             print(f"onnxpress: {error}", file=sys.stderr)
             messages.pop()
+            failed = int(not sys.stdin.isatty())
             continue
         messages.append({"role": "assistant", "content": answer})
 

@@ -121,8 +121,8 @@ def budget_for(task: str, given: str | float | None, *, labelled: bool, problem_
     scale = "0 to 100" if labelled else "0 to 1"
     example = "0%" if number == 0 else "0.5%"
     raise RecipeError(
-        f'The budget {given!r} is not understood: "{example}" is the share of {default.metric} that may be lost, a number from '
-        f"{scale} the least that {default.metric} may be."
+        f'The budget {given!r} is not understood: "{example}" is the share of {default.metric} that may be lost, at most '
+        f"100%; a number from {scale} is the least that {default.metric} may be."
     )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from onnxpress.errors import InputError
 from onnxpress.evaluation import LONG, Sample
 from onnxpress.manifest import Json
-from onnxpress.sample_files import TABLES, TAG, read_conll, read_samples, read_text
+from onnxpress.sample_files import CONLL, TABLES, TAG, read_conll, read_label_and_text, read_samples, read_text
 
 # What can be fitted → the task of the artifact, and transformers' problem_type.
 KINDS: Mapping[str, tuple[str, str | None]] = {
@@ -28,7 +28,6 @@ KINDS: Mapping[str, tuple[str, str | None]] = {
     "regression": ("text-classification", "regression"),
     "token-classification": ("token-classification", None),
 }
-_COLUMN_FILES = (".conll", ".conllu", ".bio", ".iob", ".iob2")
 _SEPARATOR = "|"  # between several labels in one column
 _SHARE = 0.1  # of the samples that are split off
 _FEWEST = 8  # samples that can be split
@@ -87,8 +86,8 @@ def read_labelled(path: Path, kind: str | None, columns: Mapping[str, str | int]
     elif columns:
         raise InputError(f"--column goes with csv, tsv and jsonl files; {path} is none.")
     else:
-        by_columns = kind == "token-classification" or (kind is None and path.suffix in _COLUMN_FILES)
-        samples = read_conll(path) if by_columns else _label_and_text(path)
+        by_columns = kind == "token-classification" or (kind is None and path.suffix in CONLL)
+        samples = read_conll(path) if by_columns else read_label_and_text(path)
     if not samples:
         raise InputError(f"{path} holds no samples.")
     if samples[0].label is None:
@@ -311,18 +310,3 @@ def _has_tags(path: Path) -> bool:
     except ValueError:
         return False  # read_samples says what is wrong with it
     return isinstance(row, dict) and "tokens" in row and "tags" in row
-
-
-def _label_and_text(path: Path) -> list[Sample]:
-    samples = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        label, _, text = line.strip().partition(" ")
-        if not text.strip():
-            raise InputError(
-                f"{path}, line {number} has a label and no text. A file that does not end in {', '.join(TABLES)} has "
-                f'lines of a label, a space and a text: "1 a fine film".'
-            )
-        samples.append(Sample(text=text.strip(), label=label))
-    return samples

@@ -137,6 +137,11 @@ def _build(
         found = _find(recipe, given)
         task, labels = ("module", {}) if found is None else (found.task, found.options)
         preflight.check(recipe, task, labels, resume=resume is not None)
+        if recipe.prune is not None and found is not None and found.config is not None:
+            sizes = found.config.get_text_config()
+            recipe.prune.options().check_sizes(
+                heads=getattr(sizes, "num_attention_heads", None), layers=getattr(sizes, "num_hidden_layers", None)
+            )
 
         report.step("export")
         exported = _export(recipe, found)

@@ -19,7 +19,7 @@ from onnxpress.recipe import DistilSection, Recipe
 from onnxpress.sample_arrays import check_arrays
 from onnxpress.sample_files import read_samples
 from onnxpress.training_texts import gold_labels
-from onnxpress.workbench import NO_BFLOAT16, untried
+from onnxpress.workbench import no_bfloat16, untried
 from onnxpress.workload import workload_file
 
 
@@ -78,7 +78,7 @@ def _check_machine(recipe: Recipe, task: str, steps: Sequence[Pass]) -> None:
         )
     on_the_cpu = untried_here or facts.providers == ("cpu",)
     if on_the_cpu and not recipe.automatic and any(step.name == "bf16" for step in steps):
-        raise RecipeError(f"{NO_BFLOAT16} {untried_here}".strip())
+        raise RecipeError(no_bfloat16(untried_here))
 
 
 def _check_files(recipe: Recipe, task: str, options: Mapping[str, Json]) -> bool | None:

@@ -1,6 +1,6 @@
 """Reads a user's samples: csv, tsv and jsonl with or without labels, a text a line (.txt), CoNLL columns of tokens and tags.
 
-Arrays of a module are sample_arrays.py's; lines of a label and a text, which can only be trained from, labelled.py's.
+Classes may come as lines of a label and a text. Arrays of a module are sample_arrays.py's.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from onnxpress.evaluation import Sample, finite_number
 from onnxpress.manifest import Json
 
 TABLES = (".csv", ".tsv", ".jsonl")  # what has columns with names
+CONLL = (".conll", ".conllu", ".bio", ".iob", ".iob2")  # what has columns without
 TAG = r"O|[BI]-.+"
 _COLUMNS: Mapping[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "sentence1", "question", "premise", "text1", "query"),
     "text_pair": ("text_pair", "sentence2", "context", "hypothesis", "text2"),
-    "label": ("label", "score", "answers", "answer", "target"),
+    "label": ("label", "labels", "score", "answers", "answer", "target"),
 }
 _DOCUMENT = "-DOCSTART-"  # CoNLL-2003's line between documents
 
@@ -33,7 +34,7 @@ def read_samples(path: Path, task: str, columns: Mapping[str, str | int] | None 
 
     columns: of a csv, tsv or jsonl file, names (or, without a header, numbers from 0) by role; other files have none. Roles: text,
     text_pair, label; for token-classification a jsonl file with tokens and BIO tags. Quotes are quotes in csv and plain characters in
-    tsv, as in the field's data sets. CoNLL files are for token-classification, whatever their suffix; a .txt is one where its first line
+    tsv, as in the field's data sets. For text-classification a file of another suffix has lines of a label and a text. CoNLL files are for token-classification, whatever their suffix; a .txt is one where its first line
     is a token and a tag. Raises RecipeError naming file, line and column.
     """
     if path.suffix in TABLES:
@@ -43,6 +44,8 @@ def read_samples(path: Path, task: str, columns: Mapping[str, str | int] | None 
     elif path.suffix == ".txt":
         texts = [read_text(path)] if task == "text-generation" else read_text(path).split("\n")
         samples = [Sample(text=text.removesuffix("\r")) for text in texts if text.strip()]
+    elif task == "text-classification" and path.suffix not in CONLL:
+        samples = read_label_and_text(path)
     else:
         raise RecipeError(f"{path}: files of samples end in {', '.join(TABLES)} or .txt.")
     if not samples:
@@ -78,6 +81,22 @@ def read_conll(path: Path) -> list[Sample]:
             raise RecipeError(f"{path}, line {number}: a token and, last, its tag (O, B-TYPE or I-TYPE) are expected.")
         tokens.append(columns[0])
         tags.append(columns[-1])
+    return samples
+
+
+def read_label_and_text(path: Path) -> list[Sample]:
+    """Lines of a label, a space and a text (as the Stanford Sentiment Treebank's). Raises RecipeError naming file and line."""
+    samples = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        label, _, text = line.strip().partition(" ")
+        if not text.strip():
+            raise RecipeError(
+                f"{path}, line {number} has a label and no text. A file that does not end in {', '.join(TABLES)} has "
+                f'lines of a label, a space and a text: "1 a fine film".'
+            )
+        samples.append(Sample(text=text.strip(), label=label))
     return samples
 
 

@@ -28,7 +28,7 @@ from onnxpress.timing import alternate
 # Bytes of weights from which they are a file of their own, which ONNX Runtime maps into memory: weights inside model.onnx are
 # copied there, for the 0.5B model of benchmarks/language_shapes.py 572 MiB instead of 343.
 _EXTERNAL_FROM = 64_000_000
-NO_BFLOAT16 = "bf16 can be tried on a card alone, the CPU provider has no kernels for it; fp16 can."
+_NO_BFLOAT16 = "bf16 can be tried on a card alone, the CPU provider has no kernels for it; fp16 can."
 
 
 class Workbench:
@@ -55,7 +55,7 @@ class Workbench:
         save(graph, path)
         half = ir.DataType.BFLOAT16
         if self.note and any(value.dtype == half for node in graph.model.graph for value in node.outputs):
-            raise RecipeError(f"{NO_BFLOAT16} {self.note}")
+            raise RecipeError(no_bfloat16(self.note))
         session = Session(
             path,
             signature=graph.signature,
@@ -100,6 +100,11 @@ def untried(target: Target) -> str:
     except ProviderError as error:
         return f"tried on the CPU provider and not timed: {error}"
     return ""
+
+
+def no_bfloat16(note: str) -> str:
+    """What to say where bfloat16 would be tried on the CPU. note: of `untried`."""
+    return f"{_NO_BFLOAT16} Graphs for this target are {note}" if note else _NO_BFLOAT16
 
 
 def attends_in_float(graph: Graph) -> bool:

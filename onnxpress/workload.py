@@ -112,11 +112,10 @@ class TextWorkload:
             mask = options.get("mask_token")
             if mask is not None and any(mask not in sample.text for sample in given):
                 raise RecipeError(f"{file}: texts for fill-mask need a mask each: write {mask} in the place of a word.")
-        cut = sum(encoding.truncated > 0 for encoding in self._tokenizer.encode(_inputs(self._evaluation)))
+        judged = self._labelled or self._evaluation
+        cut = sum(encoding.truncated > 0 for encoding in self._tokenizer.encode(_inputs(judged)))
         if cut:
-            self.notes += (
-                f"{cut} of {len(self._evaluation)} evaluation texts are cut at {options['max_length']} tokens",
-            )
+            self.notes += (f"{cut} of {len(judged)} evaluation texts are cut at {options['max_length']} tokens",)
 
     @property
     def labelled(self) -> bool:

@@ -143,6 +143,7 @@ class Generator:
         *,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
+        _check_count("cache_bytes", cache_bytes)
         self.session = session
         self.tokenizer = tokenizer
         self.options = options

@@ -153,6 +153,14 @@ def test_module_that_branches_on_data_is_refused():
         export(Branching(), example_inputs=torch.randn(2, 3))
 
 
+def test_weights_that_are_no_numbers_are_named():
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    with torch.no_grad():
+        module[1].bias[1] = torch.nan
+    with pytest.raises(SourceError, match=r"The weights of Sequential are damaged: 1\.bias holds"):
+        export(module, example_inputs=(torch.ones(2, 4),))
+
+
 def test_module_that_answers_no_tensors_is_refused():
     class Naming(nn.Module):
         def forward(self, x: torch.Tensor) -> str:

@@ -116,7 +116,7 @@ def test_generate_on_the_command_line(artifact: Path) -> None:
 def test_chat_keeps_the_conversation_and_survives_what_is_refused(artifact: Path) -> None:
     given = "the man\n\nand then?\n/undo\n" + "x" * CONTEXT + "\n/reset\nagain\n/exit\n"
     done = command("chat", artifact, "--max-new-tokens", 4, given=given)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr  # a piped message got no answer
     assert done.stderr.count("tokens/s]") == 3
     assert "the model's context is" in done.stderr
     knew = [int(part.split(" of them known")[0].split()[-1]) for part in done.stderr.splitlines() if "known" in part]

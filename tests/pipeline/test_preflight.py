@@ -104,7 +104,9 @@ PRUNED: dict[str, Any] = {"prune": {"ffn": 0.5}}
         ("texts", {"budget": "1%", "prefer": "speed", "measure": False}, "nothing is timed here"),
         ("texts", {"budget": "half"}, "The budget 'half' is not understood"),
         ("texts", {"budget": "0.9", "file": "labelled.csv"}, "a value of accuracy, which goes from 0 to 100"),
-        ("module", {"budget": "101%"}, "share of variance_kept"),
+        ("module", {"budget": "101%"}, "share of variance_kept that may be lost, at most 100%"),
+        ("texts", {"prune": {"heads": 4}}, "heads is 4, but there are 4; at least one has to stay"),
+        ("texts", {"prune": {"layers": 9}}, "layers is 9, but there are"),
         # files
         ("texts", {"file": "bare.csv"}, "no column of texts; it has: body"),
         ("texts", {"file": "tags.conll"}, "files of samples end in"),

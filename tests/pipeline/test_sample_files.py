@@ -89,11 +89,20 @@ def test_columns_of_tokens_and_tags_are_read_alike_to_train_and_to_judge(name: s
     assert read_labelled(path, "token-classification") == found
 
 
+def test_lines_of_a_label_and_a_text_judge_as_they_teach(tmp_path: Path) -> None:
+    path = tmp_path / "stsa.binary.dev"
+    path.write_text("1 a fine film\n\n0 a bore\n")
+    found = read_samples(path, "text-classification")
+    assert found == [Sample(text="a fine film", label="1"), Sample(text="a bore", label="0")]
+    assert read_labelled(path, None) == found
+
+
 @pytest.mark.parametrize(
     ("name", "content", "task", "message"),
     [
         ("a.xml", "x", "fill-mask", r"a\.xml: files of samples end in \.csv, \.tsv, \.jsonl or \.txt"),
         ("a.conll", "x O\n", "fill-mask", r"a\.conll: files of samples end in"),
+        ("a.dev", "1 fine\n0\n", "text-classification", "line 2 has a label and no text"),
         ("a.txt", " \n\n", "fill-mask", "holds no samples"),
         ("a.txt", b"\xff\xfe", "fill-mask", r"a\.txt cannot be read as UTF-8 text"),
         ("a.txt", "who?\n", "question-answering", "questions need a context"),
