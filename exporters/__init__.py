@@ -72,7 +72,7 @@ def find(
             raise SourceError(f"The task {task!r} was given for a plain module, whose only task is 'module'.")
         return Found(source=found, task="module")
     config = load_config(found.folder, trust_remote_code=trust_remote_code)
-    wanted = infer_task(found.folder, tuple(config.architectures or ())) if task is None else find_task(task)
+    wanted = infer_task(found.folder, tuple(config.architectures or ()), config) if task is None else find_task(task)
     check_length(found.folder, wanted, config, max_length, trust_remote_code=trust_remote_code)
     return Found(source=found, task=wanted.name, config=config, options=label_options(wanted, config))
 

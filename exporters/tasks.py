@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from optimum.exporters.tasks import TasksManager
 
@@ -88,8 +89,11 @@ def find_task(name: str) -> Task:
     raise SourceError(f"There is no task {name!r}. onnxpress exports {', '.join(TASKS)}, and plain modules.")
 
 
-def infer_task(folder: Path, architectures: tuple[str, ...]) -> Task:
-    """The task of a folder, from modules.json and the class that was saved. Raises SourceError."""
+def infer_task(folder: Path, architectures: tuple[str, ...], config: Any = None) -> Task:
+    """The task of a folder, from modules.json and the class that was saved; config: transformers'. Raises SourceError.
+
+    Of a model that answers to images or sound too, its text is what is meant.
+    """
     if (folder / "modules.json").is_file():
         return TASKS["text-classification" if has_classifier(folder) else "feature-extraction"]
     for task in reversed(TASKS.values()):  # heads first: feature-extraction's ending is the least specific
@@ -97,10 +101,23 @@ def infer_task(folder: Path, architectures: tuple[str, ...]) -> Task:
             return task
     if any(name.endswith("ForPreTraining") for name in architectures):
         return TASKS["feature-extraction"]
+    if config is not None and reads_more_than_text(config):
+        return TASKS["text-generation"]
     found = f"was saved as {', '.join(architectures)}" if architectures else "does not say what it was saved as"
     raise SourceError(
         f"The model in {folder} {found}, from which onnxpress cannot tell the task. Say which it is with --task: "
         f"{', '.join(TASKS)}."
+    )
+
+
+def reads_more_than_text(config: Any) -> bool:
+    """Whether a config is that of a language model that takes images or sound beside text."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return (
+        type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        and not config.is_encoder_decoder
+        and config.get_text_config() is not config
     )
 
 

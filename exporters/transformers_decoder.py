@@ -46,7 +46,7 @@ from onnxpress.exporters.recurrences import (
     emitted_recurrences,
     state_names,
 )
-from onnxpress.exporters.tasks import Task
+from onnxpress.exporters.tasks import Task, reads_more_than_text
 from onnxpress.exporters.tokenizer import read_tokenizer
 from onnxpress.exporters.trace import LARGEST_AXIS, LARGEST_BATCH, tensor_spec, trace
 from onnxpress.exporters.transformers_model import TextExport, load_model, position_limit, refuse_longer
@@ -76,6 +76,8 @@ def export_decoder(
     notes: tuple[str, ...] = ()
     if adapter is not None and instead is None:
         notes += (merge_adapter(model, Path(adapter)),)
+    if reads_more_than_text(config):
+        notes += ("the text of the model alone: its images, sound and video are not read",)
     limit = position_limit(model, tokenizer)
     if max_length is not None:
         refuse_longer(folder, max_length, limit)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_decoders import ARCHITECTURES, CONTEXT, make_model, step_on
+import transformers as tf
+from tiny_decoders import ARCHITECTURES, CONTEXT, make_model, save_byte_tokenizer, step_on
+from tiny_models import spread_weights
 
-from onnxpress.exporters import DecoderParityCheck, Exported
+from onnxpress.exporters import DecoderParityCheck, Exported, export
 from onnxpress.exporters.conventions import learn
 from onnxpress.exporters.transformers_decoder import DecoderReference, export_causal_lm
 from onnxpress.runtime.cache import KeyValueCache
@@ -103,3 +106,30 @@ def test_tied_embeddings_are_stored_once() -> None:
     weights = sum(parameter.numel() for parameter in model.parameters()) * 4
     tables = 2 * CONTEXT * 32 // 2 * 4  # cosines and sines
     assert weights <= graph.weight_bytes() <= weights + tables + 1024
+
+
+@pytest.mark.parametrize("kind", ["qwen3.5", "gemma3"])
+def test_of_a_model_that_sees_too_the_text_is_taken(kind: str, tmp_path: Path) -> None:
+    text = ARCHITECTURES[kind]().to_dict()
+    sees: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32}
+    torch.manual_seed(0)
+    if kind == "qwen3.5":
+        sees |= {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16}
+        config: Any = tf.Qwen3_5Config(text_config=text, vision_config=sees)
+        model: Any = tf.Qwen3_5ForConditionalGeneration(config).eval()
+    else:
+        sees |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+        model = tf.Gemma3ForConditionalGeneration(tf.Gemma3Config(text_config=text, vision_config=sees)).eval()
+    spread_weights(model)
+    model.save_pretrained(tmp_path / "model")
+    save_byte_tokenizer(tmp_path / "model")
+    exported = export(tmp_path / "model")
+    assert exported.graph.signature.task == "text-generation"
+    assert any("the text of the model alone" in note for note in exported.notes)
+    DecoderParityCheck(exported).check(lambda: step_on(exported.graph, tmp_path))
+    assert isinstance(exported.reference, DecoderReference)
+    ids = torch.arange(2, 20)[None]
+    with torch.no_grad():
+        original = model(input_ids=ids).logits[0].numpy()
+    found = exported.reference.logits(ids[0].numpy(), list(range(18)))
+    np.testing.assert_allclose(found, original, rtol=0, atol=1e-5 * np.abs(original).max())

@@ -223,7 +223,7 @@ def test_a_budget_bounds_the_cache(artifact: Path) -> None:
     with pytest.raises(InputError, match="raise cache_bytes, or ask for fewer tokens"):
         tiny.generate("the")
     for nothing in (0, -1, 0.5):
-        with pytest.raises(InputError, match="cache_bytes is .*; it takes a whole number from 1 on"):
+        with pytest.raises(InputError, match=r"cache_bytes is .*; it takes a whole number from 1 on"):
             onnxpress.load(artifact, cache_bytes=nothing)  # type: ignore[arg-type]
 
 
