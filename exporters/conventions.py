@@ -149,7 +149,7 @@ def _refuse_other_memory(model: PreTrainedModel, ids: torch.Tensor) -> None:
     AttentionInterface.register(_NAME, _deaf_attention)
     AttentionMaskInterface.register(_NAME, lambda *_, **__: None)
     other = ids.clone()
-    other[:, 0] += 1
+    other[:, 0] = (other[:, 0] + 1) % int(model.config.get_text_config().vocab_size)
     with torch.no_grad(), attention_implementation(model, _NAME), deaf_recurrences(model):
         first, second = _followed(model, ids), _followed(model, other)
     for (name, x), (_, y) in zip(first, second, strict=True):

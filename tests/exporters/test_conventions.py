@@ -92,6 +92,11 @@ def test_what_fits_no_operator_is_named(config: Any, message: str) -> None:
         learn(from_config(config), positions=CONTEXT)
 
 
+def test_a_vocabulary_of_ten_tokens_is_enough() -> None:
+    """The second recorded text begins with the last of them."""
+    assert len(learn(from_config(tf.LlamaConfig(**{**BASE, "vocab_size": 10})), positions=CONTEXT).attentions) == 2
+
+
 def test_a_mask_that_looks_ahead_is_refused() -> None:
     config = tf.LlamaConfig(**BASE)
     config.is_causal = False
