@@ -71,8 +71,8 @@ class KeyValueCache:
             return
         if not self.fits(rows, capacity):
             raise InputError(
-                f"{rows} sequences of {capacity} tokens need {self.needed(rows, capacity) / 2**20:.1f} MiB for keys "
-                f"and values, and the budget is {self.budget / 2**20:.1f} MiB: allow more with cache_bytes, or ask for less."
+                f"{rows} sequences of {capacity} tokens need {self.needed(rows, capacity) / 2**20:.1f} MiB of "
+                f"cache, and the budget is {self.budget / 2**20:.1f} MiB: allow more with cache_bytes, or ask for less."
             )
         new_capacity = self.capacity
         if not self.fits(rows, new_capacity):  # more rows than before, and room for one long one no more

@@ -358,8 +358,8 @@ class Generator:
         if not self._cache.fits(1, longest):
             needed, budget = self._cache.needed(1, longest) / 2**20, self._cache.budget / 2**20
             raise InputError(
-                f"A prompt of {len(sequence.prompt)} tokens and {sequence.limit} new ones need {needed:.1f} MiB for keys and "
-                f"values, and the budget is {budget:.1f} MiB: raise cache_bytes, or ask for fewer tokens."
+                f"A prompt of {len(sequence.prompt)} tokens and {sequence.limit} new ones need {needed:.1f} MiB of cache, "
+                f"and the budget is {budget:.1f} MiB: raise cache_bytes, or ask for fewer tokens."
             )
 
     def _limit(self, prompt_tokens: int, wanted: int | None) -> tuple[int, str]:
