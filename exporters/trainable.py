@@ -28,9 +28,9 @@ from onnxpress.exporters.transformers_encoder import open_encoder, token_inputs
 from onnxpress.exporters.transformers_model import (
     TextModel,
     check_length,
+    input_limit,
     load_config,
     longest_input,
-    position_limit,
 )
 
 _PREFIX = "sentence_transformers.models."
@@ -178,7 +178,7 @@ def _trainable(
     folder: Path, model: PreTrainedModel, pooling: SentencePooling | None, max_length: int | None
 ) -> Trainable:
     tokenizer = read_tokenizer(folder, trust_remote_code=False)
-    limit = position_limit(model, tokenizer)
+    limit = input_limit(model, tokenizer, max_length)
     return Trainable(
         folder=folder,
         model=model,

@@ -49,7 +49,7 @@ from onnxpress.exporters.recurrences import (
 from onnxpress.exporters.tasks import Task, reads_more_than_text
 from onnxpress.exporters.tokenizer import read_tokenizer
 from onnxpress.exporters.trace import LARGEST_AXIS, LARGEST_BATCH, tensor_spec, trace
-from onnxpress.exporters.transformers_model import TextExport, load_model, position_limit, refuse_longer
+from onnxpress.exporters.transformers_model import TextExport, input_limit, load_model, position_limit, refuse_longer
 from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Json, Signature
 
@@ -78,9 +78,11 @@ def export_decoder(
         notes += (merge_adapter(model, Path(adapter)),)
     if reads_more_than_text(config):
         notes += ("the text of the model alone: its images, sound and video are not read",)
-    limit = position_limit(model, tokenizer)
+    limit = input_limit(model, tokenizer, max_length)
     if max_length is not None:
         refuse_longer(folder, max_length, limit)
+    elif position_limit(model) is None:
+        notes += (f"context: {limit} tokens; the model itself has no limit, and --max-length takes more",)
     context = max_length or limit
     name = type(model).__name__
     try:

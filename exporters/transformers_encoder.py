@@ -24,7 +24,7 @@ from onnxpress.exporters.reference import TorchReference
 from onnxpress.exporters.tasks import TASKS, Task
 from onnxpress.exporters.tokenizer import Tokenizer, read_tokenizer
 from onnxpress.exporters.trace import LARGEST_BATCH, tensor_spec, trace
-from onnxpress.exporters.transformers_model import TextExport, TextModel, load_model, longest_input, position_limit
+from onnxpress.exporters.transformers_model import TextExport, TextModel, input_limit, load_model, longest_input
 from onnxpress.graph import Graph
 from onnxpress.manifest import Json, Signature, TensorSpec
 
@@ -94,7 +94,7 @@ def open_encoder(
     model: Any = instead or load_model(folder, loaded, config, trust_remote_code=trust_remote_code)
     pooling = read_pooling(folder) if loaded.name == "feature-extraction" else None
     tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
-    limit = position_limit(model, tokenizer)
+    limit = input_limit(model, tokenizer, max_length)
     names = token_inputs(model)
     return OpenedEncoder(
         model=model,

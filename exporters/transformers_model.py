@@ -15,11 +15,11 @@ from onnxpress.errors import SourceError
 from onnxpress.exporters.pooling import SentencePooling, read_json
 from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.tasks import Task, heads
-from onnxpress.exporters.tokenizer import Tokenizer, read_tokenizer
+from onnxpress.exporters.tokenizer import Tokenizer
 from onnxpress.graph import Graph
 from onnxpress.manifest import Json, Runnable
 
-_LENGTH_WITHOUT_LIMIT = 512  # for models with relative positions whose tokenizer has no limit either
+_LENGTH_WITHOUT_LIMIT = 512  # for models whose positions have no limit and whose tokenizer has none either
 _UNFOLDED = frozenset({"mxfp4", "fp8"})  # forms of stored weights that transformers turns into numbers
 
 
@@ -108,15 +108,20 @@ def load_model(folder: Path, task: Task, config: Any, *, trust_remote_code: bool
     return model
 
 
-def position_limit(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
-    """The longest input that the positions of a model allow."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+def position_limit(model: PreTrainedModel) -> int | None:
+    """The longest input that the positions of a model allow; None where they allow any, or there are none (Mamba 2)."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding) and name.endswith("position_embeddings"):
             # A table with a padding row (RoBERTa's and its kin's) counts positions from the row after it.
             first = 0 if module.padding_idx is None else module.padding_idx + 1
             limit = min(limit or module.num_embeddings, module.num_embeddings - first)
-    return int(limit or tokenizer.max_length or _LENGTH_WITHOUT_LIMIT)
+    return int(limit) if limit else None
+
+
+def input_limit(model: PreTrainedModel, tokenizer: Tokenizer, wanted: int | None) -> int:
+    """The longest input: what positions allow; where they allow any, the wanted length, or the tokenizer's, or 512."""
+    return position_limit(model) or wanted or tokenizer.max_length or _LENGTH_WITHOUT_LIMIT
 
 
 def check_length(folder: Path, task: Task, config: Any, wanted: int | None, *, trust_remote_code: bool = False) -> None:
@@ -130,7 +135,7 @@ def check_length(folder: Path, task: Task, config: Any, wanted: int | None, *, t
         Exception
     ):  # a config without such a head, code that computes with its weights: said where the model is loaded
         return
-    refuse_longer(folder, wanted, position_limit(model, read_tokenizer(folder, trust_remote_code=trust_remote_code)))
+    refuse_longer(folder, wanted, position_limit(model) or wanted)
 
 
 def refuse_longer(folder: Path, wanted: int, limit: int) -> None:

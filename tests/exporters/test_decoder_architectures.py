@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from tiny_decoders import ARCHITECTURES, CONTEXT, make_model, save_byte_tokenizer, step_on
+from tiny_decoders import ARCHITECTURES, CONTEXT, make_model, save_byte_tokenizer, save_decoder, step_on
 from tiny_models import spread_weights
 
 from onnxpress.exporters import DecoderParityCheck, Exported, export
@@ -100,6 +100,13 @@ def test_hidden_states_are_those_of_the_last_layer(name: str, tmp_path: Path) ->
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 
+def test_a_model_without_positions_takes_any_context(tmp_path: Path) -> None:
+    folder = save_decoder(tmp_path / "tiny", "mamba2")
+    exported = export(folder, max_length=2000)
+    assert (exported.options["max_length"], exported.graph.signature.axes["length"]) == (2000, (1, 2000))
+    assert "context: 512 tokens; the model itself has no limit" in " ".join(export(folder).notes)
+
+
 def test_tied_embeddings_are_stored_once() -> None:
     model = make_model("qwen3")
     graph = export_causal_lm(model, learn(model, positions=CONTEXT), context=CONTEXT)
@@ -125,6 +132,7 @@ def test_of_a_model_that_sees_too_the_text_is_taken(kind: str, tmp_path: Path) -
     save_byte_tokenizer(tmp_path / "model")
     exported = export(tmp_path / "model")
     assert exported.graph.signature.task == "text-generation"
+    assert exported.options["max_length"] == CONTEXT
     assert any("the text of the model alone" in note for note in exported.notes)
     DecoderParityCheck(exported).check(lambda: step_on(exported.graph, tmp_path))
     assert isinstance(exported.reference, DecoderReference)
