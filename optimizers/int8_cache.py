@@ -39,7 +39,7 @@ class Int8Cache:
     def apply(self, graph: Graph, context: PassContext) -> PassResult:
         """Quantize the cache of every layer but those in `context.keep`.
 
-        Raises RecipeError when the context has no calibration data, and for a cache of another kind than float32.
+        Raises RecipeError when the context has no calibration data, for a cache of another kind than float32, and for a model without one.
         """
         if context.observe is None:
             raise RecipeError("The pass int8-cache needs calibration inputs to measure ranges, and none are at hand.")
@@ -48,6 +48,8 @@ class Int8Cache:
             for node in graph.model.graph
             if node.op_type == "GroupQueryAttention" and node.domain == "com.microsoft"
         }
+        if not layers:
+            raise RecipeError("The model keeps no keys and values that int8-cache could make smaller: leave `cache` out.")
         kinds = {name: node.outputs[1].dtype for name, node in layers.items()}
         chosen = {name: node for name, node in layers.items() if name not in context.keep and kinds[name] != _INT8}
         if other := {kinds[name] for name in chosen} - {ir.DataType.FLOAT}:
