@@ -423,6 +423,13 @@ def training_options(chosen: Mapping[str, Any], folder: Path | None, frozen_enco
 
 def _check_checkpoint_folder(folder: Path, *, resume: bool) -> None:
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if _FACTS in held:
+        done = (
+            f"{folder} holds a trained model: onnxpress build {folder} --eval {folder / _EVALUATION} makes its artifact"
+        )
+        raise (InputError if resume else OutputError)(
+            f"{done}. To train anew, remove the folder, or name another with --checkpoint."
+        )
     if resume and held != {_PROGRESS}:
         raise InputError(
             f"There is no interrupted training in {folder}; begin without --resume, or name its --checkpoint."

@@ -116,6 +116,10 @@ def labelled_samples(texts: Sequence[Any], labels: Sequence[Json]) -> list[Sampl
         label = label.item() if isinstance(label, np.generic) else label
         if label is None:
             raise InputError(f"Text {index} has no label.")
+        if not isinstance(label, str | int | float | list):
+            raise InputError(
+                f"The label of text {index} is {label!r}; a text or a number is expected, or a list of texts where there are several."
+            )
         if isinstance(text, list):
             if not isinstance(label, list) or len(label) != len(text):
                 raise InputError(f"Item {index}: a list of tokens needs a list of as many tags.")

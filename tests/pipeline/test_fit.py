@@ -342,8 +342,13 @@ def test_the_command_line_and_a_resume(
     shown = json.loads(capsys.readouterr().out)
     assert shown["training"]["labels"] == ["0", "1"]
     assert shown["manifest"]["ledger"][0]["metric"] == "accuracy"
-    assert main([*command, "--resume"]) == 2
-    assert "no interrupted training" in capsys.readouterr().err
+    for again in ([*command, "--resume"], command):  # as after a kill between the training and the artifact's end
+        assert main(again) == 2
+        assert "onnxpress build out-checkpoint --eval out-checkpoint/evaluation.jsonl" in capsys.readouterr().err
+    build = ["build", "out-checkpoint", "--eval", "out-checkpoint/evaluation.jsonl", "--budget", "50%"]
+    assert main([*build, "--out", "again", "--precision", "fp32", "--no-measure"]) == 0
+    assert main([*command, "--resume", "--checkpoint", "none"]) == 2
+    assert "no interrupted training in none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -354,6 +359,9 @@ def test_the_command_line_and_a_resume(
         ("a cat", ["x"], None, "A list of texts"),
         (["a", " "], ["x", "y"], None, "Item 1 is no text"),
         (["a", "b"], ["x", None], None, "Text 1 has no label"),
+        (["a", "b"], [["x"], {"y"}], None, "The label of text 1 is {'y'}; .* a list of texts"),
+        (["a", "b"], [("x",), ("y",)], None, "The label of text 0 is .* a list of texts"),
+        (["a", "b"], np.eye(2), None, "The label of text 0 is .* a list of texts"),
         (["a"] * 9, ["x"] * 9, None, "All training samples have the label 'x'"),
         (["a"] * 9, [1.5] * 9, None, "All training numbers are the same"),
         (["a"] * 9, ["x", ["x", "y"]] * 4 + ["y"], "text-classification", "one label a text"),
