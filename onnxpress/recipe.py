@@ -26,6 +26,7 @@ minimum_elements = 4096
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -357,6 +358,8 @@ def with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
         if section is None or key == "source":
             allowed = sorted(set().union(*sections.values()) - {"source"} | {"passes", "prune", "distil"})
             raise RecipeError(f"Unknown option {key!r}; the options are: {', '.join(allowed)}.")
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
         content.setdefault(section, {})[key] = list(value) if isinstance(value, tuple) else value
     return make_recipe(content)
 

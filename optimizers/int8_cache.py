@@ -49,7 +49,9 @@ class Int8Cache:
             if node.op_type == "GroupQueryAttention" and node.domain == "com.microsoft"
         }
         if not layers:
-            raise RecipeError("The model keeps no keys and values that int8-cache could make smaller: leave `cache` out.")
+            raise RecipeError(
+                "The model keeps no keys and values that int8-cache could make smaller: leave `cache` out."
+            )
         kinds = {name: node.outputs[1].dtype for name, node in layers.items()}
         chosen = {name: node for name, node in layers.items() if name not in context.keep and kinds[name] != _INT8}
         if other := {kinds[name] for name in chosen} - {ir.DataType.FLOAT}:

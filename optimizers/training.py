@@ -25,6 +25,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
@@ -426,11 +427,14 @@ def _difference(name: str, before: Any, now: Any) -> str:
 def _is_whole(checkpoint: Path, options: TrainingOptions) -> bool:
     """The Trainer writes its state last, so that a checkpoint with a state that can be read has all files of the first process.
 
-    The others write one each, of their random numbers, which is an archive once it is whole.
+    The others write one each, of their random numbers, which is an archive once it is whole. Weights may have been lost with the power.
     """
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
+        for weights in checkpoint.glob("*.safetensors"):
+            with safe_open(weights, "pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
         return False
     others = (checkpoint / f"rng_state_{rank}.pth" for rank in range(1, options.processes))
     if not all(map(zipfile.is_zipfile, others)):

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -165,15 +166,17 @@ def test_a_kill_and_a_resume_give_the_weights_of_an_uninterrupted_run(tmp_path: 
     assert not list(tmp_path.rglob("training_args.bin"))
 
 
-def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["trainer_state.json", "model.safetensors"])
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path, file: str) -> None:
     straight = small_model()
     train(straight, examples(), options=OPTIONS, collate=collate)
     options = dataclasses.replace(OPTIONS, checkpoints=tmp_path / "run", checkpoint_every=3)
     with pytest.raises(KilledError):
         train(small_model(), examples(), options=options, collate=collate, progress=kill_at(5))
     cut = tmp_path / "run" / "checkpoint-4"
-    cut.mkdir()
-    (cut / "trainer_state.json").write_text('{"epoch": ')
+    shutil.copytree(tmp_path / "run" / "checkpoint-3", cut)
+    with (cut / file).open("r+b") as whole:
+        whole.truncate(100)
     resumed = small_model()
     train(resumed, examples(), options=dataclasses.replace(options, resume=True), collate=collate)
     assert same(resumed, straight)

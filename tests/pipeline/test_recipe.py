@@ -9,7 +9,7 @@ import pytest
 
 from onnxpress.errors import RecipeError
 from onnxpress.machine import cpu_target
-from onnxpress.recipe import make_recipe, read_recipe
+from onnxpress.recipe import make_recipe, read_recipe, with_options
 
 MODEL = {"model": {"source": "folder"}}
 
@@ -139,3 +139,10 @@ def test_unreadable_files(content: str | None, said: str, tmp_path: Path) -> Non
 def test_the_repository_s_recipes_are_valid() -> None:
     for path in (Path(__file__).parents[2] / "models").glob("*/recipe.toml"):
         assert read_recipe(path).model.task is not None
+
+
+def test_files_may_be_paths() -> None:
+    recipe = with_options(
+        make_recipe({"model": {"source": "x"}}), {"file": Path("a.csv"), "calibration": Path("b.csv")}
+    )
+    assert (recipe.quality.file, recipe.quality.calibration) == ("a.csv", "b.csv")
