@@ -61,7 +61,7 @@ ALLOWED = {
     },
 }  # fmt: skip
 # What changes weights by training runs in torch; nothing else among the optimizers does.
-TRAINING = {"torch", "transformers"}
+TRAINING = {"torch", "transformers", "safetensors"}
 ALLOWED_IN_FILES = {
     **dict.fromkeys((f"optimizers/{name}.py" for name in ("training", "processes", "distil", "divergence")), TRAINING),
     "optimizers/linear_head.py": {"sklearn"},

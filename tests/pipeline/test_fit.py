@@ -426,7 +426,7 @@ def test_files_and_options_that_cannot_be(model: Path, tmp_path: Path) -> None:
     refused("does not exist", file=tmp_path / "none.csv")
     refused("holds no samples", file=tmp_path / "empty.csv", kind=onnxpress.OnnxpressError)
     refused("has no labels", file=tmp_path / "bare.csv")
-    refused("line 2 has a label and no text", file=tmp_path / "bad.txt")
+    refused("line 2 has a label and no text", file=tmp_path / "bad.txt", kind=RecipeError)
     refused("line 1: a token and, last, its tag", file=tmp_path / "bad.conll", kind=RecipeError)
     refused("no task 'translation'", task="translation")
     refused("'reptile' is in none", evaluation=other)
