@@ -135,13 +135,10 @@ def deaf_recurrences(model: PreTrainedModel) -> Iterator[None]:
     def delta_rule(_: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *__: Any, **___: Any) -> Any:
         return value, None
 
-    def state_space(_: Any, x: torch.Tensor, *__: Any, **___: Any) -> torch.Tensor:
+    def unchanged(_: Any, x: torch.Tensor, *__: Any, **___: Any) -> torch.Tensor:
         return x
 
-    def convolution(_: Any, x: torch.Tensor, *__: Any, **___: Any) -> torch.Tensor:
-        return x
-
-    with _replaced(model, convolution, delta_rule, state_space):
+    with _replaced(model, unchanged, delta_rule, unchanged):
         yield
 
 

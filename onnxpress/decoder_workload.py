@@ -15,7 +15,7 @@ import numpy as np
 from onnxpress import evaluation, metrics
 from onnxpress.errors import RecipeError
 from onnxpress.manifest import Arrays, Json, Runnable, Signature
-from onnxpress.runtime.cache import is_past
+from onnxpress.runtime.cache import is_past, is_state
 from onnxpress.runtime.model_step import TOTAL_LENGTH
 from onnxpress.runtime.session import Session
 from onnxpress.runtime.tokenization import Tokenizer
@@ -138,7 +138,7 @@ class DecoderWorkload:
         windows = [window[:12] for window in self._evaluation[:2]]
         tokens = [window[:1] for window in windows]
         past = min(8, self._context - 1)
-        if any(is_past(spec.name) and "capacity" not in spec.shape for spec in self._signature.inputs):
+        if any(map(is_state, self._signature.inputs)):
             few = windows[0][:3]
             past = min(past, self._context - len(few))
             return {"tokens": self._feeds([few], [np.array([len(few) - 1])], runnable, past=past)}
@@ -189,7 +189,7 @@ class DecoderWorkload:
                 shape = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in spec.shape)
                 cache = np.zeros(shape, spec.dtype)
                 feeds[spec.name] = cache
-                if "capacity" not in spec.shape:  # a state: small, as keys of length 1 leave it
+                if is_state(spec):  # small, as keys of length 1 leave it
                     cache[:] = 0.01 * random.standard_normal(shape) if past else 0
                     continue
                 numbers = random.standard_normal((*shape[:2], past, shape[3]))

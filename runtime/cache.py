@@ -31,7 +31,7 @@ class KeyValueCache:
 
     def __init__(self, specs: Sequence[TensorSpec], *, context: int, budget: int, memory: Memory | None = None) -> None:
         self.specs = tuple(spec for spec in specs if is_past(spec.name))
-        self._states = tuple(spec.name for spec in self.specs if _TOKENS not in spec.shape)
+        self._states = tuple(spec.name for spec in self.specs if is_state(spec))
         self.context = context
         self.budget = budget
         self.tokens: list[list[int]] = []
@@ -84,7 +84,7 @@ class KeyValueCache:
         while kept > rows and not self.fits(kept, new_capacity):
             kept -= 1
         new_rows = max(rows, kept)
-        tokens = [self.prefix(row, new_capacity) if row < kept else [] for row in range(new_rows)]
+        tokens = [self._prefix(row, new_capacity) if row < kept else [] for row in range(new_rows)]
         grown = {}
         for spec in self.specs:
             grown[spec.name] = new = self._zeros(spec, new_rows, new_capacity)
@@ -109,30 +109,30 @@ class KeyValueCache:
 
     def usable(self, row: int, tokens: Sequence[int]) -> int:
         """How many first tokens of a text need not be read again, because this row holds them."""
-        return len(self.prefix(row, common_prefix(self.tokens[row], tokens)))
+        return len(self._prefix(row, common_prefix(self.tokens[row], tokens)))
 
-    def prefix(self, row: int, length: int) -> list[int]:
+    def _prefix(self, row: int, length: int) -> list[int]:
         """The tokens that a row still holds when it is cut to a length: where there are states, all of them or none."""
         tokens = self.tokens[row]
-        return [] if self._states and length < len(tokens) else tokens[:length]
+        return [] if self._states and length < len(tokens) else tokens[:length]  # a list of its own
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give a row the first tokens of another."""
         if source == target:
             self.truncate(target, length)
             return
-        tokens = self.prefix(source, length)
+        tokens = self._prefix(source, length)
         self.truncate(target, 0)
-        for name, array in self.arrays.items():
-            if tokens:
+        if tokens:
+            for name, array in self.arrays.items():
                 self._copy(name, array, source, array, target, len(tokens))
-        self.tokens[target] = list(tokens)
+        self.tokens[target] = tokens
 
     def truncate(self, row: int, length: int) -> None:
         """Let a row forget its tokens from `length` on; where there are states, all of them if any."""
         if 0 < len(self.tokens[row]) <= length:
             return
-        tokens = self.prefix(row, length)
+        tokens = self._prefix(row, length)
         if not tokens:
             self.tokens[row] = []  # first, so that an interrupt leaves nothing wrong
             for name in self._states:
@@ -177,6 +177,11 @@ class KeyValueCache:
 def is_past(name: str) -> bool:
     """Whether an input of this name is part of the cache."""
     return name.startswith(tuple(_PRESENT))
+
+
+def is_state(spec: TensorSpec) -> bool:
+    """Whether an input of the cache is a state of one size, in which all tokens of a row are mixed."""
+    return is_past(spec.name) and _TOKENS not in spec.shape
 
 
 def present_name(name: str) -> str:

@@ -148,7 +148,7 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
     "gpt-neox": lambda **more: tf.GPTNeoXConfig(**{**BASE, "hidden_size": 128, "num_key_value_heads": 4}),
     "cohere": lambda **more: tf.CohereConfig(**BASE),
     "phi": lambda **more: tf.PhiConfig(**BASE),
-    "qwen3.5": lambda **more: tf.Qwen3_5TextConfig(**{**_LINEAR, **more}, head_dim=64),
+    "qwen3.5": lambda **more: tf.Qwen3_5TextConfig(**_LINEAR, head_dim=64),
     "kimi-linear": lambda **more: tf.KimiLinearConfig(  # a decay for every number of a key
         **{**LATENT, "head_dim": 24},
         linear_head_dim=16,
@@ -157,7 +157,7 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
         num_experts=4,
         num_experts_per_token=2,
     ),
-    "lfm2": lambda **more: tf.Lfm2Config(**{**BASE, **more}, layer_types=["conv", "full_attention"]),
+    "lfm2": lambda **more: tf.Lfm2Config(**BASE, layer_types=["conv", "full_attention"]),
     "granite-hybrid": lambda **more: tf.GraniteMoeHybridConfig(  # state spaces; a norm with a gate
         **_MAMBA,
         mamba_n_groups=1,
