@@ -123,12 +123,9 @@ def _plot(path: Path, rows: dict[str, list[float]]) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for number, (name, row) in enumerate(sorted(rows.items(), key=lambda item: item[1][2])):
-        axes.plot(row[2], row[0], "o")
-        slowest = row[2] == max(row[2] for row in rows.values())
-        height = -12 if number % 2 else 4  # neighbours may be near each other
-        side = {"xytext": (-6, height), "ha": "right"} if slowest else {"xytext": (6, height), "ha": "left"}
-        axes.annotate(name, (row[2], row[0]), textcoords="offset points", fontsize=8, **side)
+    for name, row in sorted(rows.items(), key=lambda item: item[1][2]):
+        axes.plot(row[2], row[0], "o", label=name)
+    axes.legend(fontsize=8)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")

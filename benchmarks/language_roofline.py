@@ -4,8 +4,9 @@
 
 The roof is how fast this machine's threads read memory that no cache holds (numpy's maximum over 256 MiB, the best of 20). A step of
 decoding has to read every weight once (but for a table that only embeds, and is not the output layer too, and for a dual's int8 copies):
-bytes of the weights over the step's time is its bandwidth; of experts, those that one token has chosen. ONNX Runtime's profiler then says
-how the time is spent; it adds some.
+bytes of the weights over the step's time is its bandwidth; of experts, those that one token has chosen. What ONNX Runtime's kernel for
+blocks reaches by itself is measured on a graph of the artifact's own MatMulNBits and nothing else, each on one token. ONNX Runtime's
+profiler then says how the time is spent; it adds some.
 """
 
 from __future__ import annotations
@@ -46,6 +47,12 @@ def main() -> None:
     session = open_session(artifact)
     figures: dict[str, Any] = {"roof": roof, "weight_bytes": weights}
     rows: dict[str, list[str]] = {"reading memory": ["", f"{roof / 1e9:.1f}", ""]}
+    if blocks := products(artifact):
+        session_of_blocks, size = products_alone(artifact, blocks)
+        seconds = statistics.median(timed_alone(session_of_blocks) for _ in range(30))
+        del session_of_blocks
+        figures["products alone"] = {"seconds": seconds, "bytes": size}
+        rows["MatMulNBits alone"] = _row(seconds, size, roof)
     for past in arguments.past:
         cache = KeyValueCache(session.signature.inputs, context=session.signature.axes["length"][1], budget=2**31)
         step = ModelStep(session, cache)
@@ -53,11 +60,7 @@ def main() -> None:
         time.sleep(0.3)
         seconds = statistics.median(timed(step, cache, past) for _ in range(30))
         figures[f"step after {past}"] = seconds
-        rows[f"step after {past} tokens"] = [
-            f"{1000 * seconds:.2f}",
-            f"{weights / seconds / 1e9:.1f}",
-            f"{weights / seconds / roof:.0%}",
-        ]
+        rows[f"step after {past} tokens"] = _row(seconds, weights, roof)
     report.show(f"{arguments.artifact.name}, {weights / 1e6:.0f} MB of weights", rows, ["ms", "GB/s", "of the roof"])
     for past in arguments.past:
         spent = profile(artifact, past)
@@ -67,6 +70,63 @@ def main() -> None:
         report.show(f"after {past} tokens, under the profiler", shown, ["ms", "share"])
     report.show_machine(machine)
     report.save(arguments.json, {"machine": machine, **figures})
+
+
+def _row(seconds: float, size: float, roof: float) -> list[str]:
+    return [f"{1000 * seconds:.2f}", f"{size / seconds / 1e9:.1f}", f"{size / seconds / roof:.0%}"]
+
+
+def products(artifact: Artifact) -> list[onnx.NodeProto]:
+    """The MatMulNBits of a step of one token."""
+    graph = onnx.load(artifact.file("model.onnx"), load_external_data=False).graph
+    branches = [item.g.node for node in graph.node for item in node.attribute if item.name == "else_branch"]
+    return [node for nodes in (graph.node, *branches) for node in nodes if node.op_type == "MatMulNBits"]
+
+
+def products_alone(artifact: Artifact, nodes: list[onnx.NodeProto]) -> tuple[onnxruntime.InferenceSession, int]:
+    """A session of these products alone, each with weights of its own, and the bytes of these."""
+    model = onnx.load(artifact.file("model.onnx"))
+    kept = {one.name: one for one in model.graph.initializer}
+    alone, weights = [], {}
+    for index, node in enumerate(nodes):
+        blocks, scales, *zero_points = node.input[1:4]
+        if blocks not in kept:  # a table that is the output layer too, in the shape of a table
+            reshape = next(one for one in model.graph.node if blocks in one.output)
+            blocks = reshape.input[0]
+        size = {item.name: item.i for item in node.attribute}
+        array = onnx.numpy_helper.to_array(kept[blocks])
+        array = array.reshape(size["N"], -1, size["block_size"] * size["bits"] // 8)
+        weights[f"blocks{index}"] = onnx.numpy_helper.from_array(array, f"blocks{index}")
+        others = [name for name in (scales, *zero_points) if name]
+        weights |= {name: kept[name] for name in others}
+        inputs = [f"x{size['K']}", f"blocks{index}", *others]
+        alone.append(onnx.NodeProto(op_type=node.op_type, domain=node.domain, input=inputs, output=[f"y{index}"]))
+        alone[-1].attribute.extend(node.attribute)
+    value = onnx.helper.make_tensor_value_info
+    widths = sorted({int(node.input[0][1:]) for node in alone})
+    graph = onnx.helper.make_graph(
+        alone,
+        "products",
+        [value(f"x{width}", onnx.TensorProto.FLOAT, [1, width]) for width in widths],
+        [value(node.output[0], onnx.TensorProto.FLOAT, None) for node in alone],
+        list(weights.values()),
+    )
+    imports = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    session = onnxruntime.InferenceSession(
+        onnx.helper.make_model(graph, opset_imports=imports, ir_version=10).SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+    )
+    return session, sum(len(one.raw_data) for one in weights.values())
+
+
+def timed_alone(session: onnxruntime.InferenceSession) -> float:
+    feeds = {one.name: np.ones(one.shape, np.float32) for one in session.get_inputs()}
+    start = time.perf_counter()
+    session.run(None, feeds)
+    return time.perf_counter() - start
 
 
 def bytes_of_a_step(artifact: Artifact) -> int:

@@ -73,6 +73,11 @@ class Engine:
         from onnxpress.exporters.trainable import find_folder
         from onnxpress.labelled import labelled_samples
 
+        kept = sorted({"resume", "checkpoint_every"} & set(training))
+        if kept:
+            raise InputError(
+                f"An Engine keeps no checkpoints, so that there is no {kept[0]}; onnxpress.fit(…, checkpoint=FOLDER) keeps them."
+            )
         folder = tempfile.mkdtemp(prefix="onnxpress-engine-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         checkpoint = Path(folder) / "checkpoint"

@@ -177,6 +177,7 @@ def batch_dependence(alone: Answers, batched: Answers, *, numbers: bool = False)
 def score(task: str, runner: Any, samples: Sequence[Sample]) -> dict[str, float]:
     """The task's own metrics on labelled samples, from the runner's answers. Raises RecipeError and InputError."""
     check_labels(task, runner.options, samples)
+    check_spread(task, runner.options, samples)
     if task == "feature-extraction":
         texts = list(dict.fromkeys(text for sample in samples for text in (sample.text, sample.text_pair)))
         vectors = dict(zip(texts, runner.embed(texts), strict=True))
@@ -227,6 +228,15 @@ def check_labels(task: str, options: Mapping[str, Json], samples: Sequence[Sampl
         unknown = ", ".join(sorted({repr(str(label)) for label in gold}))
         raise InputError(
             f"The model does not know the labels {unknown}; it knows: {', '.join(map(str, options['labels']))}."
+        )
+
+
+def check_spread(task: str, options: Mapping[str, Json], samples: Sequence[Sample]) -> None:
+    """Raise InputError for gold scores that nothing correlates with."""
+    scored = task == "feature-extraction" or (task == "text-classification" and options["problem_type"] == "regression")
+    if scored and len({finite_number(sample.label) for sample in samples}) < 2:
+        raise InputError(
+            "All samples that judge have the same score, and nothing correlates with that; at least two different ones are needed."
         )
 
 

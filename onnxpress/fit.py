@@ -24,7 +24,7 @@ import torch
 from onnxpress import preflight, terminal
 from onnxpress.artifact import Artifact, ArtifactWriter, check_outside
 from onnxpress.errors import InputError, OutputError
-from onnxpress.evaluation import Sample
+from onnxpress.evaluation import Sample, check_spread
 from onnxpress.exporters import trainable
 from onnxpress.exporters.quiet import quiet as silenced
 from onnxpress.exporters.reference import TorchReference
@@ -177,6 +177,7 @@ def fit_samples(
         raise InputError(f"balanced goes with one label a text (text-classification); the task is {labels.kind}.")
     for sample in judged:
         labels.target(sample)  # labels that are unknown are said before anything else happens
+    check_spread(labels.task, {"problem_type": labels.problem_type}, judged)
     head = Head(task=labels.task, labels=labels.names, problem_type=labels.problem_type)
     if frozen_encoder:
         model = trainable.load_frozen(source, max_length=max_length)

@@ -120,12 +120,14 @@ def labelled_samples(texts: Sequence[Any], labels: Sequence[Json]) -> list[Sampl
             raise InputError(
                 f"The label of text {index} is {label!r}; a text or a number is expected, or a list of texts where there are several."
             )
-        if isinstance(text, list):
+        if isinstance(text, list) and not (
+            len(text) == 2 and not isinstance(label, list)
+        ):  # which is a pair, as JSON has it
             if not isinstance(label, list) or len(label) != len(text):
                 raise InputError(f"Item {index}: a list of tokens needs a list of as many tags.")
             samples.append(Sample(text=" ".join(text), label=(text, label)))
             continue
-        first, second = text if isinstance(text, tuple) and len(text) == 2 else (text, None)
+        first, second = text if isinstance(text, tuple | list) and len(text) == 2 else (text, None)
         if not isinstance(first, str) or not first.strip() or not isinstance(second or "", str):
             raise InputError(f"Item {index} is no text, no pair of texts, or empty.")
         samples.append(Sample(text=first, text_pair=second, label=label))

@@ -93,6 +93,7 @@ def _check_files(recipe: Recipe, task: str, options: Mapping[str, Json]) -> bool
     labelled = bool(judged) and judged[0].label is not None and task != GENERATION
     if labelled:
         evaluation.check_labels(task, options, judged)
+        evaluation.check_spread(task, options, judged)
     if calibration is not None and not (task == GENERATION and calibration.suffix == ".npy"):
         calibrating = read_samples(calibration, task, quality.columns)
         seen = {text for sample in judged for text in (sample.text, sample.text_pair)} - {None}

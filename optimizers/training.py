@@ -40,6 +40,7 @@ ComputeLoss = Callable[[torch.nn.Module, Batch], tuple[torch.Tensor, Mapping[str
 ComputeMetrics = Callable[[np.ndarray, np.ndarray], Mapping[str, float]]
 
 _IDENTITY = "training.json"  # what a folder of checkpoints belongs to
+_TOLD = 40  # characters at most of a value that a message repeats
 _RECENT = 50  # steps that the reported loss is the mean of
 _POOL = 50  # batches at most whose texts are put together by length
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -405,8 +406,12 @@ def _checkpoint_to_resume(folder: Path, options: TrainingOptions, belongs: dict[
         return None
     try:
         before = json.loads(written.read_text())
-    except (OSError, ValueError):
+    except FileNotFoundError:
         raise InputError(f"There is nothing to resume in {folder}: it has no {_IDENTITY} of a training.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{written}, which says what training {folder} holds, cannot be read ({error}); begin anew with another folder."
+        ) from None
     if not isinstance(before, dict) or set(before) != set(belongs):
         raise InputError(f"{written} was not written by this version; begin anew with another folder.")
     differing = [name for name in belongs if before[name] != belongs[name]]
@@ -421,7 +426,10 @@ def _checkpoint_to_resume(folder: Path, options: TrainingOptions, belongs: dict[
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
-    return f"{name} ({before}, now {now})" if name in TrainingOptions.__dataclass_fields__ else name
+    plain = all(
+        value is None or isinstance(value, bool | int | float) or len(str(value)) <= _TOLD for value in (before, now)
+    )
+    return f"{name} ({before}, now {now})" if plain else name
 
 
 def _is_whole(checkpoint: Path, options: TrainingOptions) -> bool:
@@ -465,7 +473,7 @@ def _identity(
         "training data": _digest(dataset),
         "evaluation data": None if evaluation is None else _digest(evaluation),
         "model to begin with (its weights, or what was pruned of them)": weights.hexdigest(),
-        "setup": hashlib.sha256(json.dumps(more, sort_keys=True).encode()).hexdigest(),
+        **json.loads(json.dumps(more)),  # as a resume reads it back
     }
 
 

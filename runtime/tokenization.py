@@ -149,7 +149,7 @@ def check_samples(samples: Sequence[Any]) -> None:
     if not hasattr(samples, "__len__"):
         raise InputError(f"A {type(samples).__name__} was given where a list of texts is expected.")
     for index, sample in enumerate(samples):
-        for text in sample if isinstance(sample, tuple) and len(sample) == 2 else (sample,):
+        for text in sample if isinstance(sample, tuple | list) and len(sample) == 2 else (sample,):
             if not isinstance(text, str):
                 raise InputError(f"Item {index} is a {type(text).__name__}; a text or a pair of texts is expected.")
             if not text.strip():
@@ -179,4 +179,4 @@ def _encoding(encoding: Any, truncated: int = 0) -> Encoding:
 
 
 def _encode_one(inner: Any, sample: Sample) -> Any:
-    return inner.encode(*sample) if isinstance(sample, tuple) else inner.encode(sample)
+    return inner.encode(sample) if isinstance(sample, str) else inner.encode(*sample)

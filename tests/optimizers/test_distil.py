@@ -388,7 +388,7 @@ def test_a_resume_after_a_kill_gives_the_same_weights_and_refuses_another_lesson
         distil(classifier, halved, rows, task="text-classification", options=killed, progress=stop)
     again = dataclasses.replace(killed, training=dataclasses.replace(killed.training, resume=True))
     other = dataclasses.replace(again, temperature=5.0)
-    with pytest.raises(InputError, match="resumed with another setup"):
+    with pytest.raises(InputError, match=r"resumed with another temperature \(2.0, now 5.0\)"):
         distil(classifier, smaller_encoder(classifier), rows, task="text-classification", options=other)
     with pytest.raises(InputError, match="training data"):
         distil(classifier, smaller_encoder(classifier), rows[1:], task="text-classification", options=again)

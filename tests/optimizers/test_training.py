@@ -204,7 +204,7 @@ def test_patience_survives_a_resume(tmp_path: Path) -> None:
     [
         ({"learning_rate": 2e-3}, "learning_rate (0.001, now 0.002)"),
         ({"data": 19}, "training data"),
-        ({"identity": {"teacher": "other"}}, "setup"),
+        ({"identity": {"teacher": "other"}}, "teacher (first, now other)"),
         ({"evaluation": 5}, "evaluation data"),
     ],
 )
@@ -212,7 +212,7 @@ def test_a_resume_with_something_else_is_refused(tmp_path: Path, change: dict[st
     options = dataclasses.replace(OPTIONS, checkpoints=tmp_path / "run", checkpoint_every=2)
 
     def run(options: TrainingOptions, **more: Any) -> None:
-        given = {"data": 18, "evaluation": 4, "identity": {}, **more}
+        given = {"data": 18, "evaluation": 4, "identity": {"teacher": "first"}, **more}
         train(
             small_model(), examples(given["data"]), options=options, collate=collate, identity=given["identity"],
             evaluation=examples(given["evaluation"]), progress=kill_at(3),
@@ -230,6 +230,13 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
     options = dataclasses.replace(OPTIONS, checkpoints=tmp_path / "none", resume=True)
     with pytest.raises(InputError, match="nothing to resume"):
         train(small_model(), examples(), options=options, collate=collate)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "training.json").write_text("{")
+    with pytest.raises(InputError, match=r"broken/training.json, .* cannot be read"):
+        train(
+            small_model(), examples(), collate=collate,
+            options=dataclasses.replace(OPTIONS, checkpoints=tmp_path / "broken", resume=True),
+        )  # fmt: skip
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
     with pytest.raises(OutputError, match="not empty"):

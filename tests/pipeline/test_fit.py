@@ -174,6 +174,10 @@ def test_numbers(model: Path, tmp_path: Path) -> None:
         training=TrainingOptions(epochs=8, batch_size=8, learning_rate=2e-3),
     )  # fmt: skip
     assert max(entry["r2"] for entry in facts["evaluations"]) > 0.5
+    with pytest.raises(InputError, match="All samples that judge have the same score"):
+        Engine.load(model).fit(texts[:9], [0.5, 2.5, 1.5] * 3, evaluation=(texts[9:11], [1.5, 1.5]))
+    with pytest.raises(InputError, match=r"keeps no checkpoints, so that there is no resume; onnxpress\.fit"):
+        Engine.load(model).fit(texts[:9], [0.5, 2.5, 1.5] * 3, resume=True)
 
 
 def test_tags_of_tokens(model: Path, tmp_path: Path) -> None:
@@ -206,13 +210,14 @@ def test_pairs_of_texts(model: Path, tmp_path: Path) -> None:
     generator = np.random.default_rng(1)
     pairs = [tuple(generator.choice(["cat", "dog"], 2)) for _ in range(64)]
     engine = Engine.load(model).fit(
-        [(f"the {first} sat", f"a {second}") for first, second in pairs],
+        [[f"the {first} sat", f"a {second}"] for first, second in pairs],  # as JSON has them
         ["same" if first == "cat" else "other" for first, _ in pairs],
         epochs=8, batch_size=8, learning_rate=3e-3,
     )  # fmt: skip
     assert engine.facts["evaluations"][-1]["accuracy"] == 1.0
     scores = engine.predict([("the cat sat", "a dog"), ("the dog sat", "a cat")])
     assert scores[0]["same"] > 0.5 > scores[1]["same"]
+    assert engine.predict([["the cat sat", "a dog"]]) == scores[:1]
 
 
 def test_chinese_without_spaces(tmp_path: Path) -> None:
