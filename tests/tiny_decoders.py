@@ -136,6 +136,10 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
     "starcoder2": lambda **more: tf.Starcoder2Config(**BASE),
     "stablelm": lambda **more: tf.StableLmConfig(**{**BASE, "hidden_size": 128}),  # a quarter of each head is turned
     "gpt2": lambda **more: tf.GPT2Config(**_LEARNED, n_embd=64, n_layer=2, n_head=4, n_positions=CONTEXT),
+    "gptj": lambda **more: tf.GPTJConfig(**_LEARNED, n_embd=64, n_layer=2, n_head=4, n_positions=CONTEXT, rotary_dim=8),
+    "codegen": lambda **more: tf.CodeGenConfig(  # heads in four groups, each with its values before its keys
+        **_LEARNED, n_embd=64, n_layer=2, n_head=4, n_positions=CONTEXT, n_ctx=CONTEXT, rotary_dim=8
+    ),
     "opt": lambda **more: tf.OPTConfig(
         **_LEARNED,
         hidden_size=64,
@@ -157,6 +161,15 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
         num_experts=4,
         num_experts_per_token=2,
     ),
+    "qwen3-next": lambda **more: tf.Qwen3NextConfig(
+        **_LINEAR,
+        head_dim=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+    ),
+    "olmo-hybrid": lambda **more: tf.OlmoHybridConfig(**_LINEAR),
     "lfm2": lambda **more: tf.Lfm2Config(**BASE, layer_types=["conv", "full_attention"]),
     "granite-hybrid": lambda **more: tf.GraniteMoeHybridConfig(  # state spaces; a norm with a gate
         **_MAMBA,
@@ -165,6 +178,16 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
         num_local_experts=4,
         num_experts_per_tok=2,
         shared_intermediate_size=32,
+    ),
+    "bamba": lambda **more: tf.BambaConfig(**_MAMBA, mamba_n_groups=2, attn_layer_indices=[1]),
+    "nemotron-h": lambda **more: tf.NemotronHConfig(
+        **BASE,
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        ssm_state_size=16,
+        n_groups=2,
+        chunk_size=8,
+        layers_block_type=["mamba", "attention", "mlp"],
     ),
     "falcon-h1": lambda **more: tf.FalconH1Config(  # attention and a state space side by side
         **_MAMBA, mamba_n_groups=2, mamba_d_ssm=128

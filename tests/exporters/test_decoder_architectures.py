@@ -39,8 +39,9 @@ EMITTED = {
 }
 
 # Attentions where they are not two; linear attentions.
-ATTENTIONS = {"gemma4": 4, "qwen3.5": 1, "kimi-linear": 1, "lfm2": 1, "granite-hybrid": 1, "mamba2": 0}
-LINEAR = {"qwen3.5": 1, "kimi-linear": 1, "granite-hybrid": 1, "falcon-h1": 2, "mamba2": 2}
+_HALF_LINEAR = ("qwen3.5", "qwen3-next", "kimi-linear", "olmo-hybrid", "granite-hybrid", "bamba", "nemotron-h")
+ATTENTIONS = {**dict.fromkeys(_HALF_LINEAR, 1), "gemma4": 4, "lfm2": 1, "mamba2": 0}
+LINEAR = {**dict.fromkeys(_HALF_LINEAR, 1), "falcon-h1": 2, "mamba2": 2}
 
 EXPERTS = {
     "qwen3-moe": 2,
@@ -52,6 +53,7 @@ EXPERTS = {
     "gpt-oss": 2,
     "deepseek-v2": 1,
     "deepseek-v3": 1,
+    "qwen3-next": 2,
     "kimi-linear": 1,
     "granite-hybrid": 2,
 }
