@@ -155,6 +155,7 @@ class Generator:
         self._step = ModelStep(session, self._cache)
         self._chunk = PROMPT_CHUNK if session.on_cpu else PROMPT_CHUNK_ON_CARD
         self._ends = frozenset(options.get("eos_token_ids", ()))
+        self._read: tuple[list[int], Any] = ([], None)  # the last prompt that was read, and the logits after it
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread whose stream is running
 
@@ -332,6 +333,10 @@ class Generator:
         """Read a prompt into the row after the active ones; the sequence joins them unless its first token is its last."""
         cache, row, prompt = self._cache, len(active), sequence.prompt
         cache.reserve(row + 1, max(map(_longest, [*active, sequence])))
+        if prompt == self._read[0] and prompt in cache.tokens[: row + 1]:  # the next sample of one prompt
+            cache.copy(cache.tokens.index(prompt), row, len(prompt))
+            sequence.cached = len(prompt)
+            return self._first_token(sequence, active)
         known = [cache.usable(other, prompt[:-1]) for other in range(cache.rows)]
         best = int(np.argmax(known))
         if best > row:  # nobody's: it may be moved
@@ -342,7 +347,11 @@ class Generator:
         rest = prompt[sequence.cached :]
         for start in range(0, len(rest), self._chunk):
             logits = self._step.run(row, [rest[start : start + self._chunk]])
-        piece = sequence.take(logits[0])
+        self._read = (prompt, logits[0].copy())
+        return self._first_token(sequence, active)
+
+    def _first_token(self, sequence: _Sequence, active: list[_Sequence]) -> Piece:
+        piece = sequence.take(self._read[1])
         if piece.generation is None:
             active.append(sequence)
         return piece

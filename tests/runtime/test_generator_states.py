@@ -76,6 +76,15 @@ def test_what_was_read_is_used_again_as_a_whole_or_not_at_all(generator: Generat
         assert generator.generate(prompt, max_new_tokens=5, ignore_eos=True)[0].token_ids == found.token_ids
 
 
+def test_a_prompt_is_read_once_for_all_its_samples(generator: Generator) -> None:
+    found = generator.generate("the end of", n=3, temperature=1.0, seed=3, max_new_tokens=6, ignore_eos=True)
+    count = len(generator.tokenizer.inner.encode("the end of").ids)
+    assert [item.cached_tokens for item in found] == [0, count, count]
+    generator.reset()
+    assert generator.generate("the end of", temperature=1.0, seed=3, max_new_tokens=6, ignore_eos=True)[0] == found[0]
+    assert len({tuple(item.token_ids) for item in found}) == 3
+
+
 def test_samples_of_one_prompt_repeat(generator: Generator) -> None:
     options: dict[str, Any] = {"n": 3, "temperature": 1.5, "seed": 1, "max_new_tokens": 10, "ignore_eos": True}
     found = generator.generate("the end", **options)
