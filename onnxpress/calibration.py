@@ -251,15 +251,15 @@ class ActivationStream:
     def _cut(self, inputs: list[ir.Value], outputs: list[ir.Value], feeds: Arrays) -> Graph:
         """The nodes between as a graph of their own."""
         body = ir.convenience.extract(self._body, inputs, outputs)
+        # Shapes are free but for widths into Attention: where ONNX Runtime does not know one, it infers an output of width 0.
         for value in body.inputs:
             array = feeds[str(value.name)]
             value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
-            value.shape = ir.Shape([f"{value.name}_{axis}" for axis in range(array.ndim)])
+            axes: list[int | str] = [f"{value.name}_{axis}" for axis in range(array.ndim)]
+            value.shape = ir.Shape([*axes[:-1], array.shape[-1]] if axes and _is_attended(value) else axes)
         for node in body:  # shapes that passes left behind may not hold for a part
             for output in node.outputs:
-                # But for widths into Attention: where ONNX Runtime does not know one, it infers an output of width 0.
-                attended = any(use.node.op_type == "Attention" for use in output.uses())
-                width = output.shape[-1] if attended and output.shape is not None else None
+                width = output.shape[-1] if _is_attended(output) and output.shape is not None else None
                 output.shape = (
                     ir.Shape([None, None, width]) if isinstance(width, int) and len(output.shape or ()) == 3 else None
                 )
@@ -283,6 +283,11 @@ def _sources(node: ir.Node) -> list[ir.Value]:
         if attribute.type == ir.AttributeType.GRAPH:
             nodes += attribute.as_graph().all_nodes()
     return [value for item in nodes for value in item.inputs if value is not None]
+
+
+def _is_attended(value: ir.Value) -> bool:
+    """Whether Attention reads a value as queries, keys or values."""
+    return any(use.node.op_type == "Attention" and use.idx < 3 for use in value.uses())
 
 
 def _not_finite(name: str) -> str:

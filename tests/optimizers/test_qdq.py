@@ -380,3 +380,31 @@ def test_batch_normalization_stays_where_the_convolution_has_other_readers() -> 
     )
     operators = make_pass("fold").apply(graph, PassContext(target=target("cpu"))).graph.operators()
     assert operators["BatchNormalization"] == 1
+
+
+def test_biases_around_fused_attention_are_corrected(tmp_path: Path) -> None:
+    """The walk stops between the projections and Attention, which has to know how wide they are."""
+    random = np.random.default_rng(0)
+    graph = small_graph(
+        """q0 = MatMul(x, wq)
+        q = Add(q0, bq)
+        k0 = MatMul(x, wk)
+        k = Add(k0, bk)
+        v0 = MatMul(x, wv)
+        v = Add(v0, bv)
+        a = Attention<q_num_heads=4, kv_num_heads=4>(q, k, v)
+        o = MatMul(a, wo)
+        y = Add(o, bo)""",
+        weights={
+            f"{kind}{name}": (random.standard_normal(shape) / 6).astype(np.float32)
+            for name in "qkvo"
+            for kind, shape in (("w", (32, 32)), ("b", (32,)))
+        },
+        opset=23,
+        ir_version=10,
+    )
+    test = together(vectors(8, seed=1))
+    expected = PlainSession(graph, tmp_path).run(test)["y"]
+    result = quantize(graph, tmp_path, vectors(8, seed=0), bias_correction=True)
+    assert "4 of 4 biases corrected" in result.notes
+    assert 0 < relative_error(open_for(result, tmp_path).run(test)["y"], expected) < 0.05
