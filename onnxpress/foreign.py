@@ -43,8 +43,10 @@ def open_onnx(path: Path, *, task: str | None = None) -> Exported:
         model.graph.inputs.remove(value)  # old exporters list weights as inputs with a default
     signature = _signature(model)
     example = _example_that_runs(reference, signature, path)
+    _check_numbers(model, reference, example, path)
+    _name_rows(model, signature, reference, example)
     return Exported(
-        graph=Graph(model=model, signature=signature),
+        graph=Graph(model=model, signature=_signature(model)),
         reference=reference,
         options={},
         example=example,
@@ -60,6 +62,44 @@ def _signature(model: ir.Model) -> Signature:
     names = sorted({axis for spec in inputs for axis in spec.shape if isinstance(axis, str)})
     axes = {name: (1, LARGEST_BATCH if name in leading else LARGEST_AXIS) for name in names}
     return Signature(task="module", inputs=inputs, outputs=outputs, axes=axes)
+
+
+def _check_numbers(model: ir.Model, reference: Session, example: Arrays, path: Path) -> None:
+    """Raises SourceError where answers are no numbers, which no graph could be compared with."""
+    answers = reference.run(example).values()
+    if not any(np.issubdtype(answer.dtype, np.floating) and np.isnan(answer).any() for answer in answers):
+        return
+    for value in model.graph.initializers.values():
+        if (
+            value.dtype == ir.DataType.FLOAT
+            and value.const_value is not None
+            and np.isnan(value.const_value.numpy()).any()
+        ):
+            raise SourceError(f"The weights in {path} are damaged: {value.name} holds numbers that are none (NaN).")
+    raise SourceError(
+        f"{path} answers with numbers that are none (NaN) where its inputs are normal random numbers, so that nothing can be compared with it."
+    )
+
+
+def _name_rows(model: ir.Model, signature: Signature, reference: Session, example: Arrays) -> None:
+    """Call the first axis of outputs what that of all inputs is called, where both count the same rows.
+
+    tf2onnx and torch's older exporter give it a name of its own, or none.
+    """
+    rows = {spec.shape[0] if spec.shape else None for spec in signature.inputs}
+    name = next(iter(rows), None)
+    outputs = [value for value in model.graph.outputs if value.shape and not isinstance(value.shape[0], int)]
+    if len(rows) != 1 or not isinstance(name, str) or all(value.shape[0].value == name for value in outputs):
+        return
+    more = {key: np.concatenate([array, array[:1]]) for key, array in example.items()}
+    try:
+        answers, more_answers = reference.run(example), reference.run(more)
+    except InputError:  # one of them alone runs
+        return
+    count = len(next(iter(example.values())))
+    for value in outputs:
+        if (len(answers[str(value.name)]), len(more_answers[str(value.name)])) == (count, count + 1):
+            value.shape = ir.Shape([name, *list(value.shape)[1:]])
 
 
 def _leading_axes(inputs: tuple[TensorSpec, ...]) -> set[int | str]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from onnxpress import terminal
 from onnxpress.decoder_workload import DecoderWorkload
-from onnxpress.errors import BudgetError, ParityError
+from onnxpress.errors import ArtifactError, BudgetError, ParityError
 from onnxpress.exporters import DecoderParityCheck, Exported, ParityCheck, ParityRow
 from onnxpress.gate import Gate
 from onnxpress.graph import Graph
@@ -111,9 +111,12 @@ class Press:
         if result.changes == 0:
             self._record(row, status="unchanged", reason="nothing to change")
             return
-        session = self._bench.open(result.graph)
         try:
+            session = self._bench.open(result.graph)
             self._parity.check(session)
+        except ArtifactError:
+            self._record(row, status="undone", reason="ONNX Runtime does not run what comes out of it")
+            return
         except ParityError as error:
             self._record(row, status="undone", reason=f"changed the answers: {error}")
             return
@@ -132,7 +135,10 @@ class Press:
         row = self._row(step.name, whole.changes, whole.notes)
         if whole.changes == 0:
             self._record(row, status="undone", reason="nothing to change")
-            self._refuse(step, row)
+            if self._explicit(step):
+                raise BudgetError(
+                    f"The pass {step.name} was asked for and finds nothing to change: {'; '.join(whole.notes)}. {self._instead(step)}."
+                )
             return
         plan = whole_plan(step.name, trials, can_run_alone=self._gate.workload.rows_can_run_alone)
         if not plan.holds and not self._recipe.build.keep_all:
@@ -242,11 +248,16 @@ class Press:
         """A precision that was asked for by name is never left out in silence."""
         if self._explicit(step):
             why = "; ".join([row["reason"], *row["notes"]])
-            instead = "leave out --cache int8" if step.name == _INT8_CACHE else "choose another --precision"
             raise BudgetError(
-                f"The pass {step.name} was asked for and cannot be kept: {why}. Allow more with --budget, {instead}, or "
+                f"The pass {step.name} was asked for and cannot be kept: {why}. {self._instead(step)}, allow more with --budget, or "
                 "keep it in spite of the budget with --keep-all."
             )
+
+    def _instead(self, step: Pass) -> str:
+        """What can be done without a pass that was asked for by name."""
+        if step.name == _INT8_CACHE:
+            return "Leave out --cache int8"
+        return f"Take {step.name} out of `only`" if self._recipe.build.only else "Choose another --precision"
 
     def _slower(self, name: str, session: Runnable) -> str:
         """Why a pass does not pay, or nothing. Records the times."""

@@ -371,6 +371,70 @@ def test_an_onnx_file_with_its_weights_beside_it(tmp_path: Path) -> None:
     np.testing.assert_allclose(onnxpress.load(built.path).run(feeds)["y"], feeds["x"] @ weight, atol=1e-5)
 
 
+@pytest.mark.parametrize(("given", "answered"), [("unk__1", "unk__2"), (None, None), ("batch", "batch")])
+def test_an_onnx_file_whose_answers_count_the_same_rows_by_another_name(
+    given: str | None, answered: str | None, tmp_path: Path
+) -> None:
+    """As tf2onnx and torch's older exporter write them. Another output has two rows, whatever the batch is."""
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"]), helper.make_node("ReduceMax", ["w", "last"], ["z"])]
+    tensors = [
+        numpy_helper.from_array(np.eye(2, dtype=np.float32), "w"),
+        numpy_helper.from_array(np.array([1]), "last"),
+    ]
+    outputs = [
+        helper.make_tensor_value_info("y", 1, [answered, 2]),
+        helper.make_tensor_value_info("z", 1, ["two", 1]),
+    ]
+    graph = helper.make_graph(nodes, "graph", [helper.make_tensor_value_info("x", 1, [given, 2])], outputs, tensors)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "file.onnx"
+    )
+    signature = open_onnx(tmp_path / "file.onnx").graph.signature
+    assert signature.outputs[0].shape == signature.inputs[0].shape
+    assert signature.outputs[1].shape == ("two", 1)
+
+
+@pytest.mark.parametrize(
+    ("operator", "said"),
+    [("MatMul", r"weights in .*file.onnx are damaged: w holds"), ("Pow", r"answers with numbers that are none")],
+)
+def test_an_onnx_file_that_answers_no_numbers_is_named(operator: str, said: str, tmp_path: Path) -> None:
+    weight = np.full((2, 2), np.nan if operator == "MatMul" else 0.5, np.float32)  # roots of negative numbers
+    shapes = [helper.make_tensor_value_info(name, 1, ["batch", 2]) for name in "xy"]
+    graph = helper.make_graph(
+        [helper.make_node(operator, ["x", "w"], ["y"])],
+        "graph",
+        shapes[:1],
+        shapes[1:],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "file.onnx"
+    )
+    with pytest.raises(SourceError, match=said):
+        open_onnx(tmp_path / "file.onnx")
+
+
+def test_an_onnx_file_with_a_sequence_inside(tmp_path: Path) -> None:
+    """Constant folding gives it a tensor's type, which ONNX Runtime refuses: that pass is undone, and the build goes on."""
+    nodes = [
+        helper.make_node("Dropout", ["x"], ["d", "mask"]),
+        helper.make_node("SplitToSequence", ["d"], ["s"], axis=1),
+        helper.make_node("ConcatFromSequence", ["s"], ["c"], axis=1),
+        helper.make_node("MatMul", ["c", "w"], ["y"]),
+    ]
+    shapes = [helper.make_tensor_value_info(name, 1, ["batch", 4]) for name in "xy"]
+    weight = numpy_helper.from_array(np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32), "w")
+    graph = helper.make_graph(nodes, "graph", shapes[:1], shapes[1:], [weight])
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "file.onnx"
+    )
+    built = onnxpress.build(tmp_path / "file.onnx", out=tmp_path / "out", precision="fp32", **QUICK)
+    rows = {row["pass"]: row for row in built.manifest.ledger}
+    assert rows["fold"]["status"] == "undone"
+    assert "ONNX Runtime does not run" in rows["fold"]["reason"]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
