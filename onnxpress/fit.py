@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from onnxpress import preflight, terminal
 from onnxpress.artifact import Artifact, ArtifactWriter, check_outside
@@ -468,5 +469,6 @@ def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
             part.replace(folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    except OSError as error:
-        raise OutputError(f"The checkpoint {folder} cannot be written: {error.strerror or error}.") from None
+    except (OSError, SafetensorError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise OutputError(f"The checkpoint {folder} cannot be written: {said}.") from None

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from onnxpress import evaluation
-from onnxpress.errors import RecipeError
+from onnxpress.errors import OutputError, RecipeError
 from onnxpress.evaluation import LONG, Sample
 from onnxpress.manifest import Json
 from onnxpress.optimizers import calibrates, make_pass
@@ -31,7 +31,7 @@ def check(
     resume: bool = False,
     labelled: bool = False,
 ) -> None:
-    """Raise RecipeError or InputError for what cannot be, or would be ignored. options: of the model, its labels if it has any.
+    """Raise RecipeError, InputError or OutputError for what cannot be, or would be ignored. options: of the model, its labels if it has any.
 
     resume: whether what a search measures is to be kept. labelled: evaluation samples with labels will be there, beside no file.
     """
@@ -117,7 +117,7 @@ def _check_lesson(
     file: Path | None,
 ) -> None:
     """What a student would learn from: texts that do not judge it, with labels where these are learned too."""
-    from onnxpress.optimizers.training import TrainingOptions
+    from onnxpress.optimizers.training import TrainingOptions, has_begun, make_folder
 
     TrainingOptions(
         batch_size=distil.batch_size, precision=distil.precision, processes=distil.processes
@@ -130,6 +130,13 @@ def _check_lesson(
         raise RecipeError(
             f"{both} texts of {learned} are in {file} too: what has learned from them cannot be judged by them. Take them out."
         )
+    if distil.checkpoints is not None:
+        folder = Path(distil.checkpoints)
+        make_folder(folder)
+        if any(folder.iterdir()) and not has_begun(folder):
+            raise OutputError(
+                f"The folder {folder} of distil.checkpoints is not empty, and holds no training that could go on: choose another one."
+            )
 
 
 def _shared(samples: Sequence[Sample], judged: Sequence[Sample]) -> int:

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -238,9 +239,11 @@ def notebook_folder(folder: Path, artifact: Path) -> Path:
     check_outside(folder, artifact, "--resume")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise OutputError(
-            f"The folder {folder} of --resume cannot be made: {error.strerror or error}. Choose another one."
+            f"The folder {folder} of --resume cannot be written: {error.strerror or error}. Choose another one."
         ) from None
     return folder
 

@@ -258,6 +258,11 @@ class _Trainer(Trainer):  # type: ignore[misc]
         self.losses.append(value)
         return loss
 
+    def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
+        """A checkpoint. Raises OutputError."""
+        with _on_disk(Path(self.args.output_dir)):
+            super()._save_checkpoint(*arguments, **more)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         shown = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
@@ -380,11 +385,20 @@ def _folder(checkpoints: Path | None, evaluation: Sequence[Item] | None) -> Iter
         with tempfile.TemporaryDirectory(prefix="onnxpress-training-") as folder:
             yield Path(folder)
         return
+    make_folder(checkpoints)
+    yield checkpoints
+
+
+def make_folder(checkpoints: Path) -> None:
+    """Make a folder for checkpoints where it is missing. Raises OutputError where it cannot be made, or nothing written in it."""
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=checkpoints):
+            pass
     except OSError as error:
-        raise OutputError(f"The folder for checkpoints {checkpoints} cannot be made: {error}.") from None
-    yield checkpoints
+        raise OutputError(
+            f"The folder for checkpoints {checkpoints} cannot be written: {error.strerror or error}. Choose another one."
+        ) from None
 
 
 def has_begun(checkpoints: Path) -> bool:
@@ -401,8 +415,9 @@ def _checkpoint_to_resume(folder: Path, options: TrainingOptions, belongs: dict[
                 f"{folder} is not empty. Resume the training whose checkpoints it holds (resume), or give another folder."
             )
         temporary = folder / (_IDENTITY + ".part")
-        temporary.write_text(json.dumps(belongs, indent=1))
-        temporary.replace(written)
+        with _on_disk(folder):
+            temporary.write_text(json.dumps(belongs, indent=1))
+            temporary.replace(written)
         return None
     try:
         before = json.loads(written.read_text())
@@ -423,6 +438,18 @@ def _checkpoint_to_resume(folder: Path, options: TrainingOptions, belongs: dict[
         )
     whole = [path for path in folder.glob("checkpoint-*") if _is_whole(path, options)]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+@contextlib.contextmanager
+def _on_disk(folder: Path) -> Iterator[None]:
+    """Says OutputError where a disk is full: torch has a RuntimeError for it, safetensors an error of its own."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        said = str(error).partition("\n")[0]
+        raise OutputError(
+            f"Writing a checkpoint into {folder} failed: {said}. Free space, and resume from the checkpoint before, or choose another folder."
+        ) from error
 
 
 def _difference(name: str, before: Any, now: Any) -> str:

@@ -245,11 +245,32 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
             collate=collate,
         )  # fmt: skip
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be made"):
+    with pytest.raises(OutputError, match="cannot be written"):
         train(
             small_model(), examples(), options=dataclasses.replace(OPTIONS, checkpoints=tmp_path / "file"),
             collate=collate,
         )  # fmt: skip
+
+
+def test_a_full_disk_is_named_and_what_was_saved_before_stays(tmp_path: Path) -> None:
+    """Whatever file meets the limit: weights, optimizer or state, each written by another library."""
+    resource = pytest.importorskip("resource")
+    options = dataclasses.replace(OPTIONS, checkpoints=tmp_path / "run")
+    train(small_model(), examples(), options=options, collate=collate)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "run" / "checkpoint-10").iterdir()}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name in ("model.safetensors", "optimizer.pt"):
+        options = dataclasses.replace(OPTIONS, checkpoints=tmp_path / name)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[name] - 1000, before[1]))
+        try:
+            with pytest.raises(OutputError, match=rf"Writing a checkpoint into .*{name} failed: .*Free space"):
+                train(small_model(), examples(), options=options, collate=collate)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resumed, straight = small_model(), small_model()
+        train(resumed, examples(), options=dataclasses.replace(options, resume=True), collate=collate)
+        train(straight, examples(), options=OPTIONS, collate=collate)
+        assert same(resumed, straight)
 
 
 def test_a_loss_that_is_no_number_stops_at_its_step() -> None:

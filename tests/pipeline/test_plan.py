@@ -150,7 +150,7 @@ def test_a_notebook_is_for_one_build_and_refuses_what_it_did_not_write(tmp_path:
 
 def test_a_folder_that_cannot_hold_notebooks_is_refused_before_anything_is_done(network: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OutputError, match=r"--resume cannot be made.*Choose another"):
+    with pytest.raises(OutputError, match=r"--resume cannot be written.*Choose another"):
         build(network, tmp_path / "out", budget="2%", resume=tmp_path / "file" / "notes")
     with pytest.raises(RecipeError, match=r"inside of the artifact .*out, which is replaced"):
         build(network, tmp_path / "out", budget="2%", resume=tmp_path / "out" / "notes")

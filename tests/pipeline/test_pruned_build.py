@@ -14,7 +14,7 @@ from tiny_models import WORDS, save_model
 
 import onnxpress
 from onnxpress.cli import main
-from onnxpress.errors import BudgetError, InputError, RecipeError
+from onnxpress.errors import BudgetError, InputError, OutputError, RecipeError
 from onnxpress.exporters.quiet import quiet
 from onnxpress.recipe import make_recipe, read_recipe, with_options
 
@@ -192,6 +192,19 @@ def test_checkpoints_are_for_the_same_recipe_alone(classifier: Path, texts: Path
     with pytest.raises(InputError, match="cannot be resumed with another"):
         onnxpress.build(classifier, out=tmp_path / "no", distil={**distil, "temperature": 3.0}, **options)
     assert not (tmp_path / "no").exists()
+
+
+def test_a_folder_that_can_hold_no_checkpoints_is_refused_before_anything_is_done(
+    classifier: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxpress.pipeline.export", lambda *_, **__: pytest.fail("it was exported first"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("kept")
+    for folder, said in (("mine", "not empty, and holds no training"), ("mine/letter.txt", "cannot be written")):
+        distil = {"file": str(texts), "checkpoints": str(tmp_path / folder)}
+        with pytest.raises(OutputError, match=said):
+            onnxpress.build(classifier, out=tmp_path / "out", prune={"ffn": 0.5}, distil=distil, **QUICK)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
 
 
 def test_texts_that_judge_are_not_learned_from(classifier: Path, tmp_path: Path) -> None:
