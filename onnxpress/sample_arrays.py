@@ -99,6 +99,8 @@ def check_arrays(evaluation: Path | None, calibration: Path | None) -> None:
     if len(read) < 2:
         return
     names = read[0][1].keys() & read[1][1].keys()
+    if names == {_LABELS}:  # their inputs are not the same: it is said later
+        return
     counts = [{array.shape[:1] for array in (arrays[name] for name in names)} for _, arrays in read]
     if all(len(sizes) == 1 and () not in sizes for sizes in counts):  # else it is said later what is wrong
         one, other = ((path, {name: arrays[name] for name in names}) for path, arrays in read)
@@ -122,11 +124,21 @@ def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
     try:
         if path.suffix == ".safetensors":
             return read_tensors(path)
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, ArtifactError, AttributeError) as error:
+        with path.open("rb") as opened:
+            file = np.load(opened, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                raise ValueError("it is one array without a name (numpy.save); numpy.savez names them")
+            return {name: _native(file[name]) for name in file.files}
+    except ArtifactError as error:
+        raise RecipeError(str(error)) from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         why = "it holds no plain arrays" if "pickle" in str(error) else error  # NumPy would advise to trust the file
         raise RecipeError(f"{path} cannot be read as arrays of numbers: {why}.") from None
+
+
+def _native(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """In this machine's byte order."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _check(path: Path, spec: TensorSpec, array: npt.NDArray[Any], signature: Signature) -> None:

@@ -32,15 +32,27 @@ _DTYPES = {
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """All tensors of a file by name. Raises ArtifactError where the file is garbled."""
+    """All tensors of a file by name, which may be written to. Raises ArtifactError where the file is garbled."""
     try:
-        return tensors_of(path.read_bytes(), where=path)
+        return _parsed(bytearray(path.read_bytes()))
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not a readable safetensors file: {error}.") from None
 
 
 def tensors_of(content: bytes | bytearray, *, where: object) -> dict[str, np.ndarray[Any, Any]]:
     """All tensors of a file's content by name; `where` names the file in errors. Raises ArtifactError where it is garbled."""
+    try:
+        return _parsed(content)
+    except ValueError as error:
+        raise ArtifactError(
+            f"{where} is not a readable safetensors file ({error}); build the artifact again."
+        ) from None
+
+
+def _parsed(content: bytes | bytearray) -> dict[str, np.ndarray[Any, Any]]:
+    """Raises ValueError that says what is wrong."""
     try:
         length = int.from_bytes(content[:8], "little")
         if 8 + length > len(content):
@@ -52,12 +64,12 @@ def tensors_of(content: bytes | bytearray, *, where: object) -> dict[str, np.nda
             if name == "__metadata__":
                 continue
             start, end = entry["data_offsets"]
+            if entry["dtype"] not in _DTYPES:
+                raise ValueError(f"tensor {name} is {entry['dtype']}, which numpy does not have")
             dtype = np.dtype(_DTYPES[entry["dtype"]])
             if not 0 <= start <= end <= len(data) or end - start != math.prod(entry["shape"]) * dtype.itemsize:
                 raise ValueError(f"tensor {name} does not fit the file")
             tensors[name] = np.frombuffer(data[start:end], dtype).reshape(entry["shape"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ArtifactError(
-            f"{where} is not a readable safetensors file ({error}); build the artifact again."
-        ) from None
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
     return tensors

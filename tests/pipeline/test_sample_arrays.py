@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import safetensors.torch
 import torch
 from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
@@ -18,7 +19,7 @@ import onnxpress
 from onnxpress.errors import BudgetError, RecipeError
 from onnxpress.manifest import Signature, TensorSpec
 from onnxpress.module_workload import ModuleWorkload
-from onnxpress.sample_arrays import read_arrays
+from onnxpress.sample_arrays import check_arrays, read_arrays
 
 SIGNATURE = Signature(
     task="module",
@@ -81,10 +82,21 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], said: str, tmp_pat
 
 
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
-    for name in ("text.npz", "text.safetensors"):
+    for name, said in (
+        ("text.npz", "cannot be read as arrays"),
+        ("text.safetensors", r"not a readable safetensors file: .*longer than the file\.$"),
+    ):
         (tmp_path / name).write_text("hello")
-        with pytest.raises(RecipeError, match="cannot be read as arrays"):
+        with pytest.raises(RecipeError, match=said):
             read_arrays(tmp_path / name, SIGNATURE)
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    (tmp_path / "one.npy").rename(tmp_path / "one.npz")
+    with pytest.raises(RecipeError, match=r"one array without a name.*numpy\.savez"):
+        read_arrays(tmp_path / "one.npz", SIGNATURE)
+    halves = {"image": torch.zeros(6, 1, 8, 8, dtype=torch.bfloat16)}
+    safetensors.torch.save_file(halves, tmp_path / "halves.safetensors")
+    with pytest.raises(RecipeError, match=r"tensor image is BF16, which numpy does not have\.$"):
+        read_arrays(tmp_path / "halves.safetensors", SIGNATURE)
     with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
         archive.writestr("image.txt", "hello")
     with pytest.raises(RecipeError, match=r"other\.npz"):
@@ -92,6 +104,25 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     (tmp_path / "samples.csv").write_text("text\nhello\n")
     with pytest.raises(RecipeError, match=r"give \.npz"):
         read_arrays(tmp_path / "samples.csv", SIGNATURE)
+
+
+def test_what_is_read_is_in_this_machines_byte_order_and_may_be_written_to(tmp_path: Path) -> None:
+    np.savez(
+        tmp_path / "samples.npz",
+        **{name: array.astype(array.dtype.newbyteorder(">")) for name, array in good().items()},
+    )
+    save_file(good(), tmp_path / "samples.safetensors")
+    for name in ("samples.npz", "samples.safetensors"):
+        for key, array in read_arrays(tmp_path / name, SIGNATURE).inputs.items():
+            np.testing.assert_array_equal(array, good()[key])
+            assert array.dtype.isnative
+            assert array.flags.writeable  # torch warns of others
+
+
+def test_labels_alone_are_no_shared_samples(tmp_path: Path) -> None:
+    for name, key in (("one.npz", "image"), ("other.npz", "picture")):
+        np.savez(tmp_path / name, **{key: good()["image"], "labels": good()["labels"]})
+    check_arrays(tmp_path / "one.npz", tmp_path / "other.npz")
 
 
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
