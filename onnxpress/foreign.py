@@ -88,8 +88,11 @@ def _name_rows(model: ir.Model, signature: Signature, reference: Session, exampl
     """
     rows = {spec.shape[0] if spec.shape else None for spec in signature.inputs}
     name = next(iter(rows), None)
-    outputs = [value for value in model.graph.outputs if value.shape and not isinstance(value.shape[0], int)]
-    if len(rows) != 1 or not isinstance(name, str) or all(value.shape[0].value == name for value in outputs):
+    pairs = zip(model.graph.outputs, signature.outputs, strict=True)
+    others = {
+        value: spec for value, spec in pairs if spec.shape and isinstance(spec.shape[0], str) and spec.shape[0] != name
+    }
+    if len(rows) != 1 or not isinstance(name, str) or not others:
         return
     more = {key: np.concatenate([array, array[:1]]) for key, array in example.items()}
     try:
@@ -97,9 +100,9 @@ def _name_rows(model: ir.Model, signature: Signature, reference: Session, exampl
     except InputError:  # one of them alone runs
         return
     count = len(next(iter(example.values())))
-    for value in outputs:
-        if (len(answers[str(value.name)]), len(more_answers[str(value.name)])) == (count, count + 1):
-            value.shape = ir.Shape([name, *list(value.shape)[1:]])
+    for value, spec in others.items():
+        if (len(answers[spec.name]), len(more_answers[spec.name])) == (count, count + 1):
+            value.shape = ir.Shape([name, *spec.shape[1:]])
 
 
 def _leading_axes(inputs: tuple[TensorSpec, ...]) -> set[int | str]:
