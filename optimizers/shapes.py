@@ -6,6 +6,7 @@ the numbers or the symbolic names are, or where both come from one axis of one v
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxpress.optimizers.linear import attribute
@@ -65,8 +66,8 @@ def elements(shape: ir.Value | None) -> list[Size | None] | None:
         return None
     if node.op_type == "Slice":
         bounds = [constant(value) for value in node.inputs[1:3]]
-        steps = constant(node.inputs[4]) if len(node.inputs) > 4 else 1
-        if any(bound is None for bound in bounds) or steps is None or int(steps) != 1:
+        steps = constant(node.inputs[4]) if len(node.inputs) > 4 else np.ones(1)
+        if any(bound is None for bound in bounds) or steps is None or steps.tolist() != [1]:
             return None
         start, end = (int(bound.reshape(())) for bound in bounds if bound is not None)
         return found[start:end]

@@ -75,17 +75,19 @@ def test_constants_are_folded() -> None:
     assert_same(proto, graph, {"x": X})
 
 
-def test_known_sizes_are_folded_through_shape_arithmetic() -> None:
+@pytest.mark.parametrize("more", [(), ("axis", "step")])
+def test_known_sizes_are_folded_through_shape_arithmetic(more: tuple[str, ...]) -> None:
     """The scale that PyTorch's TorchScript exporter computes: 1 / sqrt(size of the last axis)."""
+    constants = {"last": [-1], "end": [np.iinfo(np.int64).max], "axis": [0], "step": [1]}
     proto = model(
         [
             helper.make_node("Shape", ["x"], ["shape"]),
-            helper.make_node("Slice", ["shape", "last", "end"], ["width"]),
+            helper.make_node("Slice", ["shape", "last", "end", *more], ["width"]),
             helper.make_node("Cast", ["width"], ["number"], to=TensorProto.FLOAT),
             helper.make_node("Sqrt", ["number"], ["root"]),
             helper.make_node("Div", ["x", "root"], ["y"]),
         ],
-        {"last": np.array([-1]), "end": np.array([np.iinfo(np.int64).max])},
+        {name: np.array(constants[name]) for name in ("last", "end", *more)},
     )
     graph, _ = folded(proto)
     assert graph.operators() == {"Div": 1}
