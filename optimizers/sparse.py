@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
@@ -47,7 +48,10 @@ class Sparse24:
         moments: tuple[str, Float] | None = None
         for layer in list(linears(graph)):
             weight = layer.weight_array().T  # (out, in)
-            shared = len(layer.weight.uses()) > 1
+            node = next(node for node in layer.nodes if node.op_type in ("MatMul", "Gemm"))
+            read = node.inputs[1]
+            assert read is not None
+            shared = len(layer.weight.uses()) > 1 or len(read.uses()) > 1
             if layer.name in context.keep or shared or weight.size < self.minimum_elements or weight.shape[1] % _GROUP:
                 continue
             context.progress(f"sparse: {layer.name}")
@@ -56,9 +60,10 @@ class Sparse24:
                 moments = (name, stream.second_moments(layer.x))
             sparse = two_of_four(weight, moments[1])
             assert is_two_of_four(sparse)
-            node = layer.nodes[0]
-            replace_constant(graph, node, 1, sparse if layer.transposed else sparse.T)
+            transposed = layer.transposed and read is layer.weight  # else a Transpose stands between, and goes
+            replace_constant(graph, node, 1, sparse if transposed else sparse.T)
             touched.append(layer.name)
+        RemoveUnusedNodesPass()(graph.model)
         notes = (f"{len(touched)} linear layers, two of four weights along the inputs are zero",)
         return PassResult(graph=graph, changes=len(touched), notes=notes, touched=tuple(touched), kept_as="dense")
 

@@ -22,7 +22,18 @@ from onnxpress.workbench import Workbench
 
 RANDOM = np.random.default_rng(0)
 MIX = RANDOM.standard_normal((32, 32)).astype(np.float32) / 6
+SIGNATURE = Signature(
+    task="module",
+    inputs=(TensorSpec(name="x", dtype="float32", shape=("batch", "length", 32)),),
+    outputs=(),
+    axes={"batch": (1, 4), "length": (1, 99)},
+)
 INPUTS = [{"x": RANDOM.standard_normal((1, 50, 32)).astype(np.float32) @ MIX} for _ in range(8)]
+
+
+def with_inputs(folder: Path) -> PassContext:
+    stream = partial(ActivationStream, open_session=Workbench(folder, target("cpu")).open, inputs=lambda: INPUTS)
+    return PassContext(target=target("tensorrt"), stream=stream)
 
 
 def test_what_stays_makes_up_for_what_goes() -> None:
@@ -47,12 +58,8 @@ def test_layers_of_a_graph(tmp_path: Path) -> None:
             "odd": RANDOM.standard_normal((30, 32)).astype(np.float32),
         },
     )
-    spec = TensorSpec(name="x", dtype="float32", shape=("batch", "length", 32))
-    axes = {"batch": (1, 4), "length": (1, 99)}
-    graph.signature = Signature(task="module", inputs=(spec,), outputs=(), axes=axes)
-    bench = Workbench(tmp_path, target("cpu"))
-    stream = partial(ActivationStream, open_session=bench.open, inputs=lambda: INPUTS)
-    context = PassContext(target=target("tensorrt"), stream=stream)
+    graph.signature = SIGNATURE
+    context = with_inputs(tmp_path)
     first = next(node.name for node in graph.model.graph if node.inputs[1] is graph.model.graph.initializers["up"])
     kept = make_pass("sparse-2-4", {"minimum_elements": 0}).apply(
         graph.clone(), dataclasses.replace(context, keep=frozenset((str(first),)))
@@ -64,6 +71,23 @@ def test_layers_of_a_graph(tmp_path: Path) -> None:
     assert is_two_of_four(weights["up"].T)
     assert is_two_of_four(weights["down"].T)
     assert (weights["odd"] != 0).all()
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_weights_behind_a_transpose(tmp_path: Path, readers: int) -> None:
+    """As files of other exporters have them; what two layers read stays as it is."""
+    graph = small_graph(
+        "t = Transpose <perm = [1, 0]> (w) h = MatMul (x, t) "
+        + ("y = MatMul (h, t)" if readers == 2 else "y = Relu (h)"),
+        weights={"w": RANDOM.standard_normal((32, 32)).astype(np.float32)},
+    )
+    graph.signature = SIGNATURE
+    result = make_pass("sparse-2-4", {"minimum_elements": 0}).apply(graph, with_inputs(tmp_path))
+    assert result.changes == 2 - readers
+    assert result.graph.operators() == ({"MatMul": 1, "Relu": 1} if readers == 1 else {"MatMul": 2, "Transpose": 1})
+    [weight] = [value.const_value for value in result.graph.model.graph.initializers.values()]
+    assert weight is not None
+    assert is_two_of_four(weight.numpy().T) == (readers == 1)
 
 
 def test_refused_where_it_brings_nothing() -> None:
