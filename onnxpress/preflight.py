@@ -90,12 +90,12 @@ def _check_files(recipe: Recipe, task: str, options: Mapping[str, Json]) -> bool
         check_arrays(file, calibration)
         return None if file is not None else False
     judged = [] if file is None else read_samples(file, task, quality.columns)
-    labelled = bool(judged) and judged[0].label is not None and task != GENERATION
+    labelled = bool(judged) and judged[0].label is not None
     if labelled:
         evaluation.check_labels(task, options, judged)
         evaluation.check_spread(task, options, judged)
     if calibration is not None and not (task == GENERATION and calibration.suffix == ".npy"):
-        calibrating = read_samples(calibration, task, quality.columns)
+        calibrating = read_samples(calibration, task, quality.columns, labels=False)
         seen = {text for sample in judged for text in (sample.text, sample.text_pair)} - {None}
         both = _shared(calibrating, judged)
         # A language model's texts are cut into windows later, of which those that are shared are left out, or refused where they are long.
@@ -122,8 +122,9 @@ def _check_lesson(
     TrainingOptions(
         batch_size=distil.batch_size, precision=distil.precision, processes=distil.processes
     ).check_machine()
-    samples = [] if learned is None else read_samples(learned, task, distil.columns)
-    if distil.label_weight > 0:
+    with_labels = distil.label_weight > 0
+    samples = [] if learned is None else read_samples(learned, task, distil.columns, labels=with_labels)
+    if with_labels:
         gold_labels(samples, task, options, learned)
     both = _shared(samples, judged)
     if both:

@@ -29,16 +29,19 @@ _COLUMNS: Mapping[str, tuple[str, ...]] = {
 _DOCUMENT = "-DOCSTART-"  # CoNLL-2003's line between documents
 
 
-def read_samples(path: Path, task: str, columns: Mapping[str, str | int] | None = None) -> list[Sample]:
+def read_samples(
+    path: Path, task: str, columns: Mapping[str, str | int] | None = None, *, labels: bool = True
+) -> list[Sample]:
     """Samples of a csv, tsv or jsonl file, of a .txt (a text a line; for language models one text), or of CoNLL columns.
 
     columns: of a csv, tsv or jsonl file, names (or, without a header, numbers from 0) by role; other files have none. Roles: text,
     text_pair, label; for token-classification a jsonl file with tokens and BIO tags. Quotes are quotes in csv and plain characters in
     tsv, as in the field's data sets. For text-classification a file of another suffix has lines of a label and a text. CoNLL files are for token-classification, whatever their suffix; a .txt is one where its first line
-    is a token and a tag. Raises RecipeError naming file, line and column.
+    is a token and a tag. labels: without them those of a table are not looked at, nor are a language model's. Raises RecipeError
+    naming file, line and column.
     """
     if path.suffix in TABLES:
-        samples = _table(path, task, columns or {})
+        samples = _table(path, task, columns or {}, labels=labels and task != "text-generation")
     elif task == "token-classification" and (path.suffix != ".txt" or _begins_with_a_tag(path)):
         samples = read_conll(path)
     elif path.suffix == ".txt":
@@ -55,10 +58,6 @@ def read_samples(path: Path, task: str, columns: Mapping[str, str | int] | None 
         raise RecipeError(f"{path}: questions need a context each (columns question and context).")
     if task == "feature-extraction" and labelled and any(sample.text_pair is None for sample in samples):
         raise RecipeError(f"{path}: scores of similarity need two texts a row (columns text and text_pair).")
-    if task == "feature-extraction" and labelled and len({sample.label for sample in samples}) == 1:
-        raise RecipeError(
-            f"{path}: all scores are {samples[0].label}; a correlation needs at least two different ones."
-        )
     return samples
 
 
@@ -117,13 +116,13 @@ def _is_tagged(columns: Sequence[str]) -> bool:
     return len(columns) > 1 and re.fullmatch(TAG, columns[-1]) is not None
 
 
-def _table(path: Path, task: str, columns: Mapping[str, str | int]) -> list[Sample]:
+def _table(path: Path, task: str, columns: Mapping[str, str | int], *, labels: bool) -> list[Sample]:
     rows = _read_rows(path, numbered=any(isinstance(column, int) for column in columns.values()))
     unknown = sorted(set(columns) - set(_COLUMNS))
     if unknown:
         raise RecipeError(f"Columns were given for {unknown[0]!r}; the roles are: {', '.join(_COLUMNS)}.")
     samples = [_token_sample(path, row) if task == "token-classification" and "tokens" in row.values else
-               _sample(path, row, task, columns) for row in rows]  # fmt: skip
+               _sample(path, row, task, columns, labels=labels) for row in rows]  # fmt: skip
     labelled = [sample.label is not None for sample in samples]
     if any(labelled) and not all(labelled):
         line = rows[labelled.index(False)].line
@@ -180,10 +179,12 @@ def _json_row(path: Path, number: int, line: str) -> _Row:
     return _Row(line=number, values=values)
 
 
-def _sample(path: Path, row: _Row, task: str, columns: Mapping[str, str | int]) -> Sample:
+def _sample(path: Path, row: _Row, task: str, columns: Mapping[str, str | int], *, labels: bool) -> Sample:
     found: dict[str, Any] = {}
     for role, names in _COLUMNS.items():
-        if role in columns:
+        if role == "label" and not labels:
+            found[role] = None
+        elif role in columns:
             if columns[role] not in row.values:
                 raise RecipeError(
                     f"{path}, line {row.line} has no column {columns[role]!r}; it has: {', '.join(map(str, row.values))}."

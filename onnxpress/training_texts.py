@@ -46,7 +46,7 @@ def training_examples(
             f"trained on the {len(samples)} built-in texts alone: give a file of the texts that the model is for",
         )
     else:
-        samples = read_samples(file, task, columns)
+        samples = read_samples(file, task, columns, labels=labels)
     if task == GENERATION:
         return _windows(samples, tokenizer, options, file), notes
     if task == "question-answering":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -261,6 +262,8 @@ def test_similarity_is_spearman_with_ties() -> None:
     found = score("feature-extraction", Runner(vectors), samples)
     assert found["spearman"] == pytest.approx(100 * np.corrcoef(ranks, other)[0, 1], abs=1e-4)
     assert found["pearson"] == pytest.approx(100 * np.corrcoef(cosines, gold)[0, 1], abs=1e-4)
+    with pytest.raises(InputError, match="All samples that judge have the same score"):
+        score("feature-extraction", Runner(vectors), [dataclasses.replace(sample, label=1.0) for sample in samples])
 
 
 def test_predictions_that_are_all_the_same_correlate_with_nothing() -> None:

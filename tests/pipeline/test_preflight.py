@@ -53,6 +53,9 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "labelled.csv": f"text,label\n{LONG},0\nthe dog,2\n",
         "unknown.csv": "text,label\nthe cat,0\nthe dog,3\n",
         "bare.csv": "body\nthe cat\n",
+        "marked.csv": "text,mark\nthe cat,0\n",
+        "fresh.csv": "text\na blue mat\n",
+        "unscored.csv": "text,label\nthe cat,good\nthe dog,\n",
         "tags.conll": "the O\ncat B-ANIMAL\n",
     }.items():
         (tmp_path / name).write_text(content)
@@ -175,6 +178,12 @@ def test_what_cannot_be_is_refused_before_the_export(
         ("texts", {"budget": "95", "file": "labelled.csv"}),
         ("texts", {"budget": "1%", "calibration": "plain.txt", "passes": GPTQ}),
         ("texts", {"precision": "fp32", "calibration": "plain.txt", **PRUNED}),
+        # labels that nobody reads: of calibration texts, and of those to learn from
+        ("texts", {"file": "marked.csv", "columns": {"label": "mark"}, "calibration": "fresh.csv"}),
+        ("tags", {"calibration": "labelled.csv"}),
+        ("embeddings", {"calibration": "labelled.csv"}),
+        ("embeddings", {**PRUNED, "distil": {"file": "unscored.csv"}}),
+        ("language", {"file": "unscored.csv"}),
         ("tags", {"file": "plain.txt"}),
         ("language", {"task": "chat", "passes": GPTQ, "calibration": "plain.txt", "cache": "fp32"}),
         ("module", {"budget": "95", "file": "labelled.npz"}),
@@ -184,7 +193,9 @@ def test_what_cannot_be_is_refused_before_the_export(
 )
 def test_what_can_be_is_not_refused(model: str, options: dict[str, Any], models: dict[str, Any], files: Path) -> None:
     found = {"texts": "text-classification", "tags": "token-classification", "language": "text-generation"}
-    recipe = pipeline.with_options(make_recipe({"model": {"source": str(models[model])}}), {"target": "cpu", **options})
+    found["embeddings"] = "feature-extraction"
+    source = str(models.get(model, "a folder"))
+    recipe = pipeline.with_options(make_recipe({"model": {"source": source}}), {"target": "cpu", **options})
     labels = {"labels": ["a", "b", "c"], "problem_type": "single_label_classification"}
     preflight.check(recipe, found.get(model, "module"), labels)
 

@@ -126,7 +126,6 @@ def test_lines_of_a_label_and_a_text_judge_as_they_teach(tmp_path: Path) -> None
         ("a.csv", "text,score\nx,1\n", "feature-extraction", "need two texts a row"),
         ("a.csv", "sentence1,sentence2,score\na,b,many\n", "feature-extraction", "line 2: The score 'many' is no"),
         ("a.csv", "sentence1,sentence2,score\na,b,nan\n", "feature-extraction", "line 2: The score 'nan' is no"),
-        ("a.csv", "sentence1,sentence2,score\na,b,1\nc,d,1\n", "feature-extraction", "all scores are 1.0"),
         ("a.csv", "question,answer\nq,a\n", "question-answering", "questions need a context"),
         ("a.jsonl", '{"question":"q","context":"c","answers":[]}', "question-answering", "line 1: answers are a text or"),
         ("a.csv", "text,label\nAda,B-PER\n", "token-classification", "line 2: labels of tokens come as lists"),
