@@ -125,7 +125,7 @@ class ArtifactWriter:
 
     def __enter__(self) -> Self:
         try:
-            if os.path.lexists(self.destination) and not (self.destination / MANIFEST).is_file():
+            if os.path.lexists(self.destination) and not _is_artifact(self.destination):
                 raise OutputError(
                     f"{self.destination} exists and is no artifact, so it is not replaced; choose another --out or remove "
                     "it."
@@ -244,6 +244,15 @@ def _read_measured(folder: Path, *, verify: bool) -> Mapping[str, Json]:
     if verify and digest is not None and report.is_file() and _sha256(report) != digest:
         raise ArtifactError(f"{report} was changed after the build; remove it or build the artifact again.")
     return dict(measured)
+
+
+def _is_artifact(folder: Path) -> bool:
+    """Whether a folder's manifest.json is one of ours: web apps and bundles have a file of that name too."""
+    try:
+        content = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.keys() >= {"schema_version", "signature", "ledger"}
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -144,12 +144,14 @@ def test_replaces_a_link_to_an_artifact_and_leaves_its_target(artifact: Artifact
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "tiny"]
 
 
-@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
+@pytest.mark.parametrize("kind", ["folder", "web app", "file", "dangling link"])
 def test_replaces_nothing_else(tmp_path: Path, kind: str) -> None:
     place = tmp_path / "mine"
-    if kind == "folder":
+    if kind in ("folder", "web app"):
         place.mkdir()
         (place / "thesis.txt").write_text("years of work")
+        if kind == "web app":
+            (place / "manifest.json").write_text('{"schema_version": 1, "name": "mine"}')
     elif kind == "file":
         place.write_text("years of work")
     else:
@@ -157,7 +159,7 @@ def test_replaces_nothing_else(tmp_path: Path, kind: str) -> None:
     with pytest.raises(OutputError, match="exists and is no artifact, so it is not replaced"), ArtifactWriter(place):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-    assert kind != "folder" or (place / "thesis.txt").read_text() == "years of work"
+    assert kind not in ("folder", "web app") or (place / "thesis.txt").read_text() == "years of work"
 
 
 @pytest.mark.parametrize("error", [InputError("no"), KeyboardInterrupt(), MemoryError()])
