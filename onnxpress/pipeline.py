@@ -295,6 +295,8 @@ def _name(recipe: Recipe) -> str:
     if recipe.build.name is not None:
         return recipe.build.name
     source = recipe.model.source.rstrip("/")
+    if source in (".", ".."):
+        source = os.path.abspath(source)  # noqa: PTH100  resolve() would follow a link
     if source.startswith("python:"):
         return source.rpartition(".")[2]
     if source.endswith(".onnx"):

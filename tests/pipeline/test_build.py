@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -244,6 +245,9 @@ def test_names_of_artifacts(encoder: Path, tmp_path: Path, monkeypatch: pytest.M
     built = onnxpress.build("tiny-v1.5", precision="fp32", **QUICK)
     assert built.manifest.name == "tiny-v1.5"
     assert built.path == tmp_path / "artifacts" / "tiny-v1.5"
+    shutil.copytree(encoder, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    assert onnxpress.build(".", precision="fp32", **QUICK).path == tmp_path / "here" / "artifacts" / "here"
 
 
 def test_one_sample_of_the_user_is_enough(encoder: Path, tmp_path: Path) -> None:
