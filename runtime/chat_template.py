@@ -60,19 +60,13 @@ class ChatTemplate:
         except (ValueError, RecursionError, AttributeError) as error:
             raise ArtifactError(f"{where / _CONFIG} or {_FILE} is not valid: {error}.") from None
         if isinstance(source, list):  # several, by name
-            named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
-            source = named.get("default")
+            named = (item for item in source if isinstance(item, dict) and item.get("name") == "default")
+            source = next((item.get("template") for item in named), None)
         if not isinstance(source, str):
             return None
-        tokens = {name: config.get(name) for name in _TOKENS}
-        return cls(
-            source,
-            {
-                name: token["content"] if isinstance(token, dict) else token
-                for name, token in tokens.items()
-                if token is not None
-            },
-        )
+        given = ((name, config.get(name)) for name in _TOKENS)
+        tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in given}
+        return cls(source, {name: token for name, token in tokens.items() if isinstance(token, str)})
 
     def render(
         self,

@@ -40,7 +40,12 @@ def test_a_template_in_the_tokenizers_config_is_found(tmp_path: Path) -> None:
     template = ChatTemplate.from_folder(tmp_path)
     assert template is not None
     assert template.render([{"role": "user", "content": "hi"}]) == "<s>hi"
-    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
+    config |= {"bos_token": {}, "eos_token": 3}  # which are no tokens
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = ChatTemplate.from_folder(tmp_path)
+    assert template is not None
+    assert template.render([{"role": "user", "content": "hi"}]) == "hi"
+    named = [{"name": ["tool_use"], "template": "no"}, {"name": "default", "template": "yes"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     template = ChatTemplate.from_folder(tmp_path)
     assert template is not None
