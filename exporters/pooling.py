@@ -5,9 +5,10 @@ modules.json lists the steps after the encoder: Pooling, Dense, Normalize. Paddi
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -27,15 +28,15 @@ def read_pooling(folder: Path) -> SentencePooling | None:
     if not (folder / "modules.json").is_file():
         return None
     steps: list[torch.nn.Module] = []
-    for module in read_json(folder / "modules.json")[1:]:
-        kind = str(module["type"]).rpartition(".")[2]
+    for name, path in _declared_steps(folder)[1:]:
+        kind = name.rpartition(".")[2]
         if kind not in _STEPS:
             raise ConversionError(
-                f"{folder / 'modules.json'} has a step of type {module['type']}, which onnxpress cannot put into the "
+                f"{folder / 'modules.json'} has a step of type {name}, which onnxpress cannot put into the "
                 f"graph. It knows Pooling, Dense and Normalize. Remove the step, or export the encoder alone "
                 f"(a copy of the folder without modules.json)."
             )
-        steps.append(_STEPS[kind](folder / str(module["path"])))
+        steps.append(_STEPS[kind](folder / path))
     return SentencePooling(steps) if steps else None
 
 
@@ -43,7 +44,22 @@ def has_classifier(folder: Path) -> bool:
     """Whether the folder's last step is a classifier's: a Dense one, with a config.json that says what its numbers mean."""
     if not (folder / "modules.json").is_file() or read_json(folder / "config.json").get("problem_type") is None:
         return False
-    return str(read_json(folder / "modules.json")[-1]["type"]).endswith(".Dense")
+    return _declared_steps(folder)[-1][0].endswith(".Dense")
+
+
+def _declared_steps(folder: Path) -> list[tuple[str, str]]:
+    """Type and folder of each step of modules.json. Raises SourceError."""
+    path = folder / "modules.json"
+    try:
+        steps = [(str(step["type"]), str(step.get("path", ""))) for step in read_json(path)]
+    except (TypeError, KeyError, AttributeError):
+        steps = []
+    places = [PurePosixPath(place) for _, place in steps]
+    if not steps or any(place.is_absolute() or ".." in place.parts for place in places):
+        raise SourceError(
+            f"{path} is no list of steps, each with a type and a path inside of the folder. Download the model again."
+        )
+    return steps
 
 
 def read_json(path: Path) -> Any:
@@ -193,8 +209,14 @@ def _read_dense_step(folder: Path) -> torch.nn.Module:
             f"The weights of {folder} cannot be read: {error}. onnxpress reads model.safetensors; convert "
             f"pytorch_model.bin with safetensors.torch.save_file, or save the model with a newer sentence-transformers."
         ) from None
-    linear = torch.nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True))
-    linear.load_state_dict({name.removeprefix("linear."): weight.float() for name, weight in weights.items()})
+    try:
+        linear = torch.nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True))
+        linear.load_state_dict({name.removeprefix("linear."): weight.float() for name, weight in weights.items()})
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise SourceError(
+            f"The weights in {folder} are not those that its config.json describes: {' '.join(str(error).split())}. "
+            f"Download the model again."
+        ) from None
     return Dense(linear, _activation(folder, config.get("activation_function")))
 
 
@@ -203,12 +225,13 @@ def _activation(folder: Path, name: str | None) -> torch.nn.Module:
     if name is None:
         return torch.nn.Identity()
     kind = getattr(torch.nn, name.rpartition(".")[2], None)
-    if not name.startswith("torch.nn.") or not isinstance(kind, type) or not issubclass(kind, torch.nn.Module):
-        raise ConversionError(
-            f"{folder / 'config.json'} has the activation {name}; onnxpress takes activations that "
-            f"are classes of torch.nn."
-        )
-    return kind()
+    if name.startswith("torch.nn.") and isinstance(kind, type) and issubclass(kind, torch.nn.Module):
+        with contextlib.suppress(TypeError):  # one that needs arguments
+            return kind()
+    raise ConversionError(
+        f"{folder / 'config.json'} has the activation {name}; onnxpress takes activations that "
+        f"are classes of torch.nn and need no arguments."
+    )
 
 
 def _read_normalize_step(folder: Path) -> torch.nn.Module:

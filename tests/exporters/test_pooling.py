@@ -1,5 +1,7 @@
 """Poolings against formulas in numpy on PyTorch's hidden states, through the exported graph."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -116,6 +118,9 @@ def test_pickled_dense_weights_and_foreign_activations_are_refused(tmp_path):
     save_file({"linear.weight": torch.ones(8, 32), "linear.bias": torch.ones(8)}, folder / "2_Dense/model.safetensors")
     with pytest.raises(ConversionError, match=r"has the activation os\.system"):
         export(folder)
+    save_file({"linear.weight": torch.ones(8, 31)}, folder / "2_Dense/model.safetensors")
+    with pytest.raises(SourceError, match=r"2_Dense are not those that its config\.json describes"):
+        export(folder)
 
 
 def test_garbled_pooling_files_are_refused(tmp_path):
@@ -123,6 +128,11 @@ def test_garbled_pooling_files_are_refused(tmp_path):
     add_pooling(folder, ("Pooling", None))
     with pytest.raises(SourceError, match=r"1_Pooling/config\.json cannot be read as JSON"):
         export(folder)
+    outside = [{"type": "models.Transformer", "path": ""}, {"type": "models.Pooling", "path": "../1_Pooling"}]
+    for steps in ({}, [3], [{"path": ""}], outside):
+        (folder / "modules.json").write_text(json.dumps(steps))
+        with pytest.raises(SourceError, match=r"modules\.json is no list of steps"):
+            export(folder)
 
 
 def _embed(folder, scratch):
