@@ -308,6 +308,8 @@ def _find(recipe: Recipe, given: _Given) -> Found | None:
     """The model, not loaded yet; None where it is an .onnx file."""
     model = recipe.model
     if given.module is None and model.source.endswith(".onnx"):
+        if given.example_inputs is not None or given.dynamic_axes is not None:
+            raise SourceError("example_inputs and dynamic_axes go with a torch.nn.Module, not with an .onnx file.")
         return None
     return find(
         given.module if given.module is not None else model.source,

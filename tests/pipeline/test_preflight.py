@@ -102,6 +102,7 @@ PRUNED: dict[str, Any] = {"prune": {"ffn": 0.5}}
         ("module", {"max_length": 5}, "`max_length` goes with models that read text"),
         ("file", {"revision": "main"}, "`revision` goes with models that read text"),
         ("texts", {"revision": "main"}, "The revision 'main' was asked for; .*texts is here as it is"),
+        ("file", {"example_inputs": (1,)}, "example_inputs and dynamic_axes go with a torch.nn.Module"),
         # a search
         ("texts", {"resume": "notes", "precision": "fp32"}, "--resume keeps what is measured of passes that cost"),
         ("texts", {"budget": "1%", "prefer": "speed", "measure": False}, "nothing is timed here"),
@@ -164,9 +165,9 @@ def test_what_cannot_be_is_refused_before_the_export(
 ) -> None:
     for name in ("export", "open_onnx"):
         monkeypatch.setattr(pipeline, name, lambda *_, **__: pytest.fail("the export has begun"))
-    inputs = {"example_inputs": (torch.ones(2, 4),)} if model == "module" else {}
+    inputs: dict[str, Any] = {"example_inputs": (torch.ones(2, 4),)} if model == "module" else {}
     with pytest.raises((RecipeError, InputError, SourceError), match=message):
-        onnxpress.build(models[model], out="out", **{"target": "cpu", **options}, **inputs)
+        onnxpress.build(models[model], out="out", **{"target": "cpu", **inputs, **options})
     assert not Path("out").exists()
 
 
