@@ -7,6 +7,7 @@ import io
 import itertools
 import re
 import warnings
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -200,7 +201,7 @@ def _svg(spoken: str, draw: Callable[[Any], None], *, height: float, width: floa
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     # Drawings of one page must not share identifiers.
-    prefix = f"plot{sum(spoken.encode())}-"
+    prefix = f"plot{zlib.crc32(spoken.encode()):08x}-"
     svg = re.sub(r'(?<= )(id="|xlink:href="#)|(url\(#)', lambda found: found.group(0) + prefix, svg)
     svg = re.sub(r"(?<=: )#00000[1-6]", lambda found: f"var({_COLOURS[found.group(0)]})", svg)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(spoken)}" ', 1)
