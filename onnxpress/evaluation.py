@@ -36,6 +36,11 @@ class Sample:
     text_pair: str | None = None
     label: Json = None
 
+    @property
+    def text_or_pair(self) -> str | tuple[str, str]:
+        """What a tokenizer takes: a text, or a pair."""
+        return self.text if self.text_pair is None else (self.text, self.text_pair)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -184,7 +189,7 @@ def score(task: str, runner: Any, samples: Sequence[Sample]) -> dict[str, float]
         first = np.stack([vectors[sample.text] for sample in samples])
         second = np.stack([vectors[sample.text_pair] for sample in samples])
         return metrics.similarity_scores(first, second, [finite_number(sample.label) for sample in samples])
-    inputs = [sample.text if sample.text_pair is None else (sample.text, sample.text_pair) for sample in samples]
+    inputs = [sample.text_or_pair for sample in samples]
     if task == "text-classification":
         answers = runner.predict(inputs)
         if runner.options["problem_type"] == "regression":

@@ -111,7 +111,7 @@ def fit(
         report.step("read the samples")
         with ArtifactWriter(artifact_folder):
             pass  # an --out that cannot be written is said now
-        check_outside(folder, Path(out), "--checkpoint")
+        check_outside(folder, artifact_folder, "--checkpoint")
         _check_checkpoint_folder(folder, resume=training.resume)
         samples = read_labelled(Path(train_file), task, columns)
         others = None if evaluation is None else read_labelled(Path(evaluation), task, columns)
@@ -186,7 +186,9 @@ def fit_samples(
     else:
         model = trainable.load_trainable(source, head, seed=training.seed, max_length=max_length)
         save, figures = _fine_tune(model, head, labels, learned, judged, balanced, training, progress)
-    cut = sum(encoding.truncated > 0 for encoding in _tokenizer(model).encode(_inputs(learned)))
+    cut = sum(
+        encoding.truncated > 0 for encoding in _tokenizer(model).encode([sample.text_or_pair for sample in learned])
+    )
     if cut:
         notes.append(f"{cut} of {len(learned)} training texts were cut at {model.max_length} tokens")
     facts: dict[str, Json] = {
@@ -242,7 +244,7 @@ def _fit_head(
         found: list[np.ndarray[Any, Any]] = []
         for start in range(0, len(samples), 512):
             progress(f"{start} of {len(samples)} texts")
-            encodings = embedder.tokenizer.encode(_inputs(samples[start : start + 512]))
+            encodings = embedder.tokenizer.encode([sample.text_or_pair for sample in samples[start : start + 512]])
             found += [answer["embeddings"] for answer in embedder.run_encodings(encodings)]
         return np.stack(found)  # float32 (samples, dim)
 
@@ -310,7 +312,7 @@ _PLACES = ("checkpoints", "checkpoint_every", "resume", "seed")
 
 
 def _items(tokenizer: Tokenizer, samples: Sequence[Sample], labels: Labels) -> list[Item]:
-    encodings = tokenizer.encode(_inputs(samples))
+    encodings = tokenizer.encode([sample.text_or_pair for sample in samples])
     items: list[Item] = []
     for encoding, sample in zip(encodings, samples, strict=True):
         target = labels.target(sample)
@@ -450,10 +452,6 @@ def _tokenizer(model: Trainable) -> Tokenizer:
         return Tokenizer.from_folder(
             Path(folder), max_length=model.max_length, pad_token_id=model.tokenizer.pad_token_id
         )
-
-
-def _inputs(samples: Sequence[Sample]) -> list[str | tuple[str, str]]:
-    return [sample.text if sample.text_pair is None else (sample.text, sample.text_pair) for sample in samples]
 
 
 def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:

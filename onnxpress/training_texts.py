@@ -106,7 +106,7 @@ def _texts(samples: Sequence[Sample], task: str) -> list[str | tuple[str, str]]:
     """What the tokenizer takes. Two texts of one sample are a pair, but for embeddings, where each has its own."""
     if task == "feature-extraction":
         return list(dict.fromkeys(text for item in samples for text in (item.text, item.text_pair) if text is not None))
-    return [sample.text if sample.text_pair is None else (sample.text, sample.text_pair) for sample in samples]
+    return [sample.text_or_pair for sample in samples]
 
 
 def _masked(ids: list[int], words: list[int], mask: int, draw: random.Random) -> list[int]:

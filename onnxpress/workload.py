@@ -113,7 +113,9 @@ class TextWorkload:
             if mask is not None and any(mask not in sample.text for sample in given):
                 raise RecipeError(f"{file}: texts for fill-mask need a mask each: write {mask} in the place of a word.")
         judged = self._labelled or self._evaluation
-        cut = sum(encoding.truncated > 0 for encoding in self._tokenizer.encode(_inputs(judged)))
+        cut = sum(
+            encoding.truncated > 0 for encoding in self._tokenizer.encode([sample.text_or_pair for sample in judged])
+        )
         if cut:
             self.notes += (f"{cut} of {len(judged)} evaluation texts are cut at {options['max_length']} tokens",)
 
@@ -138,7 +140,7 @@ class TextWorkload:
         found: Answers = []
         for start in range(0, len(self._evaluation), _MASKS_AT_ONCE):
             samples = self._evaluation[start : start + _MASKS_AT_ONCE]
-            encodings = self._tokenizer.encode(_inputs(samples))
+            encodings = self._tokenizer.encode([sample.text_or_pair for sample in samples])
             for encoding, answer in zip(encodings, self._outputs(runnable, samples), strict=True):
                 masks = np.array(encoding.ids) == mask_id
                 found.append({name: array[masks] for name, array in answer.items()})
@@ -178,13 +180,13 @@ class TextWorkload:
 
     def _outputs(self, runnable: Runnable, samples: Sequence[Sample], tokens_per_chunk: int = 256) -> Answers:
         with _cuts_are_noted():
-            return self._runner(runnable, tokens_per_chunk).outputs(_inputs(samples))
+            return self._runner(runnable, tokens_per_chunk).outputs([sample.text_or_pair for sample in samples])
 
     def _runner(self, runnable: Runnable, tokens_per_chunk: int = 256) -> TextRunner:
         return RUNNERS[self.task](runnable, self._tokenizer, self._options, tokens_per_chunk=tokens_per_chunk)
 
     def _feeds(self, samples: list[Sample]) -> Arrays:
-        encodings = self._tokenizer.encode(_inputs(samples))
+        encodings = self._tokenizer.encode([sample.text_or_pair for sample in samples])
         return {
             name: array
             for name, array in self._tokenizer.batch(encodings).items()
@@ -198,10 +200,6 @@ def _cuts_are_noted() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TruncationWarning)
         yield
-
-
-def _inputs(samples: Sequence[Sample]) -> list[str | tuple[str, str]]:
-    return [sample.text if sample.text_pair is None else (sample.text, sample.text_pair) for sample in samples]
 
 
 def workload_file(path: str | None, purpose: str) -> Path | None:

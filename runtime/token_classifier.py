@@ -53,7 +53,7 @@ class TokenClassifier(TextRunner):
         """A list of entities a text."""
         if top_k is not None:
             raise InputError("Entities are all those found; leave top_k out.")
-        return list(self.predict([str(sample) if isinstance(sample, str) else sample for sample in samples]))  # type: ignore[misc]
+        return list(self.predict(samples))  # type: ignore[arg-type]
 
     def _words(self, encoding: Encoding, answer: Answer, aggregation: Aggregation) -> list[_Word]:
         probabilities = softmax(answer["logits"].astype(np.float64))  # (tokens, labels)
