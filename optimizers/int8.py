@@ -24,9 +24,9 @@ from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.calibrated_range import PERCENTILE, check_method, chosen_range
 from onnxpress.optimizers.experts import quantize_experts, routers
 from onnxpress.optimizers.linear import Linear, add_constant, drop_unused_constants, linears, replace, unused_name
-from onnxpress.optimizers.rounding import activation_uint8, blocks, per_channel_8bit, rounded_uint8
+from onnxpress.optimizers.rounding import activation_uint8, blocks, rounded_uint8
 from onnxpress.optimizers.smooth import check_smooth, smooth_norms
-from onnxpress.optimizers.weights import quantize_embeddings
+from onnxpress.optimizers.weights import Weights8Bit, quantize_embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +72,12 @@ class Int8:
         names = sorted({str(layer.x.name) for layer in layers})
         ranges = self._ranges(graph, names, context)
         quantized: dict[str, tuple[ir.Value, ir.Value, ir.Value]] = {}
+        weights = Weights8Bit(graph, limit=context.target.qdq.weight_limit)
         for layer in layers:
             name = str(layer.x.name)
             if name not in quantized:
                 quantized[name] = _quantize_activation(graph, layer.x, *ranges[name])
-            _quantize_layer(graph, layer, quantized[name], limit=context.target.qdq.weight_limit)
+            _quantize_layer(graph, layer, quantized[name], weights.of(layer))
         experts = quantize_experts(graph, blocks, bits=8, preferred_block=128, keep=context.keep, target=context.target)
         drop_unused_constants(graph)
         graph.model.graph.opset_imports.setdefault("com.microsoft", 1)
@@ -117,13 +118,13 @@ def _quantize_activation(graph: Graph, x: ir.Value, low: float, high: float) -> 
 
 
 def _quantize_layer(
-    graph: Graph, layer: Linear, activation: tuple[ir.Value, ir.Value, ir.Value], *, limit: int
+    graph: Graph,
+    layer: Linear,
+    activation: tuple[ir.Value, ir.Value, ir.Value],
+    integers: tuple[ir.Value, ir.Value, ir.Value],
 ) -> None:
-    integers, scales, zero_points = per_channel_8bit(layer.weight_array(), limit=limit)
     x, x_scale, x_zero_point = activation
-    weight = add_constant(graph, f"{layer.name}_weight_8bit", integers)
-    weight_scale = add_constant(graph, f"{layer.name}_weight_scale", scales)
-    zero_point = add_constant(graph, f"{layer.name}_weight_zero_point", zero_points)
+    weight, weight_scale, zero_point = integers
     inputs = [x, weight, x_scale, weight_scale, x_zero_point, zero_point]
     if layer.bias is not None:
         inputs.append(layer.bias)

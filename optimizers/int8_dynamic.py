@@ -20,8 +20,8 @@ from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.experts import quantize_experts, routers
 from onnxpress.optimizers.linear import add_constant, drop_unused_constants, linears, replace, unused_name
-from onnxpress.optimizers.rounding import blocks, per_channel_8bit
-from onnxpress.optimizers.weights import quantize_embeddings
+from onnxpress.optimizers.rounding import blocks
+from onnxpress.optimizers.weights import Weights8Bit, quantize_embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +37,13 @@ class Int8Dynamic:
         """Quantize every linear layer, embedding table and mixture of experts but those in `context.keep`."""
         tied, touched = quantize_embeddings(graph, bits=8, preferred_block=128, keep=context.keep)
         count = 0
+        weights = Weights8Bit(graph, limit=context.target.qdq.weight_limit)
         routing = routers(graph)
         for layer in linears(graph):
             tensor = layer.weight.const_value
             if layer.name in context.keep | routing or tensor is None or tensor.size < self.minimum_elements:
                 continue
-            limit = context.target.qdq.weight_limit
-            integers, scales, zero_points = per_channel_8bit(layer.weight_array(), limit=limit)
-            inputs = [
-                layer.x,
-                add_constant(graph, f"{layer.name}_weight_8bit", integers),
-                add_constant(graph, f"{layer.name}_weight_scale", scales),
-                add_constant(graph, f"{layer.name}_weight_zero_point", zero_points),
-            ]
+            inputs = [layer.x, *weights.of(layer)]
             if layer.bias is not None:
                 inputs.append(layer.bias)
             replace(graph, layer, [ir.node("DynamicQuantizeMatMul", inputs, domain="com.microsoft", name=layer.name)])

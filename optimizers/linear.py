@@ -1,6 +1,6 @@
 """Finds the linear layers of a graph: MatMul or Gemm with a constant two-dimensional weight, and the bias after it.
 
-Deliberately does not change anything; the quantization passes share it.
+With the small edits that passes share: another node, value or constant in one's place.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from onnxpress.optimizers.linear import (
     replace,
     replace_node,
 )
-from onnxpress.optimizers.rounding import Blocks, Float, block_size_for, blocks
+from onnxpress.optimizers.rounding import Blocks, Float, block_size_for, blocks, per_channel_8bit
 
 METHODS = ("rtn", "gptq", "awq", "awq-gptq")
 # Constants that a norm's answers are proportional to, as places among its inputs.
@@ -107,6 +107,7 @@ class _WeightOnly:
         if experts.touched and self.method != "rtn":
             notes.append(f"experts are rounded to the nearest: {self.method} does not follow which tokens reach which")
         calibrated = None if self.method == "rtn" else _Calibrated(self, graph, context)
+        stored: dict[tuple[ir.Value, bool, int], tuple[ir.Value, ir.Value, ir.Value | None]] = {}
         count = scaled = 0
         for layer in linears(graph):
             tensor = layer.weight.const_value
@@ -123,14 +124,17 @@ class _WeightOnly:
                 context.progress(f"{self.method}, {layer.name}")
                 scaled += calibrated.scale(layer, bits=bits, block_size=size)
                 moments = calibrated.moments(layer.x) if "gptq" in self.method else None
-            weight = np.ascontiguousarray(layer.weight_array().T)  # (out, in)
-            found = self.rounded(weight, moments, bits=bits, block_size=size)
-            packed_value = add_constant(graph, f"{layer.name}_weight_blocks", found.packed)
-            scales_value = add_constant(graph, f"{layer.name}_weight_scales", found.scales)
-            zeros = None
-            if found.zero_points is not None:
-                zeros = add_constant(graph, f"{layer.name}_weight_zero_points", found.zero_points)
-            _use_blocks(graph, layer, packed_value, scales_value, zeros, bits=bits, block_size=size)
+            shared = stored.get((layer.weight, layer.transposed, bits)) if moments is None else None
+            if shared is None:
+                weight = np.ascontiguousarray(layer.weight_array().T)  # (out, in)
+                found = self.rounded(weight, moments, bits=bits, block_size=size)
+                zeros = found.zero_points
+                shared = stored[layer.weight, layer.transposed, bits] = (
+                    add_constant(graph, f"{layer.name}_weight_blocks", found.packed),
+                    add_constant(graph, f"{layer.name}_weight_scales", found.scales),
+                    None if zeros is None else add_constant(graph, f"{layer.name}_weight_zero_points", zeros),
+                )
+            _use_blocks(graph, layer, *shared, bits=bits, block_size=size)
             touched += (layer.name,)
             count += 1
         if "awq" in self.method:
@@ -223,6 +227,26 @@ class WeightsInt4(_WeightOnly):
     kept_bits: ClassVar[int | None] = 8
 
     block_size: int = 32
+
+
+class Weights8Bit:
+    """Weights of linear layers as signed integers with a scale a channel, each once for all layers that share it."""
+
+    def __init__(self, graph: Graph, *, limit: int) -> None:
+        self._graph, self._limit = graph, limit
+        self._stored: dict[tuple[ir.Value, bool], tuple[ir.Value, ir.Value, ir.Value]] = {}
+
+    def of(self, layer: Linear) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Integers (in, out), scales and zero points (out,)."""
+        key = (layer.weight, layer.transposed)
+        if key not in self._stored:
+            integers, scales, zero_points = per_channel_8bit(layer.weight_array(), limit=self._limit)
+            self._stored[key] = (
+                add_constant(self._graph, f"{layer.name}_weight_8bit", integers),
+                add_constant(self._graph, f"{layer.name}_weight_scale", scales),
+                add_constant(self._graph, f"{layer.name}_weight_zero_point", zero_points),
+            )
+        return self._stored[key]
 
 
 @dataclass(frozen=True, kw_only=True)

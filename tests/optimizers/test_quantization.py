@@ -11,6 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
+from small_graphs import small_graph
 
 from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
@@ -166,6 +167,19 @@ def test_tied_weights_are_stored_once(name: str, allowed: float, tmp_path: Path)
     assert relative_error(answers, expected) < 1.5 * allowed  # one layer more than in test_answers_stay_close
     tables = [name for name in result.graph.model.graph.initializers if name.startswith("table")]
     assert sorted(tables) == ["table_blocks", "table_scales"]
+
+
+@pytest.mark.parametrize("name", [case[0] for case in CASES])
+def test_a_weight_that_layers_share_is_stored_once(name: str) -> None:
+    """As ALBERT's layers do."""
+    weight = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
+    graph = small_graph("h = MatMul (x, w) r = Relu (h) y = MatMul (r, w)", weights={"w": weight})
+    wide = ChannelRange(low=np.full(32, -4, np.float32), high=np.full(32, 4, np.float32))
+    context = PassContext(target=CPU, observe=lambda _, names: dict.fromkeys(names, wide))
+    result = make_pass(name).apply(graph, context)
+    assert result.changes == 2
+    constants = [value.const_value for value in result.graph.model.graph.initializers.values()]
+    assert sum(tensor is not None and tensor.nbytes >= 512 for tensor in constants) == 1
 
 
 def test_static_int8_does_not_depend_on_the_batch(tmp_path: Path) -> None:
