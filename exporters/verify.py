@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,20 +37,10 @@ class ParityRow:
     cosine: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tolerance:
-    """Allowed is max_abs ≤ relative · max(floor, largest absolute value of the original's output).
-
-    Summing in another order was measured to cost 1e-6 for a sentence encoder of 6 layers, and up to 9e-6 for tiny
-    models of large random weights. The floor keeps outputs near zero from asking for more than float32 has.
-    """
-
-    relative: float = 5e-5
-    floor: float = 0.1
-
-
-FLOAT32 = Tolerance()
-
+# Summing in another order was measured to cost 1e-6 for a sentence encoder of 6 layers, and up to 9e-6 for tiny models of large random
+# weights. The floor keeps outputs near zero from asking for more than float32 has.
+_RELATIVE, _FLOOR = 5e-5, 0.1
+_SEEDS = (0, 1)  # of random inputs
 # Models without a table of positions take thousands of tokens, where the original's attention alone needs gigabytes.
 LONGEST_CASE = 1024
 
@@ -62,11 +52,10 @@ class ParityCheck:
     says what was not compared.
     """
 
-    def __init__(self, exported: Exported, *, tolerance: Tolerance = FLOAT32) -> None:
+    def __init__(self, exported: Exported) -> None:
         reference, signature = exported.reference, exported.graph.signature
         self.notes: tuple[str, ...] = ()
         self._signature = signature
-        self._tolerance = tolerance
         self._answered: list[tuple[Case, Arrays]] = []
         if signature.task != "module":
             cases = text_cases(signature, pad_token_id=exported.options["pad_token_id"])
@@ -92,12 +81,16 @@ class ParityCheck:
         for case, expected in self._answered:
             found = candidate.run(case.feeds)
             for output in self._signature.outputs:
-                row = _compare(case, output, expected[output.name], found[output.name], self._tolerance)
-                rows.append(row)
+                rows.append(_compare(case, output, expected[output.name], found[output.name]))
         return rows
 
 
-def text_cases(signature: Signature, *, pad_token_id: int, seeds: Sequence[int] = (0, 1)) -> list[Case]:
+def allowed_difference(largest: float) -> float:
+    """How far a float32 output may be from the original's, of which the largest absolute value is given."""
+    return _RELATIVE * max(_FLOOR, largest)
+
+
+def text_cases(signature: Signature, *, pad_token_id: int) -> list[Case]:
     """Random tokens: one text and three, of one token, of a middle length and of the longest, padded and not.
 
     The longest come as one text and as a padded three, or pair where each token is answered with a vocabulary: that
@@ -105,8 +98,8 @@ def text_cases(signature: Signature, *, pad_token_id: int, seeds: Sequence[int] 
     """
     longest = min(signature.axes["length"][1], LONGEST_CASE)
     middle = min(64, (longest + 1) // 2)
-    shapes = {(batch, length): seeds for batch in (1, 3) for length in (1, middle)}
-    shapes |= {(1, longest): seeds[:1], (2 if signature.task == "fill-mask" else 3, longest): seeds[-1:]}
+    shapes = {(batch, length): _SEEDS for batch in (1, 3) for length in (1, middle)}
+    shapes |= {(1, longest): _SEEDS[:1], (2 if signature.task == "fill-mask" else 3, longest): _SEEDS[-1:]}
     return [
         _text_case(signature, batch, length, padded=padded, pad_token_id=pad_token_id, seed=seed)
         for (batch, length), tried in shapes.items()
@@ -115,7 +108,7 @@ def text_cases(signature: Signature, *, pad_token_id: int, seeds: Sequence[int] 
     ]
 
 
-def module_cases(signature: Signature, example: Arrays, *, seeds: Sequence[int] = (0, 1)) -> list[Case]:
+def module_cases(signature: Signature, example: Arrays) -> list[Case]:
     """The example, and random arrays like it: of its shape, with symbolic axes one longer, and with a batch of 1."""
     sizes = {
         axis: size
@@ -126,7 +119,7 @@ def module_cases(signature: Signature, example: Arrays, *, seeds: Sequence[int] 
     longer = {axis: min(size + 1, signature.axes[axis][1]) for axis, size in sizes.items()}
     tried = [sizes, longer, {**sizes, "batch": 1} if "batch" in sizes else sizes]
     distinct = [size for index, size in enumerate(tried) if size not in tried[:index]]
-    drawn = [_module_case(signature, example, size, seed) for seed, size in itertools.product(seeds, distinct)]
+    drawn = [_module_case(signature, example, size, seed) for seed, size in itertools.product(_SEEDS, distinct)]
     return [Case(name="the example", feeds=example), *drawn]
 
 
@@ -170,7 +163,7 @@ def _module_case(signature: Signature, example: Arrays, sizes: Mapping[str, int]
     return Case(name=f"{where}, seed {seed}", feeds=feeds)
 
 
-def _compare(case: Case, output: TensorSpec, expected: Array, found: Array, tolerance: Tolerance) -> ParityRow:
+def _compare(case: Case, output: TensorSpec, expected: Array, found: Array) -> ParityRow:
     if expected.shape != found.shape:
         raise ParityError(
             f"Output {output.name} has the shape {found.shape} where PyTorch's has {expected.shape} ({case.name}). The "
@@ -192,7 +185,7 @@ def _compare(case: Case, output: TensorSpec, expected: Array, found: Array, tole
         cosine=float(one @ other) / norms if norms else 1.0,
     )
     exact = not np.issubdtype(expected.dtype, np.floating)
-    allowed = 0.0 if exact else tolerance.relative * max(tolerance.floor, largest)
+    allowed = 0.0 if exact else allowed_difference(largest)
     if not max_abs <= allowed:  # also where either side is not a number
         raise ParityError(
             f"Output {output.name} does not answer like PyTorch for {case.name} (shape {found.shape}): it differs by "

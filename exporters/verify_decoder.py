@@ -16,7 +16,7 @@ import numpy.typing as npt
 from onnxpress.errors import ParityError
 from onnxpress.exporters.exported import Exported
 from onnxpress.exporters.transformers_decoder import DecoderReference
-from onnxpress.exporters.verify import FLOAT32, ParityRow, Tolerance
+from onnxpress.exporters.verify import ParityRow, allowed_difference
 
 _STEPS = 20
 _PROMPTS = (33, 20, 1)  # tokens, as far as the context allows
@@ -35,7 +35,7 @@ class Stepping(Protocol):
 class DecoderParityCheck:
     """The original's answers, computed once, to hold any number of graphs against."""
 
-    def __init__(self, exported: Exported, *, tolerance: Tolerance = FLOAT32) -> None:
+    def __init__(self, exported: Exported) -> None:
         signature = exported.graph.signature
         ids = next(spec for spec in signature.inputs if spec.name == "input_ids")
         assert ids.bounds is not None
@@ -43,7 +43,6 @@ class DecoderParityCheck:
         context, vocabulary = signature.axes["length"][1], ids.bounds[1] + 1
         random = np.random.default_rng(0)
         steps = min(_STEPS, context - 1)
-        self._tolerance = tolerance
         self._texts: list[_Text] = []
         for wanted in _PROMPTS:
             prompt = max(1, min(wanted, context - steps))
@@ -84,7 +83,7 @@ class DecoderParityCheck:
             for row, (text, position) in enumerate(zip(texts, read, strict=True)):
                 answered = position - text.prompt
                 if 0 <= answered < len(text.expected):
-                    worst[row] = max(worst[row], self._compare(text, answered, logits[row]))
+                    worst[row] = max(worst[row], _compare(text, answered, logits[row]))
             step += 1
         return [
             ParityRow(
@@ -97,20 +96,6 @@ class DecoderParityCheck:
             )
             for text, position, difference in zip(texts, read, worst, strict=True)
         ]
-
-    def _compare(self, text: _Text, step: int, found: npt.NDArray[np.float32]) -> float:
-        expected = text.expected[step]
-        difference = float(np.abs(expected.astype(np.float64) - found).max())
-        allowed = self._tolerance.relative * max(self._tolerance.floor, float(np.abs(expected).max()))
-        best, chosen = int(expected.argmax()), int(found.argmax())
-        tied = float(expected[best] - expected[chosen]) <= 2 * allowed
-        if not difference <= allowed or not (best == chosen or tied):  # also where it is not a number
-            raise ParityError(
-                f"The logits do not answer like PyTorch {step} steps after a prompt of {text.prompt} tokens: they differ by "
-                f"up to {difference:.3g}, where {allowed:.3g} is allowed; the likeliest token is {chosen}, PyTorch's {best}. Do "
-                "not use the graph, and report the model as one that does not convert."
-            )
-        return difference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,3 +111,18 @@ def _text(reference: DecoderReference, random: np.random.Generator, vocabulary: 
     tokens = random.integers(0, vocabulary, prompt + steps)
     expected = reference.logits(tokens[:-1], list(range(prompt - 1, prompt + steps - 1)))
     return _Text(prompt=prompt, tokens=tokens.tolist(), expected=expected)
+
+
+def _compare(text: _Text, step: int, found: npt.NDArray[np.float32]) -> float:
+    expected = text.expected[step]
+    difference = float(np.abs(expected.astype(np.float64) - found).max())
+    allowed = allowed_difference(float(np.abs(expected).max()))
+    best, chosen = int(expected.argmax()), int(found.argmax())
+    tied = float(expected[best] - expected[chosen]) <= 2 * allowed
+    if not difference <= allowed or not (best == chosen or tied):  # also where it is not a number
+        raise ParityError(
+            f"The logits do not answer like PyTorch {step} steps after a prompt of {text.prompt} tokens: they differ by "
+            f"up to {difference:.3g}, where {allowed:.3g} is allowed; the likeliest token is {chosen}, PyTorch's {best}. Do "
+            "not use the graph, and report the model as one that does not convert."
+        )
+    return difference
