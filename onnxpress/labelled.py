@@ -125,6 +125,8 @@ def labelled_samples(texts: Sequence[Any], labels: Sequence[Json]) -> list[Sampl
         ):  # which is a pair, as JSON has it
             if not isinstance(label, list) or len(label) != len(text):
                 raise InputError(f"Item {index}: a list of tokens needs a list of as many tags.")
+            if not all(isinstance(token, str) and token.strip() for token in text):
+                raise InputError(f"Item {index}: tokens are texts that are not empty.")
             samples.append(Sample(text=" ".join(text), label=(text, label)))
             continue
         first, second = text if isinstance(text, tuple | list) and len(text) == 2 else (text, None)

@@ -379,6 +379,7 @@ def test_the_command_line_and_a_resume(
         (["a"] * 9, list("abcdefghi"), None, "too few samples of most labels"),
         (["a"] * 9, ["x", "y", "x"] * 3, "token-classification", "needs tokens and tags"),
         ([["a"], ["b"]], [["O"], ["O", "O"]], None, "as many tags"),
+        ([["a"], [3]], [["O"], ["O"]], None, "Item 1: tokens are texts"),
         (["a"] * 9, ["x", {}, "y"] * 3, None, "a text or a number"),
     ],
 )
