@@ -35,13 +35,15 @@ def size(value: ir.Value, axis: int) -> Size:
         weight = constant(node.inputs[1]) if node.op_type == "MatMul" else None
         if weight is not None and weight.ndim == 2 and rank(source) is not None and axis < (rank(source) or 0) - 1:
             return size(source, axis)
-        if node.op_type == "Transpose":
+        if node.op_type == "Transpose" and "perm" in node.attributes:
             return size(source, list(attribute(node, "perm", ()))[axis])
     return (id(value), axis)
 
 
 def elements(shape: ir.Value | None) -> list[Size | None] | None:
     """The entries of a one-dimensional (or scalar) integer value; None for an entry that is not understood."""
+    if (rank(shape) or 0) > 1:
+        return None
     array = constant(shape)
     if array is not None:
         return [int(number) for number in array.reshape(-1)]

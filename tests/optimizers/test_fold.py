@@ -94,6 +94,22 @@ def test_known_sizes_are_folded_through_shape_arithmetic(more: tuple[str, ...]) 
     assert_same(proto, graph, {"x": X})
 
 
+def test_numbers_of_several_axes_are_no_list_of_sizes() -> None:
+    proto = model(
+        [
+            helper.make_node("Slice", ["table", "start", "end", "axis"], ["column"]),
+            helper.make_node("Squeeze", ["column", "axis"], ["sizes"]),
+            helper.make_node("Cast", ["sizes"], ["numbers"], to=TensorProto.FLOAT),
+            helper.make_node("ReduceSum", ["numbers"], ["total"]),
+            helper.make_node("Add", ["x", "total"], ["y"]),
+        ],
+        {"table": np.arange(6).reshape(2, 3), "start": np.array([1]), "end": np.array([2]), "axis": np.array([1])},
+    )
+    graph, _ = folded(proto)
+    assert graph.operators() == {"Add": 1}
+    assert_same(proto, graph, {"x": X})
+
+
 def test_unknown_sizes_are_not_folded() -> None:
     proto = model(
         [
