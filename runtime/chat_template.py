@@ -72,12 +72,11 @@ class ChatTemplate:
         self,
         messages: Sequence[Mapping[str, Json]],
         *,
-        answer: bool = True,
         variables: Mapping[str, Json] | None = None,
     ) -> str:
-        """The prompt for messages ({"role": …, "content": …} each). Raises InputError.
+        """The prompt for messages ({"role": …, "content": …} each), after which it is the model's turn. Raises InputError.
 
-        answer: the model's turn follows. variables: further ones that the template knows, tools for instance.
+        variables: further ones that the template knows, tools for instance.
         """
         import jinja2
 
@@ -95,7 +94,7 @@ class ChatTemplate:
                     "documents": None,
                     **variables,
                     "messages": [dict(message) for message in messages],
-                    "add_generation_prompt": answer,
+                    "add_generation_prompt": True,
                 }
             )
         except jinja2.exceptions.SecurityError as error:
