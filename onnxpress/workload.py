@@ -96,7 +96,8 @@ class TextWorkload:
         )
         self._evaluation = self._evaluation[:samples]
         if calibration is not None:
-            self._calibration = read_samples(calibration, task, columns, labels=False)
+            found = read_samples(calibration, task, columns, labels=False)
+            self._calibration = found[:: max(1, len(found) // calibration_samples)]  # the file may be sorted
         self._calibration = self._calibration[:calibration_samples]
         self._labelled: list[Sample] = []
         if file is not None:

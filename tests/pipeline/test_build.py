@@ -271,7 +271,7 @@ def test_an_encoder_is_judged_and_calibrated_on_lines_of_plain_text(encoder: Pat
         "batch": [tokenizer("a red dog ran")["input_ids"]],
     }
     others = tmp_path / "others.txt"
-    others.write_text("sat sat sat\n")
+    others.write_text("the blue house\na dog sat\n" * 8 + "sat sat sat\n" * 16)  # more than are looked at, and sorted
     other = onnxpress.build(
         encoder,
         out=tmp_path / "other",
