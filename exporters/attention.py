@@ -81,7 +81,7 @@ def _attention(
         )
     batch, heads, length, head_dim = query.shape
     value_dim = value.shape[3]
-    inputs = [_joined(query), _joined(key), _joined(value)]
+    inputs = [joined(query), joined(key), joined(value)]
     if attention_mask is not None:
         if attention_mask.dtype == torch.bool:
             attention_mask = _additive(attention_mask, query.dtype)
@@ -94,13 +94,13 @@ def _attention(
     }
     if softcap:
         attributes["softcap"] = float(softcap)
-    joined = torch.onnx.ops.symbolic(
+    answer = torch.onnx.ops.symbolic(
         "Attention", inputs, attributes, dtype=query.dtype, shape=(batch, length, heads * value_dim), version=23
     )
-    return joined.reshape(batch, length, heads, value_dim), None
+    return answer.reshape(batch, length, heads, value_dim), None
 
 
-def _joined(heads: torch.Tensor) -> torch.Tensor:
+def joined(heads: torch.Tensor) -> torch.Tensor:
     """(batch, heads, length, head_dim) → (batch, length, heads · head_dim)."""
     batch, count, length, head_dim = heads.shape
     return heads.transpose(1, 2).reshape(batch, length, count * head_dim)

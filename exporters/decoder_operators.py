@@ -22,7 +22,7 @@ import torch
 from torch.onnx.ops import symbolic
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from onnxpress.exporters.attention import attention_implementation
+from onnxpress.exporters.attention import attention_implementation, joined
 from onnxpress.exporters.conventions import (
     AttentionCall,
     Conventions,
@@ -105,7 +105,7 @@ def _attention(
     if call.softcap is not None:
         attributes["softcap"] = call.softcap
     # Past follows later; cosines, sines, positions, bias, scales and norms of queries and keys are not given.
-    inputs = [_joined(query), _joined(key), _joined(value), None, None, step.ends, step.total]
+    inputs = [joined(query), joined(key), joined(value), None, None, step.ends, step.total]
     inputs += [*[None] * 4, s_aux, *[None] * 4, step.lengths]
     while inputs[-1] is None:  # CUDA's operator has no lengths
         inputs.pop()
@@ -147,7 +147,7 @@ def _turned(x: torch.Tensor, call: RotaryCall, step: Step) -> torch.Tensor:
     attributes: dict[str, Any] = {"interleaved": int(call.interleaved), "num_heads": heads}
     if call.width != head_dim:
         attributes["rotary_embedding_dim"] = call.width
-    joined = symbolic(
+    answer = symbolic(
         "com.microsoft::RotaryEmbedding",
         (x.reshape(batch, length, heads * head_dim), step.positions, *step.tables[call.table]),
         attributes,
@@ -155,7 +155,7 @@ def _turned(x: torch.Tensor, call: RotaryCall, step: Step) -> torch.Tensor:
         shape=(batch, length, heads * head_dim),
         version=1,
     )
-    turned = joined.reshape(batch, length, heads, head_dim)
+    turned = answer.reshape(batch, length, heads, head_dim)
     return turned if call.lengths_first else turned.transpose(1, 2)
 
 
@@ -190,12 +190,6 @@ def _widened(heads: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Heads with zeros up to head_dim, which change no score, and give numbers that are cut off again."""
     missing = head_dim - heads.shape[3]
     return torch.nn.functional.pad(heads, (0, missing)) if missing else heads
-
-
-def _joined(heads: torch.Tensor) -> torch.Tensor:
-    """(batch, heads, length, head_dim) → (batch, length, heads · head_dim)."""
-    batch, count, length, head_dim = heads.shape
-    return heads.transpose(1, 2).reshape(batch, length, count * head_dim)
 
 
 def add_cache(model: ir.Model, conventions: Conventions) -> None:

@@ -7,7 +7,6 @@ What is cut, and how well the student then does, is not decided here. The traini
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ import torch
 from onnxpress.errors import InputError, RecipeError
 from onnxpress.optimizers import divergence
 from onnxpress.optimizers.divergence import Divergence
-from onnxpress.optimizers.training import TrainingOptions, TrainingSummary, train
+from onnxpress.optimizers.training import TrainingOptions, TrainingSummary, digest_of_weights, train
 
 Tensor = torch.Tensor
 Example = Mapping[str, Any]
@@ -263,13 +262,8 @@ class _Lesson:
 
     def identity(self) -> dict[str, Any]:
         """What decides the result beside the training's own options and data; a resume compares it."""
-        weights = hashlib.sha256()
-        for name, tensor in self._teacher.state_dict().items():
-            weights.update(
-                name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            )
         options = {name: value for name, value in asdict(self._options).items() if name != "training"}
-        return {**options, "task": self._task, "pairs": self._pairs, "teacher": weights.hexdigest()}
+        return {**options, "task": self._task, "pairs": self._pairs, "teacher": digest_of_weights(self._teacher)}
 
     def _answers(self, model: torch.nn.Module, inputs: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         """The answers that the task compares (with the loss where there are labels), and the hidden states where wanted."""

@@ -28,10 +28,7 @@ def blocks_with_feedback(
         weight, bits=bits, block_size=block_size, search=search, symmetric=symmetric, importance=energy
     )
     order = np.argsort(-energy, kind="stable")
-    damped = moments[np.ix_(order, order)].astype(np.float64)
-    damped.flat[:: columns + 1] += _DAMPING * energy.mean() or 1.0
-    # The rows of U, where Uᵀ U is the inverse, say how an error at one input is spread over the later ones.
-    spread = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+    spread = error_spread(moments[np.ix_(order, order)])
     rest = weight.T[order].astype(np.float32)  # (in, out)
     rounded = np.empty((columns, rows), np.uint8)
     for start in range(0, columns, _STRIP):
@@ -48,6 +45,14 @@ def blocks_with_feedback(
         rest[end:] -= spread[start:end, end:].T @ errors
     integers = np.ascontiguousarray(rounded.T).reshape(rows, -1, block_size)
     return pack(integers, scales, None if symmetric else zeros, bits=bits)
+
+
+def error_spread(moments: Float) -> Float:
+    """U, where Uᵀ U is the inverse of the moments (in, in): its rows say how an error at one input is spread over the later ones."""
+    damped = moments.astype(np.float64)
+    damped.flat[:: len(moments) + 1] += _DAMPING * moments.diagonal().mean() or 1.0
+    spread: Float = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+    return spread
 
 
 def channel_scales(

@@ -88,7 +88,7 @@ class _Half:
         reasons = sorted({node.op_type for node in nodes if node.op_type in KEEP})
         notes = (f"{len(names)} operators" + (f"; in float32: {', '.join(reasons)}" if reasons else ""),)
         if cache:
-            graph = Graph(model=graph.model, signature=_with_dtype(graph.signature, cache, self.dtype.numpy().name))
+            graph = Graph(model=graph.model, signature=with_dtype(graph.signature, cache, self.dtype.numpy().name))
         return PassResult(graph=graph, changes=len(names), notes=notes, touched=names)
 
     def _halve_cache(self, nodes: list[ir.Node], keep: frozenset[str]) -> set[str]:
@@ -189,7 +189,9 @@ def _follows(node: ir.Node, kept: set[int]) -> bool:
     )
 
 
-def _with_dtype(signature: Signature, names: set[str], dtype: str) -> Signature:
+def with_dtype(signature: Signature, names: set[str], dtype: str) -> Signature:
+    """A signature in which some inputs and outputs have another dtype."""
+
     def changed(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
         return tuple(dataclasses.replace(spec, dtype=dtype) if spec.name in names else spec for spec in specs)
 

@@ -8,7 +8,6 @@ rounded by the kernel, attention reads integers. Source of the form: ONNX Runtim
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,8 +16,8 @@ import onnx_ir as ir
 
 from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
-from onnxpress.manifest import Signature, TensorSpec
 from onnxpress.optimizers.base import PassContext, PassResult
+from onnxpress.optimizers.half import with_dtype
 from onnxpress.optimizers.linear import add_constant
 
 _PAST = {"key": 3, "value": 4}  # inputs of GroupQueryAttention
@@ -86,7 +85,7 @@ class Int8Cache:
                 ("kv_cache_bit_width", 8),
             ):
                 node.attributes.add(ir.convenience.convert_attribute(key, setting))
-        result = Graph(model=graph.model, signature=_int8(graph.signature, changed))
+        result = Graph(model=graph.model, signature=with_dtype(graph.signature, changed, "int8"))
         return PassResult(
             graph=result, changes=len(chosen), notes=(f"{len(chosen)} of {len(layers)} layers",), touched=tuple(chosen)
         )
@@ -105,10 +104,3 @@ def _with_probes(graph: Graph, layers: dict[str, ir.Node]) -> Graph:
             flat.outputs[0].name, flat.outputs[0].type = f"{_PROBE}{name}_{kind}", ir.TensorType(ir.DataType.FLOAT)
             body.insert_after(node, [turned, flat])
     return copy
-
-
-def _int8(signature: Signature, names: set[str]) -> Signature:
-    def changed(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-        return tuple(dataclasses.replace(spec, dtype="int8") if spec.name in names else spec for spec in specs)
-
-    return dataclasses.replace(signature, inputs=changed(signature.inputs), outputs=changed(signature.outputs))

@@ -17,11 +17,11 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
+from onnxpress.optimizers.error_feedback import error_spread
 from onnxpress.optimizers.linear import linears, replace_constant
 from onnxpress.optimizers.rounding import Float
 from onnxpress.optimizers.targets import Target
 
-_DAMPING = 0.01  # of the mean energy, added to every input's: keeps inverses finite
 _STRIP = 128  # inputs after which all later weights are updated at once
 _GROUP, _ZEROS = 4, 2
 
@@ -80,10 +80,7 @@ def check_sparse_target(target: Target) -> None:
 def two_of_four(weight: Float, moments: Float) -> Float:
     """A weight (out, in) of which two of four neighbouring inputs' numbers are zero. moments: (in, in), the inputs' mean x xᵀ."""
     columns = weight.shape[1]
-    damped = moments.astype(np.float64)
-    damped.flat[:: columns + 1] += _DAMPING * float(np.trace(moments)) / columns or 1.0
-    # The rows of U, where Uᵀ U is the inverse, say how an error at one input is spread over the later ones.
-    spread = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+    spread = error_spread(moments)
     rest = weight.T.astype(np.float32)  # (in, out)
     for start in range(0, columns, _STRIP):
         end = min(start + _STRIP, columns)

@@ -491,17 +491,22 @@ def _identity(
         del chosen[place]
     if options.checkpoints is None:
         return {}  # nobody resumes it
-    weights = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        weights.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return {
         **chosen,
         "best metric": best,
         "training data": _digest(dataset),
         "evaluation data": None if evaluation is None else _digest(evaluation),
-        "model to begin with (its weights, or what was pruned of them)": weights.hexdigest(),
+        "model to begin with (its weights, or what was pruned of them)": digest_of_weights(model),
         **json.loads(json.dumps(more)),  # as a resume reads it back
     }
+
+
+def digest_of_weights(model: torch.nn.Module) -> str:
+    """SHA-256 over all that a model's state holds."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _digest(dataset: Sequence[Item]) -> str:
