@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from onnxpress.artifact import Artifact
+from onnxpress.errors import UsageError
 from onnxpress.manifest import Json, Manifest, Runnable, Signature, TensorSpec
 from onnxpress.runtime.loading import open_session
 from onnxpress.runtime.session import Session
 
 
 def inspect(path: Path, *, placement: bool, as_json: bool, providers: list[str] | None, allow_fallback: bool) -> int:
-    """Print the findings; returns the exit code. Raises ArtifactError, and ProviderError with `placement`."""
+    """Print the findings; returns the exit code. Raises UsageError, ArtifactError, and ProviderError with `placement`."""
     session: Session | None = None
     if path.suffix == ".onnx":
         session = Session(path, providers=providers or ("cpu",), allow_fallback=allow_fallback)
         findings = _of_file(path, session.signature)
     else:
+        if (providers or allow_fallback) and not placement:
+            raise UsageError("--provider and --allow-fallback say where --placement opens an artifact: give it too.")
         artifact = Artifact.open(path)
         findings = _of_manifest(artifact.manifest)
         findings["largest_weights"] = _largest_weights(artifact.file("model.onnx"))

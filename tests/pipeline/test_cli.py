@@ -210,6 +210,7 @@ def test_inspect(artifact: Path, tmp_path: Path) -> None:
     assert found["operators"]["Gather"] == 1
     assert found["largest_weights"] == json.loads(onnxpress("inspect", artifact, "--json").stdout)["largest_weights"]
     assert found["largest_weights"][0]["bytes"] == len(VOCABULARY) * DIM * 4
+    refused(onnxpress("inspect", artifact, "--provider", "cpu"), "say where --placement opens an artifact")
     refused(onnxpress("inspect", tmp_path / "nothing"), "does not exist")
     refused(onnxpress("inspect", tmp_path / "nothing.onnx"), "does not exist")
     (tmp_path / "bad.onnx").write_bytes(b"this is no model")
