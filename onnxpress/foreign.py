@@ -32,9 +32,10 @@ def open_onnx(path: Path, *, task: str | None = None) -> Exported:
     if not path.is_file():
         raise SourceError(f"The file {path} does not exist.")
     try:
+        # First: it refuses weights outside of the file's folder, which onnx_ir reads where a path is a bare name.
+        reference = Session(path)
         model = ir.load(path)
         ir.external_data.load_to_model(model)  # weights beside the file: the graphs of a build are elsewhere
-        reference = Session(path)
     except ArtifactError as error:
         raise SourceError(str(error)) from None
     except Exception as error:  # the protobuf parser's errors have no common base
