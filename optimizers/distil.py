@@ -51,28 +51,23 @@ _MEASURED = 64  # examples whose divergence is told before and after
 class DistilOptions:
     """What a student learns from, and how it is trained. Raises RecipeError.
 
-    temperature: of the distributions that are compared; above 1 the unlikely answers count more. The weights of the
-    losses: of the answers, of the hidden states (a mean over layers), and of the task's own loss on the examples' labels; 0 leaves one out.
+    temperature: of the distributions that are compared; above 1 the unlikely answers count more. hidden_weight, label_weight: of
+    the losses on the hidden states (a mean over layers) and on the examples' labels, beside that on the answers; 0 leaves one out.
     """
 
     temperature: float = 2.0
-    output_weight: float = 1.0
     hidden_weight: float = 1.0
     label_weight: float = 0.0
     training: TrainingOptions = field(default_factory=TrainingOptions)
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "output_weight", "hidden_weight", "label_weight"):
+        for name in ("temperature", "hidden_weight", "label_weight"):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if not number or value < 0 or (name == "temperature" and value == 0):
                 raise RecipeError(
                     f"{name} is {value!r}; it is a number {'above 0' if name == 'temperature' else 'of at least 0'}."
                 )
-        if self.output_weight == 0 and self.hidden_weight == 0:
-            raise RecipeError(
-                "output_weight and hidden_weight are both 0, so that nothing is learned from the teacher; give one."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,9 +230,7 @@ class _Lesson:
             self._move(real.device)
             wanted, their_hidden = self._answers(self._teacher, inputs)
         answers, our_hidden = self._answers(model, batch)
-        loss = real.new_zeros((), dtype=torch.float32)
-        if options.output_weight:
-            loss = loss + options.output_weight * self._divergence(answers, wanted, real, options.temperature)
+        loss = self._divergence(answers, wanted, real, options.temperature)
         if self._pairs:
             apart = [divergence.of_hidden(our_hidden[ours], their_hidden[theirs], real) for ours, theirs in self._pairs]
             loss = loss + options.hidden_weight * torch.stack(apart).mean()
