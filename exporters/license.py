@@ -23,9 +23,12 @@ def stated_license(folder: Path) -> dict[str, str]:
 
 
 def license_files(folder: Path) -> tuple[Path, ...]:
-    """Texts of licences beside the weights; a link may lead to the hub's cache, and not elsewhere."""
-    place = folder.resolve()
-    roots = (place, place.parent.parent / "blobs")
-    found = [path for path in folder.iterdir() if _TEXTS.match(path.name) and path.is_file()]
-    inside = [path for path in found if any(path.resolve().is_relative_to(root) for root in roots)]
-    return tuple(sorted(path for path in inside if path.stat().st_size <= _LARGEST))
+    """Texts of licences beside the weights."""
+    found = [path for path in folder.iterdir() if _TEXTS.match(path.name) and path.is_file() and stays_inside(path)]
+    return tuple(sorted(path for path in found if path.stat().st_size <= _LARGEST))
+
+
+def stays_inside(path: Path) -> bool:
+    """Whether a file of a model folder is in it, or a link into the hub's cache: others' files are not copied into artifacts."""
+    folder = path.parent.resolve()
+    return any(path.resolve().is_relative_to(root) for root in (folder, folder.parent.parent / "blobs"))

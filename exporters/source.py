@@ -75,11 +75,16 @@ def resolve(
     if path.exists():
         _refuse_revision(source, revision)
         return _folder(path, name=path.resolve().name)
-    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source):
+    if is_factory(source):
         return _module(_call(source), name=source.rpartition(":")[2])
     if _HUB_ID.fullmatch(source) and ".." not in source:
         return _folder(_download(source, revision), name=source.rpartition("/")[2])
     raise SourceError(f"There is no folder {source}, and it is not a hub id either. Check the path.")
+
+
+def is_factory(source: str) -> bool:
+    """Whether a source is the name of a function that makes the model: finding it runs code."""
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source) is not None and not Path(source).exists()
 
 
 def _refuse_revision(source: object, revision: str | None) -> None:

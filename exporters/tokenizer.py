@@ -13,6 +13,7 @@ from tokenizers.normalizers import Lowercase, Sequence
 from transformers import AutoTokenizer
 
 from onnxpress.errors import SourceError
+from onnxpress.exporters.license import stays_inside
 from onnxpress.exporters.pooling import read_json
 from onnxpress.exporters.quiet import quiet
 
@@ -61,6 +62,11 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
         )
     notes: list[str] = []
     files = [folder / name for name in _COPIED if (folder / name).is_file()]
+    outside = next((path for path in files if not stays_inside(path)), None)
+    if outside is not None:
+        raise SourceError(
+            f"{outside} is a link that leads out of its folder, and artifacts get no copies of what lies elsewhere: put the file itself there."
+        )
     lowercase = _wants_lowercase(folder)
     if lowercase or not (folder / "tokenizer.json").is_file():
         saved = Path(tempfile.mkdtemp(prefix="onnxpress-tokenizer-"))

@@ -173,10 +173,16 @@ def _artifact(folder: Path, providers: Sequence[str] | None, allow_fallback: boo
 
 def _original(kind: str, manifest: Manifest, scratch: Path) -> System:
     from onnxpress.exporters import export
+    from onnxpress.exporters.source import is_factory
     from onnxpress.runtime.session import Session
     from onnxpress.workbench import save
 
     model = manifest.recipe["model"]
+    if is_factory(str(model["source"])):
+        raise UsageError(
+            f"The original of {manifest.name} is made by {model['source']}, and no function is called because an artifact names it: "
+            f"build it with --precision fp32, and give --against that artifact."
+        )
     exported = export(model["source"], task=manifest.task, revision=model["revision"], max_length=model["max_length"])
     if kind == "torch":
         return exported.reference.run

@@ -114,6 +114,20 @@ def test_folder_without_tokenizer(folder):
         export(folder)
 
 
+def test_links_lead_into_the_hubs_cache_alone(folder, tmp_path):
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "1a2b"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in folder.iterdir():
+        (snapshot / path.name).symlink_to(path.rename(blobs / path.name))
+    assert export(snapshot).files
+    (tmp_path / "secret").write_text("{}")
+    (snapshot / "special_tokens_map.json").unlink(missing_ok=True)
+    (snapshot / "special_tokens_map.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(SourceError, match=r"special_tokens_map\.json is a link that leads out of its folder"):
+        export(snapshot)
+
+
 def test_older_tokenizer_is_converted(tmp_path):
     folder = save_model(tmp_path / "model", "bert")
     (folder / "tokenizer.json").unlink()
