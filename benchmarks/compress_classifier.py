@@ -1,6 +1,6 @@
 """A fine-tuned classifier at several sizes: accuracy against milliseconds, pruned, distilled and int8, beside PyTorch.
 
-    python benchmarks/compress_classifier.py --model FOLDER --data FOLDER [--out DIR] [--sizes NAME …] [--json FILE] [--plot FILE]
+    python benchmarks/compress_classifier.py --model FOLDER --data FOLDER [--out DIR] [--sizes NAME …] [--pieces 5] [--json FILE] [--plot FILE]
 
 model: a classifier fine-tuned on SST-2's training sentences (benchmarks/fit.py leaves one). data: the folder that has
 sst2/stsa.binary.train and .dev. Students learn from the training sentences without their labels; accuracy is that of the dev
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("artifacts/compressed"))
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), metavar="NAME")
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--pieces", type=int, default=0, help="of each sentence, that are learned from too")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
@@ -56,7 +57,10 @@ def main() -> None:
     columns = ["accuracy", "MB", *(f"{batch} x {length} (ms)" for batch, length in SHAPES)]
     report.show("SST-2 dev", {name: [str(cell) for cell in row] for name, row in rows.items()}, columns)
     report.show_machine(machine)
-    report.save(arguments.json, {"machine": machine, "epochs": arguments.epochs, "columns": columns, "rows": rows})
+    report.save(
+        arguments.json,
+        {"machine": machine, "epochs": arguments.epochs, "pieces": arguments.pieces, "columns": columns, "rows": rows},
+    )
     if arguments.plot is not None:
         _plot(arguments.plot, rows)
 
@@ -77,7 +81,12 @@ def _built(name: str, arguments: argparse.Namespace, train: Path, dev: Path) -> 
     if (folder / "manifest.json").is_file():
         return Artifact.open(folder)
     prune = SIZES[name]
-    distil = {"file": str(train), "epochs": arguments.epochs, "learning_rate": arguments.learning_rate}
+    distil = {
+        "file": str(train),
+        "epochs": arguments.epochs,
+        "pieces": arguments.pieces,
+        "learning_rate": arguments.learning_rate,
+    }
     more: dict[str, Any] = {"prune": prune, "distil": distil} if prune else {}
     return onnxpress.build(
         arguments.model,

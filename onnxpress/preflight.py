@@ -123,6 +123,10 @@ def _check_lesson(
         batch_size=distil.batch_size, precision=distil.precision, processes=distil.processes
     ).check_machine()
     with_labels = distil.label_weight > 0
+    if distil.pieces and (with_labels or task in (GENERATION, "question-answering")):
+        raise RecipeError(
+            "distil.pieces makes texts of parts of texts, which have no labels, and goes with no language model and no questions: leave it out."
+        )
     samples = [] if learned is None else read_samples(learned, task, distil.columns, labels=with_labels)
     if with_labels:
         gold_labels(samples, task, options, learned)

@@ -117,6 +117,7 @@ def _distil(
         options,
         file=None if section.file is None else Path(section.file),
         columns=section.columns,
+        pieces=section.pieces,
         labels=section.label_weight > 0,
         seed=section.seed,
     )

@@ -123,7 +123,7 @@ class DistilSection(_Section):
     """How what was pruned learns to answer like the original again.
 
     file: the texts to learn from (csv, tsv, jsonl, txt; the built-in ones where not given), columns: which of its columns. hidden_weight, label_weight: of the
-    losses on hidden states and on the file's own labels, beside that on the answers. checkpoints: a folder for them, from which a
+    losses on hidden states and on the file's own labels, beside that on the answers. pieces: of each text, that are learned from like texts. checkpoints: a folder for them, from which a
     killed build goes on. processes: on this machine, that share each batch.
     """
 
@@ -135,6 +135,7 @@ class DistilSection(_Section):
     temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     hidden_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     label_weight: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    pieces: int = Field(default=0, ge=0)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: int = Field(default=0, ge=0, lt=2**32)
     checkpoints: str | None = None

@@ -30,6 +30,7 @@ def training_examples(
     *,
     file: Path | None = None,
     columns: Mapping[str, str | int] | None = None,
+    pieces: int = 0,
     labels: bool = False,
     seed: int = 0,
 ) -> tuple[list[Example], tuple[str, ...]]:
@@ -37,7 +38,7 @@ def training_examples(
 
     task, options: the model's, as its manifest has them. file: csv, tsv, jsonl or txt (a text a line; for language models one long
     text); None is the built-in calibration texts. A language model's texts are put one after the other, with its end token
-    between, and cut into windows. Masks are put at random, by the seed, where a text to fill has none. Raises RecipeError.
+    between, and cut into windows. pieces: of each text, drawn by the seed, as texts of their own beside it. Masks are put at random, by the seed, where a text to fill has none. Raises RecipeError.
     """
     notes: tuple[str, ...] = ()
     if file is None:
@@ -53,7 +54,8 @@ def training_examples(
         pairs = [(sample.text, str(sample.text_pair)) for sample in samples]
         encodings = [part for pair in pairs for part in tokenizer.windows(pair, stride=tokenizer.max_length // 4)]
     else:
-        encodings = tokenizer.encode(_texts(samples, task))
+        texts = _texts(samples, task)
+        encodings = tokenizer.encode(_with_pieces(texts, pieces, seed) if pieces else texts)
     examples: list[Example] = [{"input_ids": part.ids, "token_type_ids": part.type_ids} for part in encodings]
     cut = sum(part.truncated > 0 for part in encodings)
     if cut:
@@ -107,6 +109,23 @@ def _texts(samples: Sequence[Sample], task: str) -> list[str | tuple[str, str]]:
     if task == "feature-extraction":
         return list(dict.fromkeys(text for item in samples for text in (item.text, item.text_pair) if text is not None))
     return [sample.text_or_pair for sample in samples]
+
+
+def _with_pieces(texts: Sequence[str | tuple[str, str]], count: int, seed: int) -> list[str | tuple[str, str]]:
+    """Texts, and neighbouring words of each, from one to all (arXiv 1903.12136); of those without spaces, characters. Pairs stay whole."""
+    found = list(texts)
+    for number, text in enumerate(texts):
+        if isinstance(text, tuple):
+            continue
+        draw, between = random.Random(f"{seed} {number}"), " "
+        words = text.split()
+        if len(words) == 1:
+            words, between = list(text), ""
+        for _ in range(count):
+            size = draw.randint(1, len(words))
+            start = draw.randint(0, len(words) - size)
+            found.append(between.join(words[start : start + size]))
+    return list(dict.fromkeys(found))
 
 
 def _masked(ids: list[int], words: list[int], mask: int, draw: random.Random) -> list[int]:

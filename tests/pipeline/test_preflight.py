@@ -150,6 +150,7 @@ PRUNED: dict[str, Any] = {"prune": {"ffn": 0.5}}
         ("questions", {**PRUNED, "distil": {"file": "plain.txt"}}, "questions need a context each"),
         ("texts", {**PRUNED, "distil": {"file": "plain.txt", "label_weight": 1.0}}, "labels were asked for"),
         ("texts", {**PRUNED, "distil": {"label_weight": 1.0}}, "labels were asked for"),
+        ("texts", {**PRUNED, "distil": {"pieces": 2, "label_weight": 1.0}}, "which have no labels"),
         ("texts", {**PRUNED, "distil": {"file": "unknown.csv", "label_weight": 1.0}}, "know the labels '3'"),
         ("texts", {**PRUNED, "distil": {"columns": {"text": "body"}}}, "none of the files given is a table"),
         ("texts", {**PRUNED, "distil": {"file": "plain.txt"}, "file": "labelled.csv"}, "cannot be judged by them"),

@@ -36,6 +36,34 @@ def test_lines_are_texts_and_long_ones_are_cut_and_told(words: Tokenizer, tmp_pa
     assert notes == ("1 of 3 training texts are cut at 16 tokens",)
 
 
+def test_pieces_of_texts_are_neighbouring_words_and_the_same_each_time(words: Tokenizer, tmp_path: Path) -> None:
+    file, pairs = tmp_path / "texts.txt", tmp_path / "pairs.csv"
+    file.write_text("the cat sat on red\n")
+    pairs.write_text("text,text_pair\nthe dog,the cat\n")
+
+    def ids(file: Path, **options: int) -> list[list[int]]:
+        return [
+            one["input_ids"] for one in training_examples("text-classification", words, LABELS, file=file, **options)[0]
+        ]
+
+    (whole,) = ids(file)
+    found = ids(file, pieces=20)
+    assert found[0] == whole
+    assert {tuple(part) for part in found[1:]} < {tuple(whole[i:j]) for j in range(1, 6) for i in range(j)}
+    assert len(found) == len({tuple(part) for part in found}) > 5
+    assert ids(file, pieces=20) == found != ids(file, pieces=20, seed=1)
+    assert ids(pairs, pieces=20) == ids(pairs)  # stay whole
+
+
+def test_pieces_of_texts_without_spaces_are_characters(letters: Tokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_text("这部电影很好看\n", encoding="utf-8")
+    examples, _ = training_examples("feature-extraction", letters, {}, file=file, pieces=9)
+    texts = [letters.inner.decode(example["input_ids"]) for example in examples]
+    assert all(text in "这部电影很好看" for text in texts)
+    assert len(texts) > 4
+
+
 def test_labels_are_names_or_numbers_and_only_where_asked_for(words: Tokenizer, tmp_path: Path) -> None:
     file = tmp_path / "texts.csv"
     file.write_text("text,label\nthe cat,yes\nthe dog,0\n")
