@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import report
-from measure import THREADS
+from measure import cpu_session
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxpress.artifact import Artifact
@@ -106,9 +106,7 @@ def products_alone(weights: list[np.ndarray[Any, Any]]) -> onnxruntime.Inference
         [numpy_helper.from_array(weight, f"weight{index}") for index, weight in enumerate(weights)],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return cpu_session(model.SerializeToString())
 
 
 if __name__ == "__main__":

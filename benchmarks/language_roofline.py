@@ -26,7 +26,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import report
-from measure import THREADS
+from measure import THREADS, cpu_session
 
 from onnxpress.artifact import Artifact
 from onnxpress.runtime.cache import KeyValueCache
@@ -112,14 +112,8 @@ def products_alone(artifact: Artifact, nodes: list[onnx.NodeProto]) -> tuple[onn
         list(weights.values()),
     )
     imports = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    session = onnxruntime.InferenceSession(
-        onnx.helper.make_model(graph, opset_imports=imports, ir_version=10).SerializeToString(),
-        options,
-        providers=["CPUExecutionProvider"],
-    )
-    return session, sum(len(one.raw_data) for one in weights.values())
+    model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=10)
+    return cpu_session(model.SerializeToString()), sum(len(one.raw_data) for one in weights.values())
 
 
 def timed_alone(session: onnxruntime.InferenceSession) -> float:

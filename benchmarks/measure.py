@@ -40,6 +40,15 @@ def tokens(batch: int, length: int) -> dict[str, np.ndarray]:
     return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
 
 
+def cpu_session(model: bytes) -> Any:
+    """A session of a graph as it is, on THREADS."""
+    import onnxruntime  # not every system's environment has it
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 def milliseconds(call: Callable[[], Any], repeats: int) -> list[float]:
     """Wall time of each of `repeats` calls, after two that do not count."""
     call()

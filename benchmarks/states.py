@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import report
-from measure import THREADS
+from measure import cpu_session
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from onnxpress.timing import alternate
@@ -136,10 +136,7 @@ def _bound(form: Form, inputs: dict[str, np.ndarray[Any, Any]]) -> _Bound:
     )
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return _Bound(session, inputs)
+    return _Bound(cpu_session(model.SerializeToString()), inputs)
 
 
 def _contrib(kind: str, inputs: list[str], outputs: list[str], **attributes: Any) -> NodeProto:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from onnxpress.exporters.source import stays_inside
+
 _TEXTS = re.compile(r"(LICEN[CS]E|NOTICE|COPYING)", re.IGNORECASE)
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---", re.DOTALL)
 _LICENSE = re.compile(r"^license:[ \t]*['\"]?([\w.+-]{1,64})['\"]?[ \t]*$", re.MULTILINE)
@@ -26,9 +28,3 @@ def license_files(folder: Path) -> tuple[Path, ...]:
     """Texts of licences beside the weights."""
     found = [path for path in folder.iterdir() if _TEXTS.match(path.name) and path.is_file() and stays_inside(path)]
     return tuple(sorted(path for path in found if path.stat().st_size <= _LARGEST))
-
-
-def stays_inside(path: Path) -> bool:
-    """Whether a file of a model folder is in it, or a link into the hub's cache: others' files are not copied into artifacts."""
-    folder = path.parent.resolve()
-    return any(path.resolve().is_relative_to(root) for root in (folder, folder.parent.parent / "blobs"))

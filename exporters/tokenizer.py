@@ -13,9 +13,9 @@ from tokenizers.normalizers import Lowercase, Sequence
 from transformers import AutoTokenizer
 
 from onnxpress.errors import SourceError
-from onnxpress.exporters.license import stays_inside
 from onnxpress.exporters.pooling import read_json
 from onnxpress.exporters.quiet import quiet
+from onnxpress.exporters.source import stays_inside
 
 # Older forms, which transformers can convert.
 _VOCABULARIES = ("vocab.txt", "vocab.json", "*.model")

@@ -59,7 +59,8 @@ class Artifact:
         encrypted = [name for name in manifest.files if _inside(folder, name + SUFFIX).is_file()]
         if encrypted and key is None:
             raise ArtifactError(
-                f"{folder} is encrypted; it needs its key (--key, key=): file:PATH, env:NAME or command:LINE."
+                f"{folder} is encrypted; it needs its key (key=, or --key of run, generate, chat and verify): file:PATH, "
+                "env:NAME or command:LINE."
             )
         if not encrypted and key is not None:
             raise ArtifactError(f"A key was given, and {folder} is not encrypted: it is not what it should be.")

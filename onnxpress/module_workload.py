@@ -47,7 +47,9 @@ class ModuleWorkload:
         else:
             self.notes = (f"evaluated on {len(evaluation)} samples of {evaluation.path.name}",)
             if calibration is None:
-                self.notes += ("passes that calibrate see random inputs of the examples' spread, as no file was given",)
+                self.notes += (
+                    "a pass that calibrates sees random inputs of the examples' spread, as no file was given",
+                )
             else:
                 refuse_overlap(evaluation, calibration)
             if evaluation.labels is not None:

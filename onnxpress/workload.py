@@ -114,16 +114,21 @@ class TextWorkload:
             if mask is not None and any(mask not in sample.text for sample in given):
                 raise RecipeError(f"{file}: texts for fill-mask need a mask each: write {mask} in the place of a word.")
         judged = self._labelled or self._evaluation
-        cut = sum(
-            encoding.truncated > 0 for encoding in self._tokenizer.encode([sample.text_or_pair for sample in judged])
-        )
-        if cut:
+        encodings = self._tokenizer.encode([sample.text_or_pair for sample in judged])
+        if task == "fill-mask" and not any(self._mask_id in encoding.ids for encoding in encodings):
+            where = file or "The built-in texts"
+            raise RecipeError(f"{where}: no text has a mask among its first {options['max_length']} tokens.")
+        if cut := sum(encoding.truncated > 0 for encoding in encodings):
             self.notes += (f"{cut} of {len(judged)} evaluation texts are cut at {options['max_length']} tokens",)
 
     @property
     def labelled(self) -> bool:
         """Whether the user gave samples with labels."""
         return bool(self._labelled)
+
+    @property
+    def _mask_id(self) -> int | None:
+        return self._tokenizer.inner.token_to_id(str(self._options["mask_token"]))
 
     def calibration(self) -> Iterator[Arrays]:
         """Token ids of one calibration sample at a time."""
@@ -137,13 +142,12 @@ class TextWorkload:
         """
         if self.task != "fill-mask":
             return self._outputs(runnable, self._evaluation)
-        mask_id = self._tokenizer.inner.token_to_id(self._options["mask_token"])
         found: Answers = []
         for start in range(0, len(self._evaluation), _MASKS_AT_ONCE):
             samples = self._evaluation[start : start + _MASKS_AT_ONCE]
             encodings = self._tokenizer.encode([sample.text_or_pair for sample in samples])
             for encoding, answer in zip(encodings, self._outputs(runnable, samples), strict=True):
-                masks = np.array(encoding.ids) == mask_id
+                masks = np.array(encoding.ids) == self._mask_id
                 found.append({name: array[masks] for name, array in answer.items()})
         return found
 

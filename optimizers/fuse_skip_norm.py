@@ -43,6 +43,7 @@ class FuseSkipNorm:
         if count:
             graph.model.graph.opset_imports.setdefault("com.microsoft", 1)
             RemoveUnusedNodesPass()(graph.model)
+            graph.model.graph.sort()  # a reader of the sum may stand before the norm
         notes = coverage(count, misses, what="SimplifiedLayerNormalization", into="SkipSimplifiedLayerNormalization")
         return PassResult(graph=graph, changes=count, notes=notes)
 

@@ -26,7 +26,7 @@ class KeyValueCache:
 
     specs: the graph's past inputs, (batch, kv_heads, capacity, head_dim) each, states (batch, …). context: the most tokens of a row. budget: the
     most bytes of all rows together. memory: the computer's where None. tokens: of each row, the token ids whose keys and values it
-    holds, in order.
+    holds, in order. begun: of each row, a number that the caller gives it, which moves with it.
     """
 
     def __init__(self, specs: Sequence[TensorSpec], *, context: int, budget: int, memory: Memory | None = None) -> None:
@@ -35,6 +35,7 @@ class KeyValueCache:
         self.context = context
         self.budget = budget
         self.tokens: list[list[int]] = []
+        self.begun: list[int] = []
         self.capacity = 0
         self.memory = memory or HostMemory()
         self.arrays: dict[str, Any] = {spec.name: self._zeros(spec, 0, 0) for spec in self.specs}
@@ -92,20 +93,21 @@ class KeyValueCache:
                 self._copy(spec.name, self.arrays[spec.name], row, new, row, len(held))
         # All at once: an interrupt before leaves everything as it was.
         self.arrays, self.tokens, self.capacity = grown, tokens, new_capacity
+        self.begun = [*self.begun[:kept], *[0] * (new_rows - kept)]
 
     def swap(self, one: int, other: int) -> None:
         """Let two rows change places."""
         if one == other:
             return
         first, second = self.tokens[one], self.tokens[other]
-        length = max(len(first), len(second))
         self.tokens[one] = self.tokens[other] = []  # until all layers have changed places, neither row holds anything
         for spec, array in zip(self.specs, self.arrays.values(), strict=True):
-            kept = self._zeros(spec, 1, length)
-            self._copy(spec.name, array, one, kept, 0, length)
-            self._copy(spec.name, array, other, array, one, length)
-            self._copy(spec.name, kept, 0, array, other, length)
+            kept = self._zeros(spec, 1, len(first))
+            self._copy(spec.name, array, one, kept, 0, len(first))
+            self._copy(spec.name, array, other, array, one, len(second))
+            self._copy(spec.name, kept, 0, array, other, len(first))
         self.tokens[one], self.tokens[other] = second, first
+        self.begun[one], self.begun[other] = self.begun[other], self.begun[one]
 
     def usable(self, row: int, tokens: Sequence[int]) -> int:
         """How many first tokens of a text need not be read again, because this row holds them."""

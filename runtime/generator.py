@@ -29,9 +29,10 @@ from onnxpress.runtime.tokenization import Tokenizer
 DEFAULT_NEW_TOKENS = 256
 CACHE_BYTES = 2 * 2**30
 MOST_ROWS = 16  # sequences that are generated together
-# Prompt tokens of one step. On the CPU small ones stay in its caches, and attention looks at less that is masked: 1,024 tokens of
-# SmolLM2-135M's shape were read at 1,200 tokens a second in steps of 128, at 940 in steps of 512 (dual, Xeon with AMX, 2 threads).
-PROMPT_CHUNK, PROMPT_CHUNK_ON_CARD = 128, 512
+_KEPT = 4  # sequences whose keys and values are kept for the prompts to come, where the budget allows it; on a card one
+# Prompt tokens of one step. On the CPU small ones stay in its caches, and attention looks at less that is masked; but up to 128 rows ONNX
+# Runtime's 8-bit products are shared between threads by columns, for which each thread packs all rows. (docs/decisions/0010)
+PROMPT_CHUNK, PROMPT_CHUNK_ON_CARD = 256, 512
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Json]]
@@ -156,6 +157,9 @@ class Generator:
         self._chunk = PROMPT_CHUNK if session.on_cpu else PROMPT_CHUNK_ON_CARD
         self._ends = frozenset(options.get("eos_token_ids", ()))
         self._read: tuple[list[int], Any] = ([], None)  # the last prompt that was read, and the logits after it
+        self._kept = _KEPT if session.on_cpu else 1  # a step in another row would be another CUDA graph
+        self._first = 0  # the row of the first sequence that is being generated
+        self._begun = 0  # how many sequences have been
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread whose stream is running
 
@@ -294,9 +298,11 @@ class Generator:
 
     def _pieces(self, waiting: deque[_Sequence]) -> Iterator[Piece]:
         active: list[_Sequence] = []
+        anywhere = len(waiting) == 1 and self.session.on_cpu  # rows of several have to lie side by side
+        self._first = 0
         while waiting or active:
             while waiting and self._has_room(active, waiting[0]):
-                yield self._begin(waiting.popleft(), active)
+                yield self._begin(waiting.popleft(), active, anywhere)
             if not active:
                 continue
             if len(active) == 1:
@@ -318,43 +324,61 @@ class Generator:
         guess = sequence.lookup.guess() if sequence.lookup is not None else []
         guess = guess[: sequence.limit - len(sequence.answer) - 1]
         known = len(sequence.prompt) + len(sequence.answer) - 1
-        logits = self._step.run(0, [[sequence.answer[-1], *guess]], answers=[1 + len(guess)])
+        logits = self._step.run(self._first, [[sequence.answer[-1], *guess]], answers=[1 + len(guess)])
         pieces = [sequence.take(logits[0])]
         while pieces[-1].generation is None and len(pieces) <= len(guess):
             if sequence.answer[-1] != guess[len(pieces) - 1]:
                 break
             pieces.append(sequence.take(logits[len(pieces)]))
-        self._cache.truncate(0, known + len(pieces))
+        self._cache.truncate(self._first, known + len(pieces))
         if sequence.lookup is not None and guess:
             sequence.lookup.judge(len(guess), len(pieces) - 1)
         return pieces
 
-    def _begin(self, sequence: _Sequence, active: list[_Sequence]) -> Piece:
-        """Read a prompt into the row after the active ones; the sequence joins them unless its first token is its last."""
+    def _begin(self, sequence: _Sequence, active: list[_Sequence], anywhere: bool) -> Piece:
+        """Read a prompt into a row, the one after the active ones unless it may be anywhere; the sequence joins them unless its
+        first token is its last.
+        """
         cache, row, prompt = self._cache, len(active), sequence.prompt
         cache.reserve(row + 1, max(map(_longest, [*active, sequence])))
-        if prompt == self._read[0] and prompt in cache.tokens[: row + 1]:  # the next sample of one prompt
-            cache.copy(cache.tokens.index(prompt), row, len(prompt))
-            sequence.cached = len(prompt)
-            return self._first_token(sequence, active)
-        known = [cache.usable(other, prompt[:-1]) for other in range(cache.rows)]
-        best = int(np.argmax(known))
-        if best > row:  # nobody's: it may be moved
-            cache.swap(row, best)
-            best = row
-        sequence.cached = known[best] if best < row else cache.usable(row, prompt[:-1])
-        cache.copy(best, row, sequence.cached)
-        rest = prompt[sequence.cached :]
-        for start in range(0, len(rest), self._chunk):
-            logits = self._step.run(row, [rest[start : start + self._chunk]])
-        self._read = (prompt, logits[0].copy())
-        return self._first_token(sequence, active)
-
-    def _first_token(self, sequence: _Sequence, active: list[_Sequence]) -> Piece:
+        again = prompt == self._read[0] and prompt in cache.tokens  # the next sample of one prompt
+        needed = prompt if again else prompt[:-1]
+        source = max(range(cache.rows), key=lambda other: cache.usable(other, needed))
+        sequence.cached = cache.usable(source, needed)
+        place = self._idle_row(row, source, sequence.cached)
+        if anywhere:
+            self._first = row = place
+        else:
+            cache.swap(row, place)
+            source = {row: place, place: row}.get(source, source)
+        cache.copy(source, row, sequence.cached)
+        self._begun += 1
+        cache.begun[row] = self._begun
+        if not again:
+            rest = prompt[sequence.cached :]
+            for start in range(0, len(rest), self._chunk):
+                logits = self._step.run(row, [rest[start : start + self._chunk]])
+            self._read = (prompt, logits[0].copy())
         piece = sequence.take(self._read[1])
         if piece.generation is None:
             active.append(sequence)
         return piece
+
+    def _idle_row(self, busy: int, source: int, shared: int) -> int:
+        """A row behind the busy ones for a prompt that shares tokens with the row `source`.
+
+        That row itself, where at least half of it goes on; else an empty or a new one; with _KEPT of them in use, or no budget for
+        more, the one that was begun longest ago.
+        """
+        cache = self._cache
+        if source >= busy and 2 * shared >= len(cache.tokens[source]):
+            return source
+        idle = range(busy, cache.rows)
+        oldest = min(idle, key=lambda row: (bool(cache.tokens[row]), cache.begun[row]))
+        if cache.tokens[oldest] and len(idle) < self._kept and cache.fits(cache.rows + 1, cache.capacity):
+            cache.reserve(cache.rows + 1, cache.capacity)
+            return cache.rows - 1
+        return oldest
 
     def _has_room(self, active: list[_Sequence], sequence: _Sequence) -> bool:
         if not active:

@@ -245,12 +245,13 @@ def test_bench_refuses(artifact: Path, arguments: list[str], message: str) -> No
 
 
 def test_bench_calls_no_function_that_an_artifact_names(tmp_path: Path) -> None:
-    (tmp_path / "stranger.py").write_text("def make():\n    open('called', 'w').close()\n")
+    called = tmp_path / "called"
+    (tmp_path / "stranger.py").write_text(f"def make():\n    open({str(called)!r}, 'w').close()\n")
     model = {"source": "stranger:make", "revision": None, "max_length": None}
     other = save_artifact(tmp_path / "other", recipe={"model": model}).path
     done = onnxpress("bench", other, "--against", "torch", PYTHONPATH=str(tmp_path))
     refused(done, "is made by stranger:make, and no function is called because an artifact names it")
-    assert not Path("called").exists()
+    assert not called.exists()
 
 
 def test_doctor() -> None:

@@ -167,6 +167,37 @@ def test_a_prompt_that_is_in_the_cache_is_not_computed_again(generator: Generato
     assert fresh.token_ids == again.token_ids
 
 
+def test_conversations_in_turn_keep_their_caches(artifact: Path, generator: Generator) -> None:
+    several = onnxpress.load(artifact)
+    assert isinstance(several, Generator)
+    texts = [ids_of(generator, start + " the end of the land and the man") for start in "ABCDE"]
+    for turn in range(3):
+        for index, text in enumerate(texts[:4]):
+            found = several.generate([text], max_new_tokens=6, ignore_eos=True)[0]
+            generator.reset()
+            assert found.token_ids == generator.generate([text], max_new_tokens=6, ignore_eos=True)[0].token_ids
+            assert found.cached_tokens == (len(text) - 2 if turn else 0)
+            texts[index] = [*text, *found.token_ids, 7]
+    together = several.generate(texts[:3], max_new_tokens=6, ignore_eos=True)
+    assert [item.cached_tokens for item in together] == [len(text) - 2 for text in texts[:3]]
+    assert several._cache.rows == 4
+    # A fifth takes the place of the one that has waited longest.
+    assert several.generate([texts[4]], max_new_tokens=2)[0].cached_tokens == 0
+    assert several._cache.rows == 4
+    known = [max(several._cache.usable(row, text) for row in range(4)) for text in texts]
+    assert [length > 0 for length in known] == [True, True, True, False, True]
+
+
+def test_without_budget_a_new_conversation_takes_the_row(artifact: Path, generator: Generator) -> None:
+    small = onnxpress.load(artifact, cache_bytes=128 * generator._cache.bytes_per_token)
+    assert isinstance(small, Generator)
+    for prompt in PROMPTS[:3]:
+        generator.reset()
+        found = small.generate(prompt, max_new_tokens=40)[0]
+        assert found.token_ids == generator.generate(prompt, max_new_tokens=40)[0].token_ids
+        assert small._cache.rows == 1
+
+
 def test_chat_turns_know_the_conversation(generator: Generator) -> None:
     messages = [{"role": "user", "content": "the man"}]
     answer = generator.generate(messages=messages, max_new_tokens=10)[0]
