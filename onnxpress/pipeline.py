@@ -138,10 +138,7 @@ def _build(
         task, labels = ("module", {}) if found is None else (found.task, found.options)
         preflight.check(recipe, task, labels, resume=resume is not None)
         if recipe.prune is not None and found is not None and found.config is not None:
-            sizes = found.config.get_text_config()
-            recipe.prune.options().check_sizes(
-                heads=getattr(sizes, "num_attention_heads", None), layers=getattr(sizes, "num_hidden_layers", None)
-            )
+            recipe.prune.options().check_sizes(**_sizes(found.config.get_text_config()))
 
         report.step("export")
         exported = _export(recipe, found)
@@ -302,6 +299,15 @@ def _name(recipe: Recipe) -> str:
     if source.endswith(".onnx"):
         return Path(source).stem
     return source.replace(":", "/").rpartition("/")[2] or "model"
+
+
+def _sizes(config: Any) -> dict[str, int]:
+    """What can be pruned of a model, as far as its config says it in one number."""
+    names = {"ffn": "intermediate_size", "heads": "num_attention_heads", "layers": "num_hidden_layers"}
+    if getattr(config, "num_key_value_heads", None):
+        names["heads"] = "num_key_value_heads"
+    sizes = {kind: getattr(config, name, None) for kind, name in names.items()}
+    return {kind: size for kind, size in sizes.items() if isinstance(size, int)}
 
 
 def _find(recipe: Recipe, given: _Given) -> Found | None:

@@ -128,7 +128,8 @@ class TextWorkload:
 
     @property
     def _mask_id(self) -> int | None:
-        return self._tokenizer.inner.token_to_id(str(self._options["mask_token"]))
+        found: int | None = self._tokenizer.inner.token_to_id(self._options["mask_token"])
+        return found
 
     def calibration(self) -> Iterator[Arrays]:
         """Token ids of one calibration sample at a time."""

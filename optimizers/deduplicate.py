@@ -48,13 +48,13 @@ class Deduplicate:
         """Merge. `changes` counts nodes and constants that are gone."""
         before = _size(graph)
         for body in graph.model.graphs():
-            _merge_constants(body)
+            merge_constants(body)
         _merge_nodes(graph.model.graph, {})
         RemoveUnusedNodesPass()(graph.model)
         return PassResult(graph=graph, changes=before - _size(graph))
 
 
-def _merge_constants(graph: ir.Graph) -> None:
+def merge_constants(graph: ir.Graph) -> None:
     """By content, which is read only where another constant has the same type, shape and first corner."""
     alike: defaultdict[Hashable, list[ir.Value]] = defaultdict(list)
     for value in graph.initializers.values():

@@ -25,6 +25,7 @@ import onnx_ir as ir
 from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
+from onnxpress.optimizers.deduplicate import merge_constants
 from onnxpress.optimizers.linear import add_constant, attribute, replace_value, unused_name
 from onnxpress.optimizers.rounding import Blocks, Float, per_channel_8bit, unpack
 
@@ -76,6 +77,7 @@ class Int8Prompts:
         body.insert_before(regions[0][0], steps)
         for number, region in enumerate(regions):
             _choose(graph, region, chosen, steps[-1].outputs[0], name=f"layers_{number}" if number else "layers")
+        merge_constants(body)  # weights that layers share
         notes = (f"{len(chosen)} of {len(products)} products in int8 from {self.from_tokens} tokens a step on",)
         touched = tuple(str(node.name) for node in chosen)
         return PassResult(graph=graph, changes=len(chosen), notes=notes, touched=touched, kept_as="in blocks")

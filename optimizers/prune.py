@@ -67,11 +67,10 @@ class PruneOptions:
         if not self.ffn and not self.heads and not self.layers:
             raise RecipeError("prune: nothing is to go; set ffn, heads or layers.")
 
-    def check_sizes(self, *, heads: int | None, layers: int | None) -> None:
-        """Raise RecipeError where as many are to go as a model's config says that there are; None where it says nothing."""
-        for kind, there in (("heads", heads), ("layers", layers)):
-            if there and getattr(self, kind):
-                _number(getattr(self, kind), there, kind)
+    def check_sizes(self, **sizes: int) -> None:
+        """Raise RecipeError where as many of ffn, heads or layers are to go as there are by a model's config."""
+        for kind, there in sizes.items():
+            _number(getattr(self, kind), there, kind)
 
 
 @dataclass(frozen=True, kw_only=True)

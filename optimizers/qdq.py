@@ -26,6 +26,7 @@ from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.bias_correction import correct_biases
 from onnxpress.optimizers.calibrated_range import PERCENTILE, Numbers, check_method, chosen_range
+from onnxpress.optimizers.deduplicate import merge_constants
 from onnxpress.optimizers.experts import mixtures, routers
 from onnxpress.optimizers.linear import add_constant, attribute, drop_unused_constants, replace_value, unused_name
 from onnxpress.optimizers.matching import body_nodes, constant, dimension, insert, rank
@@ -108,6 +109,7 @@ def _quantize(options: Int8Qdq, graph: Graph, context: PassContext, form: QdqFor
         for layer in plan.layers:
             writer.write_integer_bias(layer)
     drop_unused_constants(graph)
+    merge_constants(graph.model.graph)  # weights that layers share
     kinds = sorted({layer.node.op_type for layer in plan.layers} | {node.op_type for node in plan.between})
     scales = len(set(plan.owners.values()))
     summary = f"{len(plan.layers)} layers and {len(plan.between)} nodes between ({', '.join(kinds)}), {scales} activation scales"

@@ -43,6 +43,16 @@ def open_for(result: PassResult, folder: Path, kind: str = "cpu") -> PlainSessio
     return PlainSession(result.graph, folder, disabled=facts.disabled_optimizers, exact=facts.exact_products)
 
 
+def test_a_weight_that_layers_share_is_stored_once(tmp_path: Path) -> None:
+    """As ALBERT's layers do."""
+    weight = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
+    graph = small_graph("h = MatMul (x, w) r = Relu (h) y = MatMul (r, w)", weights={"w": weight})
+    result = quantize(graph, tmp_path, vectors(64, seed=0))
+    assert result.graph.operators()["QuantizeLinear"] >= 2
+    sizes = [np.prod(item.shape.numpy()) for item in result.graph.model.graph.initializers.values() if item.shape]
+    assert sizes.count(1024) == 1
+
+
 @pytest.mark.parametrize("opset", [13, 18, 23])
 @pytest.mark.parametrize("kind", CPUS)
 def test_onnxruntime_runs_integers_throughout(kind: str, opset: int, tmp_path: Path) -> None:

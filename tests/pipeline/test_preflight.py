@@ -111,6 +111,7 @@ PRUNED: dict[str, Any] = {"prune": {"ffn": 0.5}}
         ("module", {"budget": "101%"}, "share of variance_kept that may be lost, at most 100%"),
         ("texts", {"prune": {"heads": 4}}, "heads is 4, but there are 4; at least one has to stay"),
         ("texts", {"prune": {"layers": 9}}, "layers is 9, but there are"),
+        ("texts", {"prune": {"ffn": 9999}}, "ffn is 9999, but there are"),
         # files
         ("texts", {"file": "bare.csv"}, "no column of texts; it has: body"),
         ("texts", {"file": "tags.conll"}, "files of samples end in"),
