@@ -398,7 +398,7 @@ class _Recorder:
         counts: dict[int, int] = {}
         for query in sorted({0, 1, 2, 7, last // 3, last // 2, last - 1, last} & set(range(last + 1))):
             try:
-                seen = mask_function(zero, zero, torch.tensor(query), keys).reshape(-1).nonzero().reshape(-1)
+                seen = mask_function(zero, zero, torch.tensor(query), keys).expand(keys.shape)[0, 0, 0].nonzero()[:, 0]
             except Exception as error:  # a mask that cannot be asked in this way may raise anything
                 raise ConversionError(f"{type(self.model).__name__} has a mask of its own kind: {error}") from error
             first, count = (int(seen[0]), len(seen)) if len(seen) else (0, 0)

@@ -64,16 +64,15 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             name="fill-mask",
-            architectures=("ForMaskedLM",),
+            architectures=("ForMaskedLM", "WithLMHeadModel"),  # XLM's and FlauBERT's
             outputs=("logits",),
         ),
         Task(
             name="text-generation",
             architectures=(
                 "ForCausalLM",
-                "GPT2LMHeadModel",
-                "OpenAIGPTLMHeadModel",
-            ),  # XLMWithLMHeadModel is a masked one
+                *(f"{name}LMHeadModel" for name in ("GPT2", "OpenAIGPT", "CTRL", "Bert", "XLNet")),
+            ),
             outputs=("logits",),
             synonyms=("causal-lm", "chat"),
         ),

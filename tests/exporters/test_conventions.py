@@ -100,7 +100,9 @@ def test_a_vocabulary_of_ten_tokens_is_enough() -> None:
 def test_a_mask_that_looks_ahead_is_refused() -> None:
     config = tf.LlamaConfig(**BASE)
     config.is_causal = False
-    with pytest.raises(ConversionError, match="does not look at the tokens up to the present one alone"):
+    with pytest.raises(
+        ConversionError, match=f"up to the present one alone: at position 0 it sees {CONTEXT} tokens from 0 on"
+    ):
         learn(from_config(config), positions=CONTEXT)
 
 

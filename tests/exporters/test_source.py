@@ -157,6 +157,8 @@ def test_task_names(tmp_path):
     assert infer_task(tmp_path, ("BertForTokenClassification",)).name == "token-classification"
     assert infer_task(tmp_path, ("LlamaForCausalLM",)).name == "text-generation"
     assert infer_task(tmp_path, ("GPT2LMHeadModel",)).name == "text-generation"
+    assert infer_task(tmp_path, ("CTRLLMHeadModel",)).name == "text-generation"
+    assert infer_task(tmp_path, ("FlaubertWithLMHeadModel",)).name == "fill-mask"
     assert infer_task(tmp_path, ("LlamaModel",)).name == "feature-extraction"
     with pytest.raises(
         SourceError, match="was saved as PatchTSTForPrediction, from which onnxpress cannot tell the task"
