@@ -455,6 +455,8 @@ def _answers(runner: Any, texts: list[str], pairs: list[str]) -> Iterator[Any]:
     if isinstance(runner, ModuleRunner):
         raise BundleError("This model takes arrays, not text: use it from Python, as README.md says.")
     if isinstance(runner, Generator):
+        if pairs:
+            raise BundleError("This model goes on with texts, which have no pairs: leave --pair out.")
         yield from (generation.text for generation in runner.generate(texts))
     else:
         yield from runner.answer_texts(list(zip(texts, pairs, strict=True)) if pairs else texts)
@@ -474,8 +476,12 @@ def main(arguments: list[str] | None = None) -> int:
     folder = Path(__file__).resolve().parent
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # Windows has others
-    if options.texts and (options.self_test or options.check):
-        parser.error("give texts, --self-test or --check")
+    if (bool(options.texts), options.self_test, bool(options.check)).count(True) != 1:
+        parser.error("give a text, --self-test or --check")
+    if options.pair and not options.texts:
+        parser.error("--pair goes with texts")
+    if options.json and not options.self_test:
+        parser.error("--json goes with --self-test; answers are JSON as they are")
     if options.self_test:
         verdict = self_test(folder, signed_by=options.signed_by, key=options.key)
         if options.json:
@@ -486,8 +492,6 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{'ok  ' if good else 'BAD '} {what:<16} {found}")
             print(f"verdict: {'good' if verdict.good else 'NOT GOOD'}")
         return 0 if verdict.good else 1
-    if not options.texts and not options.check:
-        parser.error("give a text, --self-test or --check")
     try:
         if options.check:
             print(*check(options.check, options.signed_by)[1], sep="\n")

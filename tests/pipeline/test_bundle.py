@@ -376,6 +376,22 @@ def test_mistakes(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert {path.name for path in tmp_path.iterdir()} == {"file", "tiny.tar"}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give a text, --self-test or --check"),
+        (["a text", "--check"], "give a text, --self-test or --check"),
+        (["--self-test", "--check", "."], "give a text, --self-test or --check"),
+        (["--self-test", "--pair", "b"], "--pair goes with texts"),
+        (["a text", "--json"], "--json goes with --self-test"),
+    ],
+)
+def test_arguments_that_would_be_ignored(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        on_device.main(arguments)
+    assert said in capsys.readouterr().err
+
+
 def test_a_full_disk_leaves_what_was_there(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "tiny.tar"
     place.write_bytes(b"before")
