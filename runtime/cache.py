@@ -80,7 +80,7 @@ class KeyValueCache:
             new_capacity = self._rounded(capacity)
         elif capacity > self.capacity:
             generous = max(capacity, min(self.capacity * 3 // 2, self.context))
-            new_capacity = self._rounded(generous if self.fits(rows, generous) else capacity)
+            new_capacity = self._rounded(generous if self.fits(max(rows, self.rows), generous) else capacity)
         kept = self.rows
         while kept > rows and not self.fits(kept, new_capacity):
             kept -= 1
@@ -91,9 +91,9 @@ class KeyValueCache:
             grown[spec.name] = new = self._zeros(spec, new_rows, new_capacity)
             for row, held in enumerate(tokens[:kept]):
                 self._copy(spec.name, self.arrays[spec.name], row, new, row, len(held))
+        begun = [*self.begun[:kept], *[0] * (new_rows - kept)]
         # All at once: an interrupt before leaves everything as it was.
-        self.arrays, self.tokens, self.capacity = grown, tokens, new_capacity
-        self.begun = [*self.begun[:kept], *[0] * (new_rows - kept)]
+        self.arrays, self.tokens, self.begun, self.capacity = grown, tokens, begun, new_capacity
 
     def swap(self, one: int, other: int) -> None:
         """Let two rows change places."""

@@ -52,6 +52,16 @@ def test_rows_that_nobody_asked_for_go_when_the_budget_is_short() -> None:
     assert holds(cache, 0, [1])
 
 
+def test_growth_beyond_need_takes_no_rows() -> None:
+    """Three rows of 1,000 tokens fit; half as much room again would leave two."""
+    cache = KeyValueCache(SPECS, context=5000, budget=3 * 1024 * TOKEN)
+    cache.reserve(3, 700)
+    filled(cache, 2, [3])
+    cache.reserve(1, 1000)
+    assert (cache.rows, cache.capacity) == (3, 1024)
+    assert holds(cache, 2, [3])
+
+
 def test_many_short_rows_after_a_long_one_stay_within_the_budget() -> None:
     cache = KeyValueCache(SPECS, context=5000, budget=4096 * TOKEN)
     cache.reserve(1, 4096)
