@@ -340,10 +340,14 @@ class Generator:
         first token is its last.
         """
         cache, row, prompt = self._cache, len(active), sequence.prompt
-        cache.reserve(row + 1, max(map(_longest, [*active, sequence])))
+        longest = max(map(_longest, [*active, sequence]))
         again = prompt == self._read[0] and prompt in cache.tokens  # the next sample of one prompt
         needed = prompt if again else prompt[:-1]
-        source = max(range(cache.rows), key=lambda other: cache.usable(other, needed))
+        source = max(range(cache.rows), key=lambda other: cache.usable(other, needed), default=row)
+        if source > row and not cache.fits(cache.rows, longest):  # rows will go, the last first
+            cache.swap(row, source)
+            source = row
+        cache.reserve(row + 1, longest)
         sequence.cached = cache.usable(source, needed)
         place = self._idle_row(row, source, sequence.cached)
         if anywhere:

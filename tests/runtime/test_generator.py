@@ -188,6 +188,22 @@ def test_conversations_in_turn_keep_their_caches(artifact: Path, generator: Gene
     assert [length > 0 for length in known] == [True, True, True, False, True]
 
 
+def test_a_conversation_that_outgrows_the_budget_keeps_its_own_row(
+    artifact: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxpress.runtime.cache._GROWTH", 16)
+    small = onnxpress.load(artifact, cache_bytes=4 * 32 * generator._cache.bytes_per_token)
+    assert isinstance(small, Generator)
+    for first in range(4):
+        small.generate([[*range(50 * first + 5, 50 * first + 25)]], max_new_tokens=8)
+    assert small._cache.rows == 4
+    last = [*range(155, 175), *range(5, 20)]
+    found = small.generate([last], max_new_tokens=8, ignore_eos=True)[0]
+    assert small._cache.rows == 2
+    assert found.cached_tokens == 20
+    assert found.token_ids == generator.generate([last], max_new_tokens=8, ignore_eos=True)[0].token_ids
+
+
 def test_without_budget_a_new_conversation_takes_the_row(artifact: Path, generator: Generator) -> None:
     small = onnxpress.load(artifact, cache_bytes=128 * generator._cache.bytes_per_token)
     assert isinstance(small, Generator)
