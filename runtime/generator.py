@@ -343,7 +343,10 @@ class Generator:
         longest = max(map(_longest, [*active, sequence]))
         again = prompt == self._read[0] and prompt in cache.tokens  # the next sample of one prompt
         needed = prompt if again else prompt[:-1]
-        source = max(range(cache.rows), key=lambda other: cache.usable(other, needed), default=row)
+        # Of those that hold as much, the one begun longest ago: others may go on with theirs.
+        source = max(
+            range(cache.rows), key=lambda other: (cache.usable(other, needed), -cache.begun[other]), default=row
+        )
         if source > row and not cache.fits(cache.rows, longest):  # rows will go, the last first
             cache.swap(row, source)
             source = row
@@ -371,18 +374,20 @@ class Generator:
     def _idle_row(self, busy: int, source: int, shared: int) -> int:
         """A row behind the busy ones for a prompt that shares tokens with the row `source`.
 
-        That row itself, where at least half of it goes on; else an empty or a new one; with _KEPT of them in use, or no budget for
-        more, the one that was begun longest ago.
+        That row itself, where all of it goes on; else an empty or a new one; with _KEPT of them in use, or no budget for more, that
+        row where at least half of it goes on; else the one that was begun longest ago.
         """
-        cache = self._cache
-        if source >= busy and 2 * shared >= len(cache.tokens[source]):
+        cache, idle = self._cache, range(busy, self._cache.rows)
+        held = len(cache.tokens[source])
+        if source in idle and shared == held:
             return source
-        idle = range(busy, cache.rows)
         oldest = min(idle, key=lambda row: (bool(cache.tokens[row]), cache.begun[row]))
-        if cache.tokens[oldest] and len(idle) < self._kept and cache.fits(cache.rows + 1, cache.capacity):
+        if not cache.tokens[oldest]:
+            return oldest
+        if len(idle) < self._kept and cache.fits(cache.rows + 1, cache.capacity):
             cache.reserve(cache.rows + 1, cache.capacity)
             return cache.rows - 1
-        return oldest
+        return source if source in idle and 2 * shared >= held else oldest
 
     def _has_room(self, active: list[_Sequence], sequence: _Sequence) -> bool:
         if not active:

@@ -188,6 +188,26 @@ def test_conversations_in_turn_keep_their_caches(artifact: Path, generator: Gene
     assert [length > 0 for length in known] == [True, True, True, False, True]
 
 
+def test_conversations_with_one_beginning_keep_their_own_rows(artifact: Path, generator: Generator) -> None:
+    """A system prompt that is most of each: none takes the row of another while there are free ones."""
+    several = onnxpress.load(artifact)
+    assert isinstance(several, Generator)
+    system = [*range(5, 45)]
+    texts = [[*system, 50 + index, 60 + index] for index in range(5)]
+    for turn in range(2):
+        for index, text in enumerate(texts[:4]):
+            found = several.generate([text], max_new_tokens=6, ignore_eos=True)[0]
+            generator.reset()
+            assert found.token_ids == generator.generate([text], max_new_tokens=6, ignore_eos=True)[0].token_ids
+            assert found.cached_tokens == (len(text) - 2 if turn else len(system) if index else 0)
+            texts[index] = [*text, *found.token_ids, 7]
+    # A fifth takes the row of the one that has waited longest, though all share as much with it.
+    assert several.generate([texts[0]], max_new_tokens=2)[0].cached_tokens == len(texts[0]) - 2
+    assert several.generate([texts[4]], max_new_tokens=2)[0].cached_tokens == len(system)
+    known = [max(several._cache.usable(row, text) for row in range(4)) for text in texts]
+    assert [length > len(system) for length in known] == [True, False, True, True, True]
+
+
 def test_a_conversation_that_outgrows_the_budget_keeps_its_own_row(
     artifact: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
