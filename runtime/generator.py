@@ -29,7 +29,7 @@ from onnxpress.runtime.tokenization import Tokenizer
 DEFAULT_NEW_TOKENS = 256
 CACHE_BYTES = 2 * 2**30
 MOST_ROWS = 16  # sequences that are generated together
-_KEPT = 4  # sequences whose keys and values are kept for the prompts to come, where the budget allows it; on a card one
+_IDLE_ROWS = 4  # sequences whose keys and values are kept for the prompts to come, where the budget allows it; on a card one
 # Prompt tokens of one step. On the CPU small ones stay in its caches, and attention looks at less that is masked; but up to 128 rows ONNX
 # Runtime's 8-bit products are shared between threads by columns, for which each thread packs all rows. (docs/decisions/0010)
 PROMPT_CHUNK, PROMPT_CHUNK_ON_CARD = 256, 512
@@ -157,9 +157,9 @@ class Generator:
         self._chunk = PROMPT_CHUNK if session.on_cpu else PROMPT_CHUNK_ON_CARD
         self._ends = frozenset(options.get("eos_token_ids", ()))
         self._read: tuple[list[int], Any] = ([], None)  # the last prompt that was read, and the logits after it
-        self._kept = _KEPT if session.on_cpu else 1  # a step in another row would be another CUDA graph
+        self._idle_rows = _IDLE_ROWS if session.on_cpu else 1  # a step in another row would be another CUDA graph
         self._first = 0  # the row of the first sequence that is being generated
-        self._begun = 0  # how many sequences have been
+        self._sequences = 0  # how many there have been
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread whose stream is running
 
@@ -353,14 +353,16 @@ class Generator:
         cache.reserve(row + 1, longest)
         sequence.cached = cache.usable(source, needed)
         place = self._idle_row(row, source, sequence.cached)
+        if place != source:
+            cache.truncate(place, 0)
         if anywhere:
             self._first = row = place
         else:
             cache.swap(row, place)
             source = {row: place, place: row}.get(source, source)
         cache.copy(source, row, sequence.cached)
-        self._begun += 1
-        cache.begun[row] = self._begun
+        self._sequences += 1
+        cache.begun[row] = self._sequences
         if not again:
             rest = prompt[sequence.cached :]
             for start in range(0, len(rest), self._chunk):
@@ -374,7 +376,7 @@ class Generator:
     def _idle_row(self, busy: int, source: int, shared: int) -> int:
         """A row behind the busy ones for a prompt that shares tokens with the row `source`.
 
-        That row itself, where all of it goes on; else an empty or a new one; with _KEPT of them in use, or no budget for more, that
+        That row itself, where all of it goes on; else an empty or a new one; with _IDLE_ROWS in use, or no budget for more, that
         row where at least half of it goes on; else the one that was begun longest ago.
         """
         cache, idle = self._cache, range(busy, self._cache.rows)
@@ -384,7 +386,7 @@ class Generator:
         oldest = min(idle, key=lambda row: (bool(cache.tokens[row]), cache.begun[row]))
         if not cache.tokens[oldest]:
             return oldest
-        if len(idle) < self._kept and cache.fits(cache.rows + 1, cache.capacity):
+        if len(idle) < self._idle_rows and cache.fits(cache.rows + 1, cache.capacity):
             cache.reserve(cache.rows + 1, cache.capacity)
             return cache.rows - 1
         return source if source in idle and 2 * shared >= held else oldest
