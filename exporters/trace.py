@@ -105,9 +105,38 @@ def _translated(program: ExportedProgram, example: Mapping[str, torch.Tensor], o
         opset_version=OPSET,
         optimize=False,
         verbose=False,
+        custom_translation_table={torch.ops.aten.erfinv.default: _erfinv},
     )
     assert translated is not None
     return translated.model
+
+
+def _erfinv(x: Any) -> Any:
+    """The inverse of the error function, which torch does not translate, in float32's precision.
+
+    Two polynomials in w = -log(1 - x²), and in its root beyond |x| = 0.9966 (M. Giles, Approximating the erfinv function, GPU Computing Gems 2, 2010).
+    """
+    from onnxscript import opset18 as op
+
+    def number(value: float) -> Any:
+        return op.Constant(value_float=value)
+
+    def polynomial(y: Any, coefficients: Sequence[float]) -> Any:
+        total = number(coefficients[0])
+        for coefficient in coefficients[1:]:
+            total = op.Add(op.Mul(total, y), number(coefficient))
+        return total
+
+    w = op.Neg(op.Log(op.Mul(op.Sub(number(1), x), op.Add(number(1), x))))
+    near = polynomial(op.Sub(w, number(2.5)), _ERFINV_NEAR)
+    far = polynomial(op.Sub(op.Sqrt(w), number(3)), _ERFINV_FAR)
+    return op.Mul(op.Where(op.Less(w, number(5)), near, far), x)
+
+
+_ERFINV_NEAR = (2.81022636e-8, 3.43273939e-7, -3.5233877e-6, -4.39150654e-6, 2.1858087e-4, -1.25372503e-3)
+_ERFINV_NEAR += (-4.17768164e-3, 0.246640727, 1.50140941)
+_ERFINV_FAR = (-2.00214257e-4, 1.00950558e-4, 1.34934322e-3, -3.67342844e-3, 5.73950773e-3, -7.6224613e-3)
+_ERFINV_FAR += (9.43887047e-3, 1.00167406, 2.83297682)
 
 
 def tensor_spec(value: ir.Value, *, bounds: tuple[int, int] | None = None) -> TensorSpec:

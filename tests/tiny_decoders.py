@@ -127,6 +127,19 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
             layer_types=["sliding_attention", "full_attention"] * 2,
         )
     ),
+    "gemma3n": lambda **more: (
+        tf.Gemma3nTextConfig(  # several streams side by side; activations of which the largest stay, some of them
+            **{**BASE, "num_hidden_layers": 4},
+            head_dim=16,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=320,
+            laurel_rank=8,
+            activation_sparsity_pattern=[0.95, 0.9, 0.0, 0.0],
+            num_kv_shared_layers=2,
+            sliding_window=6,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+        )
+    ),
     "phi3": lambda **more: tf.Phi3Config(**BASE),
     "phi4-partial-rotary": lambda **more: tf.Phi3Config(**BASE, partial_rotary_factor=0.5),
     "smollm3-nope": lambda **more: tf.SmolLM3Config(**BASE, no_rope_layers=[1, 0]),

@@ -40,7 +40,7 @@ EMITTED = {
 
 # Attentions where they are not two; linear attentions.
 _HALF_LINEAR = ("qwen3.5", "qwen3-next", "kimi-linear", "olmo-hybrid", "granite-hybrid", "bamba", "nemotron-h")
-ATTENTIONS = {**dict.fromkeys(_HALF_LINEAR, 1), "gemma4": 4, "lfm2": 1, "mamba2": 0}
+ATTENTIONS = {**dict.fromkeys(_HALF_LINEAR, 1), "gemma3n": 4, "gemma4": 4, "lfm2": 1, "mamba2": 0}
 LINEAR = {**dict.fromkeys(_HALF_LINEAR, 1), "falcon-h1": 2, "mamba2": 2}
 
 EXPERTS = {

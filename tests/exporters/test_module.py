@@ -193,3 +193,17 @@ def _check(exported, folder) -> None:
     assert rows[0].case == "the example"
     assert len(rows) >= 3 * len(exported.graph.signature.outputs)
     assert max(row.max_rel for row in rows) < 5e-6
+
+
+class InverseOfTheErrorFunction(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.erfinv(x)
+
+
+def test_an_operator_that_torch_does_not_translate(tmp_path):
+    """Both polynomials, and where they meet."""
+    module = InverseOfTheErrorFunction()
+    exported = export(module, example_inputs=torch.rand(3, 5))
+    x = torch.cat([torch.linspace(-0.99, 0.99, 199), torch.tensor([0.9966, 0.99665, 0.9999, -0.9999, 1 - 1e-6, 1e-7])])
+    answer = OnnxRunner(exported.graph.model, tmp_path).run({"x": x.reshape(-1, 5).numpy()})["output_0"]
+    torch.testing.assert_close(torch.from_numpy(answer.reshape(-1)), torch.erfinv(x), rtol=2e-6, atol=0)

@@ -1,0 +1,170 @@
+"""Which language models of the installed transformers can be exported: each architecture, tiny and random, against PyTorch.
+
+    python benchmarks/architectures.py [--only NAME …] [--json FILE]
+
+For every architecture of AutoModelForCausalLM: its default config with small numbers in the place of large ones, random weights, the
+export, and prompts, chunks and steps compared with PyTorch as a build compares them. Says of each that it answers like PyTorch, why it is refused, or
+that no small model of it could be made here. Takes 20 minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+import transformers
+from rich.progress import track
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from onnxpress.errors import OnnxpressError
+from onnxpress.exporters import DecoderParityCheck, Exported
+from onnxpress.exporters.conventions import learn
+from onnxpress.exporters.transformers_decoder import DecoderReference, export_causal_lm
+from onnxpress.runtime.cache import KeyValueCache
+from onnxpress.runtime.model_step import ModelStep
+from onnxpress.runtime.session import Session
+from onnxpress.workbench import save
+
+LIKE_PYTORCH, REFUSED, NOT_MADE, FAILED = "answers like PyTorch", "refused", "no small model of it", "fails"
+CONTEXT = 128
+_LARGEST = 50_000_000  # parameters of what still is small
+
+# Fields of configs, by the number that is small for them. A config gets those that it has.
+_NUMBERS = {
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 320),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len"), CONTEXT),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embedding_size", "word_embed_proj_dim", "lru_width"), 64),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim"), 96
+    ),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 32),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "encoder_attention_heads"), 4
+    ),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "num_key_value_heads", "multi_query_group_num"), 2),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "first_k_dense_replace", "n_group", "topk_group"), 1),
+    **dict.fromkeys(("head_dim", "v_head_dim", "kv_lora_rank", "qk_nope_head_dim", "kv_channels"), 16),
+    **dict.fromkeys(
+        ("qk_rope_head_dim", "rotary_dim", "mamba_n_heads", "mamba_chunk_size", "hidden_size_per_layer_input"), 8
+    ),
+    **dict.fromkeys(("mamba_d_state", "mamba_d_head", "state_size", "ssm_state_size", "mamba_head_dim"), 16),
+    "q_lora_rank": 24, "sliding_window": 6, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0,
+}
+# What is tried in turn where a model cannot be made or run with these: other numbers, None for a field that is left as it is by default.
+_OTHERWISE: tuple[dict[str, int | None], ...] = (
+    {},
+    {"head_dim": None},
+    {"head_dim": None, "num_key_value_heads": 4},
+    {"num_key_value_heads": None, "head_dim": 32},
+    {"hidden_size": 128, "num_key_value_heads": 4},
+    {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "laurel_rank": 8},
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    found: dict[str, tuple[str, str]] = {}
+    with ProcessPoolExecutor(measure.THREADS, mp_context=context, max_tasks_per_child=10) as pool:
+        outcomes = pool.map(outcome, arguments.only)
+        for name, (kind, reason) in zip(arguments.only, track(outcomes, total=len(arguments.only)), strict=True):
+            found[name] = (kind, reason)
+            print(f"{name}: {kind}{reason and ': '}{reason}", flush=True)
+    counts = Counter(kind for kind, _ in found.values())
+    print(f"\ntransformers {transformers.__version__}, {len(found)} architectures:", end=" ")
+    print(", ".join(f"{counts[kind]} {kind}" for kind in (LIKE_PYTORCH, REFUSED, NOT_MADE, FAILED)))
+    if arguments.json is not None:
+        arguments.json.write_text(
+            json.dumps({"transformers": transformers.__version__, "found": found}, indent=1) + "\n"
+        )
+    sys.exit(1 if counts[FAILED] else 0)
+
+
+def outcome(name: str) -> tuple[str, str]:
+    """What became of an architecture, and why."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    model, reason = small_model(name)
+    if model is None:
+        return NOT_MADE, reason
+    try:
+        graph = export_causal_lm(model, learn(model, positions=CONTEXT), context=CONTEXT)
+        exported = Exported(name=name, graph=graph, reference=DecoderReference(model), options={})
+        with tempfile.TemporaryDirectory() as folder:
+
+            def opened() -> ModelStep:
+                save(graph, Path(folder) / "model.onnx")
+                session = Session(Path(folder) / "model.onnx", signature=graph.signature)
+                context = graph.signature.axes["length"][1]
+                return ModelStep(session, KeyValueCache(graph.signature.inputs, context=context, budget=2**28))
+
+            DecoderParityCheck(exported).check(opened)
+    except OnnxpressError as error:
+        return REFUSED, _line(error)
+    except Exception as error:
+        return FAILED, f"{type(error).__name__}: {_line(error)}"
+    return LIKE_PYTORCH, ""
+
+
+def small_model(name: str) -> tuple[Any, str]:
+    """A model with weights that all count, which runs; or None and why there is none."""
+    reason = ""
+    for otherwise in _OTHERWISE:
+        try:
+            default = transformers.AutoConfig.for_model(name).get_text_config(decoder=True)
+            there = {field for field, value in default.to_dict().items() if value is not None}
+            numbers = {**_NUMBERS, **otherwise}.items()
+            chosen: dict[str, Any] = {
+                field: number
+                for field, number in numbers
+                if number is not None and (field in there or field in default.attribute_map)
+            }
+            layers = otherwise.get("num_hidden_layers", 2) or default.num_hidden_layers
+            for field, value in default.to_dict().items():
+                if isinstance(value, list) and len(value) == default.num_hidden_layers and field not in chosen:
+                    kinds = list({str(item): item for item in value}.values())  # some layers of each
+                    chosen[field] = list(itertools.islice(itertools.cycle(kinds), layers))
+            torch.manual_seed(0)
+            config = type(default)(**chosen)
+            with torch.device("meta"):
+                size = sum(one.numel() for one in transformers.AutoModelForCausalLM.from_config(config).parameters())
+            if size > _LARGEST:
+                raise ValueError(f"{size / 1e6:.0f} million parameters, the smallest that its config allows here")
+            model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+            with torch.no_grad():
+                for parameter_name, parameter in model.named_parameters():
+                    if parameter.dim() > 1:
+                        parameter.normal_(0.0, 0.15)
+                    elif "norm" not in parameter_name.lower():
+                        parameter.normal_(0.0, 0.1)
+                model(input_ids=torch.arange(2, 22)[None])
+        except Exception as error:  # configs and models refuse numbers in as many ways as there are models
+            reason = reason or f"{type(error).__name__}: {_line(error)}"
+        else:
+            return model, ""
+    return None, reason
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+if __name__ == "__main__":
+    main()
