@@ -17,7 +17,6 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +60,23 @@ _NUMBERS = {
         ("qk_rope_head_dim", "rotary_dim", "mamba_n_heads", "mamba_chunk_size", "hidden_size_per_layer_input"), 8
     ),
     **dict.fromkeys(("mamba_d_state", "mamba_d_head", "state_size", "ssm_state_size", "mamba_head_dim"), 16),
-    "q_lora_rank": 24, "sliding_window": 6, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0,
+    "q_lora_rank": 24,
+    "sliding_window": 6,
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "is_decoder": True,
 }
 # What is tried in turn where a model cannot be made or run with these: other numbers, None for a field that is left as it is by default.
-_OTHERWISE: tuple[dict[str, int | None], ...] = (
+_OTHERWISE: tuple[dict[str, Any], ...] = (
     {},
     {"head_dim": None},
     {"head_dim": None, "num_key_value_heads": 4},
     {"num_key_value_heads": None, "head_dim": 32},
     {"hidden_size": 128, "num_key_value_heads": 4},
     {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "laurel_rank": 8},
+    {"attn_layer_indices": [1], "attn_layer_offset": 1, "attn_layer_period": 2, "mamba_d_ssm": 128},
+    {"num_experts_per_tok": 1},
 )
 
 
@@ -81,8 +87,8 @@ def main() -> None:
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     found: dict[str, tuple[str, str]] = {}
-    with ProcessPoolExecutor(measure.THREADS, mp_context=context, max_tasks_per_child=10) as pool:
-        outcomes = pool.map(outcome, arguments.only)
+    with context.Pool(measure.THREADS, maxtasksperchild=10) as pool:
+        outcomes = pool.imap(outcome, arguments.only)
         for name, (kind, reason) in zip(arguments.only, track(outcomes, total=len(arguments.only)), strict=True):
             found[name] = (kind, reason)
             print(f"{name}: {kind}{reason and ': '}{reason}", flush=True)
@@ -129,15 +135,19 @@ def small_model(name: str) -> tuple[Any, str]:
     for otherwise in _OTHERWISE:
         try:
             default = transformers.AutoConfig.for_model(name).get_text_config(decoder=True)
-            there = {field for field, value in default.to_dict().items() if value is not None}
-            numbers = {**_NUMBERS, **otherwise}.items()
+            fields = default.to_dict()
             chosen: dict[str, Any] = {
                 field: number
-                for field, number in numbers
-                if number is not None and (field in there or field in default.attribute_map)
+                for field, number in {**_NUMBERS, **otherwise}.items()
+                if number is not None
+                and (
+                    fields.get(field) is not None
+                    or field in default.attribute_map
+                    or field in fields.keys() & otherwise
+                )
             }
             layers = otherwise.get("num_hidden_layers", 2) or default.num_hidden_layers
-            for field, value in default.to_dict().items():
+            for field, value in fields.items():
                 if isinstance(value, list) and len(value) == default.num_hidden_layers and field not in chosen:
                     kinds = list({str(item): item for item in value}.values())  # some layers of each
                     chosen[field] = list(itertools.islice(itertools.cycle(kinds), layers))

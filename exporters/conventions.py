@@ -101,6 +101,15 @@ def learn(model: PreTrainedModel, *, positions: int) -> Conventions:
 
     Raises ConversionError where its attention is not causal, or not what GroupQueryAttention computes.
     """
+    try:
+        return _learned(model, positions)
+    except ConversionError:
+        raise
+    except Exception as error:  # whatever a model raises that needs more
+        raise ConversionError(f"{type(model).__name__} does not run on tokens and positions alone: {error}") from error
+
+
+def _learned(model: PreTrainedModel, positions: int) -> Conventions:
     recorder = _Recorder(model, positions)
     AttentionInterface.register(_NAME, recorder.attention)
     AttentionMaskInterface.register(_NAME, recorder.mask)

@@ -85,13 +85,8 @@ def export_decoder(
         notes += (f"context: {limit} tokens; the model itself has no limit, and --max-length takes more",)
     context = max_length or limit
     name = type(model).__name__
-    try:
-        with quiet():
-            conventions = learn(model, positions=context)
-    except ConversionError:
-        raise
-    except Exception as error:  # whatever a model raises that needs more than tokens and positions
-        raise ConversionError(f"{name} does not run on tokens and positions alone: {error}") from error
+    with quiet():
+        conventions = learn(model, positions=context)
     if conventions.positions < context:
         if max_length is not None:
             raise SourceError(
