@@ -77,6 +77,12 @@ _OTHERWISE: tuple[dict[str, Any], ...] = (
     {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "laurel_rank": 8},
     {"attn_layer_indices": [1], "attn_layer_offset": 1, "attn_layer_period": 2, "mamba_d_ssm": 128},
     {"num_experts_per_tok": 1},
+    {"head_dim": 16, "sliding_window": 6},
+    {"head_dim": 8, "num_key_value_heads": 4},
+    {"n_routed_experts": 4, "n_shared_experts": 1, "head_dim": 16},
+    {"layer_types": ["conv", "full_attention"]},
+    {"layer_types": ["linear_attention", "full_attention"], "head_dim": 64},
+    {"layer_types": ["mamba", "attention"]},
 )
 
 

@@ -29,11 +29,9 @@ from onnxpress.runtime.tokenization import Tokenizer
 DEFAULT_NEW_TOKENS = 256
 CACHE_BYTES = 2 * 2**30
 MOST_ROWS = 16  # sequences that are generated together
-_IDLE_ROWS = (
-    4  # sequences whose keys and values are kept for the prompts to come, where the budget allows it; on a card one
-)
-# Prompt tokens of one step. On the CPU small ones stay in its caches, and attention looks at less that is masked; but up to 128 rows ONNX
-# Runtime's 8-bit products are shared between threads by columns, for which each thread packs all rows. (docs/decisions/0010)
+# Sequences whose keys and values are kept for the prompts to come, where the budget allows it; on a card one.
+_IDLE_ROWS = 4
+# Prompt tokens of one step: enough for the products to be shared between threads well, few enough for the caches (docs/decisions/0010).
 PROMPT_CHUNK, PROMPT_CHUNK_ON_CARD = 256, 512
 
 Prompt = str | Sequence[int]

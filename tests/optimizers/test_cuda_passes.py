@@ -267,6 +267,11 @@ def test_what_cannot_be_tried_here_says_why(tmp_path: Path) -> None:
             out=tmp_path / "a",
             measure=False,
         )
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.newest
+def test_a_language_model_in_float32_is_refused(tmp_path: Path) -> None:
     model = save_decoder(tmp_path / "model", "llama")
     with pytest.raises(RecipeError, match="still in float32"):
         onnxpress.build(model, target="cuda", only=["fold"], out=tmp_path / "b")
