@@ -19,7 +19,7 @@ from onnxpress.recipe import DistilSection, Recipe
 from onnxpress.sample_arrays import check_arrays
 from onnxpress.sample_files import read_samples
 from onnxpress.training_texts import gold_labels
-from onnxpress.workbench import no_bfloat16, untried
+from onnxpress.workbench import untried
 from onnxpress.workload import workload_file
 
 
@@ -76,9 +76,10 @@ def _check_machine(recipe: Recipe, task: str, steps: Sequence[Pass]) -> None:
             f"Speed is to be preferred, and nothing is timed here ({untried_here or '`measure` is off'}): leave `prefer` out and the "
             "smallest plan within the budget is taken, or give a precision."
         )
-    on_the_cpu = untried_here or facts.providers == ("cpu",)
-    if on_the_cpu and not recipe.automatic and any(step.name == "bf16" for step in steps):
-        raise RecipeError(no_bfloat16(untried_here))
+    if facts.providers == ("cpu",) and any(step.name == "bf16" for step in steps):
+        raise RecipeError(
+            f"ONNX Runtime's CPU provider has no kernels for bf16: leave it out, target {facts.name!r} cannot run it."
+        )
 
 
 def _check_files(recipe: Recipe, task: str, options: Mapping[str, Json]) -> bool | None:

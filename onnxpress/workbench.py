@@ -1,7 +1,8 @@
 """Where a build tries its graphs: saves each to the build's own folder, opens it, and times it.
 
-A target whose provider this machine lacks (cuda on a laptop) is tried on the CPU provider, and not timed. So is a language model for
-CUDA while it is in float32, and it is not timed either: half precision would look faster than it is.
+A target whose provider this machine lacks (cuda on a laptop) is tried on the CPU provider, and not timed; bfloat16, which it has no
+kernels for, by a graph of float32 that stands in for it. So is a language model for CUDA while it is in float32, and it is not timed
+either: half precision would look faster than it is.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.errors import OutputError, ProviderError, RecipeError
+from onnxpress.errors import ArtifactError, OutputError, ProviderError
 from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Runnable, Signature
+from onnxpress.optimizers.stand_in import has_bfloat16, in_float32
 from onnxpress.optimizers.targets import Target
 from onnxpress.runtime.cache import PAST
 from onnxpress.runtime.providers import check_provider
@@ -28,7 +30,6 @@ from onnxpress.timing import alternate
 # Bytes of weights from which they are a file of their own, which ONNX Runtime maps into memory: weights inside model.onnx are
 # copied there, for the 0.5B model of benchmarks/language_shapes.py 572 MiB instead of 343.
 _EXTERNAL_FROM = 64_000_000
-_NO_BFLOAT16 = "bf16 can be tried on a card alone, the CPU provider has no kernels for it; fp16 can."
 
 
 class Workbench:
@@ -52,10 +53,9 @@ class Workbench:
         self._count += 1
         path = self._folder / f"{self._count:03}" / "model.onnx"
         path.parent.mkdir(parents=True)
+        if self.stands_in(graph):
+            graph = in_float32(graph)
         save(graph, path)
-        half = ir.DataType.BFLOAT16
-        if self.note and any(value.dtype == half for node in graph.model.graph for value in node.outputs):
-            raise RecipeError(no_bfloat16(self.note))
         session = Session(
             path,
             signature=graph.signature,
@@ -65,6 +65,10 @@ class Workbench:
         )
         weakref.finalize(session, shutil.rmtree, path.parent, ignore_errors=True)
         return session
+
+    def stands_in(self, graph: Graph) -> bool:
+        """Whether another graph stands in for this one here."""
+        return not self.on_target and has_bfloat16(graph)
 
     def compare(
         self, before: Runnable, after: Runnable, inputs: Callable[[Runnable], Mapping[tuple[int, ...], Arrays]]
@@ -102,9 +106,15 @@ def untried(target: Target) -> str:
     return ""
 
 
-def no_bfloat16(note: str) -> str:
-    """What to say where bfloat16 would be tried on the CPU. note: of `untried`."""
-    return f"{_NO_BFLOAT16} Graphs for this target are {note}" if note else _NO_BFLOAT16
+def check_types(path: Path, signature: Signature) -> None:
+    """Have ONNX Runtime read a model that it has no kernels for here. Raises ArtifactError where it finds more amiss than that."""
+    from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
+
+    try:
+        Session(path, signature=signature)
+    except ArtifactError as error:
+        if not isinstance(error.__cause__, NoKernel):
+            raise
 
 
 def attends_in_float(graph: Graph) -> bool:

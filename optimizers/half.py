@@ -38,6 +38,13 @@ KEEP: Mapping[str, str] = {
     "Log": "loses its tail near zero",
     "Resize": "coordinates past 2048 are not exact in fp16",
 }
+# Operators whose CUDA kernels know float16 and not bfloat16, by the classes in onnxruntime-gpu 1.31.1's library.
+_NO_BFLOAT16 = frozenset({
+    "ArgMax", "ArgMin", "BatchNormalization", "Ceil", "Clip", "ConvTranspose", "DequantizeLinear", "Elu", "Equal", "Floor", "GRU", "Greater",
+    "GreaterOrEqual", "InstanceNormalization", "LRN", "LSTM", "LeakyRelu", "Less", "LessOrEqual", "NonZero", "OneHot", "PRelu", "Pad",
+    "QuantizeLinear", "RNN", "Reciprocal", "ReduceL1", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMin", "ReduceProd", "Round",
+    "Selu", "Shrink", "ThresholdedRelu",
+})  # fmt: skip
 FOLLOWS = frozenset(
     ("Add", "Clip", "Div", "Expand", "Max", "Min", "Mul", "Reshape", "Sqrt", "Squeeze", "Sub", "Unsqueeze")
 )
@@ -47,9 +54,10 @@ FOLLOWS = frozenset(
 class _Half:
     lossless: ClassVar[bool] = False
     dtype: ClassVar[ir.DataType]
+    in_float: ClassVar[frozenset[str]] = frozenset(KEEP)  # operators
 
     def apply(self, graph: Graph, context: PassContext) -> PassResult:
-        """Turn every float32 weight and operator but KEEP's and `context.keep`'s into half precision."""
+        """Turn every float32 weight and operator but `in_float`'s and `context.keep`'s into half precision."""
         body = graph.model.graph
         if any(node.graph is not body for node in body.all_nodes()):
             raise ConversionError(
@@ -62,7 +70,9 @@ class _Half:
         casts: dict[tuple[int, ir.DataType], ir.Value] = {}
         nodes = list(body)
         for node in nodes:
-            if node.op_type in KEEP and any(value is not None and value.dtype is None for value in node.inputs):
+            if node.op_type in self.in_float and any(
+                value is not None and value.dtype is None for value in node.inputs
+            ):
                 raise ConversionError(
                     f"{node.name or node.op_type} has to stay in float32, and the type of what it reads is not known: build with "
                     "--precision fp32, or export the model with types."
@@ -85,7 +95,9 @@ class _Half:
                 body.outputs[index] = cast.outputs[0]
         drop_unused_constants(graph)
         names = tuple(name for name in touched if name is not None)
-        reasons = sorted({node.op_type for node in nodes if node.op_type in KEEP})
+        reasons = sorted(
+            {node.op_type for node in nodes if node.op_type in self.in_float and any(map(_is_float, node.inputs))}
+        )
         notes = (f"{len(names)} operators" + (f"; in float32: {', '.join(reasons)}" if reasons else ""),)
         if cache:
             graph = Graph(model=graph.model, signature=with_dtype(graph.signature, cache, self.dtype.numpy().name))
@@ -97,10 +109,6 @@ class _Half:
         for node in nodes:
             if node.op_type != "GroupQueryAttention" or node.name in keep:
                 continue
-            if self.dtype == ir.DataType.BFLOAT16:
-                raise ConversionError(
-                    "bfloat16 is not implemented for language models, whose cache numpy could not hold: build with --precision fp16."
-                )
             for value in (*node.inputs[3:5], *node.outputs[1:3]):
                 if value is not None and value.dtype == ir.DataType.FLOAT:
                     value.type = ir.TensorType(self.dtype)
@@ -116,7 +124,7 @@ class _Half:
         was_float: set[int],
         kept: set[int],
     ) -> str | None:
-        stays = node.op_type in KEEP or node.name in keep or _follows(node, kept)
+        stays = node.op_type in self.in_float or node.name in keep or _follows(node, kept)
         wanted = ir.DataType.FLOAT if stays else self.dtype
         for index, value in enumerate(node.inputs):
             if value is not None and value.dtype in (ir.DataType.FLOAT, self.dtype) and value.dtype != wanted:
@@ -174,6 +182,10 @@ class _Half:
         return clipped.astype(self.dtype.numpy())
 
 
+def _is_float(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype == ir.DataType.FLOAT
+
+
 def _follows(node: ir.Node, kept: set[int]) -> bool:
     """Whether a node only goes on with numbers that stay in float32, and with constants."""
     if node.op_type not in FOLLOWS or node.domain != "":
@@ -208,7 +220,16 @@ class Float16(_Half):
 
 @dataclass(frozen=True, kw_only=True)
 class BFloat16(_Half):
-    """bfloat16: 8 significant bits, float32's range."""
+    """bfloat16: 8 significant bits, float32's range. In ONNX Runtime's CUDA provider fewer operators know it than know float16."""
 
     name: ClassVar[str] = "bf16"
     dtype: ClassVar[ir.DataType] = ir.DataType.BFLOAT16
+    in_float: ClassVar[frozenset[str]] = frozenset(KEEP) | _NO_BFLOAT16
+
+    def apply(self, graph: Graph, context: PassContext) -> PassResult:
+        """As above. Raises ConversionError for MaxPool on CUDA, too: it has a kernel up to opset 21, and bfloat16 convolutions begin at 22."""
+        if context.target.name == "cuda" and "MaxPool" in graph.operators():
+            raise ConversionError(
+                "ONNX Runtime has no CUDA kernel for MaxPool in graphs of bfloat16: build with --precision fp16."
+            )
+        return super().apply(graph, context)

@@ -208,8 +208,9 @@ TARGETS: Mapping[str, Target] = {
             **_NVIDIA_QDQ,
             # Beside half precision: the provider has no attention with a cache in float32.
             **{name: ("cuda-opset", *passes, "fp16") for name, passes in _WEIGHT_ONLY.items()},
+            **{f"{name}-bf16": (*passes, "bf16") for name, passes in _WEIGHT_ONLY.items()},
         },
-        generation=("fp16", "int8-weights", "int4-weights"),
+        generation=("fp16", "bf16", *_WEIGHT_ONLY, *(f"{name}-bf16" for name in _WEIGHT_ONLY)),
         uniform_steps=True,
         qdq=_NVIDIA,
         disabled_optimizers=_WRONG_FOR_NVIDIA,

@@ -13,7 +13,7 @@ import numpy as np
 
 from onnxpress.errors import InputError
 from onnxpress.manifest import TensorSpec
-from onnxpress.runtime.device import HostMemory, Memory
+from onnxpress.runtime.device import HostMemory, Memory, item_bytes
 
 _TOKENS = "capacity"  # the axis along which keys and values grow
 _GROWTH = 256  # tokens by which capacity grows at least
@@ -149,7 +149,7 @@ class KeyValueCache:
     def _bytes(self, *, states: bool) -> int:
         """Of the states of one row, or of the keys and values of one token."""
         return sum(
-            int(np.prod(self._shape(spec, 1, 1))) * np.dtype(spec.dtype).itemsize
+            int(np.prod(self._shape(spec, 1, 1))) * item_bytes(spec.dtype)
             for spec in self.specs
             if (spec.name in self._states) == states
         )

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxpress.errors import ProviderError
+from onnxpress.runtime.bfloat16 import BFLOAT16, ONNX_BFLOAT16
 
 # Held by whatever uses a card: while a CUDA graph is captured, no other thread may allocate or copy there.
 ON_CARD = threading.RLock()
@@ -24,6 +25,16 @@ ON_CARD = threading.RLock()
 Dtype = str | np.dtype[Any]
 
 _ON_DEVICE = 2  # CU_MEMORYTYPE_DEVICE
+
+
+def item_bytes(dtype: Dtype) -> int:
+    """Bytes of one number."""
+    return 2 if str(dtype) == BFLOAT16 else np.dtype(dtype).itemsize
+
+
+def _element_type(dtype: Dtype) -> Any:
+    """As ONNX Runtime takes it."""
+    return ONNX_BFLOAT16 if str(dtype) == BFLOAT16 else np.dtype(dtype).type
 
 
 class Memory(Protocol):
@@ -53,7 +64,7 @@ class HostMemory:
 class DeviceArray:
     """A contiguous array on a card. Slices of the first axis share its memory."""
 
-    def __init__(self, owner: Any, shape: tuple[int, ...], dtype: np.dtype[Any], address: int, device_id: int) -> None:
+    def __init__(self, owner: Any, shape: tuple[int, ...], dtype: Dtype, address: int, device_id: int) -> None:
         self._owner = owner  # the OrtValue that frees the memory when nobody refers to it any more
         self.shape = shape
         self.dtype = dtype
@@ -63,7 +74,7 @@ class DeviceArray:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        return int(np.prod(self.shape[1:], dtype=np.int64)) * item_bytes(self.dtype)
 
     def __getitem__(self, rows: slice) -> DeviceArray:
         start, stop, step = rows.indices(self.shape[0])
@@ -84,7 +95,7 @@ class DeviceArray:
 
     def bind(self, how: Callable[..., None], name: str) -> None:
         """Bind it to an input or output by its address; how: an IOBinding's bind_input or bind_output."""
-        how(name, "cuda", self.device_id, self.dtype.type, self.shape, self.address)
+        how(name, "cuda", self.device_id, _element_type(self.dtype), self.shape, self.address)
 
 
 @functools.cache
@@ -109,19 +120,20 @@ class DeviceMemory:
         """A new array that holds anything."""
         from onnxruntime import OrtValue
 
-        kind = np.dtype(dtype)
         if 0 in shape:
-            return DeviceArray(None, tuple(shape), kind, 0, self.device_id)
+            return DeviceArray(None, tuple(shape), dtype, 0, self.device_id)
         try:
             with ON_CARD:
-                owner = OrtValue.ortvalue_from_shape_and_type(tuple(shape), kind.type, "cuda", self.device_id)
+                owner = OrtValue.ortvalue_from_shape_and_type(
+                    tuple(shape), _element_type(dtype), "cuda", self.device_id
+                )
         except Exception as error:  # ONNX Runtime's errors have no common base but Exception
-            size = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+            size = int(np.prod(shape, dtype=np.int64)) * item_bytes(dtype)
             raise ProviderError(
                 f"{size} bytes of the memory of card {self.device_id} were asked for, and ONNX Runtime does not get them "
                 f"({' '.join(str(error).split())[:200]}): ask for less (cache_bytes, smaller batches), or free memory there."
             ) from error
-        return DeviceArray(owner, tuple(shape), kind, owner.data_ptr(), self.device_id)
+        return DeviceArray(owner, tuple(shape), dtype, owner.data_ptr(), self.device_id)
 
     def zeros(self, shape: Sequence[int], dtype: Dtype) -> DeviceArray:
         """A new array."""
@@ -137,7 +149,7 @@ class DeviceMemory:
         heads, tokens, width = source.shape[1:]
         if not length:
             return
-        token = width * source.dtype.itemsize
+        token = width * item_bytes(source.dtype)
         plan = _Copy2D(
             source_kind=_ON_DEVICE,
             source=source.address + row * source.row_bytes,

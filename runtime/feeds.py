@@ -9,11 +9,13 @@ import numpy as np
 
 from onnxpress.errors import InputError
 from onnxpress.manifest import Arrays, Signature, TensorSpec
+from onnxpress.runtime.bfloat16 import BFLOAT16
 
 _SAME = ("float16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool")
 _NUMPY = {f"tensor({name})": name for name in _SAME} | {
     "tensor(float)": "float32",
     "tensor(double)": "float64",
+    "tensor(bfloat16)": BFLOAT16,
     "tensor(string)": "str",
 }
 
@@ -66,9 +68,10 @@ def declared_signature(inner: Any) -> Signature:
 def _check_array(spec: TensorSpec, array: Any, signature: Signature, sizes: dict[str, tuple[int, str]]) -> None:
     if not isinstance(array, np.ndarray):
         raise InputError(f"Input {spec.name} is a {type(array).__name__}; the model takes a numpy array: {spec}.")
-    if spec.dtype != "str" and array.dtype.name != spec.dtype:
+    wanted = "float32" if spec.dtype == BFLOAT16 else spec.dtype
+    if spec.dtype != "str" and array.dtype.name != wanted:
         raise InputError(
-            f"Input {spec.name} has dtype {array.dtype.name}; the model takes {spec}: use .astype(numpy.{spec.dtype})."
+            f"Input {spec.name} has dtype {array.dtype.name}; the model takes {spec}: use .astype(numpy.{wanted})."
         )
     if not array.dtype.isnative:  # ONNX Runtime would read the bytes in the wrong order, without an error
         raise InputError(f"Input {spec.name} is {array.dtype.str}; the model takes this machine's byte order.")

@@ -11,6 +11,7 @@ import numpy as np
 
 from onnxpress.errors import InputError, OnnxpressError, ProviderError
 from onnxpress.manifest import Arrays, Signature
+from onnxpress.runtime import bfloat16
 from onnxpress.runtime.binding import Binding
 from onnxpress.runtime.cuda import CUDA
 from onnxpress.runtime.device import ON_CARD, DeviceMemory, HostMemory, device_memory
@@ -90,6 +91,7 @@ class Session:
         self._providers = self._taken()
         self.providers = tuple(provider.name for provider in self._providers)
         self.signature = signature or declared_signature(self._session)
+        self._has_bfloat16 = bfloat16.has_bfloat16(self.signature)
         self._outputs = [output.name for output in self._session.get_outputs()]
         first = self._providers[0]
         self.memory: HostMemory | DeviceMemory = (
@@ -125,7 +127,8 @@ class Session:
     def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """Answer one batch. Raises InputError where an input does not fit the signature.
 
-        On a card, shapes that come again are answered from buffers that stay there, by a CUDA graph.
+        Inputs and outputs of bfloat16, which numpy does not have, are float32. On a card, shapes that come again are
+        answered from buffers that stay there, by a CUDA graph.
         """
         self.check(feeds)
         if isinstance(self.memory, HostMemory):
@@ -224,7 +227,11 @@ class Session:
 
     def _run(self, session: Any, feeds: Arrays, options: Any = None) -> dict[str, np.ndarray[Any, Any]]:
         try:
-            return dict(zip(self._outputs, session.run(self._outputs, dict(feeds), options), strict=True))
+            if self._has_bfloat16:
+                found = bfloat16.run(session, self._outputs, feeds, self.signature, options)
+            else:
+                found = session.run(self._outputs, dict(feeds), options)
+            return dict(zip(self._outputs, found, strict=True))
         except Exception as error:  # ONNX Runtime's errors have no common base but Exception
             raise self.refused(error, _described(feeds)) from error
 

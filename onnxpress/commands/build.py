@@ -27,7 +27,7 @@ def add_build(commands: Any) -> None:
     parser.add_argument(
         "--precision",
         help="fp32, int8, int8-dynamic, int8-qdq, fp8-qdq, int8-weights, int4-weights, dual (4 bits, and int8 for prompts), fp16, "
-        "fp16-sparse, bf16",
+        "fp16-sparse, bf16; int8-weights-bf16, int4-weights-bf16",
     )
     parser.add_argument("--out", type=Path, help="folder of the artifact (default: artifacts/NAME)")
     parser.add_argument(

@@ -15,6 +15,7 @@ from onnxpress.artifact import Artifact
 from onnxpress.runtime import CUDA, Generator, load
 from onnxpress.runtime.cache import KeyValueCache
 from onnxpress.runtime.device import DeviceArray
+from onnxpress.runtime.loading import verify_golden
 from onnxpress.runtime.model_step import ModelStep
 
 CONTEXT = 1024
@@ -124,6 +125,25 @@ def test_architectures(name: str, tmp_path: Path) -> None:
     assert cpu.session.on_cpu
     for one, other in zip(followed(cpu, texts, parts), followed(opened(path), texts, parts), strict=True):
         np.testing.assert_allclose(other, one, rtol=0, atol=0.03 * float(np.abs(one).max()))
+
+
+@pytest.mark.parametrize(("name", "precision"), [("llama", "bf16"), ("gemma2", "bf16"), ("llama", "int4-weights-bf16")])
+def test_bfloat16(name: str, precision: str, tmp_path: Path) -> None:
+    """The cache is bfloat16 there, which numpy does not have: golden outputs, and steps like the float32 model's on the CPU."""
+    path = built(tmp_path, name, precision)
+    generator = opened(path)
+    assert verify_golden(Artifact.open(path), generator.session)
+    assert {array.dtype for array in generator._cache.arrays.values()} == {"bfloat16"}
+    kind = "int4-weights" if precision.startswith("int4") else "fp32"
+    exact = load(onnxpress.build(tmp_path / "model", precision=kind, keep_all=True, out=tmp_path / "cpu").path)
+    assert isinstance(exact, Generator)
+    random = np.random.default_rng(0)
+    texts = [random.integers(2, 300, 40).tolist() for _ in range(2)]
+    parts = [[9, 1, 1, 1, 1, 1, 1], [4, 1, 1, 1, 1, 1, 1]]
+    for one, other in zip(followed(exact, texts, parts), followed(generator, texts, parts), strict=True):
+        np.testing.assert_allclose(other, one, rtol=0, atol=0.1 * float(np.abs(one).max()))
+    together = generator.generate(PROMPTS, max_new_tokens=300, ignore_eos=True)  # rows grow, end and change places
+    assert [len(answer.token_ids) for answer in together] == [300] * len(PROMPTS)
 
 
 def test_greedy_text_like_transformers(tmp_path: Path) -> None:

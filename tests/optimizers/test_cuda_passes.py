@@ -11,12 +11,13 @@ import onnx_ir as ir
 import pytest
 import torch
 import transformers as tf
+from safetensors.numpy import load_file
 from small_graphs import small_graph
 from tiny_decoders import CONTEXT, make_model, save_decoder
 from tiny_models import VOCAB, save_model
 
 import onnxpress
-from onnxpress.errors import ConversionError, InputError, RecipeError
+from onnxpress.errors import ArtifactError, InputError, RecipeError
 from onnxpress.exporters import Exported, ParityCheck, export
 from onnxpress.exporters.conventions import learn
 from onnxpress.exporters.transformers_decoder import export_causal_lm
@@ -24,12 +25,13 @@ from onnxpress.graph import Graph
 from onnxpress.manifest import Signature, TensorSpec
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext, PassResult
+from onnxpress.optimizers.stand_in import in_float32
 from onnxpress.optimizers.targets import target
 from onnxpress.recipe import make_recipe
 from onnxpress.runtime.cache import KeyValueCache
 from onnxpress.runtime.model_step import TOTAL_LENGTH, ModelStep
 from onnxpress.runtime.session import Session
-from onnxpress.workbench import save
+from onnxpress.workbench import check_types, save
 
 CUDA = PassContext(target=target("cuda"))
 PACKED, HEADS = "com.microsoft::Attention", "com.microsoft::MultiHeadAttention"
@@ -224,8 +226,7 @@ def test_half_precision_halves_the_cache_and_leaves_no_casts_around_it(tmp_path:
         == KeyValueCache(graph.signature.inputs, context=CONTEXT, budget=1).bytes_per_token
     )
     assert np.isfinite(step.run(0, [[5, 6, 7], [8]])).all()
-    with pytest.raises(ConversionError, match=r"bfloat16 is not implemented for language models.*fp16"):
-        pressed(graph, *steps[:3], "bf16")
+    assert {spec.dtype for spec in pressed(graph, *steps[:3], "bf16").graph.signature.inputs[5:]} == {"bfloat16"}
 
 
 @pytest.mark.parametrize(
@@ -234,9 +235,8 @@ def test_half_precision_halves_the_cache_and_leaves_no_casts_around_it(tmp_path:
         (
             "cuda",
             "fp32",
-            r"'fp32' does not go with text-generation on target 'cuda'; it takes: fp16, int8-weights, int4-weights",
+            r"'fp32' does not go with text-generation on target 'cuda'; it takes: fp16, bf16, int8-weights, int4-weights",
         ),
-        ("cuda", "bf16", "it takes: fp16, int8-weights, int4-weights"),
         ("tensorrt", None, r"takes no language models.*--target cuda"),
     ],
 )
@@ -256,18 +256,72 @@ def test_an_int8_cache_is_refused_at_once() -> None:
         make_recipe({"model": {"source": "x"}, "build": {"target": "cuda", "cache": "int8"}})
 
 
-def test_what_cannot_be_tried_here_says_why(tmp_path: Path) -> None:
-    layer = torch.nn.Linear(8, 8)
-    with pytest.raises(RecipeError, match=r"bf16 can be tried on a card alone.*fp16 can"):
-        onnxpress.build(
-            layer,
-            example_inputs=(torch.ones(2, 8),),
-            target="cuda",
-            precision="bf16",
-            out=tmp_path / "a",
-            measure=False,
-        )
-    assert not any(tmp_path.iterdir())
+@pytest.mark.newest
+@pytest.mark.parametrize(("name", "precision"), [("gemma2", "bf16"), ("llama", "int4-weights-bf16")])
+def test_a_language_model_in_bfloat16(name: str, precision: str, tmp_path: Path) -> None:
+    """Tried here by a graph of float32 that rounds; the file itself is read, not run."""
+    artifact = onnxpress.build(
+        save_decoder(tmp_path / "model", name), target="cuda", precision=precision, keep_all=True, out=tmp_path / "a"
+    )
+    signature = artifact.manifest.signature
+    cache = [spec for spec in (*signature.inputs, *signature.outputs) if ".key" in spec.name or ".value" in spec.name]
+    assert {spec.dtype for spec in cache} == {"bfloat16"}
+    assert (
+        KeyValueCache(signature.inputs, context=CONTEXT, budget=1).bytes_per_token == 2 * 4 * 2 * 16
+    )  # 2 layers, 2 heads of 16
+    golden = load_file(artifact.path / "golden.safetensors")
+    assert golden["input.tokens.past_key_values.0.key"].dtype == np.float32
+    answers = golden["output.prompts.present.0.key"]
+    np.testing.assert_array_equal(answers, torch.from_numpy(answers).bfloat16().float().numpy())
+    assert "nothing has run it yet" in artifact.measured["note"]
+    with pytest.raises(ArtifactError, match="bfloat16 runs on a card alone"):
+        onnxpress.load(artifact.path, providers=["cpu"])
+
+
+@pytest.mark.newest
+def test_bfloat16_answers_like_pytorch_in_bfloat16(tmp_path: Path) -> None:
+    """Both are far less exact than float32; neither is further from it than the other by much."""
+    model = make_model("llama")
+    graph = export_causal_lm(model, learn(model, positions=CONTEXT), context=CONTEXT, uniform_steps=True)
+    half = pressed(graph, "fuse-skip-norm", "fuse-rotary", "pack-projections", "bf16").graph
+    tokens = np.random.default_rng(0).integers(0, 300, 60).tolist()
+
+    def logits(graph: Graph) -> np.ndarray:
+        step = ModelStep(opened(graph, tmp_path), KeyValueCache(graph.signature.inputs, context=CONTEXT, budget=2**28))
+        parts = [step.run(0, [tokens[:40]]), *(step.run(0, [[token]]).copy() for token in tokens[40:])]
+        return np.concatenate(parts[1:])
+
+    exact = logits(graph)
+    with torch.inference_mode():
+        rounded = model.bfloat16()(torch.tensor([tokens])).logits[0, 40:].float().numpy()
+    ours = np.abs(logits(in_float32(half)) - exact).mean()
+    theirs = np.abs(rounded - exact).mean()
+    assert 0.5 * theirs < ours < 1.2 * theirs
+
+
+def test_a_module_in_bfloat16_is_tried_here(tmp_path: Path) -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU6())
+    artifact = onnxpress.build(
+        layer, example_inputs=(torch.ones(2, 8),), target="cuda", precision="bf16", out=tmp_path / "a"
+    )
+    row = artifact.manifest.ledger[-1]
+    assert row["status"] == "kept"
+    assert 0.999 < row["quality"] < 1  # it did round
+    assert any("in float32: Clip" in note for note in row["notes"])
+
+
+def test_a_file_whose_types_do_not_fit_is_found(tmp_path: Path) -> None:
+    graph = pressed(
+        small_graph("y = MatMul(x, w)", inputs="float[batch,8] x", weights={"w": np.eye(8, dtype=np.float32)}), "bf16"
+    ).graph
+    save(graph, tmp_path / "good.onnx")
+    check_types(tmp_path / "good.onnx", graph.signature)
+    for node in graph.model.graph:
+        if node.op_type == "Cast" and node.attributes["to"].value == ir.DataType.BFLOAT16.value:
+            node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT16.value)
+    save(graph, tmp_path / "bad.onnx")
+    with pytest.raises(ArtifactError, match="Type"):
+        check_types(tmp_path / "bad.onnx", graph.signature)
 
 
 @pytest.mark.newest

@@ -9,13 +9,15 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from onnx import helper, numpy_helper
+import torch
+from onnx import helper, numpy_helper, parser
 
 from onnxpress.errors import ConversionError
 from onnxpress.graph import Graph
-from onnxpress.manifest import Signature
+from onnxpress.manifest import Signature, TensorSpec
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext
+from onnxpress.optimizers.stand_in import has_bfloat16, in_float32
 from onnxpress.optimizers.targets import target
 
 CONTEXT = PassContext(target=target("cuda"))
@@ -131,6 +133,84 @@ def test_bf16_types() -> None:
     result = make_pass("bf16").apply(small_graph(), CONTEXT)
     assert result.graph.model.graph.initializers["w_half"].dtype == ir.DataType.BFLOAT16
     assert result.graph.model.graph.outputs[0].dtype == ir.DataType.FLOAT
+
+
+def test_bf16_leaves_in_float_what_cuda_has_no_kernel_for(tmp_path: Path) -> None:
+    """And numbers that are whole are not said to be in float32."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], name="linear"),
+        helper.make_node("Floor", ["h"], ["f"], name="floor"),
+        helper.make_node("Mul", ["h", "f"], ["y"], name="times"),
+    ]
+    graph = graph_of(nodes, {"w": np.eye(32, dtype="f4")})
+    result = make_pass("bf16").apply(graph, CONTEXT)
+    types = {node.name: node.outputs[0].dtype for node in result.graph.model.graph}
+    assert types["floor"] == ir.DataType.FLOAT
+    assert types["times"] == ir.DataType.BFLOAT16
+    assert result.notes == ("2 operators; in float32: Floor",)
+    assert make_pass("fp16").apply(graph_of(nodes, {"w": np.eye(32, dtype="f4")}), CONTEXT).notes == ("3 operators",)
+
+
+def test_a_stand_in_rounds_each_result_to_bfloat16(tmp_path: Path) -> None:
+    random = np.random.default_rng(3)
+    weights = {name: random.standard_normal((32, 32)).astype("f4") for name in ("w", "v")}
+    half = make_pass("bf16").apply(
+        graph_of(
+            [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "v"], ["y"])],
+            dict(weights),
+        ),
+        CONTEXT,
+    )
+    assert has_bfloat16(half.graph)
+    stand_in = in_float32(half.graph)
+    assert not any(value.dtype == ir.DataType.BFLOAT16 for value in stand_in.model.graph.initializers.values())
+
+    def rounded(array: Any) -> Any:
+        return torch.from_numpy(array).bfloat16().float().numpy()
+
+    x = random.standard_normal((4, 32)).astype("f4")
+    expected = rounded(rounded(rounded(x) @ rounded(weights["w"])) @ rounded(weights["v"]))
+    np.testing.assert_array_equal(run(stand_in, x, tmp_path), rounded(run(stand_in, x, tmp_path)))
+    # A sum whose order differs may fall to the other side of a tie: by one step of bfloat16, and not often.
+    found = run(stand_in, x, tmp_path)
+    np.testing.assert_allclose(found, expected, rtol=2**-6, atol=0.02)
+    assert np.mean(found == expected) > 0.95
+
+
+def test_a_stand_in_keeps_names_and_gives_float32(tmp_path: Path) -> None:
+    """Where outputs, inputs and constants are bfloat16 themselves."""
+    text = """
+        <ir_version: 11, opset_import: ["" : 23]>
+        agraph (bfloat16[n] x) => (bfloat16[n] y, bfloat16[n] z) {
+            one = Constant<value = bfloat16 {16256}>()
+            y = Add(x, one)
+            wide = Cast<to = 1>(y)
+            z = Cast<to = 16>(wide)
+        }
+    """
+    model = ir.from_proto(parser.parse_model(text))
+    for node in model.graph:
+        for value in node.outputs:
+            value.type = value.type or ir.TensorType(
+                ir.DataType.FLOAT if value.name == "wide" else ir.DataType.BFLOAT16
+            )
+    spec = {name: TensorSpec(name=name, dtype="bfloat16", shape=("n",)) for name in "xyz"}
+    graph = Graph(model=model, signature=Signature(task="module", inputs=(spec["x"],), outputs=(spec["y"], spec["z"])))
+    stand_in = in_float32(graph)
+    assert {one.dtype for one in (*stand_in.signature.inputs, *stand_in.signature.outputs)} == {"float32"}
+    ir.save(stand_in.model, tmp_path / "graph.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "graph.onnx", providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["y", "z"]
+    y, z = session.run(None, {"x": np.array([0.00390625, 3.0], np.float32)})
+    np.testing.assert_array_equal(y, [1.0, 4.0])  # 1.00390625 lies between two bfloat16
+    np.testing.assert_array_equal(z, y)
+
+
+def test_pooling_in_bf16_is_refused_for_cuda() -> None:
+    pool = helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[1])
+    with pytest.raises(ConversionError, match=r"MaxPool.*fp16"):
+        make_pass("bf16").apply(graph_of([pool], {}), CONTEXT)
+    make_pass("bf16").apply(graph_of([pool], {}), PassContext(target=target("tensorrt")))
 
 
 def test_a_large_negative_mask_stays_finite(tmp_path: Path) -> None:

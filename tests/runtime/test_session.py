@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from tiny_artifacts import DIM, MAX_LENGTH, SIGNATURE, save_embedder, weights
 
@@ -46,6 +47,42 @@ def test_takes_arrays_of_any_layout(session: Session) -> None:
     columns = {name: np.asfortranarray(array) for name, array in given.items()}
     for other in (strided, columns):
         np.testing.assert_array_equal(session.run(other)["embeddings"], expected)
+
+
+def test_bfloat16_is_float32_outside(tmp_path: Path) -> None:
+    """Rounded to the nearest, ties to even, as PyTorch rounds; what is no number stays none."""
+    values = (
+        helper.make_tensor_value_info("x", TensorProto.BFLOAT16, ["n"]),
+        helper.make_tensor_value_info("same", TensorProto.BFLOAT16, ["n"]),
+        helper.make_tensor_value_info("wide", TensorProto.FLOAT, ["n"]),
+    )
+    nodes = [
+        helper.make_node("Identity", ["x"], ["same"]),
+        helper.make_node("Cast", ["x"], ["wide"], to=TensorProto.FLOAT),
+    ]
+    proto = helper.make_model(
+        helper.make_graph(nodes, "graph", values[:1], values[1:]),
+        opset_imports=[helper.make_opsetid("", 23)],
+        ir_version=11,
+    )
+    onnx.save(proto, tmp_path / "model.onnx")
+    session = Session(tmp_path / "model.onnx")
+    assert session.signature.inputs[0].dtype == "bfloat16"
+    random = np.random.default_rng(0)
+    numbers = np.concatenate(
+        [
+            random.standard_normal(1000).astype(np.float32),
+            random.integers(0, 2**32, 100_000, dtype=np.uint32).view(np.float32),
+            np.array([0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, np.inf, -np.inf, np.nan, 1e-45], np.float32),
+        ]
+    )
+    expected = torch.from_numpy(numbers).bfloat16().float().numpy()
+    for array in session.run({"x": numbers}).values():
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, expected)
+    assert session.run({"x": numbers[:0]})["same"].shape == (0,)
+    with pytest.raises(InputError, match=r"float64; the model takes x bfloat16 \[n\]: use .astype\(numpy.float32\)"):
+        session.run({"x": np.ones(3)})
 
 
 def test_uses_the_cores_this_process_may_use(session: Session) -> None:
