@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -105,36 +106,96 @@ def prune(
     """
     swap_last_axes(graph)
     before = {name: value.const_value for name, value in graph.model.graph.initializers.items()}
-    notes: list[str] = []
-    dropped: tuple[frozenset[str], ...] = ()
-    layers = find_layers(graph)
-    kept = tuple(range(len(layers)))
-    if options.layers:
-        if not layers:
-            raise RecipeError(
-                "prune: layers were to go, but the graph's layers cannot be told apart (each has to have attention whose heads can be told apart)."
-            )
-        number = _number(options.layers, len(layers), "layers")
-        if not number:
-            raise RecipeError(
-                f"prune: so small a share of {len(layers)} layers is none at all; give a larger one, or a number."
-            )
-        if training_follows:
-            lost = list(range(len(layers) - 1 - number, len(layers) - 1))
-        else:
-            progress("how much each layer changes")
-            lost = _least_changing(graph, number, activations)
-        dropped = tuple(layers[index].constants() for index in lost)
-        kept = tuple(index for index in kept if index not in lost)
-        drop_layers(graph, [layers[index] for index in lost])
-        notes.append(f"gone of the {len(layers)} layers: {', '.join(f'number {index + 1}' for index in lost)}")
+    gone = _drop_layers(graph, options, activations, training_follows=training_follows, progress=progress)
     places, left = _places(graph, options)
-    notes.extend(left)
-    if not places and not dropped:
+    notes = [*gone.notes, *left]
+    if not places and not gone.constants:
         raise RecipeError(f"prune: nothing can go. {'; '.join(left) or _why_nowhere(graph)}")
+    decided, shares = _narrow(graph, places, options, stream, progress)
+    if not decided and not gone.constants:
+        there = ", ".join(dict.fromkeys(f"{place.units} {place.kind}" for place in places))
+        raise RecipeError(f"prune: so small a share of {there} is none at all; give a larger one, or a number.")
+    notes.extend(_fit_norms(graph, [place.group(units) for place, units in decided], activations))
+    heads = []
+    for place, units in decided:
+        group = place.group(units)
+        cut(graph, group)
+        if place.heads is not None:
+            names = frozenset(_constants(group))
+            heads.append(LostHeads(constants=names, before=place.heads, groups=place.units - len(units)))
+    graph.signature = _signature(graph)
+    drop_unused_constants(graph)
+    notes.extend(f"{kind}: nothing went" for kind in ("heads", "ffn") if getattr(options, kind) and kind not in shares)
+    notes.extend(
+        f"{kind}: {len(errors)} places, {100 * max(errors):.1f} % of a layer's energy lost at most"
+        for kind, errors in shares.items()
+    )
+    return Pruned(
+        graph=graph,
+        changes=_changes(graph, before),
+        heads=tuple(heads),
+        layers=gone.constants,
+        kept_layers=gone.kept,
+        notes=tuple(notes),
+    )
+
+
+class _GoneLayers(NamedTuple):
+    """constants: the weights of each layer that went; kept: which stayed, by their places."""
+
+    constants: tuple[frozenset[str], ...]
+    kept: tuple[int, ...]
+    notes: tuple[str, ...]
+
+
+def _drop_layers(
+    graph: Graph,
+    options: PruneOptions,
+    activations: Callable[[Graph, Sequence[str]], Iterator[Arrays]],
+    *,
+    training_follows: bool,
+    progress: Callable[[str], None],
+) -> _GoneLayers:
+    """Take whole layers out of the graph: the last but one and those before it where training follows, else those that change least."""
+    layers = find_layers(graph)
+    if not options.layers:
+        return _GoneLayers((), tuple(range(len(layers))), ())
+    if not layers:
+        raise RecipeError(
+            "prune: layers were to go, but the graph's layers cannot be told apart (each has to have attention whose heads can be told apart)."
+        )
+    number = _number(options.layers, len(layers), "layers")
+    if not number:
+        raise RecipeError(
+            f"prune: so small a share of {len(layers)} layers is none at all; give a larger one, or a number."
+        )
+    if training_follows:
+        lost = list(range(len(layers) - 1 - number, len(layers) - 1))
+    else:
+        progress("how much each layer changes")
+        lost = _least_changing(graph, number, activations)
+    drop_layers(graph, [layers[index] for index in lost])
+    return _GoneLayers(
+        constants=tuple(layers[index].constants() for index in lost),
+        kept=tuple(index for index in range(len(layers)) if index not in lost),
+        notes=(f"gone of the {len(layers)} layers: {', '.join(f'number {index + 1}' for index in lost)}",),
+    )
+
+
+def _narrow(
+    graph: Graph,
+    places: Sequence[_Place],
+    options: PruneOptions,
+    stream: Callable[[Graph], Stream],
+    progress: Callable[[str], None],
+) -> tuple[list[tuple[_Place, list[int]]], dict[str, list[float]]]:
+    """Choose the units that go at each place, and fit the weights behind it to that; the units by place, the errors by kind.
+
+    The shapes stay until the walk is over: rows of zeros are as good as none.
+    """
+    decided: list[tuple[_Place, list[int]]] = []
     shares: dict[str, list[float]] = {}
     walk = stream(graph)
-    decided: list[tuple[_Place, list[int]]] = []
     for index, place in enumerate(places):
         progress(f"{place.kind} {index + 1} of {len(places)}")
         number = _number(getattr(options, place.kind), place.units, place.kind)
@@ -153,39 +214,12 @@ def prune(
         ]
         gone, fitted, error = without(parts, size=place.size, number=number)
         shares.setdefault(place.kind, []).append(error)
-        # The shapes stay until the walk is over: rows of zeros are as good as none.
         for array, (weight, layer) in zip(fitted, weights.items(), strict=True):
             replace_everywhere(graph, weight, (array.T if layer.transposed else array).astype(np.float32))
         if len(moments) > 1:
             walk = stream(graph)  # it stands behind layers that are others now
         decided.append((place, gone))
-    if not decided and not dropped:
-        there = ", ".join(dict.fromkeys(f"{place.units} {place.kind}" for place in places))
-        raise RecipeError(f"prune: so small a share of {there} is none at all; give a larger one, or a number.")
-    lost_heads: list[LostHeads] = []
-    notes.extend(_fit_norms(graph, [place.group(gone) for place, gone in decided], activations))
-    for place, gone in decided:
-        group = place.group(gone)
-        cut(graph, group)
-        if place.heads is not None:
-            names = frozenset(_constants(group))
-            lost_heads.append(LostHeads(constants=names, before=place.heads, groups=place.units - len(gone)))
-    graph.signature = _signature(graph)
-    drop_unused_constants(graph)
-    notes.extend(f"{kind}: nothing went" for kind in ("heads", "ffn") if getattr(options, kind) and kind not in shares)
-    notes.extend(
-        f"{kind}: {len(errors)} places, {100 * max(errors):.1f} % of a layer's energy lost at most"
-        for kind, errors in shares.items()
-    )
-    changes = _changes(graph, before)
-    return Pruned(
-        graph=graph,
-        changes=changes,
-        heads=tuple(lost_heads),
-        layers=dropped,
-        kept_layers=kept,
-        notes=tuple(notes),
-    )
+    return decided, shares
 
 
 def without(parts: Sequence[tuple[Wide, Float]], *, size: int, number: int) -> tuple[list[int], list[Wide], float]:

@@ -1,14 +1,16 @@
 """Renders messages into a prompt by the model's own chat template, in jinja2's sandbox.
 
-A template is a file from strangers: it cannot reach Python's internals, change what it is given, or read files. What
-templates may use is what transformers gives them: raise_exception, strftime_now, tojson, break and continue.
+A template is a file from strangers: it cannot reach Python's internals, change what it is given, or read files, and its loops, products
+and powers are bounded. What templates may use is what transformers gives them: raise_exception, strftime_now, tojson, break and continue.
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ FILES = _FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 _RESERVED = frozenset({"messages", "add_generation_prompt", "self", "raise_exception", "strftime_now"})
 _LONGEST = 10_000_000  # characters
+_MOST_TURNS = 1_000_000  # of all loops and calls of one rendering
+_TURNS: ContextVar[Iterator[int]] = ContextVar("turns")
 
 
 class ChatTemplate:
@@ -26,12 +30,8 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
         import jinja2
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _generation_blocks()]
-        )
+        environment = _environment()
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = _now
@@ -86,8 +86,9 @@ class ChatTemplate:
             raise InputError("template_variables takes values by name.")
         if taken := sorted(set(variables) & _RESERVED):
             raise InputError(f"template_variables cannot set {taken[0]!r}, which is the template's own.")
+        _TURNS.set(itertools.count(1))
         try:
-            text = self._template.render(
+            text: str = self._template.render(
                 {
                     **self._tokens,
                     "tools": None,
@@ -115,6 +116,54 @@ def check_messages(messages: Any) -> None:
             raise InputError(f'Message {index} is {message!r}; expected is {{"role": "user", "content": "…"}}.')
         if "content" not in message and "tool_calls" not in message:
             raise InputError(f"Message {index} has no content.")
+
+
+def _environment() -> Any:
+    """jinja2's sandbox, in which loops, calls, products and powers are bounded."""
+    from jinja2 import nodes
+    from jinja2.exceptions import SecurityError, TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def turn() -> None:
+        if next(_TURNS.get()) > _MOST_TURNS:
+            raise SecurityError(f"more than {_MOST_TURNS} turns of loops and calls")
+
+    def counted(items: Iterable[Any]) -> Iterator[Any]:
+        for item in items:
+            turn()
+            yield item
+
+    class Environment(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(("*", "**"))
+
+        def call(self, /, *arguments: Any, **named: Any) -> Any:
+            turn()
+            return super().call(*arguments, **named)
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            pairs = ((left, right), (right, left))
+            if operator == "*":
+                size = max((len(one) * other for one, other in pairs if hasattr(one, "__len__")), default=0)
+            else:
+                size = left.bit_length() * right if isinstance(left, int) and isinstance(right, int) else 0
+            if size > _LONGEST:
+                raise SecurityError(f"{operator} makes something larger than {_LONGEST}")
+            return super().call_binop(context, operator, left, right)
+
+        def _generate(self, source: Any, *arguments: Any, **named: Any) -> str:
+            for loop in source.find_all(nodes.For):
+                if loop.recursive:
+                    raise TemplateSyntaxError("recursive loops are not taken", loop.lineno)
+                loop.iter = nodes.Filter(loop.iter, "counted", [], [], None, None, lineno=loop.lineno)
+            source.set_environment(self)
+            code: str = super()._generate(source, *arguments, **named)
+            return code
+
+    environment: Any = Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_blocks()]
+    )
+    environment.filters["counted"] = counted
+    return environment
 
 
 def _generation_blocks() -> Any:

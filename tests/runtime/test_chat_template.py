@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tiny_decoders import save_byte_tokenizer
 from transformers import AutoTokenizer
 
@@ -73,6 +74,34 @@ def test_a_folder_without_a_template_has_none(tmp_path: Path) -> None:
 def test_a_template_cannot_leave_its_sandbox(source: str) -> None:
     with pytest.raises(InputError, match="chat template"):
         ChatTemplate(source, {}).render([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n) if n else 0 }}{{ f(n - 1) if n else 0 }}{{ f(n - 1) if n else 0 }}{% endmacro %}{{ f(50) }}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(50) }}",
+        "{{ 'a' * 999999999999 }}",
+        "{{ 999999999 * [1, 2] }}",
+        "{{ (10 ** 10) ** 99999999 }}",
+    ],
+)
+def test_a_template_ends(source: str) -> None:
+    with pytest.raises(InputError, match=r"leave its sandbox|recursion"):
+        ChatTemplate(source, {}).render([{"role": "user", "content": "x"}])
+
+
+def test_loops_and_products_are_as_ever() -> None:
+    source = (
+        "{% for a in [3, 1, 2] | sort if a > 1 %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}{{ a * 2 }}{{ 'x' * a }}{% else %}none"
+        "{% endfor %}{% for k, v in {'p': 1}.items() %}{{ k }}{{ v ** 3 }}{{ 2.0 ** 0.5 }}{% endfor %}{% for a in [] %}{% else %}none{% endfor %}"
+        "{% for a in nowhere %}{% endfor %}"
+    )
+    expected = ImmutableSandboxedEnvironment().from_string(source).render()
+    assert ChatTemplate(source, {}).render([{"role": "user", "content": "x"}]) == expected
+    with pytest.raises(ArtifactError, match="recursive loops are not taken"):
+        ChatTemplate("{% for a in [[1]] recursive %}{{ loop(a) }}{% endfor %}", {})
 
 
 def test_errors_are_in_plain_words() -> None:
