@@ -99,7 +99,7 @@ def network() -> torch.nn.Module:
     return torch.nn.Sequential(*layers).eval()
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8-qdq", "fp8-qdq"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8-qdq", "fp8-qdq"])
 @pytest.mark.parametrize("target", ["tensorrt", "cuda"])
 def test_an_artifact_builds_with_the_profile_of_its_signature(target: str, precision: str, tmp_path: Path) -> None:
     """Through the options that ONNX Runtime is given. A graph for CUDA parses where no operator of com.microsoft is in it."""
@@ -115,7 +115,8 @@ def test_an_artifact_builds_with_the_profile_of_its_signature(target: str, preci
             shapes.setdefault(name, []).append(tuple(map(int, sizes.split("x"))))
     assert [shape[0] for [*one] in shapes.values() for shape in one] == [1, 8, 16]
     model = onnx.load(artifact.path / "model.onnx")
-    wanted = {"fp16": None, "int8-qdq": onnx.TensorProto.INT8, "fp8-qdq": onnx.TensorProto.FLOAT8E4M3FN}[precision]
+    types = onnx.TensorProto
+    wanted = {"fp16": None, "bf16": types.BFLOAT16, "int8-qdq": types.INT8, "fp8-qdq": types.FLOAT8E4M3FN}[precision]
     assert wanted is None or wanted in {one.data_type for one in model.graph.initializer}
     assert built(model.SerializeToString(), shapes) > 10_000
 
