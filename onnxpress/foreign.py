@@ -42,6 +42,10 @@ def open_onnx(path: Path, *, task: str | None = None) -> Exported:
         raise SourceError(f"{path} is not a readable ONNX model: {error}") from None
     for value in [value for value in model.graph.inputs if value.name in model.graph.initializers]:
         model.graph.inputs.remove(value)  # old exporters list weights as inputs with a default
+    for value in (*model.graph.inputs, *model.graph.outputs, *(out for node in model.graph for out in node.outputs)):
+        if value.shape is not None and any(isinstance(axis, int) and axis < 0 for axis in value.shape):
+            # paddle2onnx writes -1 where others write a name or nothing.
+            value.shape = ir.Shape([None if isinstance(axis, int) and axis < 0 else axis for axis in value.shape])
     signature = _signature(model)
     example = _example_that_runs(reference, signature, path)
     _check_numbers(model, reference, example, path)
