@@ -111,7 +111,7 @@ def curve_plot(title: str, points: Sequence[Mapping[str, Any]], metric: str, lim
             axes.axhline(limit, color=_LIMIT, linewidth=1.3, linestyle=(0, (4, 3)))
             for marker, name in zip(itertools.cycle("os^DvPX"), dict.fromkeys(point["plan"] for point in points)):
                 own = [(place, point) for place, point in zip(places, points, strict=True) if point["plan"] == name]
-                colour = _ACCENT if any(point["chosen"] for _, point in own) else _MUTED
+                colour = _ACCENT if any(point["chosen"] for _, point in own) else _SOFT
                 axes.plot([place for place, _ in own], [max(point["quality"], floor) for _, point in own],
                           color=colour, linewidth=1.4, marker=marker, markersize=7, markeredgewidth=1.6,
                           fillstyle="none", label=name)  # fmt: skip
@@ -129,9 +129,9 @@ def curve_plot(title: str, points: Sequence[Mapping[str, Any]], metric: str, lim
         grid[0].annotate(
             f"budget {limit:.5g}", (0, limit), (4, 3), textcoords="offset points", color=_LIMIT, fontsize=9.5
         )
-        figure.legend(
-            *grid[0].get_legend_handles_labels(), loc="outside upper left", ncols=5, frameon=False, labelcolor=_INK
-        )
+        handles, names = grid[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper left", ncols=len(names), handlelength=1.6, columnspacing=1.2,
+                      frameon=False, labelcolor=_INK)  # fmt: skip
 
     best = next(point for point in points if point["chosen"])
     spoken = (

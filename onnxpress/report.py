@@ -44,6 +44,7 @@ tr.quiet td { color: var(--soft); padding-top: 0.3rem; padding-bottom: 0.3rem; }
 .why { min-width: 17rem; } .why ul { margin: 0.2rem 0 0; padding-left: 1.1rem; color: var(--soft); }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 2.2rem 2.5rem; }
 .stack { display: grid; gap: 2.2rem; align-content: start; } figure { margin: 0; } figure svg { display: block; width: 100%; height: auto; }
+.scroll > svg { min-width: 38rem; }
 svg text { font-family: system-ui, sans-serif !important; }
 code, pre { font-family: ui-monospace, "SFMono-Regular", Menlo, Consolas, monospace; font-size: 0.9em; }
 pre { background: var(--panel); border: 1px solid var(--line); border-radius: 10px; padding: 0.8rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0.6rem 0; }
@@ -63,9 +64,9 @@ _METRICS = {
 }
 _SYSTEMS = {"PyTorch": "PyTorch", "export": "plain export", "artifact": "this artifact"}
 _CURVE_NOTE = (
-    "Along a line more and more places stay, those first that cost most. The full mark is what this artifact is; "
-    "time is each plan's in turns with float, the mean over the shapes."
+    "Along a line more and more places stay, those first that cost most. The full mark is what this artifact is"
 )
+_CURVE_TIMES = "; time is each plan's in turns with float, the mean over the shapes"
 _TAKEN = ("kept", "repaired")  # statuses of rows that are part of the artifact
 _SPEED_NOTE = "Medians of one call in milliseconds; shorter is faster. Each panel has its own scale."
 
@@ -152,7 +153,12 @@ def _verdict(manifest: Manifest, measured: Mapping[str, Json]) -> str:
             f"{name} {_figure(value)}, where at least {_figure(limit)} is required",
         )
     for status in ("repaired", "undone", "failed"):
-        names = [row["pass"] for row in manifest.ledger if row["status"] == status]
+        # An automatic plan's candidates are no passes that failed.
+        names = [
+            row["pass"]
+            for row in manifest.ledger
+            if row["status"] == status and (status != "undone" or "curve" not in row)
+        ]
         words += f"; {status}: {', '.join(names)}" if names else ""
     return f'<p class="verdict"><span class="badge {badge[0]}">{badge[1]}</span><span>{_text(words)}.</span></p>'
 
@@ -209,8 +215,10 @@ def _curve(manifest: Manifest, measured: Mapping[str, Json]) -> Iterable[str]:
         return
     metric = _metric(manifest.ledger[0]["metric"])
     yield "<h2>What was tried to keep the budget</h2>"
-    title = "Quality against size and time, a point for each plan that was tried as a whole"
-    yield _captioned(title, curve_plot(title, points, metric, measured["budget"]["limit"]), note=_CURVE_NOTE)
+    timed = any(point["share_of_time"] is not None for point in points)
+    title = f"Quality against size{' and time' if timed else ''}, a point for each plan that was tried as a whole"
+    note = f"{_CURVE_NOTE}{_CURVE_TIMES if timed else ''}."
+    yield _captioned(title, curve_plot(title, points, metric, measured["budget"]["limit"]), note=note, wide=True)
     rows = [
         [
             f"<code>{_text(point['plan'])}</code>" + (" (chosen)" if point["chosen"] else ""),
@@ -272,7 +280,7 @@ def _speed(measured: Mapping[str, Json]) -> Iterable[str]:
     spoken = "; ".join(
         f"{shape}: " + ", ".join(f"{n} {t:.3g} ms" for n, t in row.items()) for shape, row in named.items()
     )
-    yield _captioned("By batch × length", latency_plot(spoken, named), note=_SPEED_NOTE)
+    yield _captioned("By batch × length", latency_plot(spoken, named), note=_SPEED_NOTE, wide=True)
     systems = list(dict.fromkeys(name for row in named.values() for name in row))
     ours = _SYSTEMS["artifact"]
     ratios = [name for name in systems if name != ours] if ours in systems else []
@@ -329,8 +337,10 @@ def _origin(manifest: Manifest, measured: Mapping[str, Json]) -> str:
     )
 
 
-def _captioned(title: str, svg: str, *, note: str = "") -> str:
+def _captioned(title: str, svg: str, *, note: str = "", wide: bool = False) -> str:
+    """wide: scrolls where the window is narrow, else its letters would be too small to read."""
     more = f'<p class="soft">{_text(note)}</p>' if note else ""
+    svg = f'<div class="scroll" tabindex="0">{svg}</div>' if wide else svg
     return f"<figure><figcaption><h3>{_text(title)}</h3></figcaption>{svg}{more}</figure>"
 
 
