@@ -14,6 +14,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Answers = Sequence[Mapping[str, Array]]
 Entity = tuple[int, int, str]
+_CONSTANT = 1e-12  # numbers that vary by less than a millionth of their size: float32 has no more digits
 
 
 def cosines(reference: Answers, candidate: Answers) -> list[float]:
@@ -61,13 +62,17 @@ def number_metrics(reference: Answers, candidate: Answers) -> dict[str, float]:
     """For numbers: the share of the original's variance over the samples that is kept, and the largest difference.
 
     variance_kept: 1 - sum of squared differences / sum of squares around each number's mean over the samples, at least
-    0 (R²). A cosine would not do: numbers around 3 and the constant 3 are nearly parallel.
+    0 (R²). A cosine would not do: numbers around 3 and the constant 3 are nearly parallel. Where the original answers the same to
+    all samples, there is no variance to keep, and the share of the sum of squares itself is taken.
     """
     first = np.stack([_vector(answer) for answer in reference]).astype(np.float64)  # (samples, numbers)
     second = np.stack([_vector(answer) for answer in candidate]).astype(np.float64)
     if not np.isfinite(second).all():
         return {"variance_kept": 0.0, "max_abs": float("inf")}
     lost, whole = float(((first - second) ** 2).sum()), float(((first - first.mean(axis=0)) ** 2).sum())
+    squares = float((first**2).sum())
+    if whole <= _CONSTANT * squares:
+        whole = squares
     kept = 1.0 if lost == 0 else max(0.0, 1 - lost / whole) if whole > 0 else 0.0
     return {"variance_kept": kept, "max_abs": float(np.abs(first - second).max())}
 

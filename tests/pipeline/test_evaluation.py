@@ -194,6 +194,20 @@ def test_a_module_that_answers_a_constant_keeps_nothing() -> None:
     assert agreement("module", answers, answers)["variance_kept"] == 1
 
 
+def test_where_the_original_answers_a_constant_its_size_is_the_measure() -> None:
+    """There is no variance to keep then; float32 leaves a little noise of its own."""
+    noise = np.random.default_rng(0).normal(scale=1e-7, size=50)
+    original = [{"y": np.array([2.0, -3.0]) * (1 + one)} for one in noise]
+
+    def kept(y: list[float]) -> float:
+        return agreement("module", original, [{"y": np.array(y)}] * 50)["variance_kept"]
+
+    assert kept([2.0, -3.0]) == pytest.approx(1)
+    assert kept([2.02, -3.03]) == pytest.approx(0.9999)
+    assert kept([3.0, -2.0]) < 0.9
+    assert agreement("module", [{"y": np.zeros(2)}] * 5, [{"y": np.ones(2)}] * 5)["variance_kept"] == 0
+
+
 def test_several_labels_are_compared_label_by_label() -> None:
     one, other = logits([5, 1, -1]), logits([4, -1, -2])
     assert agreement("text-classification", one, other)["top1_agreement"] == 1
