@@ -208,7 +208,7 @@ class _Run:
                 compute_metrics=None if self.metrics is None else _metrics_of(self.metrics),
                 callbacks=[_Observer(self.options, progress)],
             )
-            trainer.own_loss, trainer.lengths = self.compute_loss, self.lengths
+            trainer.own_loss, trainer.lengths, trainer.options = self.compute_loss, self.lengths, self.options
             trainer.remove_callback(PrinterCallback)
             if self.options.patience is not None:
                 trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=self.options.patience))
@@ -228,6 +228,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
     own_loss: ComputeLoss | None = None
     lengths: Sequence[int] | None = None
+    options: TrainingOptions | None = None
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -260,7 +261,8 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, *arguments: Any, **more: Any) -> None:
         """A checkpoint. Raises OutputError."""
-        with _on_disk(Path(self.args.output_dir)):
+        assert self.options is not None
+        with _on_disk(Path(self.args.output_dir), self.options):
             super()._save_checkpoint(*arguments, **more)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -415,7 +417,7 @@ def _checkpoint_to_resume(folder: Path, options: TrainingOptions, belongs: dict[
                 f"{folder} is not empty. Resume the training whose checkpoints it holds (resume), or give another folder."
             )
         temporary = folder / (_IDENTITY + ".part")
-        with _on_disk(folder):
+        with _on_disk(folder, options):
             temporary.write_text(json.dumps(belongs, indent=1))
             temporary.replace(written)
         return None
@@ -441,15 +443,19 @@ def _checkpoint_to_resume(folder: Path, options: TrainingOptions, belongs: dict[
 
 
 @contextlib.contextmanager
-def _on_disk(folder: Path) -> Iterator[None]:
+def _on_disk(folder: Path, options: TrainingOptions) -> Iterator[None]:
     """Says OutputError where a disk is full: torch has a RuntimeError for it, safetensors an error of its own."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         said = str(error).partition("\n")[0]
-        raise OutputError(
-            f"Writing a checkpoint into {folder} failed: {said}. Free space, and resume from the checkpoint before, or choose another folder."
-        ) from error
+        if options.checkpoints is None:
+            then = ", or set TMPDIR to a folder that has more of it"
+        elif any(_is_whole(path, options) for path in folder.glob("checkpoint-*")):
+            then = ", and resume from the checkpoint before, or choose another folder"
+        else:
+            then = f"{', and resume, which begins at the start' if has_begun(folder) else ''}, or choose another folder"
+        raise OutputError(f"Writing a checkpoint into {folder} failed: {said}. Free space{then}.") from error
 
 
 def _difference(name: str, before: Any, now: Any) -> str:

@@ -259,11 +259,11 @@ def test_a_full_disk_is_named_and_what_was_saved_before_stays(tmp_path: Path) ->
     train(small_model(), examples(), options=options, collate=collate)
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "run" / "checkpoint-10").iterdir()}
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for name in ("model.safetensors", "optimizer.pt"):
+    for name, then in (("model.safetensors", "and resume, which begins at the start"), ("optimizer.pt", "and resume,")):
         options = dataclasses.replace(OPTIONS, checkpoints=tmp_path / name)
         resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[name] - 1000, before[1]))
         try:
-            with pytest.raises(OutputError, match=rf"Writing a checkpoint into .*{name} failed: .*Free space"):
+            with pytest.raises(OutputError, match=rf"Writing a checkpoint into .*{name} failed: .*Free space, {then}"):
                 train(small_model(), examples(), options=options, collate=collate)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
