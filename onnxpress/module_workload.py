@@ -143,6 +143,11 @@ class ModuleWorkload:
                 f"The labels go from {labels.min()} to {labels.max()}; {self._signature.outputs[0].name} has scores for the classes 0 to "
                 f"{classes - 1 if isinstance(classes, int) else classes}."
             )
+        if labels.min() == labels.max():
+            raise RecipeError(
+                f"All samples that judge have the label {labels[0]}, and a network that answers nothing else would be right each time; at "
+                "least two different ones are needed."
+            )
 
     def _draw(self, seed: int, batch: int | None = None) -> Arrays:
         random = np.random.default_rng(seed)

@@ -131,6 +131,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
         "whole": good(6),
         "part": {name: array[4:] for name, array in good(6).items()},
         "wrong": {**good(6), "labels": np.arange(5, 11)},
+        "alike": {**good(6), "labels": np.full(6, 7)},
     }.items():
         np.savez(tmp_path / f"{name}.npz", **changed)
         files[name] = read_arrays(tmp_path / f"{name}.npz", SIGNATURE)
@@ -139,6 +140,8 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
         ModuleWorkload(**given, evaluation=files["whole"], calibration=files["part"])
     with pytest.raises(RecipeError, match="labels go from 5 to 10; scores has scores for the classes 0 to 9"):
         ModuleWorkload(**given, evaluation=files["wrong"])
+    with pytest.raises(RecipeError, match=r"All samples that judge have the label 7, .*at least two different ones"):
+        ModuleWorkload(**given, evaluation=files["alike"])
     maps = dataclasses.replace(SIGNATURE.outputs[0], shape=("batch", 10, 8, 8))
     given["signature"] = dataclasses.replace(SIGNATURE, outputs=(maps,))
     with pytest.raises(RecipeError, match="Labels go with a first output of scores"):
