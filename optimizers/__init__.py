@@ -76,10 +76,14 @@ def make_pass(name: str, options: Mapping[str, object] | None = None) -> Pass:
             raise RecipeError(f"Pass {name!r} does not take {option!r}; its options are: {allowed}.")
         default = defaults[option]
         given[option] = float(value) if type(value) is int and isinstance(default, float) else value
-        if type(given[option]) is not type(default) or (isinstance(value, int) and value < 0):
+        if type(given[option]) is not type(default):
             kinds = {bool: "true or false", int: "whole numbers", float: "numbers"}
             kind_of_value = kinds.get(type(default), "a word")
             raise RecipeError(
                 f"Pass {name!r}: {option} is {value!r}; it takes {kind_of_value}, and is {default!r} by default."
             )
-    return kind(**given)
+    step = kind(**given)  # which says what its own ranges are
+    negative = next((option for option, value in given.items() if type(value) is int and value < 0), None)
+    if negative is not None:
+        raise RecipeError(f"Pass {name!r}: {negative} is {given[negative]}; it takes whole numbers from 0 on.")
+    return step

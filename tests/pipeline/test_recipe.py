@@ -63,7 +63,10 @@ def test_everything_has_a_default_but_the_model() -> None:
             {**MODEL, "passes": {"int8": {"minimum_elements": "lots"}}},
             r"minimum_elements is 'lots'; it takes whole numbers, and is 1",
         ),
-        ({**MODEL, "passes": {"int8": {"minimum_elements": -5}}}, r"minimum_elements is -5"),
+        (
+            {**MODEL, "passes": {"int8": {"minimum_elements": -5}}},
+            r"minimum_elements is -5; it takes whole numbers from 0 on",
+        ),
         ({**MODEL, "build": {"name": "../evil"}}, r"'build.name': .* not '../evil'"),
         ({**MODEL, "build": {"prefer": "size"}}, r"`prefer` is for builds that choose the precision themselves"),
         ({**MODEL, "build": {"prefer": "size", "precision": "int8"}, "quality": {"budget": 0.9}}, r"`prefer` is for"),
