@@ -1,6 +1,6 @@
 """Facts about each target: which passes pay there and which ONNX Runtime optimizers are switched off.
 
-Every row carries its measurement or its source, so that it can be checked again when a version moves.
+Beside each choice stands its measurement or its source, so that it can be checked again when a version moves.
 """
 
 from __future__ import annotations
@@ -11,14 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from onnxpress.errors import RecipeError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fact:
-    """One thing known about a target, with the measurement or the source that says so."""
-
-    claim: str
-    evidence: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +52,6 @@ class Target:
     lossless: tuple[str, ...]
     precisions: Mapping[str, tuple[str, ...]]
     disabled_optimizers: tuple[str, ...]
-    facts: tuple[Fact, ...]
     generation: tuple[str, ...]
     qdq: QdqForm
     uniform_steps: bool = False
@@ -89,119 +80,87 @@ _X86 = QdqForm(activations="uint8", weights="int8", symmetric=False, weight_limi
 _NVIDIA = QdqForm(
     activations="int8", weights="int8", symmetric=True, weight_limit=127, integer_bias=False, chained=False
 )
-# Of the CPU provider, on which graphs for NVIDIA's are tried where there is no GPU.
+# Of the CPU provider, on which graphs for NVIDIA's are tried where there is no GPU: one drops a Relu before FP8, one takes kernels whose
+# 16-bit sums overflow on CPUs without VNNI for signed weights of 8 bits, one rounds biases, and loses those that 32 bits do not hold.
+# onnxruntime 1.32: Relu, QuantizeLinear to float8e4m3fn, DequantizeLinear answers -5 for -5, and two convolutions on AVX2 are off by 17 %
+# where the same graph in float is off by 1.8 % (tests/optimizers/test_qdq.py).
 _WRONG_FOR_NVIDIA = ("ReluQuantRewrite", "QDQSelectorActionTransformer", "WeightBiasQuantization")
-_WRONG = Fact(
-    claim="three optimizers of the CPU provider are switched off: one drops a Relu before FP8, one takes kernels whose 16-bit sums "
-    "overflow on CPUs without VNNI for signed weights of 8 bits, one rounds biases, and loses those that 32 bits do not hold",
-    evidence="onnxruntime 1.32: Relu, QuantizeLinear to float8e4m3fn, DequantizeLinear answers -5 for -5, and two convolutions on AVX2 "
-    "are off by 17 % where the same graph in float is off by 1.8 % (tests/optimizers/test_qdq.py)",
-)
 _NVIDIA_QDQ = {"int8-qdq": ("int8-qdq",), "fp8-qdq": ("fp8-qdq",)}
 
 _CPU = Target(
     name="cpu",
     providers=("cpu",),
+    # fuse-attention: Attention (opset 23) with an additive mask costs what MultiHeadAttention costs without one. 1 thread, 12 heads of 32,
+    # at (1,32)/(1,128)/(4,128): 0.050/0.364/1.83 ms, against 0.083/0.449/2.18 for MultiHeadAttention with a padding mask and
+    # 0.068/0.378/1.70 without.
+    # scale-queries: Xeon with AMX, 2 threads, onnxruntime 1.32, a step after 1,024 tokens: 13.5 ms against 15.6 for the SmolLM2-135M
+    # shape, 21.1 against 23.4 for the Qwen2.5-0.5B shape; after 128 tokens level.
     lossless=(*_CLEAN, *_FUSE, *_DECODER, "scale-queries", "pack-projections"),
     precisions={
+        # Calibrated scales beat dynamic ones, and answers do not move with batch-mates. MiniLM-L6, 2 threads, at (1,32)/(1,128):
+        # 1.64/6.45 ms against 1.95/6.78. Its 8-bit weights are signed, since VNNI and AMX have kernels for u8 x s8 alone (onnxruntime's
+        # mlas/lib/platform.cpp): Xeon with AMX, onnxruntime 1.32, MatMulIntegerToFloat of 128 rows, 384 to 1536, 1 thread: 0.14 ms, 1.09
+        # with unsigned weights, 1.05 in float32.
         "int8": ("int8",),
         "fp32": (),
         "int8-dynamic": ("int8-dynamic",),
         "int8-qdq": ("int8-qdq",),
         **_WEIGHT_ONLY,
+        # Steps of 8 tokens and more pay in int8, shorter ones in 4 bits. Xeon with AMX, 2 threads, 896 to 4864, blocks of 128 /
+        # DynamicQuantizeMatMul, ms: 1 row 0.058/0.104, 4 rows 0.15/0.14, 8 rows 0.37/0.22, 128 rows 5.1/1.3.
         DUAL: ("int4-weights", "int8-prompts"),
     },
     qdq=_X86,
+    # AMD EPYC with AVX2: two layers with a ReLU between them were off by 4.1 %, by 0.8 % with session.x64quantprecision, whose kernels do
+    # not add two products in 16 bits and take unsigned weights (tests/optimizers/test_quantization.py).
     exact_products=True,
+    # Xeon with AMX, 2 threads, SmolLM2-135M's shape, 30 layers: 256 tokens after 768 take 219 ms with it and 149 without, 128 first tokens
+    # 24 and 14. The other kernel holds heads x new tokens x capacity numbers: 235 MB for 14 heads, 128 tokens, 32,768.
     flash_attention=False,
+    # SkipLayerNormalization loses against Add + LayerNormalization: 4.09 against 0.76 ms at 4096x384, 2 threads, onnxruntime 1.32,
+    # AVX512-VNNI.
     disabled_optimizers=("SkipLayerNormFusion",),
     generation=("int4-weights", DUAL, "int8", "fp32", "int8-dynamic", "int8-qdq", "int8-weights"),
-    facts=(
-        Fact(
-            claim="SkipLayerNormalization loses against Add + LayerNormalization, so its fusion is switched off",
-            evidence="4.09 against 0.76 ms at 4096x384, 2 threads, onnxruntime 1.32, AVX512-VNNI",
-        ),
-        Fact(
-            claim="Attention (opset 23) with an additive mask costs what MultiHeadAttention costs without one",
-            evidence="1 thread, 12 heads of 32: 0.050/0.364/1.83 ms at (1,32)/(1,128)/(4,128), against "
-            "0.083/0.449/2.18 for MultiHeadAttention with a padding mask and 0.068/0.378/1.70 without",
-        ),
-        Fact(
-            claim="the scale of a language model's attention goes into its queries",
-            evidence="Xeon with AMX, 2 threads, onnxruntime 1.32, a step after 1,024 tokens: 13.5 ms against 15.6 for the SmolLM2-135M "
-            "shape, 21.1 against 23.4 for the Qwen2.5-0.5B shape; after 128 tokens level",
-        ),
-        Fact(
-            claim="int8 with calibrated activation scales beats dynamic scales, and answers do not move with "
-            "batch-mates",
-            evidence="MiniLM-L6, 2 threads: 1.64/6.45 ms against 1.95/6.78 at (1,32)/(1,128)",
-        ),
-    ),
-)
-
-_WITH_VNNI = (
-    Fact(
-        claim="8-bit weights are signed: VNNI and AMX have kernels for u8 x s8 alone",
-        evidence="Xeon with AMX, onnxruntime 1.32, MatMulIntegerToFloat of 128 rows, 384 to 1536, 1 thread: 0.14 ms, 1.09 with unsigned "
-        "weights, 1.05 in float32; onnxruntime's mlas/lib/platform.cpp sets the kernels of VNNI and AMX for U8S8 only",
-    ),
-    Fact(
-        claim="where there is no VNNI, the session asks for kernels that do not add two products in 16 bits, and these take unsigned weights",
-        evidence="AMD EPYC with AVX2: two layers with a ReLU between them were off by 4.1 %, by 0.8 % with "
-        "session.x64quantprecision (tests/optimizers/test_quantization.py)",
-    ),
-    Fact(
-        claim="steps of 8 tokens and more pay in int8, shorter ones in 4 bits (dual)",
-        evidence="Xeon with AMX, 2 threads, 896 to 4864, blocks of 128 / DynamicQuantizeMatMul, ms: 1 row 0.058/0.104, 4 rows 0.15/0.14, "
-        "8 rows 0.37/0.22, 128 rows 5.1/1.3",
-    ),
-    Fact(
-        claim="GroupQueryAttention's tiled kernel is switched off for prompts",
-        evidence="Xeon with AMX, 2 threads, SmolLM2-135M's shape, 30 layers: 256 tokens after 768 take 219 ms with it and 149 without, "
-        "128 first tokens 24 and 14. The other kernel holds heads x new tokens x capacity numbers: 235 MB for 14 heads, 128 tokens, 32,768",
-    ),
 )
 
 TARGETS: Mapping[str, Target] = {
-    "cpu": dataclasses.replace(_CPU, facts=(*_CPU.facts, *_WITH_VNNI)),
+    "cpu": _CPU,
+    # Without VNNI, signed weights of 7 bits are faster than unsigned ones of 8, and cannot overflow. AMD EPYC with AVX2, one MatMul 1536 to
+    # 384 of 128 rows, 1 thread: 1.09 against 1.36 ms; MiniLM-L6, 2 threads, at (1,128)/(2,128): 16.0/33.6 against 18.4/39.6 ms; mean
+    # cosine 0.9913 against 0.9923.
     "cpu-avx2": dataclasses.replace(
         _CPU,
         name="cpu-avx2",
         exact_products=False,
         flash_attention=True,  # not tried without
         qdq=dataclasses.replace(_X86, weight_limit=63),
-        facts=(
-            *_CPU.facts,
-            Fact(
-                claim="without VNNI, signed weights of 7 bits are faster than unsigned ones of 8, and cannot overflow",
-                evidence="AMD EPYC with AVX2, one MatMul 1536 to 384 of 128 rows, 1 thread: 1.09 against 1.36 ms; MiniLM-L6, "
-                "2 threads, (1,128)/(2,128): 16.0/33.6 against 18.4/39.6 ms; mean cosine 0.9913 against 0.9923",
-            ),
-        ),
     ),
+    # exact_products is for the x86 CPU that it is built on: MiniLM at int8-qdq: onnxruntime 1.32 on AVX2 answers 0.024 beside what it answers
+    # on arm64 (emulated), and with session.x64quantprecision within 5e-8 of it.
     "cpu-arm64": dataclasses.replace(
         _CPU,
         name="cpu-arm64",
+        # onnxruntime's advice for ARM64 (its quantization guide: S8S8); not measured here
         qdq=dataclasses.replace(_X86, activations="int8"),
         flash_attention=True,  # not tried without
-        facts=(
-            *_CPU.facts,
-            Fact(
-                claim="where it is built on an x86 CPU, ONNX Runtime is kept from kernels whose 16-bit sums overflow",
-                evidence="MiniLM at int8-qdq: onnxruntime 1.32 on AVX2 answers 0.024 beside what it answers on arm64 (emulated), and with "
-                "session.x64quantprecision within 5e-8 of it",
-            ),
-            Fact(
-                claim="int8-qdq writes signed activations and signed weights of 8 bits",
-                evidence="onnxruntime's advice for ARM64 (its quantization guide: S8S8); not measured here",
-            ),
-        ),
     ),
     "cuda": Target(
         name="cuda",
         providers=("cuda",),
+        # pack-projections: gate and up projections stay apart. H200, steps of 7B: packed with a Split 4.77 ms, apart 4.77. MatMulNBits keeps
+        # its own kernels: int4 blocks of 32 2.9 ms, 3.6 with ep.cuda.fpa_intb_gemm, which takes 16 s to open.
+        # The provider chooses the kernel of attention itself (cuDNN's on Hopper). H200, flash attention alone (sdpa_kernel 1): 0.19/0.21/1.32
+        # ms for MiniLM's shape, 1.48 against 1.22 ms for a step of 0.5B, 5.10 against 4.77 of 7B.
+        # Launches are captured as CUDA graphs. H200, a step of the Qwen2.5-0.5B shape in float16: 1.2 against 3.8 ms; MiniLM's at (1,32):
+        # 0.18 against 0.47.
         lossless=(*_CLEAN, *_FUSE, *_DECODER, "pack-projections", "cuda-attention"),
         precisions={
+            # float16 is the default: tensor cores run it at twice the rate of TF32, 989 against 494 TFLOP/s, dense (NVIDIA, H100 SXM data
+            # sheet); 760 with random float16 numbers on an H200.
+            # pack-attention: H200, onnxruntime-gpu 1.31.1, the six layers of MiniLM's shape (no pooling) in float16 as CUDA graph at
+            # (1,32)/(1,128)/(64,128): 0.18/0.19/0.87 ms; Attention with an added mask 0.23/0.27/1.05, MultiHeadAttention with lengths
+            # 0.24/0.24/0.92, one operator with a mask of ones and zeros 0.18/0.20/1.43.
+            # cuda-opset: onnxruntime-gpu 1.31.1 runs opset 22's MaxPool on the CPU (tests/gpu/test_session.py).
             "fp16": ("pack-attention", "cuda-opset", "fp16"),
             "fp32": ("pack-attention", "cuda-opset"),
             "bf16": ("pack-attention", "bf16"),  # operators that bfloat16 came to with opset 22 need it
@@ -211,49 +170,16 @@ TARGETS: Mapping[str, Target] = {
             **{f"{name}-bf16": (*passes, "bf16") for name, passes in _WEIGHT_ONLY.items()},
         },
         generation=("fp16", "bf16", *_WEIGHT_ONLY, *(f"{name}-bf16" for name in _WEIGHT_ONLY)),
+        # onnxruntime-gpu 1.31.1: GroupQueryAttention has 16 inputs, no query_seqlens among them, no float32 kernel on CUDA, and reads the
+        # longest row's length on the CPU, so that it is an input of the graph.
         uniform_steps=True,
         qdq=_NVIDIA,
         disabled_optimizers=_WRONG_FOR_NVIDIA,
-        facts=(
-            Fact(
-                claim="float16 is the default: tensor cores run it at twice the rate of TF32",
-                evidence="989 against 494 TFLOP/s, dense (NVIDIA, H100 SXM data sheet); 760 with random float16 numbers on an H200",
-            ),
-            Fact(
-                claim="self-attention is one operator with its projections and the lengths of rows",
-                evidence="H200, onnxruntime-gpu 1.31.1, the six layers of MiniLM's shape (no pooling) in float16 as CUDA graph at (1,32)/(1,128)/(64,128): 0.18/0.19/0.87 ms; "
-                "Attention with an added mask 0.23/0.27/1.05, MultiHeadAttention with lengths 0.24/0.24/0.92, one operator with a mask of "
-                "ones and zeros 0.18/0.20/1.43",
-            ),
-            Fact(
-                claim="launches are captured as CUDA graphs",
-                evidence="H200, a step of the Qwen2.5-0.5B shape in float16: 1.2 against 3.8 ms; MiniLM's at (1,32): 0.18 against 0.47",
-            ),
-            Fact(
-                claim="the provider chooses the kernel of attention itself (cuDNN's on Hopper)",
-                evidence="H200, flash attention alone (sdpa_kernel 1): 0.19/0.21/1.32 ms for MiniLM's shape, 1.48 against 1.22 ms for a step "
-                "of 0.5B, 5.10 against 4.77 of 7B",
-            ),
-            Fact(
-                claim="gate and up projections stay apart, and MatMulNBits keeps its own kernels",
-                evidence="H200, steps of 7B: packed with a Split 4.77 ms, apart 4.77; int4 blocks of 32 2.9 ms, 3.6 with ep.cuda.fpa_intb_gemm, "
-                "which takes 16 s to open",
-            ),
-            Fact(
-                claim="language models are exported without query_seqlens, in half precision, with the longest row's length as an input",
-                evidence="onnxruntime-gpu 1.31.1: GroupQueryAttention has 16 inputs, no float32 kernel on CUDA, and reads the length on the CPU",
-            ),
-            Fact(
-                claim="modules are at opset 21 where nothing in them is newer",
-                evidence="onnxruntime-gpu 1.31.1 runs opset 22's MaxPool on the CPU (tests/gpu/test_session.py)",
-            ),
-            _WRONG,
-        ),
     ),
     "tensorrt": Target(
         name="tensorrt",
         providers=("tensorrt", "cuda"),
-        lossless=_CLEAN,
+        lossless=_CLEAN,  # NVIDIA's parser refuses com.microsoft operators (TensorRT-RTX 1.7 builder)
         precisions={
             "fp16": ("fp16",),
             "fp32": (),
@@ -262,20 +188,10 @@ TARGETS: Mapping[str, Target] = {
             **_NVIDIA_QDQ,
         },
         generation=(),
+        # TensorRT-RTX 1.7 builds that, at int8 and at FP8 E4M3, and refuses zero points, uint8 and int32 biases
+        # (tests/optimizers/test_tensorrt_rtx.py); its speed is not measured here.
         qdq=_NVIDIA,
         disabled_optimizers=_WRONG_FOR_NVIDIA,
-        facts=(
-            Fact(
-                claim="no contrib operators are emitted: TensorRT's parser takes standard operators",
-                evidence="NVIDIA's parser refuses com.microsoft operators (TensorRT-RTX 1.7 builder)",
-            ),
-            Fact(
-                claim="int8-qdq is symmetric, with weights as DequantizeLinear of integers and biases in float",
-                evidence="TensorRT-RTX 1.7 builds that, at int8 and at FP8 E4M3, and refuses zero points, uint8 and int32 biases "
-                "(tests/optimizers/test_tensorrt_rtx.py); its speed is not measured here",
-            ),
-            _WRONG,
-        ),
     ),
 }
 
