@@ -57,6 +57,7 @@ class DecoderWorkload:
         ids = next(spec for spec in signature.inputs if spec.name == "input_ids")
         assert ids.bounds is not None
         self._vocabulary = ids.bounds[1] + 1
+        self._beyond = 0  # tokens of texts that the tokenizer knows and the model does not
         own, given, self.notes = evaluation.builtin_samples(self.task, tokenizer)
         if calibration is None:
             self._calibration = self._windows(tokenizer, [sample.text for sample in own])[:calibration_samples]
@@ -80,6 +81,11 @@ class DecoderWorkload:
         self._positions = max(1, most // len(self._evaluation))
         self._next = np.concatenate([np.array(window)[self._asked(window) + 1] for window in self._evaluation])
         self.notes += (f"judged at {len(self._next)} tokens of {len(self._evaluation)} texts",)
+        if self._beyond:
+            self.notes += (
+                f"{self._beyond} tokens of the texts were left out: the tokenizer has them, and the model, whose tokens are 0 to "
+                f"{self._vocabulary - 1}, has not",
+            )
 
     def calibration(self) -> Iterator[Arrays]:
         """The graph's inputs for one calibration text at a time."""
@@ -224,9 +230,11 @@ class DecoderWorkload:
         return windows
 
     def _windows(self, tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-        """Texts as token ids, long ones in pieces; those of one token are left out."""
+        """Texts as token ids, long ones in pieces; those of one token are left out, and tokens that the model does not have."""
         encoded = [tokenizer.inner.encode(text).ids for text in texts]
-        return self._pieces([[token for token in ids if token < self._vocabulary] for ids in encoded])
+        known = [[token for token in ids if token < self._vocabulary] for ids in encoded]
+        self._beyond += sum(map(len, encoded)) - sum(map(len, known))
+        return self._pieces(known)
 
     def _pieces(self, texts: list[list[int]]) -> list[list[int]]:
         size = min(_WINDOW, self._context)

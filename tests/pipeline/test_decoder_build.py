@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -309,6 +311,18 @@ def test_perplexity_is_that_of_the_next_tokens(folder: Path, artifact: Path, tmp
         expected = (np.exp(2.0) + 319) / np.exp(2.0)
         assert tried.metrics(flat, knowing)["perplexity"] == pytest.approx(expected)
         assert found["likelihood_kept"] == pytest.approx(expected / 320)
+
+
+def test_tokens_that_the_model_has_not_are_left_out_and_said(folder: Path, artifact: Path) -> None:
+    manifest = Artifact.open(artifact).manifest
+    ids = next(spec for spec in manifest.signature.inputs if spec.name == "input_ids")
+    few = dataclasses.replace(ids, bounds=(0, 99))
+    inputs = tuple(few if spec is ids else spec for spec in manifest.signature.inputs)
+    options = {"options": manifest.options, "tokenizer_folder": folder, "samples": 20}
+    signature = dataclasses.replace(manifest.signature, inputs=inputs)
+    notes = DecoderWorkload(signature=signature, **options).notes
+    assert any(re.match(r"[1-9]\d* tokens of the texts were left out: .* 0 to 99, has not", note) for note in notes)
+    assert not any("left out: the tokenizer" in note for note in workload(folder, artifact).notes)
 
 
 def test_texts_of_the_users_replace_the_built_in_ones(folder: Path, artifact: Path, tmp_path: Path) -> None:
