@@ -182,7 +182,7 @@ def batch_dependence(alone: Answers, batched: Answers, *, numbers: bool = False)
 def score(task: str, runner: Any, samples: Sequence[Sample]) -> dict[str, float]:
     """The task's own metrics on labelled samples, from the runner's answers. Raises RecipeError and InputError."""
     check_labels(task, runner.options, samples)
-    check_spread(task, runner.options, samples)
+    _check_scores(task, runner.options, samples)
     if task == "feature-extraction":
         texts = list(dict.fromkeys(text for sample in samples for text in (sample.text, sample.text_pair)))
         vectors = dict(zip(texts, runner.embed(texts), strict=True))
@@ -237,6 +237,20 @@ def check_labels(task: str, options: Mapping[str, Json], samples: Sequence[Sampl
 
 
 def check_spread(task: str, options: Mapping[str, Json], samples: Sequence[Sample]) -> None:
+    """Raise InputError for gold labels that cannot judge what pressing costs: all of them are the same."""
+    _check_scores(task, options, samples)
+    if task != "text-classification" or options["problem_type"] == "regression":
+        return
+    several = options["problem_type"] == "multi_label_classification"
+    found = {str(sample.label if several else label_name(sample.label, options["labels"])) for sample in samples}
+    if len(found) < 2:
+        raise InputError(
+            f"All samples that judge have the label {found.pop()!r}, and a model that answers nothing else would be right each "
+            "time; at least two different ones are needed."
+        )
+
+
+def _check_scores(task: str, options: Mapping[str, Json], samples: Sequence[Sample]) -> None:
     """Raise InputError for gold scores that nothing correlates with."""
     scored = task == "feature-extraction" or (task == "text-classification" and options["problem_type"] == "regression")
     if scored and len({finite_number(sample.label) for sample in samples}) < 2:

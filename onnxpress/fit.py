@@ -178,7 +178,7 @@ def fit_samples(
         raise InputError(f"balanced goes with one label a text (text-classification); the task is {labels.kind}.")
     for sample in judged:
         labels.target(sample)  # labels that are unknown are said before anything else happens
-    check_spread(labels.task, {"problem_type": labels.problem_type}, judged)
+    check_spread(labels.task, {"labels": labels.names, "problem_type": labels.problem_type}, judged)
     head = Head(task=labels.task, labels=labels.names, problem_type=labels.problem_type)
     if frozen_encoder:
         model = trainable.load_frozen(source, max_length=max_length)

@@ -69,9 +69,12 @@ class PruneOptions:
             raise RecipeError("prune: nothing is to go; set ffn, heads or layers.")
 
     def check_sizes(self, **sizes: int) -> None:
-        """Raise RecipeError where as many of ffn, heads or layers are to go as there are by a model's config."""
+        """Raise RecipeError where as many of ffn, heads or layers are to go as there are by a model's config, or a share that is none."""
         for kind, there in sizes.items():
-            _number(getattr(self, kind), there, kind)
+            if getattr(self, kind) and not _number(getattr(self, kind), there, kind):
+                raise RecipeError(
+                    f"prune: so small a share of {there} {kind} is none at all; give a larger one, or a number."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
