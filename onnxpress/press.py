@@ -135,7 +135,7 @@ class Press:
         row = self._row(step.name, whole.changes, whole.notes)
         if whole.changes == 0:
             self._record(row, status="undone", reason="nothing to change")
-            if self._explicit(step):
+            if self._by_name(step):
                 raise BudgetError(
                     f"The pass {step.name} was asked for and finds nothing to change: {'; '.join(whole.notes)}. {self._instead(step)}."
                 )
@@ -240,9 +240,12 @@ class Press:
         self.exact, self.rows_alone = False, plan.rows_alone
 
     def _explicit(self, step: Pass) -> bool:
-        """Whether the recipe asks for a lossy pass by name."""
+        """Whether the recipe asks for a lossy pass by name, or for all of them."""
+        return self._recipe.build.keep_all or self._by_name(step)
+
+    def _by_name(self, step: Pass) -> bool:
         build = self._recipe.build
-        return build.keep_all or build.precision is not None or bool(build.only) or step.name == _INT8_CACHE
+        return build.precision is not None or bool(build.only) or step.name == _INT8_CACHE
 
     def _refuse(self, step: Pass, row: Mapping[str, Json]) -> None:
         """A precision that was asked for by name is never left out in silence."""

@@ -43,7 +43,7 @@ class Smaller(NamedTuple):
     changes: int
     notes: tuple[str, ...]
     planned: Graph | None = None  # the graph that was pruned, where the module was not trained after that
-    can_learn: bool = True  # whether there is a module to train
+    can_learn: bool = True  # whether [distil] could train it
 
 
 def make_smaller(
@@ -85,7 +85,8 @@ def make_smaller(
         notes += _distil(exported, module, student, pruned, recipe.distil, tokenizer_folder, progress)
     again = export_again(student)
     planned = pruned.graph if recipe.distil is None else None
-    return Smaller(again, changes, (_sizes(exported.graph, again.graph), *notes), planned)
+    learns = workload.task != "module"  # there are no texts for a plain one
+    return Smaller(again, changes, (_sizes(exported.graph, again.graph), *notes), planned, can_learn=learns)
 
 
 def _sizes(before: Graph, after: Graph) -> str:

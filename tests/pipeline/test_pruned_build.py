@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,6 +144,11 @@ def test_a_budget_that_the_pruned_model_does_not_meet(tmp_path: Path) -> None:
     with pytest.raises(BudgetError, match=r"The pruned model is not good enough: cosine_mean 0\.\d+.*Prune less"):
         onnxpress.build(folder, out=tmp_path / "out", prune={"ffn": 0.5, "multiple": 1}, budget="0.99999", **QUICK)
     assert not (tmp_path / "out").exists()
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.Linear(64, 16))
+    given: dict[str, Any] = {"example_inputs": (torch.randn(4, 16),), "prune": {"ffn": 0.5}, "measure": False}
+    with pytest.raises(BudgetError, match=r"Prune less, allow more with --budget"):  # no text to distil from
+        onnxpress.build(plain, out=tmp_path / "out", **given)
 
 
 @pytest.mark.parametrize(

@@ -264,16 +264,12 @@ def test_columns_do_not_go_with_arrays(digits: tuple[torch.nn.Module, Path], tmp
         build(digits, tmp_path / "out", file=str(folder / "test.npz"), columns={"text": "a"})
 
 
-def test_a_graph_without_anything_to_quantize_is_an_error(tmp_path: Path) -> None:
+def test_a_graph_without_anything_to_quantize_is_an_error_where_that_was_asked_for(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"example_inputs": (torch.rand(4, 8),), "target": "cpu", "measure": False}
+    built = onnxpress.build(torch.nn.Softmax(dim=1), out=tmp_path / "all", keep_all=True, **given)
+    assert built.manifest.ledger[-1]["reason"] == "nothing to change"
     with pytest.raises(
         BudgetError,
         match=r"finds nothing to change: no Conv, MatMul or Gemm.*float32 weights\. Choose another --precision\.$",
     ):
-        onnxpress.build(
-            torch.nn.Softmax(dim=1),
-            example_inputs=(torch.rand(4, 8),),
-            out=tmp_path / "out",
-            target="cpu",
-            precision="int8-qdq",
-            measure=False,
-        )
+        onnxpress.build(torch.nn.Softmax(dim=1), out=tmp_path / "out", precision="int8-qdq", **given)
