@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -52,10 +52,10 @@ class Engine:
 
     def fit(
         self,
-        texts: Sequence[Any],
-        labels: Sequence[Json],
+        texts: Collection[Any],
+        labels: Collection[Json],
         *,
-        evaluation: tuple[Sequence[Any], Sequence[Json]] | None = None,
+        evaluation: tuple[Collection[Any], Collection[Json]] | None = None,
         frozen_encoder: bool = False,
         balanced: bool = False,
         max_length: int | None = None,
@@ -78,6 +78,8 @@ class Engine:
             raise InputError(
                 f"An Engine keeps no checkpoints, so that there is no {kept[0]}; onnxpress.fit(…, checkpoint=FOLDER) keeps them."
             )
+        if evaluation is not None and not (isinstance(evaluation, tuple | list) and len(evaluation) == 2):
+            raise InputError("evaluation is a pair: a list of texts, and a list of their labels.")
         folder = tempfile.mkdtemp(prefix="onnxpress-engine-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         checkpoint = Path(folder) / "checkpoint"
@@ -109,7 +111,7 @@ class Engine:
             return [answer["score"] for answer in answers]
         return [answer["scores"] for answer in answers]
 
-    def evaluate(self, texts: Sequence[Any], labels: Sequence[Json]) -> dict[str, float]:
+    def evaluate(self, texts: Collection[Any], labels: Collection[Json]) -> dict[str, float]:
         """The task's metrics x 100: accuracy and macro F1, micro F1 of several labels, Spearman, entity F1.
 
         Raises InputError, for labels that the model does not know too.

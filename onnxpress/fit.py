@@ -39,6 +39,7 @@ from onnxpress.labelled import (
     imbalance,
     normalized,
     read_labelled,
+    seen,
     split,
     told,
     without,
@@ -174,6 +175,7 @@ def fit_samples(
         notes.append(f"{len(judged)} of {len(samples)} samples were held out for evaluation")
     else:
         judged = normalized(evaluation, labels.kind)
+    notes += filter(None, [seen(judged, learned)])
     if balanced and labels.kind != "text-classification":
         raise InputError(f"balanced goes with one label a text (text-classification); the task is {labels.kind}.")
     for sample in judged:
@@ -469,4 +471,5 @@ def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(part, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         said = getattr(error, "strerror", None) or error
-        raise OutputError(f"The checkpoint {folder} cannot be written: {said}.") from None
+        then = "and go on with --resume" if (folder / _PROGRESS).is_dir() else "or choose another --checkpoint"
+        raise OutputError(f"The checkpoint {folder} cannot be written: {said}. Free space, {then}.") from None

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 from onnxpress.errors import InputError
 from onnxpress.evaluation import LONG, Sample
 from onnxpress.manifest import Json
-from onnxpress.sample_files import CONLL, TABLES, TAG, read_conll, read_label_and_text, read_samples, read_text
+from onnxpress.sample_files import CONLL, TABLES, TAG, read_conll, read_label_and_text, read_samples, read_text, suffix
 
 # What can be fitted → the task of the artifact, and transformers' problem_type.
 KINDS: Mapping[str, tuple[str, str | None]] = {
@@ -78,7 +78,7 @@ def read_labelled(path: Path, kind: str | None, columns: Mapping[str, str | int]
         raise InputError(
             f"The file {path} does not exist; give a csv, tsv, jsonl or CoNLL file, or lines of label and text."
         )
-    if path.suffix in TABLES:
+    if suffix(path) in TABLES:
         task = KINDS[kind or "text-classification"][0]
         if kind is None and _has_tags(path):
             task = "token-classification"
@@ -86,7 +86,7 @@ def read_labelled(path: Path, kind: str | None, columns: Mapping[str, str | int]
     elif columns:
         raise InputError(f"--column goes with csv, tsv and jsonl files; {path} is none.")
     else:
-        by_columns = kind == "token-classification" or (kind is None and path.suffix in CONLL)
+        by_columns = kind == "token-classification" or (kind is None and suffix(path) in CONLL)
         samples = read_conll(path) if by_columns else read_label_and_text(path)
     if not samples:
         raise InputError(f"{path} holds no samples.")
@@ -103,13 +103,14 @@ def check_kind(kind: str | None) -> None:
         raise InputError(f"There is no task {kind!r} to fit; there are: {', '.join(KINDS)}.")
 
 
-def labelled_samples(texts: Sequence[Any], labels: Sequence[Json]) -> list[Sample]:
+def labelled_samples(texts: Collection[Any], labels: Collection[Json]) -> list[Sample]:
     """Samples of texts (or pairs) and labels given in Python; of lists of tokens and lists of tags. Raises InputError."""
-    if isinstance(texts, str) or not isinstance(texts, Sequence):
-        raise InputError(f"A list of texts is expected, not a {type(texts).__name__}.")
+    for given, what in ((texts, "texts"), (labels, "labels")):  # arrays and columns of tables will do too
+        if isinstance(given, str | bytes | Mapping | set) or not isinstance(given, Collection):
+            raise InputError(f"A list of {what} is expected, not a {type(given).__name__}.")
     if len(texts) != len(labels):
         raise InputError(f"{len(texts)} texts and {len(labels)} labels were given; each text needs one label.")
-    if not texts:
+    if not len(texts):
         raise InputError("No texts were given; at least one with its label is needed.")
     samples = []
     for index, (text, label) in enumerate(zip(texts, labels, strict=True)):
@@ -151,7 +152,8 @@ def find_labels(samples: Sequence[Sample], kind: str | None, known: Sequence[str
     if kind == "token-classification":
         names = ["O", *(name for name in names if name != "O")]
     if len(names) < 2:
-        raise InputError(f"All training samples have the label {names[0]!r}; at least two are needed.")
+        which = f"the label {names[0]!r}" if names else "no label"
+        raise InputError(f"All training samples have {which}; at least two are needed.")
     if kind == "text-classification" and len(samples) >= 20 and len(names) > len(samples) / 2:
         raise InputError(
             f"{len(samples)} samples have {len(names)} different labels. Is this the column of labels (--column label=NAME), "
@@ -210,6 +212,17 @@ def without(samples: Sequence[Sample], others: Sequence[Sample]) -> list[Sample]
     """The samples whose texts are not among those of others, unless they are short ("thanks")."""
     texts = {(other.text, other.text_pair) for other in others if len(other.text + (other.text_pair or "")) >= LONG}
     return [sample for sample in samples if (sample.text, sample.text_pair) not in texts]
+
+
+def seen(judged: Sequence[Sample], learned: Sequence[Sample]) -> str | None:
+    """What to say of texts that judge and were learned from, being short; None where there are none."""
+    texts = {(sample.text, sample.text_pair) for sample in learned}
+    both = sum((sample.text, sample.text_pair) in texts for sample in judged)
+    return (
+        f"{both} of {len(judged)} evaluation texts, short ones, were learned from too: they prove little"
+        if both
+        else None
+    )
 
 
 def imbalance(samples: Sequence[Sample], labels: Labels) -> str | None:
@@ -310,7 +323,7 @@ def _order(name: str) -> tuple[float, str]:
 
 
 def _has_tags(path: Path) -> bool:
-    if path.suffix != ".jsonl":
+    if suffix(path) != ".jsonl":
         return False
     first = next((line for line in read_text(path).split("\n") if line.strip()), "")
     try:

@@ -42,7 +42,7 @@ from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.prune import PruneOptions
 from onnxpress.optimizers.sparse import check_sparse_target
 from onnxpress.optimizers.targets import DUAL, GENERATION, TARGETS, target
-from onnxpress.sample_files import TABLES
+from onnxpress.sample_files import TABLES, suffix
 
 _MODULE = "module"  # the task of plain modules and .onnx files
 _PROMPTS = "int8-prompts"  # the pass that goes last of all, since it doubles the layers
@@ -367,7 +367,7 @@ def with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
 
 def _check_columns(where: str, columns: Mapping[str, str | int], *files: str | None) -> None:
     """Raises RecipeError where columns are named and no file has any."""
-    if columns and not any(Path(file).suffix in TABLES for file in files if file is not None):
+    if columns and not any(suffix(Path(file)) in TABLES for file in files if file is not None):
         raise RecipeError(
             f"{where}: columns were named, and none of the files given is a table: {', '.join(TABLES)} have columns; leave them out."
         )

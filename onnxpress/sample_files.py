@@ -40,14 +40,15 @@ def read_samples(
     is a token and a tag. labels: without them those of a table are not looked at, nor are a language model's. Raises RecipeError
     naming file, line and column.
     """
-    if path.suffix in TABLES:
+    kind = suffix(path)
+    if kind in TABLES:
         samples = _table(path, task, columns or {}, labels=labels and task != "text-generation")
-    elif task == "token-classification" and (path.suffix != ".txt" or _begins_with_a_tag(path)):
+    elif task == "token-classification" and (kind != ".txt" or _begins_with_a_tag(path)):
         samples = read_conll(path)
-    elif path.suffix == ".txt":
+    elif kind == ".txt":
         texts = [read_text(path)] if task == "text-generation" else read_text(path).split("\n")
         samples = [Sample(text=text.removesuffix("\r")) for text in texts if text.strip()]
-    elif task == "text-classification" and path.suffix not in CONLL:
+    elif task == "text-classification" and kind not in CONLL:
         samples = read_label_and_text(path)
     else:
         raise RecipeError(f"{path}: files of samples end in {', '.join(TABLES)} or .txt.")
@@ -59,6 +60,11 @@ def read_samples(
     if task == "feature-extraction" and labelled and any(sample.text_pair is None for sample in samples):
         raise RecipeError(f"{path}: scores of similarity need two texts a row (columns text and text_pair).")
     return samples
+
+
+def suffix(path: Path) -> str:
+    """How a file's name ends, which says what it holds: in small letters, for Windows writes TRAIN.CSV too."""
+    return path.suffix.lower()
 
 
 def read_conll(path: Path) -> list[Sample]:
@@ -85,6 +91,8 @@ def read_conll(path: Path) -> list[Sample]:
 
 def read_label_and_text(path: Path) -> list[Sample]:
     """Lines of a label, a space and a text (as the Stanford Sentiment Treebank's). Raises RecipeError naming file and line."""
+    if suffix(path) == ".json":
+        raise RecipeError(f"{path}: of JSON, .jsonl is read, an object a line; write each sample on a line of its own.")
     samples = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
@@ -139,25 +147,28 @@ class _Row:
 def _read_rows(path: Path, *, numbered: bool) -> list[_Row]:
     content = read_text(path)
     # Lines end at \n alone: str.splitlines would also cut texts at characters such as U+2028.
-    if path.suffix == ".jsonl":
+    if suffix(path) == ".jsonl":
         return [_json_row(path, number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
     lines = io.StringIO(content, newline="")
-    if path.suffix == ".tsv":
+    if suffix(path) == ".tsv":
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
     else:
         reader = csv.reader(lines, strict=True)  # strict: a quote that is not closed is an error, not a long text
     rows: list[tuple[int, list[str]]] = []
+    longest = csv.field_size_limit(len(content) + 1)  # whole documents are longer than its 131,072 characters
     try:
         rows = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
         raise RecipeError(
             f"{path}, line {reader.line_num}: {error}. A text with a quote stands in quotes, its own quotes doubled."
         ) from None
+    finally:
+        csv.field_size_limit(longest)
     if numbered:
         return [_Row(line=line, values=dict(enumerate(row))) for line, row in rows]
     if not rows:
         return []
-    header = rows[0][1]
+    header = [name.strip() for name in rows[0][1]]
     twice = [name for name in header if header.count(name) > 1]
     if twice:
         raise RecipeError(f"{path}: the header names the column {twice[0]!r} twice.")

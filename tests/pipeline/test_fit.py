@@ -109,7 +109,7 @@ def test_a_frozen_encoder_gives_an_ordinary_classifier(
     source = sentence_model if pooled else model
     train = write(tmp_path / "train.jsonl", *animals(80))
     fitted = fit(source, train, out=tmp_path / "out", **FROZEN | {"precision": "fp32"})
-    assert fitted.facts["notes"] == ["8 of 80 samples were held out for evaluation"]
+    assert "8 of 80 samples were held out for evaluation" in fitted.facts["notes"]
     assert fitted.artifact.manifest.ledger[0]["quality"] == 100.0
     runner: Any = onnxpress.load(tmp_path / "out")
     check_artifact_is_what_was_trained(fitted.checkpoint, runner, animals(9, seed=2)[0])
@@ -297,7 +297,7 @@ def test_cut_texts_are_counted(model: Path, tmp_path: Path) -> None:
     facts = fit_samples(
         model, samples, samples[:40], folder=tmp_path / "one", frozen_encoder=True, training=TrainingOptions()
     )
-    assert facts["notes"] == ["1 of 41 training texts were cut at 40 tokens"]
+    assert facts["notes"][-1] == "1 of 41 training texts were cut at 40 tokens"
 
 
 def test_balanced_weights_find_rare_labels(model: Path) -> None:
@@ -362,6 +362,10 @@ def test_the_command_line_and_a_resume(
         (["a"] * 9, ["x"] * 8, None, "9 texts and 8 labels"),
         ([], [], None, "No texts"),
         ("a cat", ["x"], None, "A list of texts"),
+        (["a", "b", "c"], "pos", None, "A list of labels is expected, not a str"),
+        (["a", "b"], (name for name in "xy"), None, "A list of labels is expected, not a generator"),
+        (["a", "b"], {"a": "x", "b": "y"}, None, "A list of labels is expected, not a dict"),
+        (["a"] * 9, [[]] * 9, None, "All training samples have no label"),
         (["a", " "], ["x", "y"], None, "Item 1 is no text"),
         (["a", "b"], ["x", None], None, "Text 1 has no label"),
         (["a", "b"], [["x"], {"y"}], None, "The label of text 1 is {'y'}; .* a list of texts"),
@@ -404,7 +408,19 @@ def test_texts_that_judge_are_not_learned_from(sentence_model: Path, tmp_path: P
         fit_samples(sentence_model, samples, first, folder=tmp_path / "one", **more)
     with pytest.raises(InputError, match="Too few different texts"):
         fit_samples(sentence_model, (samples[0], samples[1]) * 20, None, folder=tmp_path / "two", **more)
+    with pytest.raises(InputError, match="All samples that judge have the label"):
+        fit_samples(sentence_model, samples[8:], first[:3], folder=tmp_path / "alike", **more)
     assert [path.name for path in tmp_path.iterdir()] == ["some"]
+    short = labelled_samples([f"cat {index}" for index in range(20)], labels)
+    facts = fit_samples(sentence_model, short[:10], short[5:], folder=tmp_path / "short", **more)
+    assert "5 of 15 evaluation texts, short ones, were learned from too: they prove little" in facts["notes"]
+
+
+def test_arrays_are_taken_for_lists(sentence_model: Path) -> None:
+    texts, labels = animals(20)
+    assert labelled_samples(np.array(texts), np.array(labels)) == labelled_samples(texts, labels)
+    with pytest.raises(InputError, match="evaluation is a pair: a list of texts, and a list of their labels"):
+        Engine.load(sentence_model).fit(texts, labels, frozen_encoder=True, evaluation=texts)  # type: ignore[arg-type]
 
 
 def test_whole_numbers_are_classes_and_that_is_said() -> None:

@@ -50,6 +50,21 @@ def test_texts_arrive_as_they_are(tmp_path: Path) -> None:
     assert [sample.text for sample in found] == ['"open', '"Hello," she said', 'close"']
 
 
+def test_a_text_may_be_a_whole_document(tmp_path: Path) -> None:
+    long = "the cat sat. " * 20_000
+    path = write(tmp_path, "a.csv", f"text\n{long}\n")
+    assert read_samples(path, "fill-mask") == [Sample(text=long)]
+
+
+def test_names_of_files_end_in_small_or_capital_letters(tmp_path: Path) -> None:
+    path = write(tmp_path, "TRAIN.CSV", "my text, label\na fine film,1\n")
+    assert read_labelled(path, None, {"text": "my text"}) == [Sample(text="a fine film", label="1")]
+    path = write(tmp_path, "B.TSV", "text\tlabel\na, b\t1\n")
+    assert read_samples(path, "text-classification") == [Sample(text="a, b", label="1")]
+    assert read_samples(write(tmp_path, "C.JSONL", '{"text": "x"}'), "fill-mask") == [Sample(text="x")]
+    assert read_samples(write(tmp_path, "D.TXT", "x"), "fill-mask") == [Sample(text="x")]
+
+
 def test_questions_in_both_forms(tmp_path: Path) -> None:
     lines = [
         {"question": "q", "context": "c", "answers": {"text": ["a", "b"], "answer_start": [0, 1]}},
@@ -103,6 +118,7 @@ def test_lines_of_a_label_and_a_text_judge_as_they_teach(tmp_path: Path) -> None
         ("a.xml", "x", "fill-mask", r"a\.xml: files of samples end in \.csv, \.tsv, \.jsonl or \.txt"),
         ("a.conll", "x O\n", "fill-mask", r"a\.conll: files of samples end in"),
         ("a.dev", "1 fine\n0\n", "text-classification", "line 2 has a label and no text"),
+        ("a.json", '[{"text": "a fine film", "label": 1}]', "text-classification", r"\.jsonl is read, an object a line"),
         ("a.txt", " \n\n", "fill-mask", "holds no samples"),
         ("a.txt", b"\xff\xfe", "fill-mask", r"a\.txt cannot be read as UTF-8 text"),
         ("a.txt", "who?\n", "question-answering", "questions need a context"),
