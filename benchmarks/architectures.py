@@ -30,6 +30,7 @@ from onnxpress.errors import OnnxpressError
 from onnxpress.exporters import DecoderParityCheck, Exported
 from onnxpress.exporters.conventions import learn
 from onnxpress.exporters.transformers_decoder import DecoderReference, export_causal_lm
+from onnxpress.exporters.transformers_model import position_limit
 from onnxpress.runtime.cache import KeyValueCache
 from onnxpress.runtime.model_step import ModelStep
 from onnxpress.runtime.session import Session
@@ -61,6 +62,7 @@ _NUMBERS = {
     ),
     **dict.fromkeys(("mamba_d_state", "mamba_d_head", "state_size", "ssm_state_size", "mamba_head_dim"), 16),
     "q_lora_rank": 24,
+    "index_topk": 64,
     "sliding_window": 6,
     "bos_token_id": 1,
     "eos_token_id": 0,
@@ -83,6 +85,8 @@ _OTHERWISE: tuple[dict[str, Any], ...] = (
     {"layer_types": ["conv", "full_attention"]},
     {"layer_types": ["linear_attention", "full_attention"], "head_dim": 64},
     {"layer_types": ["mamba", "attention"]},
+    {"default_language": "en_XX"},
+    {"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
 )
 
 
@@ -117,14 +121,18 @@ def outcome(name: str) -> tuple[str, str]:
     if model is None:
         return NOT_MADE, reason
     try:
-        graph = export_causal_lm(model, learn(model, positions=CONTEXT), context=CONTEXT)
-        exported = Exported(name=name, graph=graph, reference=DecoderReference(model), options={})
+        conventions = learn(model, positions=min(CONTEXT, position_limit(model) or CONTEXT))
+        graph = export_causal_lm(model, conventions, context=conventions.positions)
+        reference = DecoderReference(model, conventions.first_position)
+        exported = Exported(name=name, graph=graph, reference=reference, options={})
         with tempfile.TemporaryDirectory() as folder:
 
             def opened() -> ModelStep:
                 save(graph, Path(folder) / "model.onnx")
                 session = Session(Path(folder) / "model.onnx", signature=graph.signature)
-                return ModelStep(session, KeyValueCache(graph.signature.inputs, context=CONTEXT, budget=2**28))
+                return ModelStep(
+                    session, KeyValueCache(graph.signature.inputs, context=conventions.positions, budget=2**28)
+                )
 
             DecoderParityCheck(exported).check(opened)
     except OnnxpressError as error:

@@ -11,7 +11,8 @@ import copy
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +25,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from onnxpress.errors import ConversionError
 from onnxpress.exporters.attention import attention_implementation
 from onnxpress.exporters.experts import ExpertsForm, recorded_experts
+from onnxpress.exporters.indexers import CHOICES, IndexerCalls, silent_indexers
 from onnxpress.exporters.recurrences import State, deaf_recurrences, recorded_recurrences
+from onnxpress.exporters.replaced import bound, replaced_forwards
 
 _NAME = "onnxpress_recorder"
 _LENGTH = 9  # tokens of the recorded forward pass
@@ -83,8 +86,9 @@ class Conventions:
 
     attentions and rotaries: in the order of the calls; None for a rotary embedding that fits no operator. tables: (cosines,
     sines), float32 (positions, width / 2) each. norms: by module. states: of layers that keep one, in the
-    order of the calls. experts: by module, None where they fit no operator. positions: the longest context; fewer than were asked
-    for where the rotary embeddings of the first tokens change with the length of the text.
+    order of the calls. experts: by module, None where they fit no operator. indexers: modules that choose what is attended to, and within
+    `positions` keep all. first_position: what the model is told of a text's first token. positions: the longest context; where these are
+    fewer than were asked for, limited_by says what happens beyond.
     """
 
     attentions: tuple[AttentionCall, ...]
@@ -93,7 +97,10 @@ class Conventions:
     norms: dict[torch.nn.Module, Norm]
     states: tuple[State, ...]
     experts: dict[torch.nn.Module, ExpertsForm | None]
+    indexers: tuple[torch.nn.Module, ...]
+    first_position: int
     positions: int
+    limited_by: str
 
 
 def learn(model: PreTrainedModel, *, positions: int) -> Conventions:
@@ -110,58 +117,102 @@ def learn(model: PreTrainedModel, *, positions: int) -> Conventions:
 
 
 def _learned(model: PreTrainedModel, positions: int) -> Conventions:
+    first = _first_position(model)
+    ids = torch.arange(2 * _LENGTH).reshape(2, _LENGTH) % min(64, _vocabulary(model))
+    recorder = _recorded(model, positions, ids, first)
+    choices = recorder.choices
+    indexers = tuple(choices.found)
+    if indexers:  # once more without them, as the graph will be: they turn queries and keys of their own
+        recorder = _recorded(model, positions, ids, first, indexers)
+        recorder.limit(choices.longest(positions), "an indexer chooses which tokens are attended to")
+    tables = recorder.tables()
+    if not recorder.attentions and not recorder.states:
+        raise ConversionError(
+            f"{type(model).__name__} computes attention by itself, not through transformers' attention interface."
+        )
+    _refuse_other_memory(model, ids, first, indexers)
+    return Conventions(
+        attentions=tuple(recorder.attentions),
+        rotaries=tuple(recorder.rotaries),
+        tables=tables,
+        norms=_norms(model),
+        states=tuple(recorder.states),
+        experts=recorder.experts,
+        indexers=indexers,
+        first_position=first,
+        positions=recorder.positions,
+        limited_by=recorder.limited_by,
+    )
+
+
+def _recorded(
+    model: PreTrainedModel, positions: int, ids: torch.Tensor, first: int, indexers: Iterable[torch.nn.Module] = ()
+) -> _Recorder:
+    """What a forward pass met in which these indexers are silent."""
     recorder = _Recorder(model, positions)
     AttentionInterface.register(_NAME, recorder.attention)
     AttentionMaskInterface.register(_NAME, recorder.mask)
-    experts: dict[torch.nn.Module, ExpertsForm | None] = {}
-    states: list[State] = []
-    ids = torch.arange(2 * _LENGTH).reshape(2, _LENGTH) % min(64, int(model.config.get_text_config().vocab_size))
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(attention_implementation(model, _NAME))
         stack.enter_context(rotary_functions(model, recorder.rotary))
         stack.enter_context(rotary_modules(model, recorder.source))
-        stack.enter_context(recorded_experts(model, experts))
-        stack.enter_context(recorded_recurrences(model, states))
-        _forward(model, ids)
-    if not recorder.attentions and not states:
-        raise ConversionError(
-            f"{type(model).__name__} computes attention by itself, not through transformers' attention interface."
-        )
-    _refuse_other_memory(model, ids)
-    return Conventions(
-        attentions=tuple(recorder.attentions),
-        rotaries=tuple(recorder.rotaries),
-        tables=tuple((cos[: recorder.stable].clone(), sin[: recorder.stable].clone()) for cos, sin in recorder.tables),
-        norms=_norms(model),
-        states=tuple(states),
-        experts=experts,
-        positions=recorder.stable,
+        stack.enter_context(recorded_experts(model, recorder.experts))
+        stack.enter_context(recorded_recurrences(model, recorder.states))
+        stack.enter_context(silent_indexers(indexers))
+        stack.enter_context(recorder.choices.recorded())
+        _forward(model, ids, first)
+    return recorder
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config().vocab_size)
+
+
+def _first_position(model: PreTrainedModel) -> int:
+    """The position of a text's first token where a model is told none: 0, or what follows its padding token (RoBERTa and its kin)."""
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    tokens = [token for token in range(min(64, _vocabulary(model))) if token != padding][:_LENGTH]
+    ids = torch.tensor([tokens])
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        for first in (0, *([] if padding is None else [padding + 1])):
+            answer = _forward(model, ids, first)
+            if torch.allclose(answer, expected, rtol=0, atol=_TOLERANCE * float(expected.abs().max())):
+                return int(first)
+    raise ConversionError(
+        f"{type(model).__name__} answers otherwise when it is told that its tokens are at 0, 1, 2… than when it is told nothing."
     )
 
 
-def _forward(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def _forward(model: PreTrainedModel, ids: torch.Tensor, first: int) -> torch.Tensor:
     logits: torch.Tensor = model(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        position_ids=torch.arange(ids.shape[1])[None].expand(len(ids), -1),
+        position_ids=(first + torch.arange(ids.shape[1]))[None].expand(len(ids), -1),
         use_cache=False,
     ).logits
     return logits
 
 
-def _refuse_other_memory(model: PreTrainedModel, ids: torch.Tensor) -> None:
+def _refuse_other_memory(
+    model: PreTrainedModel, ids: torch.Tensor, first: int, indexers: Iterable[torch.nn.Module]
+) -> None:
     """Raise ConversionError where a token hears of those before it otherwise than through what was recorded.
 
     All of that is made deaf; then another first token may change nothing that follows.
     """
     AttentionInterface.register(_NAME, _deaf_attention)
-    AttentionMaskInterface.register(_NAME, lambda *_, **__: None)
+    AttentionMaskInterface.register(_NAME, no_mask)
     other = ids.clone()
-    other[:, 0] = (other[:, 0] + 1) % int(model.config.get_text_config().vocab_size)
-    with torch.no_grad(), attention_implementation(model, _NAME), deaf_recurrences(model):
-        first, second = _followed(model, ids), _followed(model, other)
-    for (name, x), (_, y) in zip(first, second, strict=True):
+    other[:, 0] = (other[:, 0] + 1) % _vocabulary(model)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(attention_implementation(model, _NAME))
+        stack.enter_context(deaf_recurrences(model))
+        stack.enter_context(silent_indexers(indexers))
+        one, another = _followed(model, ids, first), _followed(model, other, first)
+    for (name, x), (_, y) in zip(one, another, strict=True):
         if not torch.allclose(x[:, 1:], y[:, 1:], rtol=0, atol=_DEAF * float(x.abs().max())):
             raise ConversionError(
                 f"{type(model).__name__} reads earlier tokens, at {name} or right before it, otherwise than through transformers' "
@@ -169,7 +220,12 @@ def _refuse_other_memory(model: PreTrainedModel, ids: torch.Tensor) -> None:
             )
 
 
-def _followed(model: PreTrainedModel, ids: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+def no_mask(*_: Any, **__: Any) -> torch.Tensor:
+    """For attention that looks at no mask; indexers are handed a part of it."""
+    return torch.zeros(1, 1, 1, 1)
+
+
+def _followed(model: PreTrainedModel, ids: torch.Tensor, first: int) -> list[tuple[str, torch.Tensor]]:
     """What the modules answer, (batch, length, …), by their names, in the order in which they are done; then the logits."""
     found: list[tuple[str, torch.Tensor]] = []
 
@@ -180,7 +236,7 @@ def _followed(model: PreTrainedModel, ids: torch.Tensor) -> list[tuple[str, torc
 
     hooks = [module.register_forward_hook(partial(note, name)) for name, module in model.named_modules()]
     try:
-        logits = _forward(model, ids)
+        logits = _forward(model, ids, first)
     finally:
         for hook in hooks:
             hook.remove()
@@ -205,7 +261,7 @@ def rotary_functions(model: PreTrainedModel, replacement: Callable[..., Any]) ->
             for name, function in list(vars(module).items()):
                 if name.startswith("apply_rotary") and callable(function) and (count := _turned_tensors(function)):
                     replaced.append((module, name, function))
-                    setattr(module, name, _bound(replacement, function, count))
+                    setattr(module, name, bound(replacement, function, count))
         yield
     finally:
         for module, name, function in replaced:
@@ -221,20 +277,7 @@ def rotary_modules(model: PreTrainedModel, replacement: Callable[..., Any]) -> I
         yield
 
 
-@contextmanager
-def replaced_forwards(replacements: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Let `replacement(module, original, …)` stand for the forward of each module while this lasts."""
-    before = {module: module.__dict__.get("forward") for module in replacements}
-    try:
-        for module, replacement in replacements.items():
-            module.__dict__["forward"] = _bound(replacement, module, module.forward)
-        yield
-    finally:
-        for module, forward in before.items():
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = forward
+_Table = tuple[torch.Tensor, torch.Tensor]  # cosines and sines
 
 
 class _Marks:
@@ -260,14 +303,30 @@ class _Recorder:
     positions: int
     attentions: list[AttentionCall] = field(default_factory=list)
     rotaries: list[RotaryCall | None] = field(default_factory=list)
-    tables: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    stable: int = 0
+    experts: dict[torch.nn.Module, ExpertsForm | None] = field(default_factory=dict)
+    states: list[State] = field(default_factory=list)
+    choices: IndexerCalls = field(default_factory=lambda: IndexerCalls(length=_LENGTH))
+    limited_by: str = ""
     _marks: _Marks = field(default_factory=_Marks)
-    _whole: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _whole: dict[Any, Callable[[int], _Table]] = field(default_factory=dict)
     _table_of: dict[Any, int] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.stable = self.positions
+    def limit(self, positions: int, why: str) -> None:
+        """The context has so many positions at most; why: what happens beyond."""
+        if positions < self.positions:
+            self.positions, self.limited_by = positions, why
+
+    def tables(self) -> tuple[_Table, ...]:
+        """Of the rotary embeddings that fit operators, as they number them, for the whole context."""
+        for table in self._whole.values():
+            self.limit(
+                _stable_length(table, self.positions), "the rotary embeddings change with the length of the text"
+            )
+        found = []
+        for source, layout in self._table_of:
+            cos, sin = (_LAYOUTS[layout](part)[0].float().contiguous() for part in self._whole[source](self.positions))
+            found.append((cos, sin))
+        return tuple(found)
 
     def mask(self, mask_function: Callable[..., torch.Tensor], **_: Any) -> torch.Tensor:
         """A stand-in that carries the window, or why it has none; the recorded attention makes its own mask.
@@ -296,6 +355,11 @@ class _Recorder:
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
         name = type(module).__name__
+        for choice in (options.pop(option, None) for option in CHOICES):
+            if choice is not None and not self.choices.chose(choice):
+                raise ConversionError(
+                    f"{name} chooses which tokens are attended to in a way that cannot be told from outside."
+                )
         unknown = sorted(
             option
             for option, value in options.items()
@@ -307,9 +371,11 @@ class _Recorder:
             )
         if attention_mask not in self._marks:
             raise ConversionError(f"{name} makes an attention mask of its own, which cannot be told from outside.")
-        window: int | ConversionError | None = self._marks.of(attention_mask)
-        if isinstance(window, ConversionError):
-            raise window
+        mark: tuple[int | None, int] | ConversionError = self._marks.of(attention_mask)
+        if isinstance(mark, ConversionError):
+            raise mark
+        window, longest = mark
+        self.limit(longest, "attention sees chunks of the text")
         if sliding_window is not None and window is not None and int(sliding_window) != window:
             raise ConversionError(f"{name} says that its window is {sliding_window} and masks to {window} tokens.")
         scale = float(query.shape[3] ** -0.5 if scaling is None else scaling)
@@ -344,15 +410,13 @@ class _Recorder:
         if key not in self._whole:
             like = kwargs["x"] if "x" in kwargs else args[0]
 
-            def table(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+            def table(count: int) -> _Table:
                 asked = copy.deepcopy(module)  # some change themselves when they are asked for more
                 return _cosines_sines(
                     type(module).forward(asked, like[:1], torch.arange(count)[None], *args[2:], **options)
                 )
 
-            length = _stable_length(table, self.positions)
-            self._whole[key] = table(length)
-            self.stable = min(self.stable, length)
+            self._whole[key] = table
         self._marks.put(answer[0] if isinstance(answer, tuple) else answer, key)
         return answer
 
@@ -393,37 +457,38 @@ class _Recorder:
         return None
 
     def _table(self, source: Any, layout: str) -> int:
-        if (source, layout) not in self._table_of:
-            self._table_of[source, layout] = len(self.tables)
-            cos, sin = (_LAYOUTS[layout](table)[0].float().contiguous() for table in self._whole[source])
-            self.tables.append((cos, sin))
-        return self._table_of[source, layout]
+        return self._table_of.setdefault((source, layout), len(self._table_of))
 
-    def _window(self, mask_function: Callable[..., torch.Tensor]) -> int | None:
-        """How far back a mask sees, tried at positions up to the longest. Raises ConversionError."""
+    def _window(self, mask_function: Callable[..., torch.Tensor]) -> tuple[int | None, int]:
+        """How far back a mask sees, and in how long texts. Raises ConversionError.
+
+        A mask that is neither everything nor a window (chunks) is everything up to some length.
+        """
         last = self.positions - 1
         keys = torch.arange(self.positions)[None, None, None, :]
         zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
-        counts: dict[int, int] = {}
-        for query in sorted({0, 1, 2, 7, last // 3, last // 2, last - 1, last} & set(range(last + 1))):
+
+        def count(query: int) -> int:
             try:
                 seen = mask_function(zero, zero, torch.tensor(query), keys).expand(keys.shape)[0, 0, 0].nonzero()[:, 0]
             except Exception as error:  # a mask that cannot be asked in this way may raise anything
                 raise ConversionError(f"{type(self.model).__name__} has a mask of its own kind: {error}") from error
-            first, count = (int(seen[0]), len(seen)) if len(seen) else (0, 0)
-            if first + count != query + 1:
+            first, number = (int(seen[0]), len(seen)) if len(seen) else (0, 0)
+            if first + number != query + 1:
                 raise ConversionError(
                     f"{type(self.model).__name__} does not look at the tokens up to the present one alone: at position "
-                    f"{query} it sees {count} tokens from {first} on."
+                    f"{query} it sees {number} tokens from {first} on."
                 )
-            counts[query] = count
+            return number
+
+        counts = {
+            query: count(query)
+            for query in sorted({0, 1, 2, 7, last // 3, last // 2, last - 1, last} & set(range(last + 1)))
+        }
         window = counts[last]
-        if any(count != min(query + 1, window) for query, count in counts.items()):
-            raise ConversionError(
-                f"{type(self.model).__name__} has attention whose window is neither everything nor of one size (it sees "
-                f"{counts}); chunked attention is not exported."
-            )
-        return None if window == self.positions else window
+        if all(number == min(query + 1, window) for query, number in counts.items()):
+            return None if window == self.positions else window, self.positions
+        return None, bisect_left(range(self.positions), True, key=lambda query: count(query) <= query)
 
 
 _LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -501,10 +566,3 @@ def _turned_tensors(function: Any) -> int:
     if names == ["xq", "xk", "freqs_cis"]:
         return 2
     return next((count for count in (1, 2) if names[count : count + 2] == ["cos", "sin"]), 0)
-
-
-def _bound(replacement: Callable[..., Any], *first: Any) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return replacement(*first, *args, **kwargs)
-
-    return call

@@ -28,11 +28,13 @@ from onnxpress.exporters.conventions import (
     Conventions,
     Norm,
     RotaryCall,
-    replaced_forwards,
+    no_mask,
     rotary_functions,
     rotary_modules,
 )
+from onnxpress.exporters.indexers import silent_indexers
 from onnxpress.exporters.recurrences import real_tokens
+from onnxpress.exporters.replaced import replaced_forwards
 
 _NAME = "onnxpress_grouped_query"
 _LAYER = "onnxpress_layer"  # attribute of an attention node until it has its cache
@@ -66,12 +68,13 @@ def decoder_operators(model: PreTrainedModel, conventions: Conventions, step: Ca
     answers nonsense.
     """
     AttentionInterface.register(_NAME, partial(_attention, conventions, step))
-    AttentionMaskInterface.register(_NAME, lambda *_, **__: None)
+    AttentionMaskInterface.register(_NAME, no_mask)
     norms = {module: partial(_norm, norm, step) for module, norm in conventions.norms.items()}
     with ExitStack() as stack:
         stack.enter_context(attention_implementation(model, _NAME))
         stack.enter_context(rotary_functions(model, partial(_rotary, conventions, step)))
         stack.enter_context(replaced_forwards(norms))
+        stack.enter_context(silent_indexers(conventions.indexers))
         if conventions.rotaries and None not in conventions.rotaries:  # then nobody looks at what these modules answer
             stack.enter_context(rotary_modules(model, _no_rotary))
         yield

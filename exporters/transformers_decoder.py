@@ -35,7 +35,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from onnxpress.errors import ConversionError, SourceError
 from onnxpress.exporters.adapter import merge_adapter
-from onnxpress.exporters.conventions import Conventions, learn, replaced_forwards
+from onnxpress.exporters.conventions import Conventions, learn
 from onnxpress.exporters.decoder_operators import Step, add_cache, decoder_operators
 from onnxpress.exporters.experts import arrange_experts, emitted_experts
 from onnxpress.exporters.quiet import quiet
@@ -46,6 +46,7 @@ from onnxpress.exporters.recurrences import (
     emitted_recurrences,
     state_names,
 )
+from onnxpress.exporters.replaced import replaced_forwards
 from onnxpress.exporters.tasks import Task, reads_more_than_text
 from onnxpress.exporters.tokenizer import read_tokenizer
 from onnxpress.exporters.trace import LARGEST_AXIS, LARGEST_BATCH, tensor_spec, trace
@@ -90,12 +91,10 @@ def export_decoder(
     if conventions.positions < context:
         if max_length is not None:
             raise SourceError(
-                f"A context of {max_length} was asked for; beyond {conventions.positions} tokens {name} changes its rotary "
-                f"embeddings with the length of the text, which a cache cannot follow. Ask for at most {conventions.positions}."
+                f"A context of {max_length} was asked for; in {name}, beyond {conventions.positions} tokens, {conventions.limited_by}, "
+                f"which is not exported. Ask for at most {conventions.positions}."
             )
-        notes += (
-            f"context: {conventions.positions} of {context} tokens; beyond, the rotary embeddings change with the length",
-        )
+        notes += (f"context: {conventions.positions} of {context} tokens; beyond, {conventions.limited_by}",)
         context = conventions.positions
     graph = export_causal_lm(
         model, conventions, context=context, hidden_states=hidden_states, uniform_steps=uniform_steps
@@ -107,7 +106,7 @@ def export_decoder(
     }
     return TextExport(
         graph=graph,
-        reference=DecoderReference(model),
+        reference=DecoderReference(model, conventions.first_position),
         options=options,
         tokenizer=tokenizer,
         notes=(*notes, *_summary(conventions, uniform_steps=uniform_steps), *tokenizer.notes),
@@ -246,7 +245,11 @@ class CausalModel(torch.nn.Module):
         )
         self._recurrence = Recurrence(lengths=lengths, past=states)
         logits = self.model(
-            input_ids=input_ids, position_ids=positions, attention_mask=None, use_cache=False, return_dict=True
+            input_ids=input_ids,
+            position_ids=positions + self._conventions.first_position,
+            attention_mask=None,
+            use_cache=False,
+            return_dict=True,
         ).logits
         if self._step.attentions != len(self._conventions.attentions) or len(self._recurrence.present) != len(states):
             raise ConversionError("The layers of a trace are not those of the forward pass before it.")
@@ -290,13 +293,15 @@ class CausalModel(torch.nn.Module):
 class DecoderReference:
     """The original language model, answering the graph's inputs with logits: row by row, its own attention, no cache.
 
-    Takes no past: `past_lengths` has to be zero and the cache is not looked at.
+    Takes no past: `past_lengths` has to be zero and the cache is not looked at. first_position: where it is not 0, positions are
+    told; the model alone leaves padding tokens inside of a text out when it counts.
     """
 
     input_names: tuple[str, ...] = ("input_ids", "past_lengths", "lengths", "logit_indices")
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, first_position: int = 0) -> None:
         self.module = model
+        self._first_position = first_position
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """{"logits": float32 (answers, vocabulary)} of one batch."""
@@ -315,12 +320,15 @@ class DecoderReference:
         """float32 (columns, vocabulary): what follows the tokens at `columns` of one text."""
         with torch.inference_mode():
             keep = torch.tensor(columns)
+            first = self._first_position
+            told = {"position_ids": torch.arange(first, first + len(ids))[None]} if first else {}
             answer = self.module(
                 input_ids=torch.tensor(np.asarray(ids))[None],
                 attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
                 use_cache=False,
                 logits_to_keep=keep,
                 return_dict=True,
+                **told,
             ).logits[0]
             found: np.ndarray[Any, Any] = answer.float().numpy()
         return found
@@ -362,5 +370,10 @@ def _summary(conventions: Conventions, *, uniform_steps: bool) -> tuple[str, ...
             else ()
         ),
         *((f"{left} rotary embeddings fit no operator and stay as the model computes them",) if left else ()),
+        *(
+            (f"positions begin at {conventions.first_position}, and padding tokens inside of a text count",)
+            if conventions.first_position
+            else ()
+        ),
         *((f"sliding windows of {', '.join(map(str, windows))} tokens",) if windows else ()),
     )

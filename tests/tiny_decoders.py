@@ -48,6 +48,19 @@ LATENT: dict[str, Any] = {  # keys of 24 numbers a head, values of 16
     "moe_intermediate_size": 32,
     "first_k_dense_replace": 1,
 }
+_INDEXED: dict[str, Any] = {**LATENT, "index_topk": 64, "index_n_heads": 2, "index_head_dim": 16}
+_ENCODER: dict[str, Any] = {  # an encoder's layers as a decoder; positions begin after the padding token
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT + 2,
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "is_decoder": True,
+}
 _LINEAR: dict[str, Any] = {  # every second layer attends; the others keep a state
     **BASE,
     "linear_num_key_heads": 2,
@@ -113,6 +126,30 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
     ),
     "deepseek-v2": lambda **more: tf.DeepseekV2Config(**LATENT),  # rotary embeddings as complex numbers
     "deepseek-v3": lambda **more: tf.DeepseekV3Config(**LATENT, n_group=2, topk_group=1),
+    "deepseek-v3.2": lambda **more: tf.DeepseekV32Config(**_INDEXED, n_group=2, topk_group=1),
+    "glm-5": lambda **more: tf.GlmMoeDsaConfig(  # the second layer looks at what the first one's indexer chose
+        **_INDEXED, indexer_types=["full", "shared"]
+    ),
+    "minimax-m3": lambda **more: tf.MiniMaxM3VLTextConfig(  # an indexer that chooses blocks
+        **BASE,
+        head_dim=16,
+        rotary_dim=8,
+        layer_types=["full_attention", "minimax_m3_sparse"],
+        index_n_heads=2,
+        index_head_dim=16,
+        index_block_size=8,
+        index_topk_blocks=9,
+        index_local_blocks=1,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    ),
+    "llama4": lambda **more: tf.Llama4TextConfig(  # the first layer attends to chunks
+        **BASE,
+        head_dim=16,
+        attention_chunk_size=64,
+        layer_types=["chunked_attention", "full_attention"],
+        num_local_experts=4,
+    ),
     "gemma2": lambda **more: tf.Gemma2Config(**BASE, head_dim=16, query_pre_attn_scalar=24, **_MIXED),
     "gemma3": lambda **more: tf.Gemma3TextConfig(**BASE, head_dim=16, query_pre_attn_scalar=24, **_MIXED),
     "gemma4": lambda **more: (
@@ -162,6 +199,8 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
         num_attention_heads=4,
         max_position_embeddings=CONTEXT,
     ),
+    "roberta": lambda **more: tf.RobertaConfig(**_ENCODER),
+    "xmod": lambda **more: tf.XmodConfig(**_ENCODER, languages=["en_XX", "de_DE"], default_language="de_DE"),
     "gpt-neox": lambda **more: tf.GPTNeoXConfig(**{**BASE, "hidden_size": 128, "num_key_value_heads": 4}),
     "cohere": lambda **more: tf.CohereConfig(**BASE),
     "phi": lambda **more: tf.PhiConfig(**BASE),

@@ -66,6 +66,46 @@ def test_frequencies_that_change_with_the_length_limit_the_context() -> None:
     assert found.tables[0][0].shape == (64, 8)
 
 
+@pytest.mark.parametrize("kept", [4, 100, 200])
+def test_what_an_indexer_keeps_limits_the_context(kept: int) -> None:
+    config = tf.DeepseekV32Config(
+        **LATENT, n_group=2, topk_group=1, index_topk=kept, index_n_heads=2, index_head_dim=16
+    )
+    model = from_config(config)
+    found = learn(model, positions=CONTEXT)
+    assert found.positions == min(kept, CONTEXT)
+    assert found.limited_by == ("an indexer chooses which tokens are attended to" if kept < CONTEXT else "")
+    assert found.indexers == tuple(layer.self_attn.indexer for layer in model.model.layers)
+
+
+def test_the_size_of_a_chunk_limits_the_context() -> None:
+    found = learn(from_config(tf.Llama4TextConfig(**BASE, head_dim=16, attention_chunk_size=50)), positions=CONTEXT)
+    assert (found.positions, found.limited_by) == (50, "attention sees chunks of the text")
+    assert {len(table) for pair in found.tables for table in pair} == {50}
+
+
+def test_a_choice_of_tokens_that_no_module_answers_with_is_refused() -> None:
+    model = make_model("deepseek-v3.2")
+    model.model.layers[1].self_attn.indexer.register_forward_hook(lambda _, __, answer: answer + 0)
+    with pytest.raises(ConversionError, match=r"DeepseekV32Attention chooses which tokens .* cannot be told"):
+        learn(model, positions=CONTEXT)
+
+
+@pytest.mark.parametrize(("padding", "first"), [(1, 2), (5, 6)])
+def test_the_first_position_is_learned(padding: int, first: int) -> None:
+    sizes = {**BASE, "max_position_embeddings": CONTEXT + first, "pad_token_id": padding}
+    model = from_config(tf.RobertaConfig(**sizes, is_decoder=True))
+    assert learn(model, positions=CONTEXT).first_position == first
+    assert learn(make_model("gpt2"), positions=CONTEXT).first_position == 0
+
+
+def test_a_model_that_wants_other_positions_is_refused() -> None:
+    model = make_model("roberta")
+    model.config.pad_token_id = 7  # its embeddings count from the one that they were made with
+    with pytest.raises(ConversionError, match=r"answers otherwise when it is told that its tokens are at 0, 1, 2…"):
+        learn(model, positions=CONTEXT)
+
+
 def test_a_head_too_narrow_for_the_operator_keeps_the_models_own_rotary_embedding() -> None:
     assert learn(from_config(tf.StableLmConfig(**BASE)), positions=CONTEXT).rotaries == (None, None)
 
@@ -73,11 +113,6 @@ def test_a_head_too_narrow_for_the_operator_keeps_the_models_own_rotary_embeddin
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (
-            tf.DeepseekV32Config(**LATENT, index_topk=4, index_n_heads=2, index_head_dim=16),
-            "DeepseekV32Attention asks its attention for indices",
-        ),
-        (tf.Llama4TextConfig(**BASE, head_dim=16, attention_chunk_size=8), "chunked attention is not exported"),
         (tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4), "by itself"),
         (tf.MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2), r"first kind \(Mamba 1\)"),
         (
@@ -85,7 +120,7 @@ def test_a_head_too_narrow_for_the_operator_keeps_the_models_own_rotary_embeddin
             r"earlier tokens, at model\.layers\.1\.self_attn\.",
         ),
     ],
-    ids=["deepseek-v3.2", "llama4", "bloom", "mamba", "minimax"],
+    ids=["bloom", "mamba", "minimax"],
 )
 def test_what_fits_no_operator_is_named(config: Any, message: str) -> None:
     with pytest.raises(ConversionError, match=message):
@@ -106,8 +141,9 @@ def test_a_mask_that_looks_ahead_is_refused() -> None:
         learn(from_config(config), positions=CONTEXT)
 
 
-def test_the_model_is_as_before_when_the_export_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model("gemma3")
+@pytest.mark.parametrize("name", ["gemma3", "deepseek-v3.2"])
+def test_the_model_is_as_before_when_the_export_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(name)
     ids = torch.arange(20)[None]
     before = model(input_ids=ids).logits
     found = learn(model, positions=CONTEXT)
@@ -120,6 +156,7 @@ def test_the_model_is_as_before_when_the_export_fails(monkeypatch: pytest.Monkey
         export_causal_lm(model, found, context=CONTEXT)
     assert torch.equal(model(input_ids=ids).logits, before)
     assert not any("forward" in module.__dict__ for module in model.modules())
+    assert not torch.nn.modules.module._global_forward_hooks
     assert model.config._attn_implementation == "eager"
     names = vars(__import__(type(model).__module__, fromlist=["x"]))
     assert names["apply_rotary_pos_emb"].__module__ != conventions_module.__name__

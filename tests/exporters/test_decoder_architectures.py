@@ -12,6 +12,7 @@ import transformers as tf
 from tiny_decoders import ARCHITECTURES, CONTEXT, make_model, save_byte_tokenizer, save_decoder, step_on
 from tiny_models import spread_weights
 
+from onnxpress.errors import SourceError
 from onnxpress.exporters import DecoderParityCheck, Exported, export
 from onnxpress.exporters.conventions import learn
 from onnxpress.exporters.transformers_decoder import DecoderReference, export_causal_lm
@@ -53,10 +54,17 @@ EXPERTS = {
     "gpt-oss": 2,
     "deepseek-v2": 1,
     "deepseek-v3": 1,
+    "deepseek-v3.2": 1,
+    "glm-5": 1,
+    "minimax-m3": 2,
     "qwen3-next": 2,
     "kimi-linear": 1,
     "granite-hybrid": 2,
 }
+
+# The longest context where it is not CONTEXT: beyond, an indexer chooses what is attended to, or attention sees chunks. Of the blocks of
+# 8 tokens that MiniMax-M3's keeps, the last has one token.
+LIMITS = {"deepseek-v3.2": 64, "glm-5": 64, "minimax-m3": 65, "llama4": 64}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -65,16 +73,19 @@ def test_prompts_chunks_and_steps_answer_like_pytorch(name: str, tmp_path: Path)
     ids = torch.arange(40).reshape(2, 20)
     before = model(input_ids=ids).logits
     conventions = learn(model, positions=CONTEXT)
-    graph = export_causal_lm(model, conventions, context=CONTEXT)
+    context = conventions.positions
+    assert context == LIMITS.get(name, CONTEXT)
+    graph = export_causal_lm(model, conventions, context=context)
     assert torch.equal(model(input_ids=ids).logits, before), "the export changed the model"
 
-    exported = Exported(name=name, graph=graph, reference=DecoderReference(model), options={})
+    reference = DecoderReference(model, conventions.first_position)
+    exported = Exported(name=name, graph=graph, reference=reference, options={})
     rows = DecoderParityCheck(exported).check(lambda: step_on(graph, tmp_path))
     assert [row.case for row in rows] == [
         "prompt of 33 tokens, 18 steps",
         "prompt of 20 tokens, 19 steps",
         "prompt of 1 tokens, 19 steps",
-        "prompt of 124 tokens, 3 steps",
+        f"prompt of {context - 4} tokens, 3 steps",
     ]
     operators = graph.operators()
     assert operators.get("com.microsoft::MoE", 0) == EXPERTS.get(name, 0)
@@ -86,6 +97,7 @@ def test_prompts_chunks_and_steps_answer_like_pytorch(name: str, tmp_path: Path)
     assert operators.get("com.microsoft::LinearAttention", 0) == LINEAR.get(name, 0)
     if name in ("llama", "qwen2", "mistral"):  # nothing between the projections and the operators
         assert "Transpose" not in operators
+    assert not any("indexer" in str(weight) for weight in graph.model.graph.initializers)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "cohere"])
@@ -107,6 +119,26 @@ def test_a_model_without_positions_takes_any_context(tmp_path: Path) -> None:
     exported = export(folder, max_length=2000)
     assert (exported.options["max_length"], exported.graph.signature.axes["length"]) == (2000, (1, 2000))
     assert "context: 512 tokens; the model itself has no limit" in " ".join(export(folder).notes)
+
+
+def test_a_context_beyond_what_an_indexer_keeps_is_refused(tmp_path: Path) -> None:
+    folder = save_decoder(tmp_path / "tiny", "deepseek-v3.2")
+    exported = export(folder)
+    assert exported.options["max_length"] == 64
+    assert "context: 64 of 128 tokens; beyond, an indexer chooses which tokens are attended to" in exported.notes
+    with pytest.raises(SourceError, match=r"beyond 64 tokens, an indexer chooses .* Ask for at most 64"):
+        export(folder, max_length=65)
+
+
+def test_positions_that_begin_after_the_padding_token_are_learned(tmp_path: Path) -> None:
+    exported = export(save_decoder(tmp_path / "tiny", "roberta"))
+    assert exported.options["max_length"] == CONTEXT
+    assert "positions begin at 2, and padding tokens inside of a text count" in exported.notes
+    assert isinstance(exported.reference, DecoderReference)
+    ids = np.arange(2, 22)
+    with torch.no_grad():
+        alone = exported.reference.module(input_ids=torch.tensor(ids)[None]).logits[0].numpy()
+    np.testing.assert_allclose(exported.reference.logits(ids, list(range(20))), alone, rtol=0, atol=1e-5)
 
 
 def test_tied_embeddings_are_stored_once() -> None:
