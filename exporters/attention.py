@@ -44,6 +44,11 @@ def fused_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
+def uses_interface(model: PreTrainedModel) -> bool:
+    """Whether a model's attention can be switched."""
+    return bool(model._can_set_attn_implementation())
+
+
 @contextmanager
 def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Switch a model's attention to `name`, and back. Raises ConversionError if the model cannot be switched."""

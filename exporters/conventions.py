@@ -23,9 +23,10 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from onnxpress.errors import ConversionError
-from onnxpress.exporters.attention import attention_implementation
+from onnxpress.exporters.attention import attention_implementation, uses_interface
 from onnxpress.exporters.experts import ExpertsForm, recorded_experts
 from onnxpress.exporters.indexers import CHOICES, IndexerCalls, silent_indexers
+from onnxpress.exporters.own_attention import OwnAttention, replaced_attention, scale_and_window
 from onnxpress.exporters.recurrences import State, deaf_recurrences, recorded_recurrences
 from onnxpress.exporters.replaced import bound, replaced_forwards
 
@@ -125,6 +126,8 @@ def _learned(model: PreTrainedModel, positions: int) -> Conventions:
     if indexers:  # once more without them, as the graph will be: they turn queries and keys of their own
         recorder = _recorded(model, positions, ids, first, indexers)
         recorder.limit(choices.longest(positions), "an indexer chooses which tokens are attended to")
+    if not uses_interface(model):
+        recorder.attentions = _own_attentions(model, positions, first)
     tables = recorder.tables()
     if not recorder.attentions and not recorder.states:
         raise ConversionError(
@@ -154,7 +157,8 @@ def _recorded(
     AttentionMaskInterface.register(_NAME, recorder.mask)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(attention_implementation(model, _NAME))
+        if uses_interface(model):
+            stack.enter_context(attention_implementation(model, _NAME))
         stack.enter_context(rotary_functions(model, recorder.rotary))
         stack.enter_context(rotary_modules(model, recorder.source))
         stack.enter_context(recorded_experts(model, recorder.experts))
@@ -163,6 +167,28 @@ def _recorded(
         stack.enter_context(recorder.choices.recorded())
         _forward(model, ids, first)
     return recorder
+
+
+def _own_attentions(model: PreTrainedModel, positions: int, first: int) -> list[AttentionCall]:
+    """Of a model that computes attention by itself, on a text of the longest context, because a window shows on no shorter one."""
+    found: list[AttentionCall] = []
+
+    def note(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weights: torch.Tensor) -> None:
+        scale, window = scale_and_window(query, key, weights, type(model).__name__)
+        found.append(
+            AttentionCall(
+                num_heads=query.shape[1],
+                kv_num_heads=key.shape[1],
+                head_dim=max(query.shape[3], value.shape[3]),
+                scale=scale,
+                window=window,
+                softcap=None,
+            )
+        )
+
+    with torch.no_grad(), OwnAttention(note, lambda: 1):
+        _forward(model, torch.arange(positions)[None] % _vocabulary(model), first)
+    return found
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
@@ -202,13 +228,11 @@ def _refuse_other_memory(
 
     All of that is made deaf; then another first token may change nothing that follows.
     """
-    AttentionInterface.register(_NAME, _deaf_attention)
-    AttentionMaskInterface.register(_NAME, no_mask)
     other = ids.clone()
     other[:, 0] = (other[:, 0] + 1) % _vocabulary(model)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(attention_implementation(model, _NAME))
+        stack.enter_context(replaced_attention(model, _NAME, _deaf_attention, no_mask, lambda: len(ids)))
         stack.enter_context(deaf_recurrences(model))
         stack.enter_context(silent_indexers(indexers))
         one, another = _followed(model, ids, first), _followed(model, other, first)

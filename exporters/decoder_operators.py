@@ -20,9 +20,9 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch.onnx.ops import symbolic
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
-from onnxpress.exporters.attention import attention_implementation, joined
+from onnxpress.exporters.attention import joined
 from onnxpress.exporters.conventions import (
     AttentionCall,
     Conventions,
@@ -33,6 +33,7 @@ from onnxpress.exporters.conventions import (
     rotary_modules,
 )
 from onnxpress.exporters.indexers import silent_indexers
+from onnxpress.exporters.own_attention import replaced_attention
 from onnxpress.exporters.recurrences import real_tokens
 from onnxpress.exporters.replaced import replaced_forwards
 
@@ -67,11 +68,10 @@ def decoder_operators(model: PreTrainedModel, conventions: Conventions, step: Ca
     step: gives the step of the forward pass that is running. Only for tracing: with real numbers inside, the model
     answers nonsense.
     """
-    AttentionInterface.register(_NAME, partial(_attention, conventions, step))
-    AttentionMaskInterface.register(_NAME, no_mask)
+    attention = partial(_attention, conventions, step)
     norms = {module: partial(_norm, norm, step) for module, norm in conventions.norms.items()}
     with ExitStack() as stack:
-        stack.enter_context(attention_implementation(model, _NAME))
+        stack.enter_context(replaced_attention(model, _NAME, attention, no_mask, lambda: step().positions.shape[0]))
         stack.enter_context(rotary_functions(model, partial(_rotary, conventions, step)))
         stack.enter_context(replaced_forwards(norms))
         stack.enter_context(silent_indexers(conventions.indexers))

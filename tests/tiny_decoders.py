@@ -78,6 +78,13 @@ _MAMBA: dict[str, Any] = {
     "mamba_expand": 2,
 }
 _LEARNED: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}
+_FALCON: dict[str, Any] = {
+    **_LEARNED,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+}
 
 
 def _rope(kind: str, **more: Any) -> dict[str, Any]:
@@ -201,6 +208,22 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
     ),
     "roberta": lambda **more: tf.RobertaConfig(**_ENCODER),
     "xmod": lambda **more: tf.XmodConfig(**_ENCODER, languages=["en_XX", "de_DE"], default_language="de_DE"),
+    "falcon": lambda **more: tf.FalconConfig(
+        **_FALCON
+    ),  # one head of keys; computes attention by itself, as the next three do
+    "falcon-40b": lambda **more: tf.FalconConfig(**_FALCON, num_kv_heads=2, new_decoder_architecture=True),
+    "gpt-neo": lambda **more: tf.GPTNeoConfig(  # a window that it keeps as a table
+        **_LEARNED,
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        max_position_embeddings=CONTEXT,
+        attention_types=[[["global", "local"], 1]],
+        window_size=more.get("window_size", 6),
+    ),
+    "xglm": lambda **more: tf.XGLMConfig(
+        **_LEARNED, d_model=64, ffn_dim=96, num_layers=2, attention_heads=4, max_position_embeddings=CONTEXT
+    ),
     "gpt-neox": lambda **more: tf.GPTNeoXConfig(**{**BASE, "hidden_size": 128, "num_key_value_heads": 4}),
     "cohere": lambda **more: tf.CohereConfig(**BASE),
     "phi": lambda **more: tf.PhiConfig(**BASE),
@@ -258,7 +281,7 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
 
 
 def make_model(name: str, **more: Any) -> Any:
-    """A model with weights large enough that all of them count; `more` changes Llama's config."""
+    """A model with weights large enough that all of them count; `more` changes Llama's config, and GPT-Neo's window."""
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(ARCHITECTURES[name](**more), attn_implementation="eager").eval()
     spread_weights(model)

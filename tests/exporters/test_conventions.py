@@ -106,6 +106,16 @@ def test_a_model_that_wants_other_positions_is_refused() -> None:
         learn(model, positions=CONTEXT)
 
 
+@pytest.mark.parametrize("window", [6, 100, 300])
+def test_a_window_shows_where_attention_is_computed_without_the_interface(window: int) -> None:
+    first, second = learn(make_model("gpt-neo", window_size=window), positions=CONTEXT).attentions
+    assert (first.window, second.window) == (None, window if window < CONTEXT else None)
+    assert first.scale == pytest.approx(1.0)
+    falcon = learn(make_model("falcon"), positions=CONTEXT).attentions[0]
+    assert (falcon.num_heads, falcon.kv_num_heads, falcon.head_dim) == (4, 1, 16)
+    assert falcon.scale == pytest.approx(0.25)
+
+
 def test_a_head_too_narrow_for_the_operator_keeps_the_models_own_rotary_embedding() -> None:
     assert learn(from_config(tf.StableLmConfig(**BASE)), positions=CONTEXT).rotaries == (None, None)
 
