@@ -128,7 +128,8 @@ def _learned(model: PreTrainedModel, positions: int) -> Conventions:
         recorder.limit(choices.longest(positions), "an indexer chooses which tokens are attended to")
     if not uses_interface(model):
         recorder.attentions = _own_attentions(model, positions, first)
-    tables = recorder.tables()
+    with torch.no_grad():
+        tables = recorder.tables()
     if not recorder.attentions and not recorder.states:
         raise ConversionError(
             f"{type(model).__name__} computes attention by itself, not through transformers' attention interface."
@@ -186,7 +187,7 @@ def _own_attentions(model: PreTrainedModel, positions: int, first: int) -> list[
             )
         )
 
-    with torch.no_grad(), OwnAttention(note, lambda: 1):
+    with torch.no_grad(), OwnAttention(note):
         _forward(model, torch.arange(positions)[None] % _vocabulary(model), first)
     return found
 
@@ -232,7 +233,7 @@ def _refuse_other_memory(
     other[:, 0] = (other[:, 0] + 1) % _vocabulary(model)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(replaced_attention(model, _NAME, _deaf_attention, no_mask, lambda: len(ids)))
+        stack.enter_context(replaced_attention(model, _NAME, _deaf_attention, no_mask))
         stack.enter_context(deaf_recurrences(model))
         stack.enter_context(silent_indexers(indexers))
         one, another = _followed(model, ids, first), _followed(model, other, first)
@@ -343,9 +344,8 @@ class _Recorder:
     def tables(self) -> tuple[_Table, ...]:
         """Of the rotary embeddings that fit operators, as they number them, for the whole context."""
         for table in self._whole.values():
-            self.limit(
-                _stable_length(table, self.positions), "the rotary embeddings change with the length of the text"
-            )
+            stable = _stable_length(table, self.positions)
+            self.limit(stable, "the rotary embeddings change with the length of the text")
         found = []
         for source, layout in self._table_of:
             cos, sin = (_LAYOUTS[layout](part)[0].float().contiguous() for part in self._whole[source](self.positions))

@@ -71,7 +71,7 @@ def decoder_operators(model: PreTrainedModel, conventions: Conventions, step: Ca
     attention = partial(_attention, conventions, step)
     norms = {module: partial(_norm, norm, step) for module, norm in conventions.norms.items()}
     with ExitStack() as stack:
-        stack.enter_context(replaced_attention(model, _NAME, attention, no_mask, lambda: step().positions.shape[0]))
+        stack.enter_context(replaced_attention(model, _NAME, attention, no_mask))
         stack.enter_context(rotary_functions(model, partial(_rotary, conventions, step)))
         stack.enter_context(replaced_forwards(norms))
         stack.enter_context(silent_indexers(conventions.indexers))

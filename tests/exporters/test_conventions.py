@@ -123,14 +123,21 @@ def test_a_head_too_narrow_for_the_operator_keeps_the_models_own_rotary_embeddin
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4), "by itself"),
+        (
+            tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4),
+            r"by itself, .* and otherwise than as softmax",
+        ),
+        (
+            tf.RwkvConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=1, attention_hidden_size=64),
+            "by itself",
+        ),
         (tf.MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2), r"first kind \(Mamba 1\)"),
         (
             tf.MiniMaxConfig(**BASE, layer_types=["full_attention", "linear_attention"], num_local_experts=4),
             r"earlier tokens, at model\.layers\.1\.self_attn\.",
         ),
     ],
-    ids=["bloom", "mamba", "minimax"],
+    ids=["bloom", "rwkv", "mamba", "minimax"],
 )
 def test_what_fits_no_operator_is_named(config: Any, message: str) -> None:
     with pytest.raises(ConversionError, match=message):
