@@ -128,7 +128,7 @@ def test_a_head_too_narrow_for_the_operator_keeps_the_models_own_rotary_embeddin
             r"by itself, .* and otherwise than as softmax",
         ),
         (
-            tf.RwkvConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=1, attention_hidden_size=64),
+            tf.RwkvConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, attention_hidden_size=64),
             "by itself",
         ),
         (tf.MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2), r"first kind \(Mamba 1\)"),
