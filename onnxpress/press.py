@@ -29,6 +29,7 @@ from onnxpress.runtime.session import Session
 from onnxpress.trials import Notebook, Times, Trials, describe_steps, digest_of_files
 from onnxpress.workbench import RowByRow, Workbench
 
+_QDQ = "int8-qdq"
 _INT8_CACHE = "int8-cache"  # of the lossy passes the one that leaves the weights alone
 _SLOWER = 1.05  # a pass must not take more than this share of the time before it
 _MOST_KEPT = 0.5  # of the groups of places, where one precision was chosen: with more it would not be that precision
@@ -251,8 +252,10 @@ class Press:
         """A precision that was asked for by name is never left out in silence."""
         if self._explicit(step):
             why = "; ".join([row["reason"], *row["notes"]])
+            random = self._gate.workload.task == "module" and self._recipe.quality.file is None
+            give = "It was judged by random inputs: give it real ones with --calibration and --eval. " if random else ""
             raise BudgetError(
-                f"The pass {step.name} was asked for and cannot be kept: {why}. {self._instead(step)}, allow more with --budget, or "
+                f"The pass {step.name} was asked for and cannot be kept: {why}. {give}{self._instead(step)}, allow more with --budget, or "
                 "keep it in spite of the budget with --keep-all."
             )
 
@@ -260,7 +263,10 @@ class Press:
         """What can be done without a pass that was asked for by name."""
         if step.name == _INT8_CACHE:
             return "Leave out --cache int8"
-        return f"Take {step.name} out of `only`" if self._recipe.build.only else "Choose another --precision"
+        if self._recipe.build.only:
+            return f"Take {step.name} out of `only`"
+        convolves = step.name != _QDQ and _QDQ in self._target.precisions and "Conv" in self.graph.operators()
+        return "Choose another --precision" + (f" ({_QDQ} is the one for convolutions)" if convolves else "")
 
     def _slower(self, name: str, session: Runnable) -> str:
         """Why a pass does not pay, or nothing. Records the times."""

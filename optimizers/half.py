@@ -37,6 +37,8 @@ KEEP: Mapping[str, str] = {
     "Exp": "overflows fp16 past 11",
     "Log": "loses its tail near zero",
     "Resize": "coordinates past 2048 are not exact in fp16",
+    "DynamicQuantizeLinear": "has no other form (an integer graph of another tool)",
+    "DynamicQuantizeLSTM": "as DynamicQuantizeLinear",
 }
 # Operators whose CUDA kernels know float16 and not bfloat16, by the classes in onnxruntime-gpu 1.31.1's library.
 _NO_BFLOAT16 = frozenset({

@@ -129,6 +129,20 @@ def test_a_file_without_types_keeps_what_it_has_to(tmp_path: Path) -> None:
     np.testing.assert_allclose(run(result.graph, x, tmp_path), run(small_graph(), x, tmp_path), atol=2e-3)
 
 
+def test_integer_graphs_of_other_tools_keep_their_float32(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Mul", ["x", "two"], ["m"]),
+        helper.make_node("DynamicQuantizeLinear", ["m"], ["q", "scale", "zero"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"]),
+    ]
+    graph = graph_of(nodes, {"two": np.array(2, "f4")})
+    for value in (graph.model.graph[1].outputs[0], graph.model.graph[1].outputs[2]):
+        value.type = ir.TensorType(ir.DataType.UINT8)
+    result = make_pass("fp16").apply(graph.clone(), CONTEXT)
+    x = np.random.default_rng(0).standard_normal((2, 32)).astype("f4")
+    np.testing.assert_allclose(run(result.graph, x, tmp_path), run(graph, x, tmp_path), atol=0.05)
+
+
 def test_bf16_types() -> None:
     result = make_pass("bf16").apply(small_graph(), CONTEXT)
     assert result.graph.model.graph.initializers["w_half"].dtype == ir.DataType.BFLOAT16

@@ -398,6 +398,23 @@ def test_an_onnx_file_whose_answers_count_the_same_rows_by_another_name(
     assert signature.outputs[1].shape == ("two", 1)
 
 
+def test_axes_of_minus_one_are_of_any_size(tmp_path: Path) -> None:
+    """As paddle2onnx writes them."""
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])],
+        "graph",
+        [helper.make_tensor_value_info("x", 1, [-1, 3])],
+        [helper.make_tensor_value_info("y", 1, [-1, 3])],
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "file.onnx"
+    )
+    signature = open_onnx(tmp_path / "file.onnx").graph.signature
+    assert signature.inputs[0].shape == ("x_0", 3)
+    assert signature.outputs[0].shape == ("x_0", 3)
+    assert signature.axes == {"x_0": (1, 1024)}
+
+
 @pytest.mark.parametrize(
     ("operator", "said"),
     [("MatMul", r"weights in .*file.onnx are damaged: w holds"), ("Pow", r"answers with numbers that are none")],

@@ -273,3 +273,13 @@ def test_a_graph_without_anything_to_quantize_is_an_error_where_that_was_asked_f
         match=r"finds nothing to change: no Conv, MatMul or Gemm.*float32 weights\. Choose another --precision\.$",
     ):
         onnxpress.build(torch.nn.Softmax(dim=1), out=tmp_path / "out", precision="int8-qdq", **given)
+
+
+def test_what_else_could_be_tried_is_said(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"example_inputs": (torch.rand(4, 3, 8, 8),), "target": "cpu", "measure": False}
+    with pytest.raises(BudgetError, match=r"0 linear layers.*--precision \(int8-qdq is the one for convolutions\)\.$"):
+        onnxpress.build(torch.nn.Conv2d(3, 8, 3), out=tmp_path / "out", precision="int8", **given)
+    with pytest.raises(
+        BudgetError, match=r"judged by random inputs: give it real ones with --calibration and --eval\."
+    ):
+        onnxpress.build(torch.nn.Conv2d(3, 8, 3), out=tmp_path / "out", precision="int8-qdq", budget=0.9999999, **given)
