@@ -177,9 +177,10 @@ def _drop_layers(
     else:
         progress("how much each layer changes")
         lost = _least_changing(graph, number, activations)
+    constants = tuple(layers[index].constants() for index in lost)  # while they are in the graph
     drop_layers(graph, [layers[index] for index in lost])
     return _GoneLayers(
-        constants=tuple(layers[index].constants() for index in lost),
+        constants=constants,
         kept=tuple(index for index in range(len(layers)) if index not in lost),
         notes=(f"gone of the {len(layers)} layers: {', '.join(f'number {index + 1}' for index in lost)}",),
     )
