@@ -15,6 +15,7 @@ import numpy as np
 from onnxpress import evaluation, metrics
 from onnxpress.errors import RecipeError
 from onnxpress.manifest import Arrays, Json, Runnable, Signature
+from onnxpress.runtime.bfloat16 import host_dtype
 from onnxpress.runtime.cache import is_past, is_state
 from onnxpress.runtime.model_step import TOTAL_LENGTH
 from onnxpress.runtime.session import Session
@@ -193,7 +194,7 @@ class DecoderWorkload:
         for spec in signature.inputs:
             if is_past(spec.name):
                 shape = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in spec.shape)
-                cache = np.zeros(shape, spec.dtype)
+                cache = np.zeros(shape, host_dtype(spec.dtype))
                 feeds[spec.name] = cache
                 if is_state(spec):  # small, as keys of length 1 leave it
                     cache[:] = 0.01 * random.standard_normal(shape) if past else 0

@@ -16,6 +16,7 @@ from onnxpress.exporters.bounds import index_bounds
 from onnxpress.exporters.trace import LARGEST_AXIS, LARGEST_BATCH
 from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Signature, TensorSpec
+from onnxpress.runtime.bfloat16 import host_dtype
 from onnxpress.runtime.session import Session
 
 _EXAMPLE_BATCH = 2  # how long leading symbolic axes are in the example
@@ -145,11 +146,12 @@ def _example(spec: TensorSpec, leading: set[int | str], size: int) -> np.ndarray
     """Normal floats, row numbers of the table that is looked up, and ones (as masks are) where there is none."""
     shape = [axis if isinstance(axis, int) else _EXAMPLE_BATCH if axis in leading else size for axis in spec.shape]
     random = np.random.default_rng(0)
-    if np.issubdtype(np.dtype(spec.dtype), np.floating):
-        return random.standard_normal(shape).astype(spec.dtype)
+    dtype = host_dtype(spec.dtype)
+    if np.issubdtype(np.dtype(dtype), np.floating):
+        return random.standard_normal(shape).astype(dtype)
     if spec.bounds is None:
-        return np.ones(shape, spec.dtype)
-    return random.integers(spec.bounds[0], spec.bounds[1] + 1, shape).astype(spec.dtype)
+        return np.ones(shape, dtype)
+    return random.integers(spec.bounds[0], spec.bounds[1] + 1, shape).astype(dtype)
 
 
 def _shapes(signature: Signature) -> str:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from onnxpress.errors import ArtifactError, RecipeError
 from onnxpress.manifest import Arrays, Signature, TensorSpec
+from onnxpress.runtime.bfloat16 import host_dtype
 from onnxpress.runtime.tensor_file import read_tensors
 
 _LABELS = "labels"
@@ -142,14 +143,14 @@ def _native(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _check(path: Path, spec: TensorSpec, array: npt.NDArray[Any], signature: Signature) -> None:
-    fits = array.ndim == len(spec.shape) > 0 and array.dtype.name == spec.dtype
+    fits = array.ndim == len(spec.shape) > 0 and array.dtype.name == host_dtype(spec.dtype)
     for axis, size in zip(spec.shape[1:], array.shape[1:], strict=False):
         low, high = signature.axes.get(axis, (1, size)) if isinstance(axis, str) else (axis, axis)
         fits = fits and low <= size <= high
     if not fits:
         wanted = ", ".join(map(str, ("samples", *spec.shape[1:])))
         raise RecipeError(
-            f"{path}: {spec.name} is {array.dtype.name} of shape {array.shape}; the model takes {spec.dtype} of shape ({wanted})."
+            f"{path}: {spec.name} is {array.dtype.name} of shape {array.shape}; the model takes {host_dtype(spec.dtype)} of shape ({wanted})."
         )
     if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
         raise RecipeError(

@@ -23,6 +23,11 @@ def has_bfloat16(signature: Signature) -> bool:
     return any(spec.dtype == BFLOAT16 for spec in (*signature.inputs, *signature.outputs))
 
 
+def host_dtype(dtype: str) -> str:
+    """numpy's name of what stands for a dtype of a signature here."""
+    return "float32" if dtype == BFLOAT16 else dtype
+
+
 def to_bits(array: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     """float32 → the 16 bits of each bfloat16, of the same shape."""
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)

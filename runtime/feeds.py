@@ -9,7 +9,7 @@ import numpy as np
 
 from onnxpress.errors import InputError
 from onnxpress.manifest import Arrays, Signature, TensorSpec
-from onnxpress.runtime.bfloat16 import BFLOAT16
+from onnxpress.runtime.bfloat16 import BFLOAT16, host_dtype
 
 _SAME = ("float16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool")
 _NUMPY = {f"tensor({name})": name for name in _SAME} | {
@@ -68,7 +68,7 @@ def declared_signature(inner: Any) -> Signature:
 def _check_array(spec: TensorSpec, array: Any, signature: Signature, sizes: dict[str, tuple[int, str]]) -> None:
     if not isinstance(array, np.ndarray):
         raise InputError(f"Input {spec.name} is a {type(array).__name__}; the model takes a numpy array: {spec}.")
-    wanted = "float32" if spec.dtype == BFLOAT16 else spec.dtype
+    wanted = host_dtype(spec.dtype)
     if spec.dtype != "str" and array.dtype.name != wanted:
         raise InputError(
             f"Input {spec.name} has dtype {array.dtype.name}; the model takes {spec}: use .astype(numpy.{wanted})."

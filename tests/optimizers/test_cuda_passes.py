@@ -17,6 +17,7 @@ from tiny_decoders import CONTEXT, make_model, save_decoder
 from tiny_models import VOCAB, save_model
 
 import onnxpress
+from onnxpress.decoder_workload import DecoderWorkload
 from onnxpress.errors import ArtifactError, InputError, RecipeError
 from onnxpress.exporters import Exported, ParityCheck, export
 from onnxpress.exporters.conventions import learn
@@ -274,6 +275,9 @@ def test_a_language_model_in_bfloat16(name: str, precision: str, tmp_path: Path)
     answers = golden["output.prompts.present.0.key"]
     np.testing.assert_array_equal(answers, torch.from_numpy(answers).bfloat16().float().numpy())
     assert "nothing has run it yet" in artifact.measured["note"]
+    texts = DecoderWorkload(signature=signature, options=artifact.manifest.options, tokenizer_folder=artifact.path)
+    past = next(texts.calibration())["past_key_values.0.key"]
+    assert past.dtype == np.float32  # as a session on a card takes it
     with pytest.raises(ArtifactError, match="bfloat16 runs on a card alone"):
         onnxpress.load(artifact.path, providers=["cpu"])
 

@@ -415,6 +415,26 @@ def test_axes_of_minus_one_are_of_any_size(tmp_path: Path) -> None:
     assert signature.axes == {"x_0": (1, 1024)}
 
 
+def test_a_file_with_inputs_of_bfloat16_is_given_float32(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Cast", ["x"], ["wide"], to=1), helper.make_node("MatMul", ["wide", "w"], ["y"])],
+        "graph",
+        [helper.make_tensor_value_info("x", 16, ["batch", 3])],
+        [helper.make_tensor_value_info("y", 1, ["batch", 3])],
+        [numpy_helper.from_array(np.eye(3, dtype=np.float32), "w")],
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "file.onnx"
+    )
+    np.savez(tmp_path / "samples.npz", x=np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32))
+    built = onnxpress.build(
+        tmp_path / "file.onnx", out=tmp_path / "out", precision="fp32", file=str(tmp_path / "samples.npz"), **QUICK
+    )
+    assert built.manifest.signature.inputs[0].dtype == "bfloat16"
+    answers = onnxpress.load(built.path).session.run({"x": np.array([[1.00390625, 2, 3]], np.float32)})
+    np.testing.assert_array_equal(answers["y"], [[1, 2, 3]])
+
+
 @pytest.mark.parametrize(
     ("operator", "said"),
     [("MatMul", r"weights in .*file.onnx are damaged: w holds"), ("Pow", r"answers with numbers that are none")],
