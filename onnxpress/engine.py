@@ -78,6 +78,8 @@ class Engine:
             raise InputError(
                 f"An Engine keeps no checkpoints, so that there is no {kept[0]}; onnxpress.fit(…, checkpoint=FOLDER) keeps them."
             )
+        if max_length is not None and (type(max_length) is not int or max_length < 1):
+            raise InputError(f"max_length is a positive whole number, not {max_length!r}.")
         if evaluation is not None and not (isinstance(evaluation, tuple | list) and len(evaluation) == 2):
             raise InputError("evaluation is a pair: a list of texts, and a list of their labels.")
         folder = tempfile.mkdtemp(prefix="onnxpress-engine-")

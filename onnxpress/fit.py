@@ -256,7 +256,7 @@ def _fit_head(
         np.array([labels.target(sample) for sample in learned], kind),
         evaluation=(vectors(judged), np.array([labels.target(sample) for sample in judged], kind)),
         problem_type=str(labels.problem_type),
-        num_labels=len(labels.names),
+        labels=labels.names,
         balanced=balanced,
         progress=progress,
     )

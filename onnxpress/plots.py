@@ -11,6 +11,8 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from onnxpress.figures import megabytes
+
 # Colours that matplotlib writes down, and the page's variables that they stand for.
 _COLOURS = {
     "#000001": "--ink",
@@ -25,17 +27,17 @@ _WIDTH = 5.6  # inches; the page scales drawings to its own width
 _MOST_OPERATORS = 14
 
 
-def bar_plot(title: str, names: Sequence[str], values: Sequence[float], unit: str) -> str:
-    """One horizontal bar a name."""
+def size_plot(title: str, names: Sequence[str], sizes: Sequence[int]) -> str:
+    """One horizontal bar a name, in MB."""
 
     def draw(figure: Any) -> None:
         axes = _axes(figure.add_subplot(), names)
-        colours = [_MUTED] * (len(values) - 1) + [_ACCENT]
-        axes.barh(range(len(names)), values, 0.62, color=colours)
-        _label_bars(axes, values, f"{{:.1f}} {unit}")
+        colours = [_MUTED] * (len(sizes) - 1) + [_ACCENT]
+        axes.barh(range(len(names)), sizes, 0.62, color=colours)
+        _label_bars(axes, sizes, lambda size: f"{megabytes(size)} MB")
 
-    return _svg(f"{title}: " + ", ".join(f"{n} {v:.1f} {unit}" for n, v in zip(names, values, strict=True)), draw,
-                height=0.42 * len(names) + 0.3)  # fmt: skip
+    spoken = ", ".join(f"{name} {megabytes(size)} MB" for name, size in zip(names, sizes, strict=True))
+    return _svg(f"{title}: {spoken}", draw, height=0.42 * len(names) + 0.3)
 
 
 def quality_plot(
@@ -78,7 +80,7 @@ def latency_plot(title: str, times: Mapping[str, Mapping[str, float]]) -> str:
             values = [row.get(system, 0.0) for system in systems]
             colours = [_ACCENT if system == systems[-1] else _MUTED for system in systems]
             axes.barh(range(len(systems)), values, 0.62, color=colours)
-            _label_bars(axes, values, "{:.3g}", room=0.5)
+            _label_bars(axes, values, "{:.3g}".format, room=0.5)
             axes.set_title(shape, loc="left", color=_SOFT, fontsize=10)
         for axes in grid.flat[len(times) :]:
             axes.set_axis_off()
@@ -135,7 +137,7 @@ def curve_plot(title: str, points: Sequence[Mapping[str, Any]], metric: str, lim
 
     best = next(point for point in points if point["chosen"])
     spoken = (
-        f"{title}: {len(points)} points; chosen {best['plan']}, {best['bytes'] / 1e6:.1f} MB, {best['quality']:.5g}"
+        f"{title}: {len(points)} points; chosen {best['plan']}, {megabytes(best['bytes'])} MB, {best['quality']:.5g}"
     )
     return _svg(spoken, draw, height=4.0, width=_WIDTH * 1.8)
 
@@ -176,12 +178,10 @@ def _plain(axes: Any) -> None:
     axes.tick_params(colors=_INK, length=0)
 
 
-def _label_bars(axes: Any, values: Sequence[float], form: str, room: float = 0.22) -> None:
+def _label_bars(axes: Any, values: Sequence[float], form: Callable[[float], str], room: float = 0.22) -> None:
     for place, value in enumerate(values):
         if value:
-            axes.annotate(
-                form.format(value), (value, place), (5, 0), textcoords="offset points", va="center", color=_INK
-            )
+            axes.annotate(form(value), (value, place), (5, 0), textcoords="offset points", va="center", color=_INK)
     axes.set_xlim(0, max([*values, 0]) * (1 + room) or 1)
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import html
 import json
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from onnxpress.figures import megabytes
 from onnxpress.manifest import Json, Manifest
-from onnxpress.plots import bar_plot, curve_plot, latency_plot, operator_plot, quality_plot
+from onnxpress.plots import curve_plot, latency_plot, operator_plot, quality_plot, size_plot
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b2330; --soft: #586374; --line: #dde2e9; --paper: #ffffff; --panel: #f5f7fa;
@@ -166,7 +167,7 @@ def _verdict(manifest: Manifest, measured: Mapping[str, Json]) -> str:
 def _tiles(manifest: Manifest, measured: Mapping[str, Json]) -> str:
     first, last = manifest.ledger[0], _final(manifest)
     smaller = f" ({first['bytes'] / last['bytes']:.1f}× smaller)" if 0 < last["bytes"] < first["bytes"] else ""
-    tiles = [("Weights", f"{last['bytes'] / 1e6:.1f} MB", f"from {first['bytes'] / 1e6:.1f} MB{smaller}")]
+    tiles = [("Weights", f"{megabytes(last['bytes'])} MB", f"from {megabytes(first['bytes'])} MB{smaller}")]
     for shape, row in list(_times(measured).items())[:1]:
         if "artifact" in row:
             others = ", ".join(
@@ -197,9 +198,9 @@ def _ledger(manifest: Manifest, measured: Mapping[str, Json]) -> str:
                 f"<code>{_text(row['pass'])}</code>",
                 f'<span class="badge {_text(row["status"])}">{_text(row["status"])}</span>',
                 str(row["changes"] or "–"),
-                _change(row.get("quality_before"), row["quality"], "{:.5g}"),
-                _change(_megabytes(row.get("bytes_before")), _megabytes(row["bytes"]), "{:.1f}"),
-                _change(time.get("latency_before_ms"), time.get("latency_ms"), "{:.3g}") or "–",
+                _change(row.get("quality_before"), row["quality"], "{:.5g}".format),
+                _change(row.get("bytes_before"), row["bytes"], megabytes),
+                _change(time.get("latency_before_ms"), time.get("latency_ms"), "{:.3g}".format) or "–",
                 _text(row["reason"] + _share(time)) + (f"<ul>{notes}</ul>" if notes else ""),
             ]
         )
@@ -225,7 +226,7 @@ def _curve(manifest: Manifest, measured: Mapping[str, Json]) -> Iterable[str]:
             f"{point['kept']} of {point['places']}" if point["places"] else "–",
             _figure(point["quality"]),
             "yes" if point["holds"] else "no",
-            f"{point['bytes'] / 1e6:.1f}",
+            megabytes(point["bytes"]),
             "–" if point["latency_ms"] is None else f"{point['latency_ms']:.3g}",
             "–" if point["share_of_time"] is None else f"{point['share_of_time']:.2f}",
         ]
@@ -241,7 +242,7 @@ def _plots(manifest: Manifest, measured: Mapping[str, Json]) -> str:
     rows = [row for row in manifest.ledger if row["status"] in _TAKEN]
     names = [row["pass"] for row in rows]
     title = "Weights after each pass that was kept"
-    parts = [_captioned(title, bar_plot(title, names, [row["bytes"] / 1e6 for row in rows], "MB"))]
+    parts = [_captioned(title, size_plot(title, names, [row["bytes"] for row in rows]))]
     # Those of an automatic plan that were not chosen are in its own drawing.
     judged = [
         row
@@ -386,16 +387,11 @@ def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.5g}"
 
 
-def _change(before: float | None, after: float | None, form: str) -> str:
+def _change(before: float | None, after: float | None, form: Callable[[float], str]) -> str:
     """One figure, or two where they differ."""
     if after is None:
         return ""
-    shown = form.format(after)
-    return shown if before is None or form.format(before) == shown else f"{form.format(before)} → {shown}"
-
-
-def _megabytes(size: int | None) -> float | None:
-    return None if size is None else size / 1e6
+    return form(after) if before is None or form(before) == form(after) else f"{form(before)} → {form(after)}"
 
 
 def _text(value: object) -> str:

@@ -14,6 +14,7 @@ from rich.status import Status
 from rich.table import Table
 
 from onnxpress.artifact import REPORT, Artifact
+from onnxpress.figures import megabytes
 
 
 class Progress:
@@ -71,7 +72,7 @@ def print_build(artifact: Artifact) -> None:
     size = sum(entry.size for entry in artifact.manifest.files.values())
     seconds, memory = artifact.measured["build_seconds"], artifact.measured["peak_memory_bytes"]
     console.print(
-        f"[bold]{escape(str(artifact.path))}[/bold]: {size / 1e6:.1f} MB, {artifact.manifest.precision}; built in "
+        f"[bold]{escape(str(artifact.path))}[/bold]: {megabytes(size)} MB, {artifact.manifest.precision}; built in "
         f"{seconds:.0f} s with {memory / 1e9:.2f} GB of memory; report: {escape(str(artifact.path / REPORT))}",
         soft_wrap=True,
     )
@@ -101,7 +102,7 @@ def ledger_table(artifact: Artifact) -> Table:
             }.get(row["status"], f"[red]{row['status']}[/red]"),
             str(row["changes"] or "–"),
             _quality(row),
-            f"{row['bytes'] / 1e6:.1f}",
+            megabytes(row["bytes"]),
             _times(times.get(row["pass"])),
         )
     return table

@@ -6,7 +6,7 @@ How strongly weights are held small is chosen by the loss on the evaluation vect
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,14 +43,14 @@ def fit_linear_head(
     *,
     evaluation: tuple[Array, Array],
     problem_type: str,
-    num_labels: int,
+    labels: Sequence[str],
     balanced: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> LinearHead:
     """The best head over all strengths.
 
     vectors: float32 (n, dim). targets: int (n,) of one label a text, 0 or 1 (n, labels) of several, float (n,) of numbers.
-    evaluation: the same of other texts. balanced: rare labels count as much as frequent ones. The solver is deterministic.
+    labels: their names. evaluation: the same of other texts. balanced: rare labels count as much as frequent ones. The solver is deterministic.
 
     Raises InputError where a label is in all texts or in none.
     """
@@ -59,7 +59,7 @@ def fit_linear_head(
     heads = []
     for strength in _STRENGTHS:
         progress(f"strength {strength:g}")
-        weight, bias = _fit(scaled, targets, problem_type, num_labels, strength, balanced)  # (labels, dim), (labels,)
+        weight, bias = _fit(scaled, targets, problem_type, labels, strength, balanced)  # (labels, dim), (labels,)
         weight = weight / scaler.scale_
         bias = bias - weight @ scaler.mean_
         head = LinearHead(
@@ -71,7 +71,7 @@ def fit_linear_head(
 
 
 def _fit(
-    vectors: Array, targets: Array, problem_type: str, num_labels: int, strength: float, balanced: bool
+    vectors: Array, targets: Array, problem_type: str, labels: Sequence[str], strength: float, balanced: bool
 ) -> tuple[Array, Array]:
     if problem_type == "regression":
         ridge = Ridge(alpha=1 / strength).fit(vectors, targets)
@@ -79,16 +79,16 @@ def _fit(
     model = LogisticRegression(C=strength, max_iter=_ITERATIONS, class_weight="balanced" if balanced else None)
     if problem_type == "multi_label_classification":
         rows = []
-        for index in range(num_labels):
+        for index, label in enumerate(labels):
             if len(np.unique(targets[:, index])) < 2:
                 raise InputError(
-                    f"Label {index} is in all training texts or in none, so that there is nothing to tell."
+                    f"The label {label!r} is in all training texts or in none, so that there is nothing to tell."
                 )
             model.fit(vectors, targets[:, index])
             rows.append((model.coef_[0], model.intercept_[0]))
         return np.stack([weight for weight, _ in rows]), np.array([bias for _, bias in rows])
     model.fit(vectors, targets)
-    if num_labels == 2:  # scikit-learn has one row, whose number is the difference of our two
+    if len(labels) == 2:  # scikit-learn has one row, whose number is the difference of our two
         return np.concatenate([-model.coef_, model.coef_]) / 2, np.concatenate(
             [-model.intercept_, model.intercept_]
         ) / 2

@@ -4,11 +4,10 @@
 
 Activations have one scale a tensor, measured on calibration inputs; weights are symmetric, with one scale an output channel.
 int8-qdq follows the target (targets.QdqForm): ONNX Runtime's CPU provider turns the pairs into QLinearConv, QLinearAdd and so on,
-TensorRT's parser takes symmetric int8 with biases in float. fp8-qdq is the same in FP8 E4M3, for NVIDIA GPUs from Ada on.
+TensorRT's parser takes symmetric int8 with biases in float. On the CPU embedding tables are 8-bit blocks, as with int8. fp8-qdq is the same in FP8 E4M3, for NVIDIA GPUs from Ada on.
 ONNX operators QuantizeLinear and DequantizeLinear, opset 13 (per channel) and 19 (FP8).
 
-Not for language models (their layers are int8 or 4-bit blocks elsewhere), embedding tables, and ConvTranspose on the CPU, for which ONNX
-Runtime has no integer kernel.
+Not for ConvTranspose on the CPU, for which ONNX Runtime has no integer kernel.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from onnxpress.optimizers.qdq_plan import Layer, Plan, name_of, plan_chained, pl
 from onnxpress.optimizers.rounding import Float, activation_uint8
 from onnxpress.optimizers.smooth import check_smooth, smooth_norms
 from onnxpress.optimizers.targets import QdqForm
+from onnxpress.optimizers.weights import quantize_embeddings
 
 _FP8: Literal["float8e4m3fn"] = "float8e4m3fn"
 _DTYPES = {"uint8": np.dtype(np.uint8), "int8": np.dtype(np.int8), _FP8: np.dtype(ml_dtypes.float8_e4m3fn)}
@@ -91,11 +91,15 @@ def _quantize(options: Int8Qdq, graph: Graph, context: PassContext, form: QdqFor
         notes += (
             f"{mixed} mixtures of experts stay in float; int8-dynamic and the precisions of weights quantize them",
         )
+    tables: tuple[str, ...] = ()
     if form.chained:
         _pool_instead_of_means(graph)
+        tied, tables = quantize_embeddings(graph, bits=8, preferred_block=128, keep=context.keep)
+        notes += (f"{tied.tables} embedding tables", *tied.notes) if tables else tied.notes
     plan = _plan(graph, context, form)
     if not plan.layers:
-        return PassResult(graph=graph, changes=0, notes=("no Conv, MatMul or Gemm has constant float32 weights",))
+        notes += ("no Conv, MatMul or Gemm has constant float32 weights",)
+        return PassResult(graph=graph, changes=len(tables), notes=notes, touched=tables)
     if options.smooth:
         notes += smooth_norms(graph, context.observe, options.smooth)
         plan = _plan(graph, context, form)  # its weights are others now
@@ -113,7 +117,7 @@ def _quantize(options: Int8Qdq, graph: Graph, context: PassContext, form: QdqFor
     kinds = sorted({layer.node.op_type for layer in plan.layers} | {node.op_type for node in plan.between})
     scales = len(set(plan.owners.values()))
     summary = f"{len(plan.layers)} layers and {len(plan.between)} nodes between ({', '.join(kinds)}), {scales} activation scales"
-    touched = plan.touched()
+    touched = tables + plan.touched()
     return PassResult(graph=graph, changes=len(touched), notes=(summary, *notes), touched=touched)
 
 

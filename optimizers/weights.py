@@ -321,7 +321,8 @@ def quantize_embeddings(
         _use_blocks(graph, layer, reshape.outputs[0], scale_value, None, bits=wanted, block_size=size)
         touched.append(layer.name)
         notes.append(f"{layer.name} shares its weight with an embedding table: stored once")
-    graph.model.graph.opset_imports.setdefault("com.microsoft", 1)
+    if stored:
+        graph.model.graph.opset_imports.setdefault("com.microsoft", 1)
     return TiedTables(tables=len(stored), notes=tuple(notes)), tuple(touched)
 
 

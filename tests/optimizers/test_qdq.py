@@ -23,6 +23,8 @@ from onnxpress.optimizers.targets import TARGETS, target
 
 CPUS = ["cpu", "cpu-avx2"]
 
+TABLE = {"table": (512, 64), "w": (64, 32)}
+
 
 def relative_error(one: Any, other: Any) -> float:
     """Of what differs between the samples: a common mean is no merit."""
@@ -51,6 +53,32 @@ def test_a_weight_that_layers_share_is_stored_once(tmp_path: Path) -> None:
     assert result.graph.operators()["QuantizeLinear"] >= 2
     sizes = [np.prod(item.shape.numpy()) for item in result.graph.model.graph.initializers.values() if item.shape]
     assert sizes.count(1024) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "keep", "operator", "size"),
+    [
+        ("cpu", frozenset(), "com.microsoft::GatherBlockQuantized", 0.3),
+        ("cpu", frozenset({"embed"}), "Gather", 1.01),
+        ("tensorrt", frozenset(), "Gather", 1.01),
+    ],
+)
+def test_embedding_tables_are_8_bits_on_the_cpu(
+    kind: str, keep: frozenset[str], operator: str, size: float, tmp_path: Path
+) -> None:
+    random = np.random.default_rng(0)
+    weights = {name: random.standard_normal(shape).astype(np.float32) for name, shape in TABLE.items()}
+    graph = small_graph("e = Gather (table, x) y = MatMul (e, w)", inputs="int64[batch,n] x", weights=weights)
+    next(node for node in graph.model.graph if node.op_type == "Gather").name = "embed"
+    samples = [{"x": random.integers(0, 512, (2, 8))} for _ in range(8)]
+    result = quantize(graph, tmp_path, samples, kind=kind, keep=keep)
+    assert result.graph.operators()[operator] == 1
+    assert ("embed" in result.touched) == (operator != "Gather")
+    assert result.graph.weight_bytes() < size * graph.weight_bytes()
+    answers, expected = (
+        item.run(samples[0])["y"] for item in (open_for(result, tmp_path, kind), PlainSession(graph, tmp_path))
+    )
+    assert 0 < relative_error(answers, expected) < 0.02
 
 
 @pytest.mark.parametrize("opset", [13, 18, 23])

@@ -421,6 +421,18 @@ def test_arrays_are_taken_for_lists(sentence_model: Path) -> None:
     assert labelled_samples(np.array(texts), np.array(labels)) == labelled_samples(texts, labels)
     with pytest.raises(InputError, match="evaluation is a pair: a list of texts, and a list of their labels"):
         Engine.load(sentence_model).fit(texts, labels, frozen_encoder=True, evaluation=texts)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="max_length is a positive whole number, not '8'"):
+        Engine.load(sentence_model).fit(texts, labels, frozen_encoder=True, max_length="8")  # type: ignore[arg-type]
+    engine = Engine.load(sentence_model).fit(texts, labels, frozen_encoder=True)
+    for collection in (set(texts), dict(zip(texts, labels, strict=True))):
+        with pytest.raises(InputError, match=f"A {type(collection).__name__} was given where a list of texts"):
+            engine.predict(collection)  # type: ignore[arg-type]
+
+
+def test_a_label_that_all_texts_have_teaches_a_frozen_head_nothing(sentence_model: Path) -> None:
+    texts, labels = animals(40)
+    with pytest.raises(InputError, match="The label 'alive' is in all training texts or in none"):
+        Engine.load(sentence_model).fit(texts, [[label, "alive"] for label in labels], frozen_encoder=True)
 
 
 def test_whole_numbers_are_classes_and_that_is_said() -> None:
