@@ -25,6 +25,7 @@ from onnxpress.optimizers.pack_attention import PackAttention
 from onnxpress.optimizers.pack_projections import PackProjections
 from onnxpress.optimizers.qdq import Fp8Qdq, Int8Qdq
 from onnxpress.optimizers.scale_queries import ScaleQueries
+from onnxpress.optimizers.select_early import SelectEarly
 from onnxpress.optimizers.sparse import Sparse24
 from onnxpress.optimizers.weights import WeightsInt4, WeightsInt8
 
@@ -36,6 +37,7 @@ PASSES: Mapping[str, type[Pass]] = {
     "fuse-attention": FuseAttention,
     "fuse-skip-norm": FuseSkipNorm,
     "fuse-rotary": FuseRotary,
+    "select-early": SelectEarly,
     "scale-queries": ScaleQueries,
     "pack-projections": PackProjections,
     "cuda-attention": CudaAttention,
