@@ -66,16 +66,19 @@ deploy: ## bundle, then bring it to HOST=user@device over ssh, test it there, sw
 	@$(MAKE) --no-print-directory bundle
 	@$(BIN)/onnxpress deploy "$(OUT)/$(MODEL)-$(TARGET).tar" "$(HOST)" $(DEPLOY_OPTIONS)
 
+# One thread of OpenMP a process: threads of several processes that wait for each other by spinning take many times as long.
+PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n auto --dist loadfile
+
 test: $(VENV)/.dev ## all tests, the files side by side on all cores
 	@echo "== pytest"
-	@$(BIN)/python -m pytest -n auto --dist loadfile
+	@$(call PYTEST,$(BIN))
 
 test-oldest: ## all tests with the oldest supported versions, in an environment of their own
 	@test -n "$(PYTHON)" || { echo "onnxpress needs Python 3.11 or newer"; exit 2; }
 	@echo "== making .venv-oldest"
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	@.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[build,cpu,demo,secure,dev]'
-	@.venv-oldest/bin/python -m pytest -n auto --dist loadfile -m "not venv and not newest"
+	@$(call PYTEST,.venv-oldest/bin) -m "not venv and not newest"
 
 test-browser: $(VENV)/.dev ## the page of a browser bundle, in headless Chromium (Debian: apt-get install chromium npm)
 	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null && command -v npm >/dev/null || \

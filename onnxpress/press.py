@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from onnxpress import terminal
 from onnxpress.decoder_workload import DecoderWorkload
-from onnxpress.errors import ArtifactError, BudgetError, ParityError
+from onnxpress.errors import ArtifactError, BudgetError, InputError, ParityError
 from onnxpress.exporters import DecoderParityCheck, Exported, ParityCheck, ParityRow
 from onnxpress.gate import Gate
 from onnxpress.graph import Graph
@@ -115,7 +115,7 @@ class Press:
         try:
             session = self._bench.open(result.graph)
             self._parity.check(session)
-        except ArtifactError:
+        except (ArtifactError, InputError):  # the graph before it takes the same inputs
             self._record(row, status="undone", reason="ONNX Runtime does not run what comes out of it")
             return
         except ParityError as error:

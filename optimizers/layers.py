@@ -65,7 +65,7 @@ def find_layers(graph: Graph) -> tuple[Layer, ...]:
     if -1 in begins or len(steps) != 1 or min(steps) < 1 or begins[-1] + min(steps) >= len(cuts):
         return ()
     step = steps.pop()
-    return tuple(
+    layers = tuple(
         Layer(
             before=cuts[begin][1],
             after=cuts[begin + step][1],
@@ -73,6 +73,9 @@ def find_layers(graph: Graph) -> tuple[Layer, ...]:
         )
         for begin in begins
     )
+    # A layer that answers for one of the tokens alone (select-early) is not to be replaced by what it reads.
+    alike = all((dimension(layer.before, 1) == 1) == (dimension(layer.after, 1) == 1) for layer in layers)
+    return layers if alike else ()
 
 
 def drop_layers(graph: Graph, layers: Sequence[Layer]) -> None:

@@ -98,7 +98,12 @@ def _quantize(options: Int8Qdq, graph: Graph, context: PassContext, form: QdqFor
         notes += (f"{tied.tables} embedding tables", *tied.notes) if tables else tied.notes
     plan = _plan(graph, context, form)
     if not plan.layers:
-        notes += ("no Conv, MatMul or Gemm has constant float32 weights",)
+        drop_unused_constants(graph)
+        notes += (
+            ("no other Conv, MatMul or Gemm with constant float32 weights is to be quantized",)
+            if tables
+            else ("no Conv, MatMul or Gemm has constant float32 weights",)
+        )
         return PassResult(graph=graph, changes=len(tables), notes=notes, touched=tables)
     if options.smooth:
         notes += smooth_norms(graph, context.observe, options.smooth)

@@ -2,10 +2,11 @@
 
     Gather(MatMul(x, w), 0, axis=1)   →   Gather(MatMul(Gather(x, [0], axis=1), w), 0, axis=1)
 
-Many classifiers, and embeddings of the first token, read one token of the last layer. Its query, what comes behind its attention and
-its feed-forward block are then computed for that token, keys and values for all as before: the same numbers, fewer of them.
+Many classifiers, and embeddings of the first token, read one token of the last layer. Its attention, what comes behind it and the
+feed-forward block are then computed for that token, keys and values for all as before: the same numbers, fewer of them.
 
-Not for tokens whose place is computed, nor past attention that is not one operator: there the token is taken behind it.
+Not for tokens whose place is computed, nor past attention that is not one operator: there the token is taken behind it. Queries are
+computed for all tokens too, so that a norm is still read by its linear layers alone, as what scales norms wants it (smooth, AWQ).
 """
 
 from __future__ import annotations
@@ -72,19 +73,25 @@ def _move(graph: Graph, selection: ir.Node) -> int:
             value = node.inputs[index]
             assert value is not None
             wanted.setdefault(value, set()).add((node, index))
+    for node in [node for node in narrowed if node.op_type == "MatMul"]:
+        x = node.inputs[0]
+        assert x is not None
+        if {(use.node, use.idx) for use in x.uses()} != wanted[x]:  # a query, whose keys read the same
+            del narrowed[node]
+            wanted[x].discard((node, 0))
     products = sum(node.op_type == "MatMul" for node in narrowed)
     if not products:
         return 0
     position = add_constant(graph, f"{source.name}_position", np.array([_position(selection)], np.int64))
     for value, readers in wanted.items():
-        if value.producer() not in narrowed:
+        if readers and value.producer() not in narrowed:
             _take(value, readers, position, _TOKENS, order)
     for node in narrowed:
         mask = _mask(node)
         if mask is not None and dimension(mask, -2) != 1:
             _take(mask, {(node, MASK[node.op_type])}, position, len(mask.shape or ()) - 2, order)
         for output in node.outputs:
-            if output.shape is not None:
+            if output.shape is not None and rank(output) == 3:
                 output.shape = ir.Shape([*output.shape[:_TOKENS], 1, *output.shape[_TOKENS + 1 :]])
     first = add_constant(graph, f"{source.name}_first", np.array(0, np.int64))
     selection.replace_input_with(1, first)
@@ -94,13 +101,20 @@ def _move(graph: Graph, selection: ir.Node) -> int:
 def _rows(node: ir.Node) -> tuple[int, ...]:
     """Which inputs have a row for each token, if an output's row comes from theirs alone; none otherwise."""
     first = node.inputs[0] if node.inputs else None
-    if first is None or any(rank(output) != 3 for output in node.outputs if output.uses()):
+    if (
+        first is None
+        or node.domain not in ("", "com.microsoft")
+        or any(rank(output) != 3 for output in node.outputs if output.uses())
+    ):
         return ()
     if dimension(node.outputs[0], _TOKENS) == 1:
         return ()  # there is but one
     if node.op_type in NORMS or node.op_type == "Split":
         last = is_last_axis(attribute(node, "axis", 0 if node.op_type == "Split" else -1), first)
-        return (0,) if last and rank(first) == 3 else ()
+        alike = all(
+            rank(value) == 1 for value in node.inputs[1:] if value is not None
+        )  # scales, not one for each token
+        return (0,) if last and alike and rank(first) == 3 else ()
     if node.op_type == "MatMul":
         weight = constant(node.inputs[1])
         return (0,) if rank(first) == 3 and weight is not None and weight.ndim == 2 else ()
@@ -127,8 +141,9 @@ def _attends_row_by_row(node: ir.Node) -> bool:
     apart = all(rank(_input(node, place)) == 3 for place in range(3))
     if causal or not apart or any(_input(node, place) is not None for place in past):
         return False
-    if node.op_type == "MultiHeadAttention" and rank(_input(node, 4)) not in (None, 1, 2):
-        return False  # padding that is another for each query
+    padding = _input(node, 4) if node.op_type == "MultiHeadAttention" else None
+    if padding is not None and rank(padding) not in (1, 2):
+        return False  # another one for each query
     mask = _mask(node)
     return mask is None or (rank(mask) or 0) >= 2
 

@@ -93,8 +93,8 @@ _CPU = Target(
     # fuse-attention: Attention (opset 23) with an additive mask costs what MultiHeadAttention costs without one. 1 thread, 12 heads of 32,
     # at (1,32)/(1,128)/(4,128): 0.050/0.364/1.83 ms, against 0.083/0.449/2.18 for MultiHeadAttention with a padding mask and
     # 0.068/0.378/1.70 without.
-    # select-early: Xeon with VNNI, 2 threads, a classifier of MiniLM-L6's shape, int8 at (1,32)/(1,128)/(8,128): 3.22/9.40/69.3 ms before
-    # and 3.01/8.88/61.2 with it, float32 6.81/20.1/153 and 6.40/17.7/130.
+    # select-early: Xeon with VNNI, 2 threads, a classifier of MiniLM-L6's shape, int8 at (1,32)/(1,128)/(8,128): 3.30/10.1/76.1 ms before
+    # and 3.05/9.35/67.2 with it, float32 7.07/21.0/149 and 6.87/18.6/137.
     # scale-queries: Xeon with AMX, 2 threads, onnxruntime 1.32, a step after 1,024 tokens: 13.5 ms against 15.6 for the SmolLM2-135M
     # shape, 21.1 against 23.4 for the Qwen2.5-0.5B shape; after 128 tokens level.
     lossless=(*_CLEAN, *_FUSE, *_DECODER, "select-early", "scale-queries", "pack-projections"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -146,7 +147,7 @@ def check_samples(samples: Sequence[Any]) -> None:
     """Raise InputError for what is neither a text nor a pair of texts, or empty."""
     if isinstance(samples, str):
         raise InputError("One text was given where a list of texts is expected: put it in brackets, [text].")
-    if isinstance(samples, Mapping | set) or not hasattr(samples, "__len__"):  # neither has an order of items
+    if isinstance(samples, Mapping | AbstractSet) or not hasattr(samples, "__len__"):  # neither has an order of items
         raise InputError(f"A {type(samples).__name__} was given where a list of texts is expected.")
     for index, sample in enumerate(samples):
         for text in sample if isinstance(sample, tuple | list) and len(sample) == 2 else (sample,):

@@ -81,6 +81,16 @@ def test_embedding_tables_are_8_bits_on_the_cpu(
     assert 0 < relative_error(answers, expected) < 0.02
 
 
+def test_a_graph_of_a_table_alone_loses_the_float_one(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    weights = {"table": random.standard_normal((512, 64)).astype(np.float32)}
+    graph = small_graph("e = Gather (table, x) y = Relu (e)", inputs="int64[batch,n] x", weights=weights)
+    result = quantize(graph, tmp_path, [{"x": random.integers(0, 512, (2, 8))}])
+    assert result.changes == 1
+    assert "no other" in result.notes[-1]
+    assert result.graph.weight_bytes() < 0.3 * graph.weight_bytes()
+
+
 @pytest.mark.parametrize("opset", [13, 18, 23])
 @pytest.mark.parametrize("kind", CPUS)
 def test_onnxruntime_runs_integers_throughout(kind: str, opset: int, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from small_graphs import CONTEXT, assert_same_answers, change, random_x, small_g
 
 from onnxpress.graph import Graph
 from onnxpress.optimizers import make_pass
+from onnxpress.optimizers.layers import find_layers
 from onnxpress.optimizers.linear import attribute
 
 RANDOM = np.random.default_rng(0)
@@ -60,19 +61,20 @@ def mask_for(batch: int, length: int) -> Any:
 
 
 @pytest.mark.parametrize("index", ["first", "last", "third"])
-def test_queries_and_what_is_behind_attention_are_computed_for_one_token(index: str, tmp_path: Path) -> None:
+def test_attention_and_what_is_behind_it_are_computed_for_one_token(index: str, tmp_path: Path) -> None:
     result = change("select-early", classifier(STANDARD + BEHIND, index=index), tmp_path)
-    assert result.changes == 4
-    assert result.notes == ("4 products are computed for one token, the only one that is read",)
+    assert result.changes == 3
+    assert result.notes == ("3 products are computed for one token, the only one that is read",)
     products = lengths(result.graph, "MatMul")
-    assert [size == 1 for size in products] == [True, False, False, True, True, True]
+    assert [size == 1 for size in products] == [False, False, False, True, True, True]
+    assert lengths(result.graph, "Attention") == [1]
     assert_same_answers(tmp_path, [{"x": random_x(batch, length, 32)} for batch, length in SHAPES])
 
 
 @pytest.mark.parametrize("shape", ["batch,1,length,length", "1,1,length,length", "length,length"])
 def test_a_mask_loses_the_other_queries_too(shape: str, tmp_path: Path) -> None:
     result = change("select-early", classifier(MASKED + BEHIND, inputs=f", float[{shape}] mask"), tmp_path)
-    assert result.changes == 4
+    assert result.changes == 3
     feeds = []
     for batch, length in SHAPES:
         mask = mask_for(batch, length)
@@ -96,7 +98,7 @@ def test_attention_of_onnxruntime(padding: tuple[str, ...], tmp_path: Path) -> N
     for node in list(graph.model.graph)[4:-1]:
         node.outputs[0].shape = ir.Shape(["batch", "length", 64 if node.outputs[0].name in "ug" else 32])
     result = change("select-early", graph, tmp_path)
-    assert result.changes == 4
+    assert result.changes == 3
     feeds = []
     for batch, length in SHAPES:
         kept = np.arange(length, 0, -1, dtype=np.int32)[:batch].clip(1)
@@ -133,6 +135,9 @@ def test_causal_attention_is_not_passed(tmp_path: Path) -> None:
         ("m = Softmax <axis: int = 1> (x) h = MatMul (m, wq)", 1),
         ("t = Transpose <perm: ints = [0, 2, 1]> (x) r = Reshape (t, flat) z = Reshape (r, back) h = MatMul (z, wq)", 1),
         ("n = LayerNormalization <axis: int = 1> (x, square) h = MatMul (n, wq)", 1),
+        # Nor are norms whose scales are another one for each token.
+        ("n = LayerNormalization <axis: int = -1> (x, square) h = MatMul (n, wq)", 1),
+        ("r = Relu (x) n = RMSNormalization <axis: int = -1> (x, r) h = MatMul (n, wq)", 1),
         # Nothing to save: no product.
         ("m = Relu (x) h = Add (m, bias)", 0),
         ("h = MatMul (x, x2)", 0),
@@ -214,3 +219,63 @@ def test_it_goes_on_through_several_layers_and_again_changes_nothing(tmp_path: P
     assert gathers[0].inputs[0] is not None
     assert gathers[0].inputs[0].name == "x"
     assert_same_answers(tmp_path, [{"x": random_x(batch, length, 32)} for batch, length in SHAPES])
+
+
+def test_a_norm_that_queries_keys_and_values_read_is_still_read_by_them_alone(tmp_path: Path) -> None:
+    """So that its scale may take over factors of their inputs (SmoothQuant, AWQ)."""
+    normed = "n = LayerNormalization <axis: int = -1> (x, gain, bias)\n" + STANDARD.replace("(x, w", "(n, w")
+    behind = BEHIND.replace("n = L", "m = L").replace("(n, up)", "(m, up)").replace("(d, n)", "(d, m)")
+    result = change("select-early", classifier(normed + behind), tmp_path)
+    assert result.changes == 3
+    norm = next(node for node in result.graph.model.graph if node.op_type == "LayerNormalization")
+    assert [use.node.op_type for use in norm.outputs[0].uses()] == ["MatMul"] * 3
+    assert_same_answers(tmp_path, [{"x": random_x(batch, length, 32)} for batch, length in SHAPES])
+
+
+def test_padding_of_unknown_shape_and_operators_of_others_are_not_passed() -> None:
+    """The one may be a mask for each query; the others may be anything."""
+    attention = 'k = MatMul (x, wk) a = com.microsoft.MultiHeadAttention <num_heads: int = 4> (x, k, x, "", mask)'
+    for body, inputs in ((f"{attention} h = MatMul (a, wq)", ", int32 mask"), ("a = Relu (x) h = MatMul (a, wq)", "")):
+        graph = classifier(body, inputs=inputs)
+        passed = next(node for node in graph.model.graph if node.outputs[0].name == "a")
+        if inputs:
+            mask = next(value for value in graph.model.graph.inputs if value.name == "mask")
+            mask.shape = None
+        else:
+            passed.domain = "somebodys.own"
+        for value in (passed.outputs[0], graph.model.graph[-2].outputs[0]):
+            value.shape = ir.Shape(["batch", "length", 32])
+        assert make_pass("select-early").apply(graph, CONTEXT).changes == 1
+        assert passed.outputs[0].shape == ["batch", "length", 32]
+
+
+def test_outputs_that_nothing_reads_keep_their_shapes() -> None:
+    graph = classifier(STANDARD.replace("a = Attention", "a, keys, values = Attention") + BEHIND)
+    attention = next(node for node in graph.model.graph if node.op_type == "Attention")
+    for value in attention.outputs[1:]:
+        value.shape = ir.Shape(["batch", 4, "length", 8])
+    assert make_pass("select-early").apply(graph, CONTEXT).changes == 3
+    assert [value.shape for value in attention.outputs] == [["batch", 1, 32], *[["batch", 4, "length", 8]] * 2]
+
+
+def test_layers_of_one_token_and_of_many_cannot_stand_for_each_other(tmp_path: Path) -> None:
+    def layers(count: int) -> str:
+        body, x = "z = Relu (x)\n", "z"
+        for index in range(count):
+            names = {
+                "x": x,
+                **{
+                    name: f"{name}{index}"
+                    for name in ("q", "k", "v", "a", "o", "ob", "s", "n", "u", "g", "d", "t", "h")
+                },
+            }
+            lines = (STANDARD + BEHIND).replace("(", "( ").replace(")", " )").replace(",", " ,")
+            body += " ".join(names.get(word, word) for word in lines.split()) + "\n"
+            x = names["h"]
+        return body
+
+    graph = classifier(layers(3).replace("h2", "h"), index="last")
+    assert len(find_layers(graph)) == 3
+    result = change("select-early", graph, tmp_path)
+    assert result.changes == 3
+    assert find_layers(result.graph) == ()
