@@ -25,5 +25,9 @@ for name in "$@"; do
   "$python" -m venv --clear "$folder"
   "$folder/bin/python" -m pip install --quiet --upgrade pip
   "$folder/bin/python" -m pip install --quiet --requirement "$pins"
+  # A torchvision that pip brought along and that does not fit torch; transformers would import it.
+  if "$folder/bin/python" -m pip show --quiet torchvision 2> /dev/null && ! "$folder/bin/python" -c 'import torchvision' 2> /dev/null; then
+    "$folder/bin/python" -m pip uninstall --quiet --yes torchvision
+  fi
   cp "$pins" "$folder/.pins" # last, so that an interrupted installation is made again
 done
