@@ -111,9 +111,8 @@ def _rows(node: ir.Node) -> tuple[int, ...]:
         return ()  # there is but one
     if node.op_type in NORMS or node.op_type == "Split":
         last = is_last_axis(attribute(node, "axis", 0 if node.op_type == "Split" else -1), first)
-        alike = all(
-            rank(value) == 1 for value in node.inputs[1:] if value is not None
-        )  # scales, not one for each token
+        # Scales, and not another one for each token.
+        alike = all(rank(value) == 1 for value in node.inputs[1:] if value is not None)
         return (0,) if last and alike and rank(first) == 3 else ()
     if node.op_type == "MatMul":
         weight = constant(node.inputs[1])

@@ -33,6 +33,10 @@ from onnxpress.errors import (
     SourceError,
 )
 from onnxpress.foreign import open_onnx
+from onnxpress.graph import Graph
+from onnxpress.optimizers.base import PassContext, PassResult
+from onnxpress.optimizers.linear import add_constant
+from onnxpress.optimizers.select_early import SelectEarly
 from onnxpress.runtime import Embedder, FillMask, ModuleRunner, QuestionAnswerer, TextClassifier, TokenClassifier
 from onnxpress.runtime.tensor_file import read_tensors
 
@@ -543,6 +547,34 @@ def test_an_export_that_answers_otherwise_stops_the_build(
     with pytest.raises(ParityError, match=r"embeddings.*batch 1, length 1.*shape"):
         onnxpress.build(encoder, out=tmp_path / "out", **QUICK)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("operator", "reason"),
+    [("Unheard", "does not run"), ("Reshape", "does not run"), ("Neg", "changed the answers")],
+)
+def test_a_lossless_pass_whose_graph_is_wrong_is_undone(
+    operator: str, reason: str, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real wrong graphs: one does not open, one fails when it runs, one answers otherwise."""
+
+    def wrong(_: SelectEarly, graph: Graph, __: PassContext) -> PassResult:
+        body = graph.model.graph
+        output = body.outputs[0]
+        shape = add_constant(graph, "shape", np.array([7, 5]))
+        node = ir.node(operator, [output, shape] if operator == "Reshape" else [output])
+        body.append(node)
+        node.outputs[0].name, output.name = output.name, "before"
+        node.outputs[0].type, node.outputs[0].shape = output.type, output.shape
+        body.outputs[0] = node.outputs[0]
+        return PassResult(graph=graph, changes=1)
+
+    monkeypatch.setattr(SelectEarly, "apply", wrong)
+    built = onnxpress.build(encoder, out=tmp_path / "out", precision="fp32", **QUICK)
+    row = next(row for row in built.manifest.ledger if row["pass"] == "select-early")
+    assert row["status"] == "undone"
+    assert reason in row["reason"]
+    assert onnxpress.load(built.path).embed(TEXTS).shape == (3, 32)
 
 
 def test_kills_leave_nothing_broken_behind(encoder: Path, tmp_path: Path) -> None:

@@ -424,7 +424,7 @@ def test_arrays_are_taken_for_lists(sentence_model: Path) -> None:
     with pytest.raises(InputError, match="max_length is a positive whole number, not '8'"):
         Engine.load(sentence_model).fit(texts, labels, frozen_encoder=True, max_length="8")  # type: ignore[arg-type]
     engine = Engine.load(sentence_model).fit(texts, labels, frozen_encoder=True)
-    for collection in (set(texts), dict(zip(texts, labels, strict=True))):
+    for collection in (set(texts), frozenset(texts), dict(zip(texts, labels, strict=True))):
         with pytest.raises(InputError, match=f"A {type(collection).__name__} was given where a list of texts"):
             engine.predict(collection)  # type: ignore[arg-type]
 
