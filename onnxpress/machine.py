@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from pathlib import Path
@@ -11,6 +12,8 @@ from onnxpress.runtime.providers import usable_cores
 from onnxpress.runtime.saturation import products_saturate
 
 _INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")
+# Of a container, under either version of Linux's control groups.
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def describe() -> dict[str, Json]:
@@ -37,6 +40,18 @@ def peak_memory_bytes() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def free_memory_bytes() -> int | None:
+    """What this process may still take, the page cache counted as free; None where the system does not tell."""
+    limits = []
+    for place in _LIMITS:
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(Path(place).read_text(encoding="ascii")))
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        limits += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return min(limits, default=None)
 
 
 def _flags() -> frozenset[str]:

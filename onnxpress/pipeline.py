@@ -135,7 +135,7 @@ def _build(
     with ArtifactWriter(folder) as writer:
         work = writer.folder / ".work"
         work.mkdir()
-        bench = Workbench(work, facts)
+        bench = Workbench(work, facts, measure=recipe.build.measure)
 
         report.step("find the model, check what is asked for")
         found = _find(recipe, given)
@@ -162,8 +162,10 @@ def _build(
             check_onnxruntime(_minimum(exported, facts), "A language model")
             ChatTemplate.from_folder(writer.folder)  # one that is not valid is said now
         parity = Parity(exported)
+        if not bench.fits(exported.graph):
+            preflight.refuse_speed(recipe, bench.note)
         try:
-            plain = bench.open(exported.graph)
+            plain = bench.open(exported.graph, packed=bench.timed)
         except ArtifactError as error:
             raise ConversionError(f"{exported.name} does not run on ONNX Runtime: {error.__cause__ or error}") from None
         parity_rows = parity.check(plain)
@@ -200,10 +202,11 @@ def _build(
             workload.golden(press.session),
             unrounded=None if press.exact else press.unrounded,
         )
+        del press.unrounded  # float weights once more in memory
         ledger = (_export_row(exported, parity_rows, [*parity.notes, *workload.notes], gate), *press.ledger)
         manifest = _manifest(recipe, facts, exported, press, ledger=ledger, tolerance=tolerance)
         measured = _measured(exported, gate, press, bench)
-        if recipe.build.measure and bench.timed:
+        if bench.timed:
             report.step("measure")
             measured |= _times(workload, exported, bench, press)
         shutil.rmtree(work)

@@ -71,14 +71,20 @@ def _check_machine(recipe: Recipe, task: str, steps: Sequence[Pass]) -> None:
     facts = target(recipe.build.target)
     untried_here = untried(facts)
     timed = recipe.build.measure and not untried_here and not (task == GENERATION and facts.uniform_steps)
-    if recipe.build.prefer == "speed" and not timed:
-        raise RecipeError(
-            f"Speed is to be preferred, and nothing is timed here ({untried_here or '`measure` is off'}): leave `prefer` out and the "
-            "smallest plan within the budget is taken, or give a precision."
-        )
+    if not timed:
+        refuse_speed(recipe, untried_here or "`measure` is off")
     if facts.providers == ("cpu",) and any(step.name == "bf16" for step in steps):
         raise RecipeError(
             f"ONNX Runtime's CPU provider has no kernels for bf16: leave it out, target {facts.name!r} cannot run it."
+        )
+
+
+def refuse_speed(recipe: Recipe, why: str) -> None:
+    """Raise RecipeError where the fastest plan is asked for; why: nothing is timed."""
+    if recipe.build.prefer == "speed":
+        raise RecipeError(
+            f"Speed is to be preferred, and nothing is timed here ({why}): leave `prefer` out and the smallest plan within the budget is "
+            "taken, or give a precision."
         )
 
 

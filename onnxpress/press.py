@@ -113,7 +113,7 @@ class Press:
             self._record(row, status="unchanged", reason="nothing to change")
             return
         try:
-            session = self._bench.open(result.graph)
+            session = self._bench.open(result.graph, packed=self._bench.timed)
             self._parity.check(session)
         except (ArtifactError, InputError):  # the graph before it takes the same inputs
             self._record(row, status="undone", reason="ONNX Runtime does not run what comes out of it")
@@ -167,7 +167,7 @@ class Press:
         """The automatic plan: try all of some precisions and take the best; one row of the ledger each."""
         started = time.perf_counter()
         build = self._recipe.build
-        timed = build.measure and self._bench.timed
+        timed = self._bench.timed
         candidates: dict[str, Trials | None] = {
             name: self._trials(name, [make_pass(step, self._recipe.passes.get(step)) for step in steps])
             if steps
@@ -270,7 +270,7 @@ class Press:
 
     def _slower(self, name: str, session: Runnable) -> str:
         """Why a pass does not pay, or nothing. Records the times."""
-        if not self._recipe.build.measure or not self._bench.timed:
+        if not self._bench.timed:
             return ""
         rows = self._bench.compare(self.session, session, self._gate.workload.timing)
         self._record_times(name, {"x".join(map(str, shape)): pair for shape, pair in rows.items()})

@@ -45,6 +45,7 @@ class Opening:
     disabled_optimizers: tuple[str, ...]
     exact_products: bool
     flash_attention: bool
+    prepacking: bool
     cache_key: str | None
 
     @property
@@ -113,6 +114,8 @@ class Opening:
         options.inter_op_num_threads = 1
         if self.exact_products and products_saturate():
             options.add_session_config_entry("session.x64quantprecision", "1")
+        if not self.prepacking:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if record_placement or all(not isinstance(provider, CPU) for provider in self.providers):
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         return options

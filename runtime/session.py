@@ -44,7 +44,8 @@ class Session:
     names ("cpu", "cuda", "tensorrt") or options (CPU(threads=2)), in order. allow_fallback: take what loads;
     `fallback_note` then says what did not. disabled_optimizers: names of ONNX Runtime's graph optimizers. exact_products: whether x86
     CPUs keep from faster kernels for signed weights of 8 bits, whose 16-bit sums overflow. flash_attention: whether the CPU provider's
-    GroupQueryAttention may take its tiled kernel for prompts.
+    GroupQueryAttention may take its tiled kernel for prompts. prepacking: whether weights are copied into the form that is fastest to
+    multiply; 4-bit weights are slow without.
     cache_key: identifies the model in engine caches; None takes its SHA-256 when it is needed.
 
     `run` may be called from several threads at once.
@@ -63,6 +64,7 @@ class Session:
         disabled_optimizers: Sequence[str] = (),
         exact_products: bool = False,
         flash_attention: bool = True,
+        prepacking: bool = True,
         cache_key: str | None = None,
     ) -> None:
         check_wheel()
@@ -83,6 +85,7 @@ class Session:
             disabled_optimizers=tuple(disabled_optimizers),
             exact_products=exact_products,
             flash_attention=flash_attention,
+            prepacking=prepacking,
             cache_key=cache_key,
         )
         self._session, captures = self._opening.open()
