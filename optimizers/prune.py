@@ -129,8 +129,9 @@ def prune(
     graph.signature = _signature(graph)
     drop_unused_constants(graph)
     notes.extend(f"{kind}: nothing went" for kind in ("heads", "ffn") if getattr(options, kind) and kind not in shares)
+    rounded = f", a multiple of {options.multiple} channels stays" if options.multiple > 1 else ""
     notes.extend(
-        f"{kind}: {len(errors)} places, {100 * max(errors):.1f} % of a layer's energy lost at most"
+        f"{kind}: {len(errors)} places{rounded if kind == 'ffn' else ''}, {100 * max(errors):.1f} % of a layer's energy lost at most"
         for kind, errors in shares.items()
     )
     return Pruned(

@@ -502,6 +502,22 @@ def test_bad_options(options: dict[str, Any], said: str, tmp_path: Path) -> None
         pruned(encoder(2), tmp_path, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "stays", "said"),
+    [
+        ({"ffn": 1}, 32, "ffn: 2 places, a multiple of 32 channels stays, "),
+        ({"ffn": 1, "multiple": 1}, 63, "ffn: 2 places, "),
+    ],
+)
+def test_channels_that_stay_are_a_multiple_and_the_ledger_says_so(
+    options: dict[str, Any], stays: int, said: str, tmp_path: Path
+) -> None:
+    result = pruned(encoder(2), tmp_path, **options)
+    (note,) = [note for note in result.notes if note.startswith(said)]
+    assert ("multiple" in note) == ("multiple" in said)
+    assert result.graph.model.graph.initializers["up0"].shape.numpy() == (WIDTH, stays)
+
+
 def test_weights_in_half_precision_are_named(tmp_path: Path) -> None:
     graph = feed_forward("m = Gelu (g)")
     for value in graph.model.graph.initializers.values():
