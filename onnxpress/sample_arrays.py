@@ -143,7 +143,12 @@ def _native(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _check(path: Path, spec: TensorSpec, array: npt.NDArray[Any], signature: Signature) -> None:
-    fits = array.ndim == len(spec.shape) > 0 and array.dtype.name == host_dtype(spec.dtype)
+    if not spec.shape:
+        raise RecipeError(
+            f"{path}: the model's {spec.name} is a single number, with no axis that counts samples, so that files of samples do not go with "
+            "it: leave the file out, and the build is judged on random inputs."
+        )
+    fits = array.ndim == len(spec.shape) and array.dtype.name == host_dtype(spec.dtype)
     for axis, size in zip(spec.shape[1:], array.shape[1:], strict=False):
         low, high = signature.axes.get(axis, (1, size)) if isinstance(axis, str) else (axis, axis)
         fits = fits and low <= size <= high

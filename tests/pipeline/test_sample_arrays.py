@@ -81,6 +81,14 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], said: str, tmp_pat
         read_arrays(path, SIGNATURE)
 
 
+@pytest.mark.parametrize("rates", [np.int64(16000), np.full(6, 16000)])
+def test_a_model_that_takes_a_single_number_takes_no_samples(rates: Any, tmp_path: Path) -> None:
+    rate = TensorSpec(name="rate", dtype="int64", shape=())
+    np.savez(tmp_path / "samples.npz", **good(), rate=rates)
+    with pytest.raises(RecipeError, match="rate is a single number, with no axis that counts samples"):
+        read_arrays(tmp_path / "samples.npz", dataclasses.replace(SIGNATURE, inputs=(*SIGNATURE.inputs, rate)))
+
+
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     for name, said in (
         ("text.npz", "cannot be read as arrays"),
