@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 
@@ -28,6 +29,21 @@ class Graph:
             for node in self.model.graph.all_nodes()
         )
         return dict(sorted(counts.items()))
+
+    def digest(self) -> str:
+        """SHA-256 over nodes and weights."""
+        total = hashlib.sha256()
+        model = self.model.clone()
+        for value in [value for graph in model.graphs() for value in graph.initializers.values()]:
+            tensor = value.const_value
+            if tensor is not None and tensor.dtype != ir.DataType.STRING:  # a text has no bytes of its own
+                total.update(f"{value.name} {tensor.dtype} {tensor.shape} ".encode())
+                total.update(tensor.tobytes())
+                value.const_value = ir.ExternalTensor(
+                    "", 0, 0, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=str(value.name)
+                )
+        total.update(ir.to_proto(model).SerializeToString(deterministic=True))
+        return total.hexdigest()
 
     def weight_bytes(self) -> int:
         """Total size of the initializers in bytes."""

@@ -12,8 +12,11 @@ from onnxpress.runtime.providers import usable_cores
 from onnxpress.runtime.saturation import products_saturate
 
 _INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")
-# Of a container, under either version of Linux's control groups.
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+# Of a container, under either version of Linux's control groups: its limit, and where it says what is in use and no page cache.
+_CONTAINERS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.stat", "anon"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.stat", "total_rss"),
+)
 
 
 def describe() -> dict[str, Json]:
@@ -44,14 +47,22 @@ def peak_memory_bytes() -> int | None:
 
 def free_memory_bytes() -> int | None:
     """What this process may still take, the page cache counted as free; None where the system does not tell."""
-    limits = []
-    for place in _LIMITS:
-        with contextlib.suppress(OSError, ValueError):
-            limits.append(int(Path(place).read_text(encoding="ascii")))
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        limits += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return min(limits, default=None)
+    found = []
+    for limit, usage, name in _CONTAINERS:
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            found.append(int(Path(limit).read_text(encoding="ascii")) - _field(usage, name))
+    with contextlib.suppress(OSError, ValueError):
+        found.append(1024 * _field("/proc/meminfo", "MemAvailable:"))
+    return max(0, min(found)) if found else None
+
+
+def _field(path: str, name: str) -> int:
+    """The number behind a name, in a file of such lines. Raises OSError, ValueError."""
+    for line in Path(path).read_text(encoding="ascii").splitlines():
+        first, *rest = line.split() or [""]
+        if first == name and rest:
+            return int(rest[0])
+    raise ValueError(f"{path} has no number for {name}")
 
 
 def _flags() -> frozenset[str]:

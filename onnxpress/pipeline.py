@@ -162,10 +162,10 @@ def _build(
             check_onnxruntime(_minimum(exported, facts), "A language model")
             ChatTemplate.from_folder(writer.folder)  # one that is not valid is said now
         parity = Parity(exported)
-        if not bench.fits(exported.graph):
-            preflight.refuse_speed(recipe, bench.note)
+        if why := bench.too_large(exported.graph):
+            preflight.refuse_speed(recipe, why)
         try:
-            plain = bench.open(exported.graph, packed=bench.timed)
+            plain = bench.open(exported.graph)
         except ArtifactError as error:
             raise ConversionError(f"{exported.name} does not run on ONNX Runtime: {error.__cause__ or error}") from None
         parity_rows = parity.check(plain)

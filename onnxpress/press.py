@@ -26,7 +26,7 @@ from onnxpress.recipe import Recipe
 from onnxpress.runtime.cache import KeyValueCache
 from onnxpress.runtime.model_step import ModelStep
 from onnxpress.runtime.session import Session
-from onnxpress.trials import Notebook, Times, Trials, describe_steps, digest_of_files
+from onnxpress.trials import Notebook, Times, Trials, describe_steps
 from onnxpress.workbench import RowByRow, Workbench
 
 _QDQ = "int8-qdq"
@@ -113,7 +113,7 @@ class Press:
             self._record(row, status="unchanged", reason="nothing to change")
             return
         try:
-            session = self._bench.open(result.graph, packed=self._bench.timed)
+            session = self._bench.open(result.graph)
             self._parity.check(session)
         except (ArtifactError, InputError):  # the graph before it takes the same inputs
             self._record(row, status="undone", reason="ONNX Runtime does not run what comes out of it")
@@ -214,8 +214,7 @@ class Press:
     def _trials(self, name: str, steps: Sequence[Pass]) -> Trials:
         notebook = None
         if self._resume is not None:
-            files = sorted(self.session.path.parent.iterdir())
-            about = {"graph": digest_of_files(files), "steps": describe_steps(steps), **self._resume.about}
+            about = {"graph": self.graph.digest(), "steps": describe_steps(steps), **self._resume.about}
             notebook = Notebook(self._resume.folder, name, about)
         return Trials(
             steps,

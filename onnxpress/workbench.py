@@ -1,6 +1,6 @@
 """Where a build tries its graphs: saves each to the build's own folder, opens it, and times it.
 
-Weights that the first large graph has are written once: the files of the others are links to that one.
+Weights that the first large graph has are written once, for all of them.
 
 A target whose provider this machine lacks (cuda on a laptop) is tried on the CPU provider, and not timed; bfloat16, which it has no
 kernels for, by a graph of float32 that stands in for it. So is a language model for CUDA while it is in float32, and it is not timed
@@ -9,8 +9,6 @@ either: half precision would look faster than it is.
 
 from __future__ import annotations
 
-import os
-import shutil
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -34,8 +32,10 @@ from onnxpress.timing import alternate
 # Bytes of weights from which they are a file of their own, which ONNX Runtime maps into memory: weights inside model.onnx are
 # copied there, for the 0.5B model of benchmarks/language_shapes.py 572 MiB instead of 343.
 _EXTERNAL_FROM = 64_000_000
-_WEIGHTS = "weights.data"
-_SMALLEST = 256  # bytes of a tensor in a file of its own
+_SMALLEST = (
+    256  # bytes of a tensor outside of model.onnx are more; ONNX Runtime infers shapes from constants that are inside
+)
+_NO_NUMBERS = frozenset((ir.DataType.BOOL, ir.DataType.STRING, ir.DataType.UNDEFINED))
 # Of the weights' size: a graph is timed beside the one before it, both with their weights packed.
 _TIMED_TAKES = 2.5
 
@@ -60,48 +60,46 @@ class Workbench:
         """Whether sessions run on the target's own provider."""
         return self._providers == self._target.providers
 
-    def fits(self, graph: Graph) -> bool:
-        """Whether free memory allows to time a graph; where it does not, nothing is timed, and `note` says why."""
+    def too_large(self, graph: Graph) -> str:
+        """Why a graph is too large to be timed here: nothing is timed then. Nothing where it is not."""
         needed, free = _TIMED_TAKES * graph.weight_bytes(), free_memory_bytes()
         if not self.timed or free is None or free >= needed:
-            return True
+            return ""
         self.timed = False
-        self.note = f"not timed: two sessions with packed weights take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
-        return False
+        why = f"two sessions with packed weights take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+        self.note = f"not timed: {why}"
+        return why
 
-    def open(self, graph: Graph, *, packed: bool = True) -> Session:
+    def open(self, graph: Graph) -> Session:
         """A session of the graph; its file goes with it.
 
-        packed: with weights in the form that is fastest to multiply. Without, floats are read from the mapped file: prompts take a third
-        longer, and no memory is needed for a second copy.
+        Weights are in the form that is fastest to multiply. Where nothing is timed, those of a graph in floating point are read from the
+        mapped file instead: prompts take a third longer, and no memory is needed for a second copy.
         """
         self._count += 1
-        path = self._folder / f"{self._count:03}" / "model.onnx"
-        path.parent.mkdir(parents=True)
-        if self.stands_in(graph):
+        path = self._folder / f"{self._count:03}.onnx"
+        stand_in = self.stands_in(graph)
+        if stand_in:
             graph = in_float32(graph)
-        self._save(graph, path)
+        try:
+            if self._written is None and not stand_in and graph.weight_bytes() >= _EXTERNAL_FROM:
+                self._written = _Written(graph, self._folder / "weights.data")
+            if self._written is None or stand_in:
+                save(graph, path)
+            else:
+                self._written.save(graph, path)
+        except OSError as error:
+            raise _not_written(path, error) from None
         session = Session(
             path,
             signature=graph.signature,
             providers=("cpu",) if self._target.uniform_steps and attends_in_float(graph) else self._providers,
             **session_options(self._target, graph.signature),
             allow_fallback=True,  # of a graph on its way; the artifact has to run on the target alone
-            prepacking=packed,
+            prepacking=self.timed or _is_quantized(graph),
         )
-        weakref.finalize(session, shutil.rmtree, path.parent, ignore_errors=True)
+        weakref.finalize(session, _remove, path, _beside(path))
         return session
-
-    def _save(self, graph: Graph, path: Path) -> None:
-        """As `save`, but weights that are in a file already are linked to. Raises OutputError."""
-        try:
-            if self._written is None and graph.weight_bytes() >= _EXTERNAL_FROM:
-                self._written = _Written(graph, self._folder / _WEIGHTS)
-            if self._written is not None and self._written.save(graph, path):
-                return
-        except OSError as error:
-            raise _not_written(path, error) from None
-        save(graph, path)
 
     def stands_in(self, graph: Graph) -> bool:
         """Whether another graph stands in for this one here."""
@@ -183,55 +181,60 @@ class _Written:
     """The weights of a graph, written to a file, for the graphs that have them too."""
 
     def __init__(self, graph: Graph, path: Path) -> None:
-        self._path = path
-        tensors = [tensor for _, tensor in _outside(graph.model)]
+        tensors = [tensor for _, tensor in _large(graph.model)]
         places = ir.external_data.convert_tensors_to_external(tensors, path.parent, path.name)
         # By identity, which clones of a graph share; held, so that no other tensor takes it.
         self._places = {id(tensor): (tensor, place) for tensor, place in zip(tensors, places, strict=True)}
 
-    def save(self, graph: Graph, path: Path) -> bool:
-        """Write model.onnx with these weights linked and others beside it; False where no file can be linked, or none is there."""
+    def save(self, graph: Graph, path: Path) -> None:
+        """Write a graph to this folder, and the weights that are not there yet. Raises OSError."""
         model = graph.model.clone()
-        outside = _outside(model)
-        new = [tensor for _, tensor in outside if id(tensor) not in self._places]
-        if len(new) == len(outside):
-            return False
-        link = path.with_name(self._path.name)
-        try:
-            os.link(self._path, link)
-        except OSError:  # some file systems have no links
-            return False
-        places = {key: _elsewhere(place, link) for key, (_, place) in self._places.items()}
-        if new:
-            written = ir.external_data.convert_tensors_to_external(new, path.parent, f"{path.name}.data")
+        large = _large(model)
+        places = {key: place for key, (_, place) in self._places.items()}
+        if new := [tensor for _, tensor in large if id(tensor) not in places]:
+            written = ir.external_data.convert_tensors_to_external(new, path.parent, _beside(path).name)
             places |= {id(tensor): place for tensor, place in zip(new, written, strict=True)}
-        for value, tensor in outside:
+        for value, tensor in large:
             value.const_value = places[id(tensor)]
         ir.save(model, path)
-        return True
 
 
-def _outside(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
-    """Constants that belong in a file of their own, subgraphs included: large ones, and those that are in some other file now."""
+def _large(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
+    """Constants for a file of their own, those of subgraphs too: the ones that `ir.save` takes."""
     return [
         (value, value.const_value)
         for graph in model.graphs()
         for value in graph.initializers.values()
-        if value.const_value is not None
-        and (value.const_value.nbytes >= _SMALLEST or isinstance(value.const_value, ir.ExternalTensor))
+        if value.const_value is not None and value.const_value.nbytes > _SMALLEST
     ]
 
 
-def _elsewhere(place: ir.ExternalTensor, path: Path) -> ir.ExternalTensor:
-    """The same numbers by another name of their file."""
-    return ir.ExternalTensor(
-        path.name, place.offset, place.length, place.dtype, shape=place.shape, name=place.name, base_dir=path.parent
+def _is_quantized(graph: Graph) -> bool:
+    """Whether a graph has numbers of 8 bits and fewer: kernels for them are slow, or round otherwise, without packed weights."""
+    constants = [value.const_value for inner in graph.model.graphs() for value in inner.initializers.values()]
+    constants += [
+        attribute.as_tensor()
+        for node in graph.model.graph.all_nodes()
+        if node.op_type == "Constant" and (attribute := node.attributes.get("value")) is not None
+    ]
+    return any(
+        constant is not None and constant.dtype not in _NO_NUMBERS and constant.dtype.bitwidth <= 8
+        for constant in constants
     )
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.data")
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def save(graph: Graph, path: Path) -> None:
     """Write model.onnx, and model.onnx.data beside it when the weights are large. Raises OutputError."""
-    external = f"{path.name}.data" if graph.weight_bytes() >= _EXTERNAL_FROM else None
+    external = _beside(path).name if graph.weight_bytes() >= _EXTERNAL_FROM else None
     try:
         ir.save(graph.model, path, external_data=external)
     except OSError as error:
