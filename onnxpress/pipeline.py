@@ -134,7 +134,6 @@ def _build(
     calibration_file = workload_file(recipe.quality.calibration, "calibration")
     with ArtifactWriter(folder) as writer:
         work = writer.folder / ".work"
-        work.mkdir()
         bench = Workbench(work, facts, measure=recipe.build.measure)
 
         report.step("find the model, check what is asked for")

@@ -22,7 +22,7 @@ from onnxpress.errors import ArtifactError, OutputError, ProviderError
 from onnxpress.graph import Graph
 from onnxpress.machine import free_memory_bytes
 from onnxpress.manifest import Arrays, Runnable, Signature
-from onnxpress.optimizers.stand_in import has_bfloat16, in_float32
+from onnxpress.optimizers.stand_in import holds_bfloat16, in_float32
 from onnxpress.optimizers.targets import Target
 from onnxpress.runtime.cache import PAST
 from onnxpress.runtime.providers import check_provider
@@ -32,9 +32,7 @@ from onnxpress.timing import alternate
 # Bytes of weights from which they are a file of their own, which ONNX Runtime maps into memory: weights inside model.onnx are
 # copied there, for the 0.5B model of benchmarks/language_shapes.py 572 MiB instead of 343.
 _EXTERNAL_FROM = 64_000_000
-_SMALLEST = (
-    256  # bytes of a tensor outside of model.onnx are more; ONNX Runtime infers shapes from constants that are inside
-)
+_INSIDE = 256  # bytes of a constant in model.onnx at most: ONNX Runtime infers shapes from those
 _NO_NUMBERS = frozenset((ir.DataType.BOOL, ir.DataType.STRING, ir.DataType.UNDEFINED))
 # Of the weights' size: a graph is timed beside the one before it, both with their weights packed.
 _TIMED_TAKES = 2.5
@@ -47,6 +45,7 @@ class Workbench:
     """
 
     def __init__(self, folder: Path, target: Target, *, measure: bool = True) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._target = target
         self._count = 0
@@ -103,7 +102,7 @@ class Workbench:
 
     def stands_in(self, graph: Graph) -> bool:
         """Whether another graph stands in for this one here."""
-        return not self.on_target and has_bfloat16(graph)
+        return not self.on_target and holds_bfloat16(graph)
 
     def compare(
         self, before: Runnable, after: Runnable, inputs: Callable[[Runnable], Mapping[tuple[int, ...], Arrays]]
@@ -205,7 +204,7 @@ def _large(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
         (value, value.const_value)
         for graph in model.graphs()
         for value in graph.initializers.values()
-        if value.const_value is not None and value.const_value.nbytes > _SMALLEST
+        if value.const_value is not None and value.const_value.nbytes > _INSIDE
     ]
 
 

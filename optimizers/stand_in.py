@@ -18,7 +18,7 @@ from onnxpress.optimizers.half import with_dtype
 _HALF, _FLOAT = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
 
-def has_bfloat16(graph: Graph) -> bool:
+def holds_bfloat16(graph: Graph) -> bool:
     """Whether anything in a graph is bfloat16."""
     return any(
         value is not None and value.dtype == _HALF

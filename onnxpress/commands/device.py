@@ -9,6 +9,7 @@ from typing import Any
 from onnxpress.commands.options import command
 from onnxpress.devices import DEVICES
 from onnxpress.errors import UsageError
+from onnxpress.figures import megabytes
 
 
 def add_bundle(commands: Any) -> None:
@@ -44,7 +45,7 @@ def _bundle(options: argparse.Namespace) -> int:
     then = "unpack it, and python run.py --self-test" if DEVICES[options.target].python else "unpack it"
     then = "unpack it, and serve its folder: python -m http.server" if options.target == "browser" else then
     then = f"python PLACE/current/update.py PLACE {place.name}" if options.delta is not None else then
-    print(f"{place}, {place.stat().st_size / 1e6:.1f} MB. There: {then}")
+    print(f"{place}, {megabytes(place.stat().st_size)} MB. There: {then}")
     return 0
 
 
@@ -80,5 +81,5 @@ def _deploy(options: argparse.Namespace) -> int:
         key=options.key,
         ssh=ssh,
     )
-    print(f"{options.host} runs it now; {size / 1e6:.2f} MB were sent.")
+    print(f"{options.host} runs it now; {megabytes(size)} MB were sent.")
     return 0

@@ -17,7 +17,7 @@ from onnxpress.graph import Graph
 from onnxpress.manifest import Signature, TensorSpec
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext
-from onnxpress.optimizers.stand_in import has_bfloat16, in_float32
+from onnxpress.optimizers.stand_in import holds_bfloat16, in_float32
 from onnxpress.optimizers.targets import target
 
 CONTEXT = PassContext(target=target("cuda"))
@@ -175,7 +175,7 @@ def test_a_stand_in_rounds_each_result_to_bfloat16(tmp_path: Path) -> None:
         ),
         CONTEXT,
     )
-    assert has_bfloat16(half.graph)
+    assert holds_bfloat16(half.graph)
     stand_in = in_float32(half.graph)
     assert not any(value.dtype == ir.DataType.BFLOAT16 for value in stand_in.model.graph.initializers.values())
 
