@@ -60,9 +60,9 @@ class Workbench:
         return self._providers == self._target.providers
 
     def too_large(self, graph: Graph) -> str:
-        """Why a graph is too large to be timed here: nothing is timed then. Nothing where it is not."""
+        """Why a graph is too large to be timed on this CPU: nothing is timed then. Nothing where it is not."""
         needed, free = _TIMED_TAKES * graph.weight_bytes(), free_memory_bytes()
-        if not self.timed or free is None or free >= needed:
+        if not self.timed or self._providers != ("cpu",) or free is None or free >= needed:
             return ""
         self.timed = False
         why = f"two sessions with packed weights take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
