@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import operator
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
+from torch.fx import Node
 
 from onnxpress.errors import ConversionError
 from onnxpress.exporters.cleanup import clean
@@ -81,19 +84,48 @@ def _spare_decomposition(program: ExportedProgram) -> None:
     """Let a program stay as it was traced where the translation knows all of its operators.
 
     torch.onnx takes each program apart first, which traces it once more with symbolic shapes: half of the time of an export. In
-    transformers' models that changes no more than what casts and bitwise operators are called.
+    transformers' models that changes no more than what casts and bitwise operators are called, and writes in place.
     """
-    if any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in program.graph.nodes):
-        return  # writes in place are left to torch
+    aten = torch.ops.aten
+    if not all(_writes_anew(node) for node in program.graph.nodes if _writes_in_place(node)):
+        program.graph_module.recompile()
+        return  # writes into a part of something are left to torch
     program.graph.eliminate_dead_code()
     for node in program.graph.nodes:
-        if getattr(node.target, "overloadpacket", None) is torch.ops.aten.to:
+        if getattr(node.target, "overloadpacket", None) is aten.to:
             node.args, node.kwargs = node.args[:1], {"dtype": node.meta["val"].dtype}
-            node.target = torch.ops.aten._to_copy.default
-        elif node.target is torch.ops.aten.__and__.Tensor:
-            node.target = torch.ops.aten.bitwise_and.Tensor
+            node.target = aten._to_copy.default
+        elif node.target is aten.__and__.Tensor:
+            node.target = aten.bitwise_and.Tensor
+        elif node.target is aten.max.other:
+            node.target = aten.maximum.default
+        elif node.target is aten.square.default:
+            node.target, node.args = aten.pow.Tensor_Scalar, (*node.args, 2)
     program.graph_module.recompile()
     program.run_decompositions = lambda *_, **__: program
+
+
+def _writes_in_place(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def _writes_anew(node: Node) -> bool:
+    """Make x.div_(y) an x.div(y), where nothing else sees x's memory; whether that was so."""
+    target, written = node.target, node.args[0]
+    assert isinstance(target, OpOverload)
+    assert isinstance(written, Node)
+    if _is_view(written) or any(user > node or _is_view(user) for user in written.users if user is not node):
+        return False
+    plain = getattr(torch.ops.aten, target.overloadpacket.__name__.removesuffix("_"), None)
+    node.target = getattr(plain, target._overloadname, target)
+    return node.target is not target
+
+
+def _is_view(node: Node) -> bool:
+    """Whether a result is memory of another node."""
+    made_by = node.args[0] if node.target is operator.getitem else node
+    target = made_by.target if isinstance(made_by, Node) else None
+    return not isinstance(target, OpOverload) or any(result.alias_info for result in target._schema.returns)
 
 
 def _translated(program: ExportedProgram, example: Mapping[str, torch.Tensor], outputs: Sequence[str]) -> ir.Model:

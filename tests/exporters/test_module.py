@@ -76,6 +76,62 @@ def test_writes_in_place_and_casts(tmp_path):
     assert max(row.max_abs for row in rows) == 0
 
 
+def _sum(x: torch.Tensor) -> torch.Tensor:
+    return torch.matmul(x, x.mT).add_(x.sum()).div_(3)
+
+
+def _chosen(x: torch.Tensor) -> torch.Tensor:
+    best = x.topk(2).values
+    total = best.sum(-1, keepdim=True)
+    best.div_(total)
+    return torch.zeros_like(x).scatter_(-1, x.topk(2).indices, best).square()
+
+
+def _seen_by_a_view(x: torch.Tensor) -> torch.Tensor:
+    left = x * 2
+    flat = left.reshape(-1)
+    left.add_(1)
+    return flat * 3
+
+
+def _seen_by_a_view_of_a_view(x: torch.Tensor) -> torch.Tensor:
+    left = x * 2
+    rows = left[:1]
+    rows.transpose(0, 1).mul_(5)
+    return left + rows
+
+
+def _keeps_its_dtype(x: torch.Tensor) -> torch.Tensor:
+    left = x.to(torch.float16) * 0 + 1
+    left.add_(x * 0 + 1e-4)  # nothing, in float16
+    return (left.to(torch.float32) - 1) * 1000
+
+
+@pytest.mark.parametrize("written", [_sum, _chosen])
+def test_writes_into_memory_of_their_own_need_no_second_trace(written, monkeypatch, tmp_path):
+    def taken_apart(*_: object) -> None:
+        raise AssertionError("the program was traced once more")
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", taken_apart)
+    _writes(written, tmp_path)
+
+
+@pytest.mark.parametrize("written", [_seen_by_a_view, _seen_by_a_view_of_a_view, _keeps_its_dtype])
+def test_writes_that_are_left_to_torch(written, tmp_path):
+    _writes(written, tmp_path)
+
+
+def _writes(written, tmp_path):
+    class Writes(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            answer: torch.Tensor = written(x)
+            return answer
+
+    exported = export(Writes(), example_inputs=torch.randn(3, 5) * 3)
+    rows = ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
+    assert max(row.max_abs for row in rows) < 1e-5
+
+
 class ReadsRows(nn.Module):
     """Of a table that is a parameter, which the exporter reads through a Transpose that changes nothing."""
 
