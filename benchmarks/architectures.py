@@ -31,10 +31,10 @@ from onnxpress.exporters import DecoderParityCheck, Exported
 from onnxpress.exporters.conventions import learn
 from onnxpress.exporters.transformers_decoder import DecoderReference, export_causal_lm
 from onnxpress.exporters.transformers_model import position_limit
+from onnxpress.graph_files import save
 from onnxpress.runtime.cache import KeyValueCache
 from onnxpress.runtime.model_step import ModelStep
 from onnxpress.runtime.session import Session
-from onnxpress.workbench import save
 
 LIKE_PYTORCH, REFUSED, NOT_MADE, FAILED = "answers like PyTorch", "refused", "no small model of it", "fails"
 CONTEXT = 128

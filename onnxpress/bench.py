@@ -174,8 +174,8 @@ def _artifact(folder: Path, providers: Sequence[str] | None, allow_fallback: boo
 def _original(kind: str, manifest: Manifest, scratch: Path) -> System:
     from onnxpress.exporters import export
     from onnxpress.exporters.source import is_factory
+    from onnxpress.graph_files import save
     from onnxpress.runtime.session import Session
-    from onnxpress.workbench import save
 
     model = manifest.recipe["model"]
     if is_factory(str(model["source"])):

@@ -33,6 +33,7 @@ from onnxpress.exporters import Exported, Found, ParityRow, export, find
 from onnxpress.foreign import open_onnx
 from onnxpress.gate import Gate
 from onnxpress.golden import write_golden
+from onnxpress.graph_files import save
 from onnxpress.machine import describe, peak_memory_bytes
 from onnxpress.manifest import Json, Manifest, Runnable
 from onnxpress.module_workload import ModuleWorkload
@@ -51,7 +52,7 @@ from onnxpress.runtime.wheel import version_of
 from onnxpress.sample_arrays import read_arrays
 from onnxpress.timing import alternate
 from onnxpress.trials import digest_of_files, notebook_folder
-from onnxpress.workbench import Workbench, attends_in_float, check_types, save, session_options
+from onnxpress.workbench import Workbench, attends_in_float, check_types, session_options
 from onnxpress.workload import TextWorkload, Workload, workload_file
 
 if TYPE_CHECKING:

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.errors import ArtifactError, OutputError, ProviderError
+from onnxpress.errors import ArtifactError, ProviderError
 from onnxpress.graph import Graph
+from onnxpress.graph_files import WrittenWeights, beside, not_written, save, weights_are_large
 from onnxpress.machine import free_memory_bytes
 from onnxpress.manifest import Arrays, Runnable, Signature
 from onnxpress.optimizers.stand_in import holds_bfloat16, in_float32
@@ -29,10 +30,6 @@ from onnxpress.runtime.providers import check_provider
 from onnxpress.runtime.session import Session
 from onnxpress.timing import alternate
 
-# Bytes of weights from which they are a file of their own, which ONNX Runtime maps into memory: weights inside model.onnx are
-# copied there, for the 0.5B model of benchmarks/language_shapes.py 572 MiB instead of 343.
-_EXTERNAL_FROM = 64_000_000
-_INSIDE = 256  # bytes of a constant in model.onnx at most: ONNX Runtime infers shapes from those
 _NO_NUMBERS = frozenset((ir.DataType.BOOL, ir.DataType.STRING, ir.DataType.UNDEFINED))
 # Of the weights' size: a graph is timed beside the one before it, both with their weights packed.
 _TIMED_TAKES = 2.5
@@ -49,7 +46,7 @@ class Workbench:
         self._folder = folder
         self._target = target
         self._count = 0
-        self._written: _Written | None = None
+        self._written: WrittenWeights | None = None
         self.note = untried(target)
         self.timed = measure and not self.note
         self._providers: tuple[str, ...] = ("cpu",) if self.note else target.providers
@@ -81,14 +78,14 @@ class Workbench:
         if stand_in:
             graph = in_float32(graph)
         try:
-            if self._written is None and not stand_in and graph.weight_bytes() >= _EXTERNAL_FROM:
-                self._written = _Written(graph, self._folder / "weights.data")
+            if self._written is None and not stand_in and weights_are_large(graph):
+                self._written = WrittenWeights(graph, self._folder / "weights.data")
             if self._written is None or stand_in:
                 save(graph, path)
             else:
                 self._written.save(graph, path)
         except OSError as error:
-            raise _not_written(path, error) from None
+            raise not_written(path, error) from None
         session = Session(
             path,
             signature=graph.signature,
@@ -97,7 +94,7 @@ class Workbench:
             allow_fallback=True,  # of a graph on its way; the artifact has to run on the target alone
             prepacking=self.timed or _is_quantized(graph),
         )
-        weakref.finalize(session, _remove, path, _beside(path))
+        weakref.finalize(session, _remove, path, beside(path))
         return session
 
     def stands_in(self, graph: Graph) -> bool:
@@ -176,38 +173,6 @@ class RowByRow:
         return {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
 
 
-class _Written:
-    """The weights of a graph, written to a file, for the graphs that have them too."""
-
-    def __init__(self, graph: Graph, path: Path) -> None:
-        tensors = [tensor for _, tensor in _large(graph.model)]
-        places = ir.external_data.convert_tensors_to_external(tensors, path.parent, path.name)
-        # By identity, which clones of a graph share; held, so that no other tensor takes it.
-        self._places = {id(tensor): (tensor, place) for tensor, place in zip(tensors, places, strict=True)}
-
-    def save(self, graph: Graph, path: Path) -> None:
-        """Write a graph to this folder, and the weights that are not there yet. Raises OSError."""
-        model = graph.model.clone()
-        large = _large(model)
-        places = {key: place for key, (_, place) in self._places.items()}
-        if new := [tensor for _, tensor in large if id(tensor) not in places]:
-            written = ir.external_data.convert_tensors_to_external(new, path.parent, _beside(path).name)
-            places |= {id(tensor): place for tensor, place in zip(new, written, strict=True)}
-        for value, tensor in large:
-            value.const_value = places[id(tensor)]
-        ir.save(model, path)
-
-
-def _large(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
-    """Constants for a file of their own, those of subgraphs too: the ones that `ir.save` takes."""
-    return [
-        (value, value.const_value)
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if value.const_value is not None and value.const_value.nbytes > _INSIDE
-    ]
-
-
 def _is_quantized(graph: Graph) -> bool:
     """Whether a graph has numbers of 8 bits and fewer: kernels for them are slow, or round otherwise, without packed weights."""
     constants = [value.const_value for inner in graph.model.graphs() for value in inner.initializers.values()]
@@ -222,23 +187,6 @@ def _is_quantized(graph: Graph) -> bool:
     )
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.data")
-
-
 def _remove(*paths: Path) -> None:
     for path in paths:
         path.unlink(missing_ok=True)
-
-
-def save(graph: Graph, path: Path) -> None:
-    """Write model.onnx, and model.onnx.data beside it when the weights are large. Raises OutputError."""
-    external = _beside(path).name if graph.weight_bytes() >= _EXTERNAL_FROM else None
-    try:
-        ir.save(graph.model, path, external_data=external)
-    except OSError as error:
-        raise _not_written(path, error) from None
-
-
-def _not_written(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"Writing {path} failed: {error.strerror or error}. Free space or choose another --out.")

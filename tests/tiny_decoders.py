@@ -12,10 +12,10 @@ from tiny_models import spread_weights
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from onnxpress.graph import Graph
+from onnxpress.graph_files import save
 from onnxpress.runtime.cache import KeyValueCache
 from onnxpress.runtime.model_step import ModelStep
 from onnxpress.runtime.session import Session
-from onnxpress.workbench import save
 
 VOCABULARY = 320
 CONTEXT = 128

@@ -16,10 +16,10 @@ from onnxpress.errors import SourceError
 from onnxpress.exporters import DecoderParityCheck, Exported, export
 from onnxpress.exporters.conventions import learn
 from onnxpress.exporters.transformers_decoder import DecoderReference, export_causal_lm
+from onnxpress.graph_files import save
 from onnxpress.runtime.cache import KeyValueCache
 from onnxpress.runtime.model_step import ModelStep
 from onnxpress.runtime.session import Session
-from onnxpress.workbench import save
 
 pytestmark = pytest.mark.newest
 

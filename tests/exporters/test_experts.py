@@ -21,11 +21,11 @@ from onnxpress.exporters.experts import ExpertsForm, Gate
 from onnxpress.exporters.tasks import TASKS
 from onnxpress.exporters.transformers_decoder import DecoderReference, export_causal_lm, export_decoder
 from onnxpress.graph import Graph
+from onnxpress.graph_files import save
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext
 from onnxpress.optimizers.targets import target
 from onnxpress.runtime.session import Session
-from onnxpress.workbench import save
 
 pytestmark = pytest.mark.newest
 

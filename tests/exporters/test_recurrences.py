@@ -16,8 +16,8 @@ from onnxpress.errors import ConversionError
 from onnxpress.exporters.conventions import learn
 from onnxpress.exporters.recurrences import State
 from onnxpress.exporters.transformers_decoder import export_causal_lm
+from onnxpress.graph_files import save
 from onnxpress.runtime.session import Session
-from onnxpress.workbench import save
 
 pytestmark = pytest.mark.newest
 

@@ -23,6 +23,7 @@ from onnxpress.exporters import Exported, ParityCheck, export
 from onnxpress.exporters.conventions import learn
 from onnxpress.exporters.transformers_decoder import export_causal_lm
 from onnxpress.graph import Graph
+from onnxpress.graph_files import save
 from onnxpress.manifest import Signature, TensorSpec
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext, PassResult
@@ -32,7 +33,7 @@ from onnxpress.recipe import make_recipe
 from onnxpress.runtime.cache import KeyValueCache
 from onnxpress.runtime.model_step import TOTAL_LENGTH, ModelStep
 from onnxpress.runtime.session import Session
-from onnxpress.workbench import check_types, save
+from onnxpress.workbench import check_types
 
 CUDA = PassContext(target=target("cuda"))
 PACKED, HEADS = "com.microsoft::Attention", "com.microsoft::MultiHeadAttention"

@@ -16,13 +16,14 @@ from onnxpress.errors import RecipeError
 from onnxpress.exporters.conventions import learn
 from onnxpress.exporters.transformers_decoder import export_causal_lm
 from onnxpress.graph import Graph
+from onnxpress.graph_files import save
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.targets import target
 from onnxpress.runtime.cache import KeyValueCache
 from onnxpress.runtime.model_step import ModelStep
 from onnxpress.runtime.session import Session
-from onnxpress.workbench import Workbench, save
+from onnxpress.workbench import Workbench
 
 pytestmark = pytest.mark.newest
 

@@ -14,13 +14,14 @@ from small_graphs import small_graph
 from onnxpress.calibration import ActivationStream
 from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
+from onnxpress.graph_files import save
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext
 from onnxpress.optimizers.error_feedback import blocks_with_feedback, channel_scales
 from onnxpress.optimizers.rounding import blocks, unpack
 from onnxpress.optimizers.targets import target
 from onnxpress.runtime.session import Session
-from onnxpress.workbench import Workbench, save
+from onnxpress.workbench import Workbench
 
 CPU = target("cpu")
 

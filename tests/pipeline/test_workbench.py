@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 from small_graphs import small_graph
 
 import onnxpress
-from onnxpress import machine, workbench
+from onnxpress import graph_files, machine, workbench
 from onnxpress.errors import OutputError, RecipeError
 from onnxpress.foreign import open_onnx
 from onnxpress.graph import Graph
@@ -61,7 +61,7 @@ def network(tmp_path: Path) -> Path:
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workbench:
     """With weights of their own files from the first byte on."""
-    monkeypatch.setattr(workbench, "_EXTERNAL_FROM", 1)
+    monkeypatch.setattr(graph_files, "_EXTERNAL_FROM", 1)
     folder = tmp_path / "work"
     folder.mkdir()
     return Workbench(folder, target("cpu"))
@@ -98,6 +98,40 @@ def test_weights_are_written_once_for_all_graphs_that_have_them(
     assert [path.name for path in tmp_path.joinpath("work").iterdir()] == ["weights.data"]
     again = bench.open(exported.graph)
     np.testing.assert_array_equal(answers(again), answers(exported.reference))
+
+
+def test_text_stays_in_the_graph(network: Path, bench: Workbench, tmp_path: Path) -> None:
+    """It has no form in a file of weights."""
+    model = onnx.load(network)
+    words = [f"word{index:02}" for index in range(WIDTH)]
+    model.graph.initializer.append(
+        helper.make_tensor("words", onnx.TensorProto.STRING, [WIDTH], [w.encode() for w in words])
+    )
+    model.graph.node.pop()
+    model.graph.node.extend(
+        [
+            helper.make_node(
+                "LabelEncoder",
+                ["words"],
+                ["numbers"],
+                domain="ai.onnx.ml",
+                keys_strings=words,
+                values_floats=[float(index) for index in range(WIDTH)],
+            ),
+            helper.make_node("Mul", ["s", "numbers"], ["y"]),
+        ]
+    )
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
+    onnx.save(model, network)
+    exported = open_onnx(network)
+    expected = answers(exported.reference)
+    assert np.abs(expected).max() > 1
+    np.testing.assert_array_equal(answers(bench.open(exported.graph)), expected)
+    path = tmp_path / "saved" / "model.onnx"
+    path.parent.mkdir()
+    graph_files.save(exported.graph, path)
+    assert sorted(file.name for file in path.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
+    np.testing.assert_array_equal(answers(Session(path, signature=exported.graph.signature)), expected)
 
 
 def branching(path: Path) -> Path:
@@ -172,7 +206,7 @@ def test_a_full_disk_is_said(network: Path, bench: Workbench, monkeypatch: pytes
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(workbench.ir.external_data, "convert_tensors_to_external", fail)
+    monkeypatch.setattr(graph_files.ir.external_data, "convert_tensors_to_external", fail)
     with pytest.raises(OutputError, match=r"No space left on device\. Free space or choose another --out"):
         bench.open(open_onnx(network).graph)
 

@@ -12,11 +12,11 @@ import transformers as tf
 from tiny_models import add_pooling, load_text_model, save_model
 
 from onnxpress.exporters import export
+from onnxpress.graph_files import save
 from onnxpress.runtime import CPU, Embedder, FillMask, QuestionAnswerer, Session, TextClassifier, TokenClassifier
 from onnxpress.runtime.loading import RUNNERS
 from onnxpress.runtime.text_runner import TextRunner
 from onnxpress.runtime.tokenization import Tokenizer
-from onnxpress.workbench import save
 
 TASKS = {
     "feature-extraction": tf.AutoModel,

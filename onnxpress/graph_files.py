@@ -1,0 +1,75 @@
+"""Writes graphs to files: small ones whole, large ones with their weights in a file beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from onnxpress.errors import OutputError
+from onnxpress.graph import Graph
+
+# Bytes of weights from which they are a file of their own, which ONNX Runtime maps into memory: weights inside model.onnx are
+# copied there, for the 0.5B model of benchmarks/language_shapes.py 572 MiB instead of 343.
+_EXTERNAL_FROM = 64_000_000
+_INSIDE = 256  # bytes of a constant in model.onnx at most: ONNX Runtime infers shapes from those
+
+
+def save(graph: Graph, path: Path) -> None:
+    """Write model.onnx, and model.onnx.data beside it when the weights are large. Raises OutputError."""
+    try:
+        if weights_are_large(graph):
+            WrittenWeights(graph, beside(path)).save(graph, path)
+        else:
+            ir.save(graph.model, path)
+    except OSError as error:
+        raise not_written(path, error) from None
+
+
+class WrittenWeights:
+    """The weights of a graph, written to a file, for the graphs of its folder that have them too. Raises OSError."""
+
+    def __init__(self, graph: Graph, path: Path) -> None:
+        tensors = [tensor for _, tensor in _large(graph.model)]
+        places = ir.external_data.convert_tensors_to_external(tensors, path.parent, path.name)
+        # By identity, which clones of a graph share; held, so that no other tensor takes it.
+        self._places = {id(tensor): (tensor, place) for tensor, place in zip(tensors, places, strict=True)}
+
+    def save(self, graph: Graph, path: Path) -> None:
+        """Write a graph to this folder, and the weights that are not there yet beside it. Raises OSError."""
+        model = graph.model.clone()
+        large = _large(model)
+        places = {key: place for key, (_, place) in self._places.items()}
+        if new := [tensor for _, tensor in large if id(tensor) not in places]:
+            written = ir.external_data.convert_tensors_to_external(new, path.parent, beside(path).name)
+            places |= {id(tensor): place for tensor, place in zip(new, written, strict=True)}
+        for value, tensor in large:
+            value.const_value = places[id(tensor)]
+        ir.save(model, path)
+
+
+def weights_are_large(graph: Graph) -> bool:
+    """Whether a graph's weights are a file of their own."""
+    return graph.weight_bytes() >= _EXTERNAL_FROM
+
+
+def beside(path: Path) -> Path:
+    """The file with a graph's weights."""
+    return path.with_name(f"{path.name}.data")
+
+
+def not_written(path: Path, error: OSError) -> OutputError:
+    """What to raise where a file cannot be written."""
+    return OutputError(f"Writing {path} failed: {error.strerror or error}. Free space or choose another --out.")
+
+
+def _large(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
+    """Constants for a file of their own, those of subgraphs too. Text is none: it has no such form."""
+    return [
+        (value, value.const_value)
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None
+        and value.const_value.dtype != ir.DataType.STRING
+        and value.const_value.nbytes > _INSIDE
+    ]
