@@ -90,17 +90,19 @@ def _spare_decomposition(program: ExportedProgram) -> None:
     if not all(_writes_anew(node) for node in program.graph.nodes if _writes_in_place(node)):
         program.graph_module.recompile()
         return  # writes into a part of something are left to torch
-    program.graph.eliminate_dead_code()
     for node in program.graph.nodes:
         if getattr(node.target, "overloadpacket", None) is aten.to:
-            node.args, node.kwargs = node.args[:1], {"dtype": node.meta["val"].dtype}
-            node.target = aten._to_copy.default
+            cast, dtype = node.args[0], node.meta["val"].dtype
+            if cast.meta["val"].dtype == dtype:
+                node.replace_all_uses_with(cast, delete_user_cb=lambda user: user.op != "output")
+            node.target, node.args, node.kwargs = aten._to_copy.default, (cast,), {"dtype": dtype}
         elif node.target is aten.__and__.Tensor:
             node.target = aten.bitwise_and.Tensor
         elif node.target is aten.max.other:
             node.target = aten.maximum.default
         elif node.target is aten.square.default:
             node.target, node.args = aten.pow.Tensor_Scalar, (*node.args, 2)
+    program.graph.eliminate_dead_code()
     program.graph_module.recompile()
     program.run_decompositions = lambda *_, **__: program
 
