@@ -101,13 +101,58 @@ def _seen_by_a_view_of_a_view(x: torch.Tensor) -> torch.Tensor:
     return left + rows
 
 
+def _broadcast_into_parts(x: torch.Tensor) -> torch.Tensor:
+    whole = x.new_empty(len(x), 10)
+    whole[:, :5] = x
+    whole[:, 5:] = x[:, :1]
+    return whole * 2
+
+
+def _cast_into_parts(x: torch.Tensor) -> torch.Tensor:
+    whole = x.new_empty(len(x), 10, dtype=torch.int64)
+    whole[:, :5] = x
+    whole[:, 5:] = x * 2
+    return whole / 4
+
+
+def _overlapping_parts(x: torch.Tensor) -> torch.Tensor:
+    whole = x.new_empty(len(x), 8)
+    whole[:, 3:] = x
+    whole[:, :5] = x * 2
+    return whole + 1
+
+
+def _parts_read_between(x: torch.Tensor) -> torch.Tensor:
+    whole = x.new_empty(len(x), 10)
+    whole[:, :5] = x
+    first = whole[:, 2:4]
+    whole[:, 5:] = x * 2
+    whole[:, :5] = x * 3
+    return whole * first.sum()
+
+
+def _parts_of_another_axis(x: torch.Tensor) -> torch.Tensor:
+    whole = x.new_empty(10, len(x))
+    whole[:5] = x.mT
+    whole[5:] = x.mT * 2
+    whole[5:, :1] = 3
+    return whole.mT.contiguous()
+
+
 def _keeps_its_dtype(x: torch.Tensor) -> torch.Tensor:
     left = x.to(torch.float16) * 0 + 1
     left.add_(x * 0 + 1e-4)  # nothing, in float16
     return (left.to(torch.float32) - 1) * 1000
 
 
-@pytest.mark.parametrize("written", [_sum, _chosen])
+def _parts(x: torch.Tensor) -> torch.Tensor:
+    whole = x.new_empty(len(x), 12)
+    whole[:, 5:] = torch.cat([x, x[:, :2]], 1)
+    whole[:, :5] = x * 2
+    return whole.mT @ whole
+
+
+@pytest.mark.parametrize("written", [_sum, _chosen, _parts])
 def test_writes_into_memory_of_their_own_need_no_second_trace(written, monkeypatch, tmp_path):
     def taken_apart(*_: object) -> None:
         raise AssertionError("the program was traced once more")
@@ -116,7 +161,19 @@ def test_writes_into_memory_of_their_own_need_no_second_trace(written, monkeypat
     _writes(written, tmp_path)
 
 
-@pytest.mark.parametrize("written", [_seen_by_a_view, _seen_by_a_view_of_a_view, _keeps_its_dtype])
+@pytest.mark.parametrize(
+    "written",
+    [
+        _seen_by_a_view,
+        _seen_by_a_view_of_a_view,
+        _broadcast_into_parts,
+        _cast_into_parts,
+        _overlapping_parts,
+        _parts_read_between,
+        _parts_of_another_axis,
+        _keeps_its_dtype,
+    ],
+)
 def test_writes_that_are_left_to_torch(written, tmp_path):
     _writes(written, tmp_path)
 
