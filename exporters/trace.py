@@ -13,6 +13,7 @@ import torch
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from onnxpress.errors import ConversionError
 from onnxpress.exporters.cleanup import clean
@@ -114,8 +115,12 @@ def _join_parts(graph: torch.fx.Graph) -> None:
         parts = sorted(filter(_is_filled, whole.users), key=lambda part: part.args[2])
         readers = [user for user in whole.users if user not in parts]
         copies = [next(iter(part.users)) for part in parts]
-        if not parts or any(reader < copy for reader in readers for copy in copies):
+        if not parts or any(reader < max(copies) for reader in readers):
             continue
+        if any(
+            _writes_in_place(node) and min(copies) < node < max(copies) and node not in copies for node in graph.nodes
+        ):
+            continue  # perhaps into what was copied before
         axis = parts[0].args[1]
         size = whole.meta["val"].shape[axis]
         starts = [part.args[2] for part in parts]
@@ -149,19 +154,30 @@ def _writes_anew(node: Node) -> bool:
     """Make x.div_(y) an x.div(y), where nothing else sees x's memory; whether that was so."""
     target, written = node.target, node.args[0]
     assert isinstance(target, OpOverload)
-    assert isinstance(written, Node)
-    if _is_view(written) or any(user > node or _is_view(user) for user in written.users if user is not node):
+    name = target._schema.name.removeprefix("aten::")
+    anew = getattr(getattr(torch.ops.aten, name.removesuffix("_"), None), target._overloadname, None)
+    if not name.endswith("_") or anew is None or not isinstance(written, Node) or _may_be_view(written):
         return False
-    plain = getattr(torch.ops.aten, target.overloadpacket.__name__.removesuffix("_"), None)
-    node.target = getattr(plain, target._overloadname, target)
-    return node.target is not target
+    if any(user > node or _may_be_view(user) for user in written.users if user is not node):
+        return False
+    given = map_arg((node.args, node.kwargs), lambda value: value.meta["val"])
+    if anew(*given[0], **given[1]).dtype != written.meta["val"].dtype:
+        return False
+    node.target = anew
+    return True
 
 
-def _is_view(node: Node) -> bool:
-    """Whether a result is memory of another node."""
+def _may_be_view(node: Node) -> bool:
+    """Whether a result may be memory of another node. Operators that are made of others do not always say so."""
     made_by = node.args[0] if node.target is operator.getitem else node
     target = made_by.target if isinstance(made_by, Node) else None
-    return not isinstance(target, OpOverload) or any(result.alias_info for result in target._schema.returns)
+    if target in (torch.ops.aten.linear.default, torch.ops.aten.matmul.default):
+        return False
+    return (
+        not isinstance(target, OpOverload)
+        or any(result.alias_info is not None for result in target._schema.returns)
+        or target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    )
 
 
 def _translated(program: ExportedProgram, example: Mapping[str, torch.Tensor], outputs: Sequence[str]) -> ir.Model:

@@ -139,6 +139,33 @@ def _parts_of_another_axis(x: torch.Tensor) -> torch.Tensor:
     return whole.mT.contiguous()
 
 
+def _parts_of_what_is_written_between(x: torch.Tensor) -> torch.Tensor:
+    part = x * 2
+    whole = x.new_empty(len(x), 10)
+    whole[:, :5] = part
+    part.add_(1)
+    whole[:, 5:] = part
+    return whole * 2
+
+
+def _seen_through_what_does_not_say_so(x: torch.Tensor) -> torch.Tensor:
+    left = x * 2
+    torch.atleast_3d(left).add_(1)
+    return left * 3
+
+
+def _into_what_is_given(x: torch.Tensor) -> torch.Tensor:
+    joined = torch.empty(len(x), 10)
+    torch.cat([x, x * 2], 1, out=joined)
+    return joined + 1
+
+
+def _another_dtype_anew(x: torch.Tensor) -> torch.Tensor:
+    left = x.relu()
+    left.logical_not_()
+    return left @ left.mT
+
+
 def _keeps_its_dtype(x: torch.Tensor) -> torch.Tensor:
     left = x.to(torch.float16) * 0 + 1
     left.add_(x * 0 + 1e-4)  # nothing, in float16
@@ -171,6 +198,10 @@ def test_writes_into_memory_of_their_own_need_no_second_trace(written, monkeypat
         _overlapping_parts,
         _parts_read_between,
         _parts_of_another_axis,
+        _parts_of_what_is_written_between,
+        _seen_through_what_does_not_say_so,
+        _into_what_is_given,
+        _another_dtype_anew,
         _keeps_its_dtype,
     ],
 )
@@ -184,9 +215,10 @@ def _writes(written, tmp_path):
             answer: torch.Tensor = written(x)
             return answer
 
+    torch.manual_seed(0)
     exported = export(Writes(), example_inputs=torch.randn(3, 5) * 3)
     rows = ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
-    assert max(row.max_abs for row in rows) < 1e-5
+    assert max(row.max_rel for row in rows) < 1e-5
 
 
 class ReadsRows(nn.Module):
