@@ -22,7 +22,7 @@ def _quiet_transformers() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _translations_read_once() -> Iterator[None]:
-    """torch.onnx reads the sources of all of its translations anew for each export: a third of a tiny model's time."""
+    """torch.onnx reads the sources of all of its translations anew for each export: half a second of a tiny model's two."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     read = functools.cache(ONNXRegistry.from_torchlib)
