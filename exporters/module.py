@@ -45,7 +45,11 @@ def export_module(source: ModuleSource) -> ModuleExport:
     module = PlainModule(source.module, tuple(example))
     with evaluation_mode(module), torch.inference_mode():
         answer = source.module(**example)
-    outputs = _output_names(answer)
+    outputs = _output_names(answer, tuple(example))
+    if not outputs:
+        raise ConversionError(
+            f"{type(source.module).__name__} answers nothing for the example inputs; a graph answers tensors."
+        )
     notes: list[str] = []
     if source.dynamic_axes is not None:
         shapes = _declared_shapes(source, example)
@@ -95,7 +99,13 @@ class PlainModule(torch.nn.Module):
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """All tensors of the module's answer, however nested."""
         answer = self.module(**dict(zip(self.names, inputs, strict=True)))
-        return tuple(tensor for _, tensor in _tensors(answer))
+        found: list[torch.Tensor] = []
+        for _, tensor in _tensors(
+            answer
+        ):  # a value of a graph has one name: what is answered as it came, or twice, is copied
+            known = any(tensor is other for other in (*inputs, *found))
+            found.append(tensor.clone() if known else tensor)
+        return tuple(found)
 
 
 def _trace(
@@ -189,8 +199,10 @@ def _mend_rank(value: ir.Value, tensor: torch.Tensor) -> None:
         value.shape = ir.Shape(axes)
 
 
-def _output_names(answer: object) -> tuple[str, ...]:
-    return tuple(name or f"output_{index}" for index, (name, _) in enumerate(_tensors(answer)))
+def _output_names(answer: object, inputs: tuple[str, ...]) -> tuple[str, ...]:
+    """Keys of dicts, or numbers; a graph cannot have an input and an output of one name."""
+    names = (name or f"output_{index}" for index, (name, _) in enumerate(_tensors(answer)))
+    return tuple(f"{name}_out" if name in inputs else name for name in names)
 
 
 def _tensors(answer: object, name: str | None = None) -> Iterator[tuple[str | None, torch.Tensor]]:

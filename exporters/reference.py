@@ -30,7 +30,7 @@ class TorchReference:
         arguments = [torch.from_numpy(np.asarray(feeds[name], order="C")) for name in self._input_names]
         with torch.inference_mode(), evaluation_mode(self.module):
             answers = self.module(*arguments)
-        return {name: answer.numpy() for name, answer in zip(self.output_names, answers, strict=True)}
+        return {name: answer.detach().numpy() for name, answer in zip(self.output_names, answers, strict=True)}
 
 
 @contextmanager

@@ -20,6 +20,8 @@ from onnxpress.optimizers.base import ChannelRange, Distribution
 from onnxpress.optimizers.rounding import Float
 
 _NO_INPUTS = "No calibration inputs are left beside the evaluation samples: give others with `calibration`."
+# Of large images, as many are walked along a graph as make so many bytes: what a layer answers to them can be 20 times that.
+_WALKED_BYTES, _LEAST_WALKED = 2**26, 8
 _BINS = 8192  # of a histogram; 255 steps of a one-sided range then have at least 8 bins each
 
 
@@ -147,7 +149,8 @@ class ActivationStream:
     need of them is kept, everything else dropped: each layer is calibrated on what the layers before it really answer, already
     changed ones included, every node runs once, and memory holds one layer's activations.
 
-    open_session: opens a graph; inputs: gives the calibration inputs anew at each call, the same each time.
+    open_session: opens a graph; inputs: gives the calibration inputs anew at each call, the same each time; of large ones the first are
+    walked with.
     """
 
     def __init__(
@@ -207,10 +210,19 @@ class ActivationStream:
         """A value for each calibration input, where the walk stands at it or gets there."""
         name = str(value.name)
         if value.is_graph_input():
-            return [feeds[name] for feeds in self._inputs()]
+            return [feeds[name] for feeds in self._walked()]
         if name not in self._live:
             self._advance(value)
         return self._live[name]
+
+    def _walked(self) -> Iterator[Arrays]:
+        """The calibration inputs, as far as memory goes."""
+        total = 0
+        for index, feeds in enumerate(self._inputs()):
+            total += sum(array.nbytes for array in feeds.values())
+            if index >= _LEAST_WALKED and total > _WALKED_BYTES:
+                return
+            yield feeds
 
     def _advance(self, value: ir.Value) -> None:
         """Run the nodes up to and including the one that gives `value`."""
@@ -236,7 +248,7 @@ class ActivationStream:
         ]
         kept: dict[str, list[npt.NDArray[Any]]] = {str(output.name): [] for output in outputs}
         session: Runnable | None = None
-        for index, feeds in enumerate(self._inputs()):
+        for index, feeds in enumerate(self._walked()):
             feeds = {name: feeds[name] if name in given else self._live[name][index] for name in map(_name, needed)}
             session = session or self._open(self._cut(list(needed), outputs, feeds))
             answers = session.run(feeds)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from onnxpress.errors import ArtifactError, ConversionError, InputError, SourceError
@@ -35,10 +36,20 @@ def open_onnx(path: Path, *, task: str | None = None) -> Exported:
     try:
         # First: it refuses weights outside of the file's folder, which onnx_ir reads where a path is a bare name.
         reference = Session(path)
-        model = ir.load(path)
+        _check_numeric(reference.signature, path)
+        proto = onnx.load(path, load_external_data=False)
+        if proto.graph.sparse_initializer:
+            names = ", ".join(tensor.values.name for tensor in proto.graph.sparse_initializer)
+            raise ConversionError(
+                f"{path} has weights that are stored as sparse tensors ({names}): write them as dense ones."
+            )
+        model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, path.parent)
         ir.external_data.load_to_model(model)  # weights beside the file: the graphs of a build are elsewhere
     except ArtifactError as error:
         raise SourceError(str(error)) from None
+    except ConversionError:
+        raise
     except Exception as error:  # the protobuf parser's errors have no common base
         raise SourceError(f"{path} is not a readable ONNX model: {error}") from None
     for value in [value for value in model.graph.inputs if value.name in model.graph.initializers]:
@@ -68,6 +79,17 @@ def _signature(model: ir.Model) -> Signature:
     names = sorted({axis for spec in inputs for axis in spec.shape if isinstance(axis, str)})
     axes = {name: (1, LARGEST_BATCH if name in leading else LARGEST_AXIS) for name in names}
     return Signature(task="module", inputs=inputs, outputs=outputs, axes=axes)
+
+
+def _check_numeric(signature: Signature, path: Path) -> None:
+    """Raises ConversionError where an input or output holds something else than numbers: text, sequences, maps."""
+    for kind, specs in (("input", signature.inputs), ("output", signature.outputs)):
+        for spec in specs:
+            if spec.dtype == "str" or "(" in spec.dtype:
+                raise ConversionError(
+                    f"{path}: the {kind} {spec.name} is {'text' if spec.dtype == 'str' else spec.dtype}; a build takes and compares arrays of "
+                    "numbers. onnx.utils.extract_model writes a file with other inputs and outputs (skl2onnx: options={'zipmap': False})."
+                )
 
 
 def _check_numbers(model: ir.Model, reference: Session, example: Arrays, path: Path) -> None:
@@ -120,6 +142,8 @@ def _leading_axes(inputs: tuple[TensorSpec, ...]) -> set[int | str]:
 def _spec(value: ir.Value) -> TensorSpec:
     if value.dtype is None or value.shape is None:
         raise ConversionError(f"{value.name!r} of the graph has no declared dtype and shape; declare them in the file.")
+    if 0 in value.shape:
+        raise ConversionError(f"{value.name!r} of the graph has an axis of size 0, so that it never holds a number.")
     shape = tuple(
         int(axis) if isinstance(axis, int) else str(axis.value or f"{value.name}_{index}")
         for index, axis in enumerate(value.shape)

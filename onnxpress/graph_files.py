@@ -50,7 +50,7 @@ class WrittenWeights:
 
 def weights_are_large(graph: Graph) -> bool:
     """Whether a graph's weights are a file of their own."""
-    return graph.weight_bytes() >= _EXTERNAL_FROM
+    return sum(tensor.nbytes for _, tensor in _large(graph.model)) >= _EXTERNAL_FROM
 
 
 def beside(path: Path) -> Path:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from onnxpress.errors import RecipeError
+
 Array = npt.NDArray[Any]
 Answers = Sequence[Mapping[str, Array]]
 Entity = tuple[int, int, str]
@@ -63,18 +65,31 @@ def number_metrics(reference: Answers, candidate: Answers) -> dict[str, float]:
 
     variance_kept: 1 - sum of squared differences / sum of squares around each number's mean over the samples, at least
     0 (R²). A cosine would not do: numbers around 3 and the constant 3 are nearly parallel. Where the original answers the same to
-    all samples, there is no variance to keep, and the share of the sum of squares itself is taken.
+    all samples, there is no variance to keep, and the share of the sum of squares itself is taken. Raises RecipeError where the original's
+    answers differ in size.
     """
-    first = np.stack([_vector(answer) for answer in reference]).astype(np.float64)  # (samples, numbers)
-    second = np.stack([_vector(answer) for answer in candidate]).astype(np.float64)
-    if not np.isfinite(second).all():
-        return {"variance_kept": 0.0, "max_abs": float("inf")}
-    lost, whole = float(((first - second) ** 2).sum()), float(((first - first.mean(axis=0)) ** 2).sum())
-    squares = float((first**2).sum())
+    sizes = {_vector(answer).size for answer in reference}
+    if len(sizes) > 1:
+        raise RecipeError(
+            f"The model answers with {min(sizes)} to {max(sizes)} numbers, which hangs on what is in its inputs, so that answers cannot be "
+            "compared number by number: end the graph before its outputs are selected (NonMaxSuppression, NonZero), or give samples alike."
+        )
+    mean = sum(map(_vector, reference)) / len(reference)
+    lost = whole = squares = largest = 0.0
+    for one, other in zip(
+        map(_vector, reference), map(_vector, candidate), strict=True
+    ):  # one at a time: they may be images
+        if other.size != one.size or not np.isfinite(other).all():
+            return {"variance_kept": 0.0, "max_abs": float("inf")}
+        difference, spread = one - other, one - mean
+        lost += float(difference @ difference)
+        whole += float(spread @ spread)
+        squares += float(one @ one)
+        largest = max(largest, float(np.abs(difference).max(initial=0.0)))
     if whole <= _CONSTANT * squares:
         whole = squares
     kept = 1.0 if lost == 0 else max(0.0, 1 - lost / whole) if whole > 0 else 0.0
-    return {"variance_kept": kept, "max_abs": float(np.abs(first - second).max())}
+    return {"variance_kept": kept, "max_abs": largest}
 
 
 def sign_metrics(reference: Answers, candidate: Answers, output: str) -> dict[str, float]:

@@ -14,6 +14,9 @@ from onnxpress.workload import Answers
 
 _BATCH_TRIAL = 64  # samples for the comparison alone against batched; the runner does not cut batches
 _ROWS_AT_ONCE = 32  # labelled samples in one call
+# Of large images fewer: all answers of the original, and inputs and answers of one call (what is between them can be 30 times that).
+_KEPT_BYTES, _CALL_BYTES = 2**29, 2**26
+_LEAST_SAMPLES = 8
 
 
 class ModuleWorkload:
@@ -66,16 +69,23 @@ class ModuleWorkload:
         return self._given is not None and self._given.labels is not None
 
     def calibration(self) -> Iterator[Arrays]:
-        """The calibration file's samples, or random inputs of seeds that evaluation does not use."""
+        """The calibration file's samples, mixed, or random inputs of seeds that evaluation does not use."""
         if self._calibrating is not None:
-            for index in self._calibrating.spread(self._calibration_samples):
-                yield self._calibrating.call(index)
+            for index in np.random.default_rng(0).permutation(
+                list(self._calibrating.spread(self._calibration_samples))
+            ):
+                yield self._calibrating.call(int(index))
             return
         for seed in range(self._calibration_samples):
             yield self._draw(1_000_000 + seed)
 
     def answers(self, runnable: Runnable) -> Answers:
-        """Outputs for the evaluation inputs, one call a sample."""
+        """Outputs for the evaluation inputs, one call a sample. Where they are large, the first to be asked for says how many."""
+        first = runnable.run(self._sample(0))
+        most = max(_LEAST_SAMPLES, _KEPT_BYTES // max(1, _bytes(first)))
+        if most < len(self._indices(self._samples)):
+            self._samples = most
+            self.notes += (f"judged on {most} samples: the answers to one are {_bytes(first) / 1e6:.0f} MB",)
         return [runnable.run(self._sample(index)) for index in self._indices(self._samples)]
 
     def metrics(self, reference: Answers, answers: Answers) -> dict[str, float]:
@@ -89,7 +99,7 @@ class ModuleWorkload:
             return {}
         output = self._signature.outputs[0].name
         most = self._signature.axes.get(str(self._signature.inputs[0].shape[0]), (1, _ROWS_AT_ONCE))[1]
-        at_once = 1 if self._one_call_at_a_time() else min(_ROWS_AT_ONCE, most)
+        at_once = 1 if self._one_call_at_a_time() else min(_ROWS_AT_ONCE, most, self._rows_at_once(runnable))
         scores = np.concatenate(
             [runnable.run(given.call(index, at_once))[output] for index in range(0, given.calls(), at_once)]
         )
@@ -101,7 +111,7 @@ class ModuleWorkload:
         if self._one_call_at_a_time():
             return 1.0
         axis = self._signature.inputs[0].shape[0]
-        most = min(_BATCH_TRIAL, self._signature.axes[str(axis)][1])
+        most = min(_BATCH_TRIAL, self._signature.axes[str(axis)][1], self._rows_at_once(runnable))
         feeds = [self._sample(index, batch=1) for index in self._indices(most)]
         together = runnable.run({name: np.concatenate([item[name] for item in feeds]) for name in feeds[0]})
         alone = [{name: array[0] for name, array in runnable.run(item).items()} for item in feeds]
@@ -123,6 +133,11 @@ class ModuleWorkload:
     def _sample(self, index: int, batch: int | None = None) -> Arrays:
         """One evaluation input."""
         return self._draw(index, batch) if self._given is None else self._given.call(index)
+
+    def _rows_at_once(self, runnable: Runnable) -> int:
+        """How many samples share a call, where they can."""
+        feeds = self._sample(0, batch=1)
+        return max(2, _CALL_BYTES // max(1, _bytes(feeds) + _bytes(runnable.run(feeds))))
 
     def _one_call_at_a_time(self) -> bool:
         """Whether some input or output has no batch axis, so that samples cannot share a call."""
@@ -166,3 +181,7 @@ class ModuleWorkload:
                 low, high = spec.bounds or (int(example.min()), int(example.max()))
                 feeds[spec.name] = random.integers(low, high + 1, shape).astype(example.dtype)
         return feeds
+
+
+def _bytes(arrays: Arrays) -> int:
+    return sum(array.nbytes for array in arrays.values())

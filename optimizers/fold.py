@@ -103,9 +103,11 @@ class Fold:
         RemoveUnusedNodesPass()(model)
 
     def _unless_large(self, node: ir.Node) -> bool | None:
-        """False for what reads a weight; the library would compute a transposed copy of it."""
-        tensors = (ir.convenience.get_const_tensor(value) for value in node.inputs if value is not None)
-        return False if any(tensor is not None and tensor.size > self.limit for tensor in tensors) else None
+        """False for what reads a weight, of which the library would compute a transposed copy, and for text, on which it fails."""
+        given = [value for value in node.inputs if value is not None]
+        tensors = (ir.convenience.get_const_tensor(value) for value in given)
+        large = any(tensor is not None and tensor.size > self.limit for tensor in tensors)
+        return False if large or any(value.dtype == ir.DataType.STRING for value in (*given, *node.outputs)) else None
 
 
 def _fold_known_shapes(graph: Graph) -> None:

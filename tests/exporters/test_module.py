@@ -352,3 +352,30 @@ def test_an_operator_that_torch_does_not_translate(tmp_path):
     x = torch.cat([torch.linspace(-0.99, 0.99, 199), torch.tensor([0.9966, 0.99665, 0.9999, -0.9999, 1 - 1e-6, 1e-7])])
     answer = OnnxRunner(exported.graph.model, tmp_path).run({"x": x.reshape(-1, 5).numpy()})["output_0"]
     torch.testing.assert_close(torch.from_numpy(answer.reshape(-1)), torch.erfinv(x), rtol=2e-6, atol=0)
+
+
+def test_answers_that_come_as_they_went_in_or_twice(tmp_path):
+    """Inputs, parameters and one tensor twice; a key that is an input's name too."""
+
+    class Answers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> dict[str, object]:
+            y = self.linear(x)
+            return {"x": x, "y": y, "again": [y, y], "weight": self.linear.weight}
+
+    exported = export(Answers(), example_inputs=torch.randn(2, 4))
+    names = [spec.name for spec in exported.graph.signature.outputs]
+    assert names == ["x_out", "y", "again.0", "again.1", "weight"]
+    ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
+
+
+def test_a_module_that_answers_nothing_is_named():
+    class Nothing(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[()]:
+            return ()
+
+    with pytest.raises(ConversionError, match="Nothing answers nothing for the example inputs"):
+        export(Nothing(), example_inputs=torch.randn(2, 4))

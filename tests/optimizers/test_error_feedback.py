@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 from small_graphs import small_graph
 
+from onnxpress import calibration
 from onnxpress.calibration import ActivationStream
 from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
@@ -135,6 +136,19 @@ def test_the_stream_sees_what_the_whole_graph_does(tmp_path: Path) -> None:
     (x,) = graph.model.graph.inputs
     given = np.concatenate([feeds["x"][0] for feeds in inputs()])
     np.testing.assert_allclose(stream.second_moments(x), moments_of(given), rtol=1e-4, atol=1e-6)
+
+
+def test_of_large_inputs_the_first_are_walked_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer answers to all of them would be gigabytes."""
+    lengths = (5, 9, 40, 3, 7, 11, 2, 6, 8, 13)
+    monkeypatch.setattr(calibration, "_WALKED_BYTES", 1000)
+    graph = norms_and_layers()
+    stream = ActivationStream(graph, Workbench(tmp_path, CPU).open, lambda: inputs(lengths))
+    (x,) = graph.model.graph.inputs
+    given = np.concatenate([feeds["x"][0] for feeds in inputs(lengths[:8])])
+    np.testing.assert_allclose(stream.second_moments(x), moments_of(given), rtol=1e-4, atol=1e-6)
+    stream.second_moments(next(node.outputs[0] for node in graph.model.graph if node.outputs[0].name == "n"))
+    assert len(stream._live["n"]) == 8
 
 
 def test_the_stream_sees_what_was_changed_behind_it(tmp_path: Path) -> None:

@@ -12,12 +12,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 import torch
 import transformers as tf
-from onnx import helper, numpy_helper
 from tiny_models import add_pooling, load_text_model, save_model
 
 import onnxpress
@@ -31,7 +29,6 @@ from onnxpress.errors import (
     RecipeError,
     SourceError,
 )
-from onnxpress.foreign import open_onnx
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.linear import add_constant
@@ -305,178 +302,6 @@ def test_a_tagger_is_judged_by_columns_as_fit_reads_them(tmp_path: Path) -> None
         "entity_f1",
         pytest.approx(expected, abs=1e-3),
     )
-
-
-def test_an_onnx_file_of_an_encoder_is_judged_on_its_vocabulary(tmp_path: Path) -> None:
-    """Ids are drawn from the rows of the table that they look up, masks are ones, axes go by name."""
-    rows = np.random.default_rng(0).standard_normal((200, 16)).astype(np.float32)
-    nodes = [
-        helper.make_node("Gather", ["table", "ids"], ["x"]),
-        helper.make_node("Cast", ["mask"], ["m"], to=1),
-        helper.make_node("Unsqueeze", ["m", "last"], ["m3"]),
-        helper.make_node("Mul", ["x", "m3"], ["y0"]),
-        helper.make_node("Unsqueeze", ["bias", "last1"], ["b1"]),
-        helper.make_node("Add", ["y0", "b1"], ["y"]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "graph",
-        [
-            helper.make_tensor_value_info("ids", 7, ["rows", "seq"]),
-            helper.make_tensor_value_info("mask", 7, ["rows", "seq"]),
-            helper.make_tensor_value_info("bias", 1, ["seq"]),
-        ],
-        [helper.make_tensor_value_info("y", 1, ["rows", "seq", 16])],
-        [
-            numpy_helper.from_array(rows, "table"),
-            numpy_helper.from_array(np.array([2]), "last"),
-            numpy_helper.from_array(np.array([1]), "last1"),
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    ir.save(ir.from_proto(model), tmp_path / "encoder.onnx")
-    exported = open_onnx(tmp_path / "encoder.onnx")
-    assert [spec.bounds for spec in exported.graph.signature.inputs] == [(0, 199), None, None]
-    assert exported.example["ids"].max() > 100
-    assert (exported.example["mask"] == 1).all()
-    assert exported.example["ids"].shape[1:] == exported.example["bias"].shape
-    assert exported.graph.signature.axes == {"rows": (1, 1024), "seq": (1, 2**20)}
-
-
-def test_an_onnx_file(tmp_path: Path) -> None:
-    nodes = [
-        helper.make_node("Relu", ["x"], ["r"]),
-        helper.make_node("Mul", ["r", "r"], ["rr"]),
-        helper.make_node("Mul", ["rr", "factor"], ["y"]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "graph",
-        [helper.make_tensor_value_info("x", 1, ["batch", 8]), helper.make_tensor_value_info("factor", 1, [])],
-        [helper.make_tensor_value_info("y", 1, ["batch", 8])],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    ir.save(ir.from_proto(model), tmp_path / "square.onnx")
-    built = onnxpress.build(tmp_path / "square.onnx", out=tmp_path / "out", precision="fp32", **QUICK)
-    runner = onnxpress.load(built.path)
-    assert isinstance(runner, ModuleRunner)
-    x = np.array([[-1, 2, 3, 0, 0, 0, 0, 4]], np.float32)
-    factor = np.array(2, np.float32)  # no axes at all
-    np.testing.assert_array_equal(runner.run({"x": x, "factor": factor})["y"], 2 * np.maximum(x, 0) ** 2)
-
-
-def test_an_onnx_file_with_its_weights_beside_it(tmp_path: Path) -> None:
-    weight = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32)
-    shapes = [helper.make_tensor_value_info(name, 1, ["batch", 16]) for name in "xy"]
-    node = helper.make_node("MatMul", ["x", "w"], ["y"])
-    graph = helper.make_graph([node], "graph", shapes[:1], shapes[1:], [numpy_helper.from_array(weight, "w")])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    onnx.save(model, tmp_path / "file.onnx", save_as_external_data=True, location="weights", size_threshold=0)
-    assert (tmp_path / "weights").stat().st_size >= weight.nbytes
-    built = onnxpress.build(tmp_path / "file.onnx", out=tmp_path / "out", precision="fp32", measure=False)
-    feeds = {"x": np.ones((2, 16), np.float32)}
-    np.testing.assert_allclose(onnxpress.load(built.path).run(feeds)["y"], feeds["x"] @ weight, atol=1e-5)
-
-
-@pytest.mark.parametrize(("given", "answered"), [("unk__1", "unk__2"), (None, None), ("batch", "batch")])
-def test_an_onnx_file_whose_answers_count_the_same_rows_by_another_name(
-    given: str | None, answered: str | None, tmp_path: Path
-) -> None:
-    """As tf2onnx and torch's older exporter write them. Another output has two rows, whatever the batch is."""
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"]), helper.make_node("ReduceMax", ["w", "last"], ["z"])]
-    tensors = [
-        numpy_helper.from_array(np.eye(2, dtype=np.float32), "w"),
-        numpy_helper.from_array(np.array([1]), "last"),
-    ]
-    outputs = [
-        helper.make_tensor_value_info("y", 1, [answered, 2]),
-        helper.make_tensor_value_info("z", 1, ["two", 1]),
-    ]
-    graph = helper.make_graph(nodes, "graph", [helper.make_tensor_value_info("x", 1, [given, 2])], outputs, tensors)
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "file.onnx"
-    )
-    signature = open_onnx(tmp_path / "file.onnx").graph.signature
-    assert signature.outputs[0].shape == signature.inputs[0].shape
-    assert signature.outputs[1].shape == ("two", 1)
-
-
-def test_axes_of_minus_one_are_of_any_size(tmp_path: Path) -> None:
-    """As paddle2onnx writes them."""
-    graph = helper.make_graph(
-        [helper.make_node("Relu", ["x"], ["y"])],
-        "graph",
-        [helper.make_tensor_value_info("x", 1, [-1, 3])],
-        [helper.make_tensor_value_info("y", 1, [-1, 3])],
-    )
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "file.onnx"
-    )
-    signature = open_onnx(tmp_path / "file.onnx").graph.signature
-    assert signature.inputs[0].shape == ("x_0", 3)
-    assert signature.outputs[0].shape == ("x_0", 3)
-    assert signature.axes == {"x_0": (1, 1024)}
-
-
-def test_a_file_with_inputs_of_bfloat16_is_given_float32(tmp_path: Path) -> None:
-    graph = helper.make_graph(
-        [helper.make_node("Cast", ["x"], ["wide"], to=1), helper.make_node("MatMul", ["wide", "w"], ["y"])],
-        "graph",
-        [helper.make_tensor_value_info("x", 16, ["batch", 3])],
-        [helper.make_tensor_value_info("y", 1, ["batch", 3])],
-        [numpy_helper.from_array(np.eye(3, dtype=np.float32), "w")],
-    )
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "file.onnx"
-    )
-    np.savez(tmp_path / "samples.npz", x=np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32))
-    built = onnxpress.build(
-        tmp_path / "file.onnx", out=tmp_path / "out", precision="fp32", file=str(tmp_path / "samples.npz"), **QUICK
-    )
-    assert built.manifest.signature.inputs[0].dtype == "bfloat16"
-    answers = onnxpress.load(built.path).session.run({"x": np.array([[1.00390625, 2, 3]], np.float32)})
-    np.testing.assert_array_equal(answers["y"], [[1, 2, 3]])
-
-
-@pytest.mark.parametrize(
-    ("operator", "said"),
-    [("MatMul", r"weights in .*file.onnx are damaged: w holds"), ("Pow", r"answers with numbers that are none")],
-)
-def test_an_onnx_file_that_answers_no_numbers_is_named(operator: str, said: str, tmp_path: Path) -> None:
-    weight = np.full((2, 2), np.nan if operator == "MatMul" else 0.5, np.float32)  # roots of negative numbers
-    shapes = [helper.make_tensor_value_info(name, 1, ["batch", 2]) for name in "xy"]
-    graph = helper.make_graph(
-        [helper.make_node(operator, ["x", "w"], ["y"])],
-        "graph",
-        shapes[:1],
-        shapes[1:],
-        [numpy_helper.from_array(weight, "w")],
-    )
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "file.onnx"
-    )
-    with pytest.raises(SourceError, match=said):
-        open_onnx(tmp_path / "file.onnx")
-
-
-def test_an_onnx_file_with_a_sequence_inside(tmp_path: Path) -> None:
-    """Constant folding gives it a tensor's type, which ONNX Runtime refuses: that pass is undone, and the build goes on."""
-    nodes = [
-        helper.make_node("Dropout", ["x"], ["d", "mask"]),
-        helper.make_node("SplitToSequence", ["d"], ["s"], axis=1),
-        helper.make_node("ConcatFromSequence", ["s"], ["c"], axis=1),
-        helper.make_node("MatMul", ["c", "w"], ["y"]),
-    ]
-    shapes = [helper.make_tensor_value_info(name, 1, ["batch", 4]) for name in "xy"]
-    weight = numpy_helper.from_array(np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32), "w")
-    graph = helper.make_graph(nodes, "graph", shapes[:1], shapes[1:], [weight])
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "file.onnx"
-    )
-    built = onnxpress.build(tmp_path / "file.onnx", out=tmp_path / "out", precision="fp32", **QUICK)
-    rows = {row["pass"]: row for row in built.manifest.ledger}
-    assert rows["fold"]["status"] == "undone"
-    assert "ONNX Runtime does not run" in rows["fold"]["reason"]
 
 
 @pytest.mark.parametrize(

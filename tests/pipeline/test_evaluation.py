@@ -208,6 +208,14 @@ def test_where_the_original_answers_a_constant_its_size_is_the_measure() -> None
     assert agreement("module", [{"y": np.zeros(2)}] * 5, [{"y": np.ones(2)}] * 5)["variance_kept"] == 0
 
 
+def test_answers_of_unequal_sizes() -> None:
+    """Of the original there is no mean then; a candidate that answers in another size is wrong."""
+    two, three = {"y": np.arange(2.0)}, {"y": np.arange(3.0)}
+    with pytest.raises(RecipeError, match="answers with 2 to 3 numbers"):
+        agreement("module", [two, three], [two, three])
+    assert agreement("module", [two, two], [two, three])["variance_kept"] == 0
+
+
 def test_several_labels_are_compared_label_by_label() -> None:
     one, other = logits([5, 1, -1]), logits([4, -1, -2])
     assert agreement("text-classification", one, other)["top1_agreement"] == 1

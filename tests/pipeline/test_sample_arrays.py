@@ -16,9 +16,11 @@ from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
 
 import onnxpress
+from onnxpress import module_workload
 from onnxpress.errors import BudgetError, RecipeError
 from onnxpress.manifest import Signature, TensorSpec
 from onnxpress.module_workload import ModuleWorkload
+from onnxpress.runtime.session import Session
 from onnxpress.sample_arrays import check_arrays, read_arrays
 
 SIGNATURE = Signature(
@@ -291,3 +293,23 @@ def test_what_else_could_be_tried_is_said(tmp_path: Path) -> None:
         BudgetError, match=r"judged by random inputs: give it real ones with --calibration and --eval\."
     ):
         onnxpress.build(torch.nn.Conv2d(3, 8, 3), out=tmp_path / "out", precision="int8-qdq", budget=0.9999999, **given)
+
+
+def test_large_answers_are_judged_on_fewer_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All answers of the original are in memory, and batches are of few rows then."""
+    network = torch.nn.Conv2d(1, 4, 3, padding=1)  # inputs of 1 KiB, answers of 4
+    monkeypatch.setattr(module_workload, "_KEPT_BYTES", 80 * 2**10)
+    monkeypatch.setattr(module_workload, "_CALL_BYTES", 15 * 2**10)
+    batches = []
+    run = Session.run
+
+    def counted(session: Session, feeds: Any) -> Any:
+        batches.append(len(feeds["input"]))
+        return run(session, feeds)
+
+    monkeypatch.setattr(Session, "run", counted)
+    example = (torch.randn(1, 1, 16, 16),)
+    options: dict[str, Any] = {"precision": "int8-qdq", "budget": "0.5", "target": "cpu", "measure": False}
+    artifact = onnxpress.build(network, example_inputs=example, out=tmp_path / "out", **options)
+    assert "judged on 20 samples: the answers to one are 0 MB" in artifact.manifest.ledger[0]["notes"]
+    assert max(batches) == 3
