@@ -43,12 +43,21 @@ def export_module(source: ModuleSource) -> ModuleExport:
                 f"The weights of {type(source.module).__name__} are damaged: {name} holds numbers that are none (NaN)."
             )
     module = PlainModule(source.module, tuple(example))
-    with evaluation_mode(module), torch.inference_mode():
-        answer = source.module(**example)
+    try:
+        with evaluation_mode(module), torch.inference_mode():
+            answer = source.module(**example)
+    except Exception as error:  # whatever a module raises
+        raise SourceError(
+            f"{type(source.module).__name__} fails on its example inputs: {type(error).__name__}: {error}"
+        ) from error
     outputs = _output_names(answer, tuple(example))
     if not outputs:
         raise ConversionError(
             f"{type(source.module).__name__} answers nothing for the example inputs; a graph answers tensors."
+        )
+    if any(tensor.dtype == torch.bfloat16 for _, tensor in _tensors(answer)):
+        raise ConversionError(
+            "The module answers bfloat16, which numpy does not have: give a module that answers float32."
         )
     notes: list[str] = []
     if source.dynamic_axes is not None:
@@ -200,9 +209,14 @@ def _mend_rank(value: ir.Value, tensor: torch.Tensor) -> None:
 
 
 def _output_names(answer: object, inputs: tuple[str, ...]) -> tuple[str, ...]:
-    """Keys of dicts, or numbers; a graph cannot have an input and an output of one name."""
-    names = (name or f"output_{index}" for index, (name, _) in enumerate(_tensors(answer)))
-    return tuple(f"{name}_out" if name in inputs else name for name in names)
+    """Keys of dicts, or numbers; where that is the name of an input or of another output, with `_out` behind it."""
+    names: list[str] = []
+    for index, (key, _) in enumerate(_tensors(answer)):
+        name = key or f"output_{index}"
+        while name in (*inputs, *names):
+            name += "_out"
+        names.append(name)
+    return tuple(names)
 
 
 def _tensors(answer: object, name: str | None = None) -> Iterator[tuple[str | None, torch.Tensor]]:

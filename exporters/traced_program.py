@@ -70,7 +70,12 @@ def _is_filled(part: Node) -> bool:
     if part.target is not torch.ops.aten.slice.Tensor or len(part.users) != 1 or len(part.args) != 4:
         return False
     (copy,) = part.users
-    if copy.target is not torch.ops.aten.copy_.default or copy.users or copy.args[0] is not part:
+    if (
+        copy.target is not torch.ops.aten.copy_.default
+        or copy.users
+        or copy.args[0] is not part
+        or copy.args[1] is part
+    ):
         return False
     kinds = {(value.dtype, str(value.shape)) for value in (node.meta["val"] for node in copy.all_input_nodes)}
     return len(kinds) == 1 and all(isinstance(number, int) for number in part.args[1:])
@@ -88,11 +93,14 @@ def _writes_anew(node: Node) -> bool:
     anew = getattr(getattr(torch.ops.aten, name.removesuffix("_"), None), target._overloadname, None)
     if not name.endswith("_") or anew is None or not isinstance(written, Node) or _may_be_view(written):
         return False
+    if [str(given.type) for given in anew._schema.arguments] != [str(given.type) for given in target._schema.arguments]:
+        return False  # pow_.Scalar takes a tensor and a number, pow.Scalar a number and a tensor
     if any(user > node or _may_be_view(user) for user in written.users if user is not node):
         return False
     given = map_arg((node.args, node.kwargs), lambda value: value.meta["val"])
-    if anew(*given[0], **given[1]).dtype != written.meta["val"].dtype:
-        return False
+    value, before = anew(*given[0], **given[1]), written.meta["val"]
+    if value.dtype != before.dtype or str(value.shape) != str(before.shape):
+        return False  # what is written is cast, or spread, to what is there
     node.target = anew
     return True
 
@@ -101,6 +109,8 @@ def _may_be_view(node: Node) -> bool:
     """Whether a result may be memory of another node. Operators that are made of others do not always say so."""
     made_by = node.args[0] if node.target is operator.getitem else node
     target = made_by.target if isinstance(made_by, Node) else None
+    if target is torch.ops.aten._unsafe_view.default:
+        return True
     if target in (torch.ops.aten.linear.default, torch.ops.aten.matmul.default):
         return False
     return (

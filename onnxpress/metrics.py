@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
@@ -61,35 +62,65 @@ def choice_metrics(reference: Answers, candidate: Answers, output: str) -> dict[
 
 
 def number_metrics(reference: Answers, candidate: Answers) -> dict[str, float]:
-    """For numbers: the share of the original's variance over the samples that is kept, and the largest difference.
+    """For numbers: what is kept of the output that keeps least, and the largest difference.
 
-    variance_kept: 1 - sum of squared differences / sum of squares around each number's mean over the samples, at least
-    0 (R²). A cosine would not do: numbers around 3 and the constant 3 are nearly parallel. Where the original answers the same to
-    all samples, there is no variance to keep, and the share of the sum of squares itself is taken. Raises RecipeError where the original's
-    answers differ in size.
+    variance_kept: for floats the share of the original's variance over the samples, 1 - sum of squared differences / sum of squares
+    around each number's mean over the samples, at least 0 (R²). A cosine would not do: numbers around 3 and the constant 3 are nearly
+    parallel. Where the original answers the same to all samples, there is no variance to keep, and the share of the sum of squares itself
+    is taken. For integers and booleans (classes, masks): the share of equal ones. Raises RecipeError where the original's floats differ
+    in number from sample to sample.
     """
-    sizes = {_vector(answer).size for answer in reference}
+    kept, largest = [], []
+    for name in sorted(reference[0]):
+        compare = _variance_kept if np.issubdtype(reference[0][name].dtype, np.floating) else _equal_share
+        share, difference = compare([answer[name] for answer in reference], [answer[name] for answer in candidate])
+        kept.append(share)
+        largest.append(difference)
+    return {"variance_kept": min(kept), "max_abs": max(largest)}
+
+
+def _variance_kept(reference: list[Array], candidate: list[Array]) -> tuple[float, float]:
+    """Of one output, and the largest difference."""
+    sizes = {array.size for array in reference}
     if len(sizes) > 1:
         raise RecipeError(
             f"The model answers with {min(sizes)} to {max(sizes)} numbers, which hangs on what is in its inputs, so that answers cannot be "
             "compared number by number: end the graph before its outputs are selected (NonMaxSuppression, NonZero), or give samples alike."
         )
-    mean = sum(map(_vector, reference)) / len(reference)
+    mean = np.zeros(max(sizes))
+    for array in reference:
+        mean += _finite(array) / len(reference)
     lost = whole = squares = largest = 0.0
-    for one, other in zip(
-        map(_vector, reference), map(_vector, candidate), strict=True
-    ):  # one at a time: they may be images
-        if other.size != one.size or not np.isfinite(other).all():
-            return {"variance_kept": 0.0, "max_abs": float("inf")}
-        difference, spread = one - other, one - mean
+    for one, other in zip(reference, candidate, strict=True):  # one at a time: they may be images
+        if other.size != one.size or not np.array_equal(one[~np.isfinite(one)], other[~np.isfinite(other)]):
+            return 0.0, math.inf
+        first, second = _finite(one), _finite(other)
+        difference, spread = first - second, first - mean
         lost += float(difference @ difference)
         whole += float(spread @ spread)
-        squares += float(one @ one)
+        squares += float(first @ first)
         largest = max(largest, float(np.abs(difference).max(initial=0.0)))
     if whole <= _CONSTANT * squares:
         whole = squares
-    kept = 1.0 if lost == 0 else max(0.0, 1 - lost / whole) if whole > 0 else 0.0
-    return {"variance_kept": kept, "max_abs": largest}
+    return 1.0 if lost == 0 else max(0.0, 1 - lost / whole) if whole > 0 else 0.0, largest
+
+
+def _finite(array: Array) -> Array:
+    """As a vector of float64, with zeros for what is not finite: masked logits."""
+    return np.where(np.isfinite(array), array, 0).astype(np.float64).ravel()
+
+
+def _equal_share(reference: list[Array], candidate: list[Array]) -> tuple[float, float]:
+    """Of one output of integers or booleans, and the largest difference."""
+    equal = total = largest = 0.0
+    for one, other in zip(reference, candidate, strict=True):
+        total += max(one.size, other.size)
+        if one.shape != other.shape:
+            largest = math.inf
+            continue
+        equal += float((one == other).sum())
+        largest = max(largest, float(np.abs(one.astype(np.float64) - other.astype(np.float64)).max(initial=0.0)))
+    return equal / total if total else 1.0, largest
 
 
 def sign_metrics(reference: Answers, candidate: Answers, output: str) -> dict[str, float]:

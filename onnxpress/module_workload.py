@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -81,11 +82,14 @@ class ModuleWorkload:
 
     def answers(self, runnable: Runnable) -> Answers:
         """Outputs for the evaluation inputs, one call a sample. Where they are large, the first to be asked for says how many."""
-        first = runnable.run(self._sample(0))
-        most = max(_LEAST_SAMPLES, _KEPT_BYTES // max(1, _bytes(first)))
+        feeds = self._sample(0)
+        size, rows = _bytes(runnable.run(feeds)), max(len(array) if array.ndim else 1 for array in feeds.values())
+        most = max(2, math.ceil(_LEAST_SAMPLES / rows), _KEPT_BYTES // max(1, size))
         if most < len(self._indices(self._samples)):
             self._samples = most
-            self.notes += (f"judged on {most} samples: the answers to one are {_bytes(first) / 1e6:.0f} MB",)
+            self.notes += (
+                f"answers are compared with the original's on {most} calls of {rows} samples, as each gives {size / 1e6:.1f} MB",
+            )
         return [runnable.run(self._sample(index)) for index in self._indices(self._samples)]
 
     def metrics(self, reference: Answers, answers: Answers) -> dict[str, float]:

@@ -65,7 +65,13 @@ class Fold:
         model = graph.model
         before = _nodes(model)
         if model.functions:
-            InlinePass()(model)
+            # A function of another opset stays one: its operators may be others of the same name.
+            InlinePass(
+                criteria=lambda function: all(
+                    model.opset_imports.get(domain, version) == version
+                    for domain, version in function.opset_imports.items()
+                )
+            )(model)
             RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
         # Shape inference goes through a protobuf, which small constants may enter but weights must not.
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)

@@ -24,6 +24,7 @@ from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.calibrated_range import PERCENTILE, check_method, chosen_range
 from onnxpress.optimizers.experts import quantize_experts, routers
 from onnxpress.optimizers.linear import Linear, add_constant, drop_unused_constants, linears, replace, unused_name
+from onnxpress.optimizers.opset import raise_opset
 from onnxpress.optimizers.rounding import activation_uint8, blocks, rounded_uint8
 from onnxpress.optimizers.smooth import check_smooth, smooth_norms
 from onnxpress.optimizers.weights import Weights8Bit, quantize_embeddings
@@ -59,6 +60,7 @@ class Int8:
                 "The pass int8 needs calibration inputs to measure activation ranges, and none are at hand: choose the "
                 "pass int8-dynamic, which needs none."
             )
+        raise_opset(graph, 10)  # QuantizeLinear
         smoothed = smooth_norms(graph, context.observe, self.smooth) if self.smooth else ()
         tied, touched = quantize_embeddings(graph, bits=8, preferred_block=128, keep=context.keep)
         kept = context.keep | routers(graph)

@@ -179,6 +179,28 @@ def _parts(x: torch.Tensor) -> torch.Tensor:
     return whole.mT @ whole
 
 
+def _operators_of_other_arguments(x: torch.Tensor) -> torch.Tensor:
+    left = x * 2
+    left **= 2
+    left.double().float_power_(2)
+    return left.ldexp_(torch.ones(5)) + 1
+
+
+def _seen_by_a_view_that_hides_it(x: torch.Tensor) -> torch.Tensor:
+    left = x * 2
+    flat = torch.ops.aten._unsafe_view(left, (len(x) * 5,))
+    left.add_(1)
+    return flat * 1
+
+
+def _a_part_copied_onto_itself(x: torch.Tensor) -> torch.Tensor:
+    whole = x.new_empty(len(x), 10)
+    part = whole[..., :5]
+    part.copy_(part)
+    whole[..., 5:] = x * 2
+    return whole[:, 5:] * 1
+
+
 @pytest.mark.parametrize("written", [_sum, _chosen, _parts])
 def test_writes_into_memory_of_their_own_need_no_second_trace(written, monkeypatch, tmp_path):
     def taken_apart(*_: object) -> None:
@@ -203,6 +225,9 @@ def test_writes_into_memory_of_their_own_need_no_second_trace(written, monkeypat
         _into_what_is_given,
         _another_dtype_anew,
         _keeps_its_dtype,
+        _operators_of_other_arguments,
+        _seen_by_a_view_that_hides_it,
+        _a_part_copied_onto_itself,
     ],
 )
 def test_writes_that_are_left_to_torch(written, tmp_path):
@@ -364,12 +389,24 @@ def test_answers_that_come_as_they_went_in_or_twice(tmp_path):
 
         def forward(self, x: torch.Tensor) -> dict[str, object]:
             y = self.linear(x)
-            return {"x": x, "y": y, "again": [y, y], "weight": self.linear.weight}
+            masked = y.masked_fill(torch.arange(4) > 2, float("-inf"))
+            return {"x": x, "x_out": masked, "again": [y, y], "again.1": y, "weight": self.linear.weight}
 
     exported = export(Answers(), example_inputs=torch.randn(2, 4))
     names = [spec.name for spec in exported.graph.signature.outputs]
-    assert names == ["x_out", "y", "again.0", "again.1", "weight"]
+    assert names == ["x_out", "x_out_out", "again.0", "again.1", "again.1_out", "weight"]
     ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
+
+
+def test_modules_that_fail_or_answer_what_no_array_holds_are_named():
+    class Wide(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.bfloat16()
+
+    with pytest.raises(SourceError, match="Linear fails on its example inputs: RuntimeError: mat1 and mat2"):
+        export(nn.Linear(3, 4), example_inputs=torch.randn(2, 4))
+    with pytest.raises(ConversionError, match="answers bfloat16"):
+        export(Wide(), example_inputs=torch.randn(2, 4))
 
 
 def test_a_module_that_answers_nothing_is_named():

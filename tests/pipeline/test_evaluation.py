@@ -216,6 +216,21 @@ def test_answers_of_unequal_sizes() -> None:
     assert agreement("module", [two, two], [two, three])["variance_kept"] == 0
 
 
+def test_each_output_counts() -> None:
+    """Boxes in pixels do not hide what became of the scores; masks are equal or not, and masked logits are the same infinity."""
+    random = np.random.default_rng(0)
+    answers = [{"boxes": 500 * random.random(8), "scores": random.random(4)} for _ in range(50)]
+    spoiled = [{**answer, "scores": np.full(4, 0.5)} for answer in answers]
+    assert agreement("module", answers, spoiled)["variance_kept"] < 0.05
+    masks = [{"mask": np.array([0, 9, 9, 1])}] * 5
+    assert agreement("module", masks, [{"mask": np.array([0, 9, 1, 1])}] * 5) == {"variance_kept": 0.75, "max_abs": 8}
+    masked = [{"logits": np.array([number, -np.inf])} for number in (1.0, 2.0, 3.0)]
+    assert agreement("module", masked, masked)["variance_kept"] == 1
+    assert (
+        agreement("module", masked, [{"logits": np.array([number, 0.0])} for number in (1, 2, 3)])["variance_kept"] == 0
+    )
+
+
 def test_several_labels_are_compared_label_by_label() -> None:
     one, other = logits([5, 1, -1]), logits([4, -1, -2])
     assert agreement("text-classification", one, other)["top1_agreement"] == 1

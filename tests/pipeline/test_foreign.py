@@ -288,8 +288,49 @@ def test_text_between_numbers_stays(tmp_path: Path) -> None:
 
 
 def test_answers_whose_size_hangs_on_the_input_are_named(tmp_path: Path) -> None:
-    nodes = [helper.make_node("Relu", ["x"], ["positive"]), helper.make_node("NonZero", ["positive"], ["y"])]
-    path = saved(tmp_path / "file.onnx", nodes, [helper.make_tensor_value_info("y", INTEGERS, [2, "found"])])
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["flat"], axis=0),
+        helper.make_node("Squeeze", ["flat", "first"], ["all"]),
+        helper.make_node("Relu", ["all"], ["positive"]),
+        helper.make_node("Cast", ["positive"], ["some"], to=onnx.TensorProto.BOOL),
+        helper.make_node("Compress", ["all", "some"], ["y"]),
+    ]
+    first = numpy_helper.from_array(np.array([0]), "first")
+    path = saved(tmp_path / "file.onnx", nodes, [helper.make_tensor_value_info("y", FLOATS, ["found"])], first)
     with pytest.raises(OnnxpressError, match=r"answers with \d+ to \d+ numbers, which hangs on what is in its inputs"):
         onnxpress.build(path, out=tmp_path / "out", precision="fp32", **QUICK)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("opset", [7, 9, 13])
+@pytest.mark.parametrize("precision", ["int8", "int8-qdq"])
+def test_files_of_old_opsets_are_quantized(precision: str, opset: int, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Relu", ["h"], ["y"])]
+    shapes = [helper.make_tensor_value_info(name, FLOATS, ["batch", 64]) for name in "xy"]
+    weight = numpy_helper.from_array(random.standard_normal((64, 64)).astype(np.float32), "w")
+    graph = helper.make_graph(nodes, "graph", shapes[:1], shapes[1:], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=7)
+    onnx.save(model, tmp_path / "file.onnx")
+    built = onnxpress.build(tmp_path / "file.onnx", out=tmp_path / "out", precision=precision, target="cpu", **QUICK)
+    x = random.standard_normal((3, 64)).astype(np.float32)
+    expected = open_onnx(tmp_path / "file.onnx").reference.run({"x": x})["y"]
+    answers = onnxpress.load(built.path).session.run({"x": x})["y"]
+    assert 0 < np.abs(answers - expected).max() < 0.05 * expected.max()
+
+
+def test_a_function_of_another_opset_stays_a_function(tmp_path: Path) -> None:
+    """ONNX Runtime takes such files."""
+    body = [helper.make_node("Constant", [], ["c"], value_float=2.0), helper.make_node("Mul", ["a", "c"], ["b"])]
+    function = helper.make_function("mine", "Twice", ["a"], ["b"], body, [helper.make_opsetid("", 17)])
+    path = saved(
+        tmp_path / "file.onnx", [PRODUCT, helper.make_node("Twice", ["y"], ["z"], domain="mine")],
+        [helper.make_tensor_value_info("z", FLOATS, ["batch", 3])],
+    )  # fmt: skip
+    model = onnx.load(path)
+    model.functions.append(function)
+    model.opset_import.append(helper.make_opsetid("mine", 1))
+    onnx.save(model, path)
+    built = onnxpress.build(path, out=tmp_path / "out", precision="fp32", **QUICK)
+    answers = onnxpress.load(built.path).session.run({"x": np.ones((1, 3), np.float32)})
+    np.testing.assert_array_equal(answers["z"], [[2, 2, 2]])
