@@ -109,9 +109,8 @@ class PlainModule(torch.nn.Module):
         """All tensors of the module's answer, however nested."""
         answer = self.module(**dict(zip(self.names, inputs, strict=True)))
         found: list[torch.Tensor] = []
-        for _, tensor in _tensors(
-            answer
-        ):  # a value of a graph has one name: what is answered as it came, or twice, is copied
+        for _, tensor in _tensors(answer):
+            # A value of a graph has one name: what is answered as it came, or twice, is copied.
             known = any(tensor is other for other in (*inputs, *found))
             found.append(tensor.clone() if known else tensor)
         return tuple(found)

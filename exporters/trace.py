@@ -52,9 +52,8 @@ def trace(
             try:
                 spare_decomposition(program)
                 model = _translated(program, example, outputs)
-            except (
-                Exception
-            ):  # something in it has to be taken apart first; what does not convert then either is raised
+            except Exception:
+                # Something in it has to be taken apart first; what does not convert then either is raised.
                 program = _exported(module, example, dynamic, given=axes is not None)
                 model = _translated(program, example, outputs)
             clean(model, inputs=shapes, prefix=prefix)
