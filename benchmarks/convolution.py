@@ -153,7 +153,7 @@ def compare(
     options: dict[str, Any] = {"measure": False, "quiet": True}
     if isinstance(source, torch.nn.Module):
         options["example_inputs"] = {name: torch.from_numpy(array[:2]) for name, array in train.items()}
-    files = {"file": str(folder / "test.npz"), "calibration": str(folder / "train.npz")}
+    options["file"] = str(folder / "test.npz")
     sessions: dict[str, Any] = {}
     for name, precision, passes in (
         ("onnxpress fp32", "fp32", {}),
@@ -161,8 +161,10 @@ def compare(
         ("onnxpress int8-qdq, entropy, corrected", "int8-qdq", {"calibration": "entropy", "bias_correction": True}),
     ):
         out = folder / name.replace(" ", "-").replace(",", "")
-        built = {"passes": {"int8-qdq": passes}} if passes else {}
-        artifact = onnxpress.build(source, out=out, precision=precision, **files, **built, **options)
+        built: dict[str, Any] = {"passes": {"int8-qdq": passes}} if passes else {}
+        if precision != "fp32":
+            built["calibration"] = str(folder / "train.npz")
+        artifact = onnxpress.build(source, out=out, precision=precision, **built, **options)
         sessions[name] = onnxpress.load(artifact.path)
     plain = folder / "onnxpress-fp32" / "model.onnx"
     rows = {

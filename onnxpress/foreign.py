@@ -20,6 +20,7 @@ from onnxpress.manifest import Arrays, Signature, TensorSpec
 from onnxpress.runtime.bfloat16 import host_dtype
 from onnxpress.runtime.session import Session
 
+_WEIGHTS_ALONE = 4  # the IR version from which weights need not be inputs
 _EXAMPLE_BATCH = 2  # how long leading symbolic axes are in the example
 _EXAMPLE_SIZES = (8, 64, 512)  # how long others are: the first with which the file runs
 
@@ -54,6 +55,7 @@ def open_onnx(path: Path, *, task: str | None = None) -> Exported:
         raise SourceError(f"{path} is not a readable ONNX model: {error}") from None
     for value in [value for value in model.graph.inputs if value.name in model.graph.initializers]:
         model.graph.inputs.remove(value)  # old exporters list weights as inputs with a default
+    model.ir_version = max(model.ir_version, _WEIGHTS_ALONE)
     for value in (*model.graph.inputs, *model.graph.outputs, *(out for node in model.graph for out in node.outputs)):
         if value.shape is not None and any(isinstance(axis, int) and axis < 0 for axis in value.shape):
             # paddle2onnx writes -1 where others write a name or nothing.

@@ -334,3 +334,16 @@ def test_a_function_of_another_opset_stays_a_function(tmp_path: Path) -> None:
     built = onnxpress.build(path, out=tmp_path / "out", precision="fp32", **QUICK)
     answers = onnxpress.load(built.path).session.run({"x": np.ones((1, 3), np.float32)})
     np.testing.assert_array_equal(answers["z"], [[2, 2, 2]])
+
+
+def test_a_file_that_lists_its_weights_as_inputs_stays_valid(tmp_path: Path) -> None:
+    """As IR version 3 has to."""
+    model = onnx.load(saved(tmp_path / "file.onnx", [PRODUCT], [Y]))
+    model.ir_version = 3
+    model.opset_import[0].version = 8
+    model.graph.input.append(helper.make_tensor_value_info("w", FLOATS, [3, 3]))
+    onnx.save(model, tmp_path / "file.onnx")
+    onnx.checker.check_model(tmp_path / "file.onnx")
+    built = onnxpress.build(tmp_path / "file.onnx", out=tmp_path / "out", precision="fp32", **QUICK)
+    assert [spec.name for spec in built.manifest.signature.inputs] == ["x"]
+    onnx.checker.check_model(built.path / "model.onnx")
