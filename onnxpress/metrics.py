@@ -92,7 +92,7 @@ def _variance_kept(reference: list[Array], candidate: list[Array]) -> tuple[floa
         mean += _finite(array) / len(reference)
     lost = whole = squares = largest = 0.0
     for one, other in zip(reference, candidate, strict=True):  # one at a time: they may be images
-        if other.size != one.size or not np.array_equal(one[~np.isfinite(one)], other[~np.isfinite(other)]):
+        if other.size != one.size or not np.array_equal(_infinite(one), _infinite(other)):
             return 0.0, math.inf
         first, second = _finite(one), _finite(other)
         difference, spread = first - second, first - mean
@@ -108,6 +108,11 @@ def _variance_kept(reference: list[Array], candidate: list[Array]) -> tuple[floa
 def _finite(array: Array) -> Array:
     """As a vector of float64, with zeros for what is not finite: masked logits."""
     return np.where(np.isfinite(array), array, 0).astype(np.float64).ravel()
+
+
+def _infinite(array: Array) -> Array:
+    """As a vector, with zeros for what is finite."""
+    return np.where(np.isfinite(array), 0, array).ravel()
 
 
 def _equal_share(reference: list[Array], candidate: list[Array]) -> tuple[float, float]:

@@ -226,6 +226,8 @@ def test_each_output_counts() -> None:
     assert agreement("module", masks, [{"mask": np.array([0, 9, 1, 1])}] * 5) == {"variance_kept": 0.75, "max_abs": 8}
     masked = [{"logits": np.array([number, -np.inf])} for number in (1.0, 2.0, 3.0)]
     assert agreement("module", masked, masked)["variance_kept"] == 1
+    swapped = [{"logits": answer["logits"][::-1]} for answer in masked]
+    assert agreement("module", masked, swapped)["variance_kept"] == 0
     assert (
         agreement("module", masked, [{"logits": np.array([number, 0.0])} for number in (1, 2, 3)])["variance_kept"] == 0
     )
