@@ -44,8 +44,8 @@ def export_module(source: ModuleSource) -> ModuleExport:
             )
     module = PlainModule(source.module, tuple(example))
     try:
-        with evaluation_mode(module), torch.inference_mode():
-            answer = source.module(**example)
+        with torch.inference_mode(), evaluation_mode(module) as written:
+            answer = source.module(**{name: tensor.clone() for name, tensor in example.items()})
     except Exception as error:  # whatever a module raises
         raise SourceError(
             f"{type(source.module).__name__} fails on its example inputs: {type(error).__name__}: {error}"
@@ -60,6 +60,10 @@ def export_module(source: ModuleSource) -> ModuleExport:
             "The module answers bfloat16, which numpy does not have: give a module that answers float32."
         )
     notes: list[str] = []
+    if written:
+        notes.append(
+            f"written by the module: {', '.join(name.removeprefix('module.') for name in written)}; a graph keeps nothing between calls, and answers as at the first"
+        )
     if source.dynamic_axes is not None:
         shapes = _declared_shapes(source, example)
         model, axes = _trace(module, example, shapes, outputs)
@@ -184,7 +188,7 @@ def _batch_shapes(module: PlainModule, example: Mapping[str, torch.Tensor]) -> t
     size = sizes.pop()
     larger = [torch.cat([tensor, tensor, tensor[:1]]) for tensor in example.values()]  # (2 · batch + 1, …)
     try:
-        with evaluation_mode(module), torch.inference_mode():
+        with torch.inference_mode(), evaluation_mode(module):
             answers = module(*larger)
     except Exception as error:  # whatever the module raises when a shape does not suit it
         return fixed, f"a batch of {2 * size + 1} fails with {type(error).__name__}"

@@ -2,7 +2,7 @@
 
 File format: safetensors, keys "input.CASE.NAME" and "output.CASE.NAME". The tolerance allows for other processors'
 kernels: 1e-3 of an output's largest value for float graphs, 5e-2 for quantized ones, where one activation that rounds
-the other way moves an answer by a quantization step, and all behind it. A quantized graph may elsewhere be as far from its answers
+the other way moves an answer by a quantization step, and all behind it; of integers and booleans, the same share may differ. A quantized graph may elsewhere be as far from its answers
 here as these are from those of the graph in float: of that size are the roundings that another kernel makes another way.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from onnxpress.manifest import Arrays
+from onnxpress.runtime.loading import golden_difference
 from onnxpress.runtime.session import Session
 
 _EXACT, _QUANTIZED = 1e-3, 5e-2
@@ -23,7 +24,7 @@ _EXACT, _QUANTIZED = 1e-3, 5e-2
 def write_golden(
     path: Path, session: Session, cases: Mapping[str, Arrays], *, unrounded: Session | None
 ) -> dict[str, float]:
-    """Run the cases, write them with their outputs, and return the allowed absolute difference for each output.
+    """Run the cases, write them with their outputs, and return the `golden_difference` that is allowed for each output.
 
     unrounded: of a quantized graph, the one in float; it is not asked where it takes other inputs (another cache).
     """
@@ -36,12 +37,19 @@ def write_golden(
             tensors[f"input.{case}.{name}"] = np.asarray(array, order="C")
         for name, array in session.run(feeds).items():
             tensors[f"output.{case}.{name}"] = np.asarray(array, order="C")
-            largest[name] = max(largest.get(name, 0.0), float(np.abs(array).max(initial=0)))
+            largest[name] = max(largest.get(name, 0.0), _size(array))
         if unrounded is not None and unrounded.signature.inputs == session.signature.inputs:
             for name, array in unrounded.run(feeds).items():
-                difference = np.abs(np.asarray(array, np.float64) - tensors[f"output.{case}.{name}"])
-                rounding[name] = max(rounding.get(name, 0.0), float(difference.max(initial=0)))
+                difference = golden_difference(tensors[f"output.{case}.{name}"], array)
+                rounding[name] = max(rounding.get(name, 0.0), difference if np.isfinite(difference) else 0.0)
     path.write_bytes(save(tensors))  # save_file has errors of its own for a full disk
     return {
         name: float(f"{max(share * max(value, 1e-3), rounding.get(name, 0.0)):.3g}") for name, value in largest.items()
     }
+
+
+def _size(array: np.ndarray) -> float:
+    """The largest finite absolute value of floats; 1 for other numbers, whose difference is a share."""
+    if not np.issubdtype(array.dtype, np.floating):
+        return 1.0
+    return float(np.abs(array[np.isfinite(array)]).max(initial=0))

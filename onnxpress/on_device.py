@@ -365,7 +365,7 @@ def _check_answers(verdict: Verdict, artifact: Any, session: Any) -> None:
 
     verdict.add("runtime", f"ONNX Runtime {onnxruntime.__version__}, {', '.join(session.providers)}")
     for row in verify_golden(artifact, session):
-        difference = f"largest difference {row.max_abs:.3g} (allowed {row.tolerance:.3g})"
+        difference = f"difference {row.difference:.3g} (allowed {row.tolerance:.3g})"
         verdict.add(f"golden {row.case}", f"{row.output}: {difference}")
 
 

@@ -82,9 +82,7 @@ def _verify(options: argparse.Namespace) -> int:
     else:
         print(f"{len(artifact.manifest.files)} files have the digests of the manifest.")
         for row in rows:
-            print(
-                f"golden {row.case}, {row.output}: largest difference {row.max_abs:.3g} (allowed {row.tolerance:.3g})"
-            )
+            print(f"golden {row.case}, {row.output}: difference {row.difference:.3g} (allowed {row.tolerance:.3g})")
     return 0
 
 

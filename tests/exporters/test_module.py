@@ -416,3 +416,29 @@ def test_a_module_that_answers_nothing_is_named():
 
     with pytest.raises(ConversionError, match="Nothing answers nothing for the example inputs"):
         export(Nothing(), example_inputs=torch.randn(2, 4))
+
+
+def test_what_a_module_writes_is_as_before(tmp_path):
+    """Its buffers, in place or anew, and its inputs: each call begins as the first did, and so does the graph."""
+
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("calls", torch.ones(()))
+            self.register_buffer("last", torch.zeros(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            self.last = x[0]
+            return self.linear(x.add_(self.calls))
+
+    module, x = Writes(), torch.randn(2, 4)
+    before, given = [(value, value.clone()) for value in module.buffers()], x.clone()
+    exported = export(module, example_inputs=x)
+    ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
+    assert "written by the module: calls, last; a graph keeps nothing" in exported.notes[0]
+    assert torch.equal(x, given)
+    for value, (buffer, content) in zip(module.buffers(), before, strict=True):
+        assert value is buffer
+        assert torch.equal(buffer, content)

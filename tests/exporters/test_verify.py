@@ -2,12 +2,18 @@
 
 import numpy as np
 import pytest
+import torch
 from tiny_models import OnnxRunner, save_model
 
 from onnxpress.errors import ParityError
 from onnxpress.exporters import ParityCheck, export
 from onnxpress.exporters.verify import text_cases
 from onnxpress.manifest import Signature, TensorSpec
+
+
+class Masked(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.masked_fill(torch.arange(4) > 2, float("-inf"))
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +65,19 @@ def test_not_a_number_is_an_error(exported, tmp_path):
         return answers
 
     with pytest.raises(ParityError, match="differs by up to nan"):
+        ParityCheck(exported).check(Altered(OnnxRunner(exported.graph.model, tmp_path), change))
+
+
+@pytest.mark.parametrize(("place", "number"), [(3, 5.0), (3, np.inf), (0, -np.inf)])
+def test_an_infinity_is_like_itself_alone(place, number, tmp_path):
+    exported = export(Masked(), example_inputs=torch.randn(2, 4))
+
+    def change(answers, feeds):
+        answers["output_0"][0, place] = number
+        return answers
+
+    ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
+    with pytest.raises(ParityError, match="differs by up to inf"):
         ParityCheck(exported).check(Altered(OnnxRunner(exported.graph.model, tmp_path), change))
 
 

@@ -207,7 +207,7 @@ class TestPage:
         with served(folder) as address:
             lines = check(page, address)
             assert lines["verdict"] == ("good", True)
-            assert "largest difference" in lines["golden pair"][0]
+            assert "difference" in lines["golden pair"][0]
             assert "ms a call, inputs of 2 × 4" in lines["latency pair"][0]
             assert "ONNX Runtime 1.30.0, WebAssembly" in lines["runtime"][0]
             assert int(lines["memory"][0].split(" MB")[0]) > 10

@@ -26,7 +26,7 @@ from onnxpress.runtime import (
     TokenClassifier,
     load,
 )
-from onnxpress.runtime.loading import open_session, verify_golden
+from onnxpress.runtime.loading import golden_difference, open_session, verify_golden
 from onnxpress.runtime.tensor_file import read_tensors
 from onnxpress.runtime.text_runner import TOKENS_PER_CHUNK
 
@@ -109,7 +109,7 @@ def test_eight_threads_load_and_answer(artifact: Artifact) -> None:
 def test_golden_outputs_hold(artifact: Artifact) -> None:
     rows = verify_golden(artifact, open_session(artifact))
     assert [(row.case, row.output) for row in rows] == [("pair", "embeddings")]
-    assert rows[0].max_abs <= rows[0].tolerance == 1e-6
+    assert rows[0].difference <= rows[0].tolerance == 1e-6
 
 
 class Changed:
@@ -129,6 +129,19 @@ class Changed:
 def test_golden_outputs_that_do_not_hold_are_named(artifact: Artifact, change: Any) -> None:
     with pytest.raises(GoldenError, match="output embeddings of golden case pair differs by"):
         verify_golden(artifact, Changed(artifact, change))
+
+
+def test_how_far_answers_are_from_the_golden_ones() -> None:
+    masked = np.array([1.0, -np.inf, np.inf], np.float32)
+    assert golden_difference(masked, masked) == 0
+    assert golden_difference(masked + np.float32([0.5, 0, 0]), masked) == 0.5
+    assert golden_difference(-masked, masked) == np.inf
+    assert golden_difference(np.zeros(3, np.float32), masked) == np.inf
+    assert np.isnan(golden_difference(masked * np.nan, masked))
+    classes = np.array([[1000, 7, 7, 0]])
+    assert golden_difference(classes - [[1, 0, 0, 0]], classes) == 0.25, "of classes the share"
+    assert golden_difference(classes.astype(bool), np.ones((1, 4), bool)) == 0.25
+    assert golden_difference(classes[:, :0], classes[:, :0]) == 0
 
 
 @pytest.mark.parametrize(
