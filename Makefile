@@ -134,5 +134,5 @@ gpu-bench: ## encoders and decoders beside torch on an NVIDIA card (PYTHON=… h
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$$python" benchmarks/gpu/bench.py $(GPU_BENCH_OPTIONS)
 
 clean: ## remove environments, artifacts and caches
-	rm -rf .venv .venv-oldest .venv-gpu .venv-peers .bench-cache .devices $(OUT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest .venv-gpu .venv-peers .bench-cache .devices artifacts build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

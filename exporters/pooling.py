@@ -66,7 +66,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file of a model folder. Raises SourceError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path} cannot be read as JSON: {error}. Download the model again.") from None
 
 

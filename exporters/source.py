@@ -17,7 +17,8 @@ import torch
 from onnxpress.errors import SourceError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py", "README.md", "LICENSE*", "NOTICE*"]
+_WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
+_WANTED_FILES += ["LICENSE*", "LICENCE*", "COPYING*", "NOTICE*"]
 _UNWANTED_FILES = ["onnx/*", "openvino/*", "*checkpoint-*"]
 
 
@@ -117,7 +118,10 @@ def _folder(folder: Path, *, name: str) -> FolderSource:
                 f"onnxpress reads safetensors only: load the model in transformers, if you trust it, and convert it to "
                 f"safetensors with model.save_pretrained(folder)."
             )
-        raise SourceError(f"{folder} has no weights: no file there ends in .safetensors. Download the model again.")
+        raise SourceError(
+            f"{folder} has no weights: no file there ends in .safetensors, and pickled ones (.bin, .pt) are not read. Download the model again, or "
+            f"another revision of it."
+        )
     return FolderSource(name=name, folder=folder)
 
 

@@ -102,7 +102,7 @@ def export_decoder(
     options: dict[str, Json] = {
         "max_length": context,
         "pad_token_id": tokenizer.pad_token_id,
-        **_special_tokens(folder, model),
+        **_special_tokens(model),
     }
     return TextExport(
         graph=graph,
@@ -334,7 +334,7 @@ class DecoderReference:
         return found
 
 
-def _special_tokens(folder: Path, model: PreTrainedModel) -> dict[str, Json]:
+def _special_tokens(model: PreTrainedModel) -> dict[str, Json]:
     """bos_token_id, and eos_token_ids: whichever of them ends an answer."""
     generation = model.generation_config or GenerationConfig.from_model_config(model.config)
     config = model.config.get_text_config()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -199,7 +200,7 @@ class ArtifactWriter:
     def _remove_leftovers(self) -> None:
         """Part folders of writers that are dead. One that was killed between its two renames left the old artifact."""
         prefix = f".{self.destination.name}.part-"
-        for leftover in self.destination.parent.glob(f"{prefix}*"):
+        for leftover in self.destination.parent.glob(f"{glob.escape(prefix)}*"):
             owner, _, kind = leftover.name.removeprefix(prefix).partition("-")
             if not owner.isdigit() or (int(owner) != os.getpid() and _alive(int(owner))):
                 continue

@@ -240,7 +240,7 @@ def _contents(artifact: Artifact, target: str, facts: Device) -> dict[str, Sourc
 def _requirements(artifact: Artifact, *, secured: bool) -> list[str]:
     """What the device needs beside Python, for pip."""
     wheel = "onnxruntime" if providers(artifact.manifest) == ("cpu",) else "onnxruntime-gpu"
-    packages = [f"{wheel}>={artifact.manifest.minimum_onnxruntime}", "numpy>=2.0", "tokenizers>=0.21"]
+    packages = [f"{wheel}>={artifact.manifest.minimum_onnxruntime}", "numpy>=2.0", "tokenizers>=0.21", "tqdm>=4.66"]
     packages += ["jinja2>=3.1.6"] * (artifact.manifest.task == "text-generation")
     return [*packages, "cryptography>=45"] if secured else packages
 

@@ -71,6 +71,9 @@ def _unpack(bundle: Path, scratch: Path) -> Path:
     """The bundle's folder in scratch: plain files alone, none outside of it."""
     if bundle.suffix == ".zip":
         with zipfile.ZipFile(bundle) as archive:
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:  # nothing of ours is, and it may be larger than the disk
+                    raise ValueError(f"it holds {entry.filename!r}, which is compressed")
             archive.extractall(scratch)  # which leaves out what leads outside
     else:
         with tarfile.open(bundle, "r:") as tar:

@@ -109,7 +109,3 @@ def _terminate(*_: Any) -> None:
 
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"onnxpress: {message}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

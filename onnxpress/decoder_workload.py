@@ -20,7 +20,7 @@ from onnxpress.runtime.cache import is_past, is_state
 from onnxpress.runtime.model_step import TOTAL_LENGTH
 from onnxpress.runtime.session import Session
 from onnxpress.runtime.tokenization import Tokenizer
-from onnxpress.sample_files import read_samples
+from onnxpress.sample_files import read_samples, spread
 from onnxpress.workload import Answers
 
 _KEPT_BYTES = 256 * 2**20  # of the original's logits
@@ -64,7 +64,7 @@ class DecoderWorkload:
             self._calibration = self._windows(tokenizer, [sample.text for sample in own])[:calibration_samples]
         else:
             found = self._windows_of_file(tokenizer, calibration, columns)
-            self._calibration = found[:: max(1, len(found) // calibration_samples)][:calibration_samples]
+            self._calibration = [found[index] for index in spread(len(found), calibration_samples)]
         texts = [sample.text for sample in given]
         if file is not None:
             texts = [sample.text for sample in read_samples(file, self.task, columns)]

@@ -187,7 +187,7 @@ def fit_samples(
         save, figures = _fit_head(model, head, labels, learned, judged, balanced, progress)
     else:
         model = trainable.load_trainable(source, head, seed=training.seed, max_length=max_length)
-        save, figures = _fine_tune(model, head, labels, learned, judged, balanced, training, progress)
+        save, figures = _fine_tune(model, labels, learned, judged, balanced, training, progress)
     cut = sum(
         encoding.truncated > 0 for encoding in _tokenizer(model).encode([sample.text_or_pair for sample in learned])
     )
@@ -269,7 +269,6 @@ def _fit_head(
 
 def _fine_tune(
     model: Trainable,
-    head: Head,
     labels: Labels,
     learned: Sequence[Sample],
     judged: Sequence[Sample],

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxpress.errors import ArtifactError, ConversionError, InputError, SourceError
+from onnxpress.errors import ArtifactError, ConversionError, InputError, OnnxpressError, SourceError
 from onnxpress.exporters import Exported
 from onnxpress.exporters.bounds import index_bounds
 from onnxpress.exporters.trace import LARGEST_AXIS, LARGEST_BATCH
@@ -49,7 +49,7 @@ def open_onnx(path: Path, *, task: str | None = None) -> Exported:
         ir.external_data.load_to_model(model)  # weights beside the file: the graphs of a build are elsewhere
     except ArtifactError as error:
         raise SourceError(str(error)) from None
-    except ConversionError:
+    except OnnxpressError:
         raise
     except Exception as error:  # the protobuf parser's errors have no common base
         raise SourceError(f"{path} is not a readable ONNX model: {error}") from None

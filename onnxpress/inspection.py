@@ -73,7 +73,7 @@ def _largest_weights(path: Path) -> list[Json]:
     except ModuleNotFoundError:
         return []
     weights = ir.load(path).graph.initializers
-    sizes = [(value.const_value.nbytes, name) for name, value in weights.items() if value.const_value]
+    sizes = [(value.const_value.nbytes, name) for name, value in weights.items() if value.const_value is not None]
     return [{"name": name, "bytes": size} for size, name in sorted(sizes, reverse=True)[:10]]
 
 

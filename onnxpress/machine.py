@@ -21,9 +21,10 @@ _CONTAINERS = (
 
 def describe() -> dict[str, Json]:
     """Processor, instruction sets, usable cores, memory in bytes, operating system."""
+    flags = _flags()
     return {
         "processor": _cpu_field("model name") or platform.processor() or platform.machine(),
-        "instruction_sets": [name for name in _INSTRUCTION_SETS if name in _flags()],
+        "instruction_sets": [name for name in _INSTRUCTION_SETS if name in flags],
         "cores": usable_cores(),
         "memory_bytes": _memory_bytes(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -31,12 +32,18 @@ def describe() -> dict[str, Json]:
 
 
 def cpu_target() -> str:
-    """The target (optimizers/targets.py) that this machine's own CPU is: cpu-avx2 for x86 without VNNI, else cpu."""
+    """The target (optimizers/targets.py) that this machine's own CPU is: cpu-arm64, cpu-avx2 for x86 without VNNI, else cpu."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return "cpu-arm64"
     return "cpu-avx2" if products_saturate() else "cpu"
 
 
 def peak_memory_bytes() -> int | None:
     """The most resident memory that this process had so far; None where the system does not tell."""
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # getrusage's number is that of the process that started this one, where it was larger
+        return 1024 * _field("/proc/self/status", "VmHWM:")
     try:
         import resource
     except ImportError:  # Windows

@@ -130,6 +130,8 @@ class Manifest:
             )
         try:
             signature = content["signature"]
+            if not all(isinstance(content[name], dict) for name in ("files", "options", "session")):
+                raise TypeError("files, options and session are objects")
             return cls(
                 **{
                     **content,

@@ -20,6 +20,7 @@ _PACKAGES = {
     "onnxruntime-gpu": "MIT",
     "numpy": "BSD-3-Clause AND 0BSD AND MIT AND Zlib AND CC0-1.0",
     "tokenizers": "Apache-2.0",
+    "tqdm": "MPL-2.0 AND MIT",
     "jinja2": "BSD-3-Clause",
     "cryptography": "Apache-2.0 OR BSD-3-Clause",
 }

@@ -11,6 +11,7 @@ from onnxpress import evaluation, metrics
 from onnxpress.errors import RecipeError
 from onnxpress.manifest import Arrays, Runnable, Signature
 from onnxpress.sample_arrays import SampleArrays, refuse_overlap
+from onnxpress.sample_files import spread
 from onnxpress.workload import Answers
 
 _BATCH_TRIAL = 64  # samples for the comparison alone against batched; the runner does not cut batches
@@ -72,9 +73,8 @@ class ModuleWorkload:
     def calibration(self) -> Iterator[Arrays]:
         """The calibration file's samples, mixed, or random inputs of seeds that evaluation does not use."""
         if self._calibrating is not None:
-            for index in np.random.default_rng(0).permutation(
-                list(self._calibrating.spread(self._calibration_samples))
-            ):
+            calls = spread(self._calibrating.calls(), self._calibration_samples)
+            for index in np.random.default_rng(0).permutation(calls):
                 yield self._calibrating.call(int(index))
             return
         for seed in range(self._calibration_samples):
@@ -132,7 +132,7 @@ class ModuleWorkload:
         return {case: self._sample(index) for case, index in zip(("first", "second"), self._indices(2), strict=False)}
 
     def _indices(self, count: int) -> list[int]:
-        return list(range(count)) if self._given is None else list(self._given.spread(count))
+        return list(range(count)) if self._given is None else spread(self._given.calls(), count)
 
     def _sample(self, index: int, batch: int | None = None) -> Arrays:
         """One evaluation input."""

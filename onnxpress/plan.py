@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from onnxpress.errors import ArtifactError, BudgetError, ConversionError, RecipeError
 from onnxpress.gate import Gate, Judgement
 from onnxpress.manifest import Json
 from onnxpress.search import search
-from onnxpress.trials import Times, Trials
+from onnxpress.trials import Times, Trials, not_run
 
 TIE = 1.05  # plans count as equally fast up to this share of the fastest one's time: as much is the clock's
 _ALL: frozenset[str] = frozenset()  # nothing stays
@@ -99,12 +100,9 @@ def mixed_plan(
             trials.times(kept)
 
     found = search(whole.places, trials.judge, progress, share=share, visit=visit)
-    if found is None:
-        return whole
-    tried = [_plan(whole.name, trials, kept, judgement, timed=timed) for kept, judgement in found.tried]
-    tried = [
-        plan for plan in tried if plan.changes
-    ]  # where all layers stay, what lay between them does too: that is no plan
+    tried = [_plan(whole.name, trials, kept, judgement, timed=timed) for kept, judgement in found]
+    # Where all layers stay, what lay between them does too: that is no plan.
+    tried = [plan for plan in tried if plan.changes]
     best = max([whole, *tried], key=lambda plan: (plan.holds, -len(plan.kept) if plan.holds else plan.judgement.margin))
     return replace(best, tried=(whole, *tried))
 
@@ -172,16 +170,12 @@ def choose_automatically(
         if trials is None:
             plans[name] = Plan(name=name, judgement=as_it_is, bytes=float_bytes)
             continue
-        try:
+        with _left_out(name, why_not):
             if trials.measure(_ALL).changes == 0:
                 why_not[name] = "nothing to change"
             else:
                 alone = gate.workload.rows_can_run_alone
                 plans[name] = whole_plan(name, trials, can_run_alone=alone, timed=timed)
-        except (RecipeError, ConversionError) as error:
-            why_not[name] = f"cannot be tried: {error}"
-        except ArtifactError:
-            why_not[name] = "ONNX Runtime does not run it here"
         trials.let_go()
 
     for name, whole in list(plans.items()):
@@ -195,16 +189,28 @@ def choose_automatically(
             )
             continue
         step(f"{name}, the places that have to stay")
-        plans[name] = mixed_plan(whole, trials, progress, timed=timed)
+        with _left_out(name, why_not):
+            plans[name] = mixed_plan(whole, trials, progress, timed=timed)
+            if not plans[name].holds:
+                why_not[name] = f"over the budget; what came closest: {plans[name].sentence()}"
         trials.let_go()
-        if not plans[name].holds:
-            why_not[name] = f"over the budget; what came closest: {plans[name].sentence()}"
 
     chosen = choose([plan for plan in plans.values() if plan.holds], by_size=by_size)
     if (trials := candidates[chosen.name]) is not None:
         plans[chosen.name] = chosen = proven(chosen, trials)
     outcomes = [_outcome(name, plans.get(name), why_not.get(name, ""), chosen, by_size) for name in candidates]
     return Choice(chosen=chosen, outcomes=tuple(outcomes))
+
+
+@contextmanager
+def _left_out(name: str, why_not: dict[str, str]) -> Iterator[None]:
+    """What one candidate meets does not end the search."""
+    try:
+        yield
+    except (RecipeError, ConversionError) as error:
+        why_not[name] = f"cannot be tried: {error}"
+    except ArtifactError as error:
+        why_not[name] = not_run(error)
 
 
 def curve(choice: Choice) -> list[dict[str, Json]]:

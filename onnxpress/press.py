@@ -26,7 +26,7 @@ from onnxpress.recipe import Recipe
 from onnxpress.runtime.cache import KeyValueCache
 from onnxpress.runtime.model_step import ModelStep
 from onnxpress.runtime.session import Session
-from onnxpress.trials import Notebook, Times, Trials, describe_steps
+from onnxpress.trials import Notebook, Times, Trials, describe_steps, not_run
 from onnxpress.workbench import RowByRow, Workbench
 
 _QDQ = "int8-qdq"
@@ -115,8 +115,8 @@ class Press:
         try:
             session = self._bench.open(result.graph)
             self._parity.check(session)
-        except (ArtifactError, InputError):  # the graph before it takes the same inputs
-            self._record(row, status="undone", reason="ONNX Runtime does not run what comes out of it")
+        except (ArtifactError, InputError) as error:  # the graph before it takes the same inputs
+            self._record(row, status="undone", reason=not_run(error))
             return
         except ParityError as error:
             self._record(row, status="undone", reason=f"changed the answers: {error}")
@@ -223,7 +223,7 @@ class Press:
             bench=self._bench,
             gate=self._gate,
             target=self._target,
-            report=self._report,
+            progress=self._report.detail,
             notebook=notebook,
         )
 

@@ -321,7 +321,7 @@ def _origin(manifest: Manifest, measured: Mapping[str, Json]) -> str:
         "System": machine.get("system"),
         "Date": measured.get("date"),
         "Build time": f"{measured['build_seconds']:.0f} s" if "build_seconds" in measured else None,
-        "Peak memory": f"{measured['peak_memory_bytes'] / 1e9:.2f} GB" if "peak_memory_bytes" in measured else None,
+        "Peak memory": f"{peak / 1e9:.2f} GB" if (peak := measured.get("peak_memory_bytes")) else None,
         "Versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
         "Runs on": f"ONNX Runtime {manifest.minimum_onnxruntime} or newer",
         "Note": measured.get("note"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,11 +43,6 @@ class SampleArrays:
         """Inputs of one call, or of several that follow each other, in one."""
         start = index * self.rows
         return {name: array[start : start + calls * self.rows] for name, array in self.inputs.items()}
-
-    def spread(self, count: int) -> Iterator[int]:
-        """Indices of at most `count` calls, evenly over the file, which may be sorted."""
-        for index in np.linspace(0, self.calls() - 1, min(count, self.calls())):
-            yield int(index)
 
 
 def read_arrays(path: Path, signature: Signature) -> SampleArrays:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from onnxpress.errors import RecipeError
 from onnxpress.evaluation import Sample, finite_number
 from onnxpress.manifest import Json
@@ -27,6 +29,11 @@ _COLUMNS: Mapping[str, tuple[str, ...]] = {
     "label": ("label", "labels", "score", "answers", "answer", "target"),
 }
 _DOCUMENT = "-DOCSTART-"  # CoNLL-2003's line between documents
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Indices of at most `wanted` of `count` things, evenly over a file, which may be sorted."""
+    return [int(index) for index in np.linspace(0, count - 1, min(wanted, count))]
 
 
 def read_samples(
@@ -181,7 +188,7 @@ def _read_rows(path: Path, *, numbered: bool) -> list[_Row]:
 def _json_row(path: Path, number: int, line: str) -> _Row:
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path}, line {number} is not valid JSON: {error}.") from None
     if not isinstance(values, dict):
         raise RecipeError(

@@ -8,24 +8,10 @@ does not see is how places act on each other.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from onnxpress.gate import Judgement
 
 _GROUPS = 32  # sensitivity is measured for at most so many groups of neighbouring places
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """What a search came to.
-
-    kept: the places that stay, and judgement what comes of it; where judgement does not hold, the plan that came
-    closest. tried: the plans of the bisection by the places that stay, fewest first, each with its judgement.
-    """
-
-    kept: frozenset[str]
-    judgement: Judgement
-    tried: tuple[tuple[frozenset[str], Judgement], ...]
 
 
 def search(
@@ -35,8 +21,10 @@ def search(
     *,
     share: float = 1.0,
     visit: Callable[[frozenset[str]], None] = lambda _: None,
-) -> Found | None:
-    """The fewest places to keep so that the budget holds; None where nothing can be kept and something changed.
+) -> list[tuple[frozenset[str], Judgement]]:
+    """The plans of the bisection for the fewest places to keep, by the places that stay, fewest first, each with its judgement.
+
+    None are tried where nothing can be kept and something changed.
 
     places: the names of all places that the plan changes, in order. judge: judges the plan when the given places stay.
     share: at most this share of the groups may stay. visit: is called with each plan of the bisection, right after its
@@ -46,7 +34,7 @@ def search(
     groups = [tuple(places[start : start + size]) for start in range(0, len(places), size)]
     low, high = 1, min(len(groups) - 1, int(len(groups) * share))
     if high < low:
-        return None
+        return []
     margins: dict[tuple[str, ...], float] = {}
     for index, group in enumerate(groups, 1):
         progress(f"sensitivity {index} of {len(groups)}")
@@ -64,7 +52,4 @@ def search(
             high = middle - 1
         else:
             low = middle + 1
-    tried.sort(key=lambda item: len(item[0]))
-    holding = [item for item in tried if item[1].holds]
-    kept, judgement = holding[0] if holding else max(tried, key=lambda item: item[1].margin)
-    return Found(kept=kept, judgement=judgement, tried=tuple(tried))
+    return sorted(tried, key=lambda item: len(item[0]))

@@ -73,7 +73,7 @@ def print_build(artifact: Artifact) -> None:
     seconds, memory = artifact.measured["build_seconds"], artifact.measured["peak_memory_bytes"]
     console.print(
         f"[bold]{escape(str(artifact.path))}[/bold]: {megabytes(size)} MB, {artifact.manifest.precision}; built in "
-        f"{seconds:.0f} s with {memory / 1e9:.2f} GB of memory; report: {escape(str(artifact.path / REPORT))}",
+        f"{seconds:.0f} s{f' with {memory / 1e9:.2f} GB of memory' if memory else ''}; report: {escape(str(artifact.path / REPORT))}",
         soft_wrap=True,
     )
 

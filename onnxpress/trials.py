@@ -11,8 +11,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,14 +22,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from onnxpress.artifact import check_outside
 from onnxpress.calibration import ActivationStream, Calibration
-from onnxpress.errors import OutputError, RecipeError
+from onnxpress.errors import OnnxpressError, OutputError, RecipeError
 from onnxpress.gate import Gate, Judgement
 from onnxpress.graph import Graph
 from onnxpress.manifest import Json
 from onnxpress.optimizers.base import Pass, PassContext, PassResult
 from onnxpress.optimizers.targets import Target
+from onnxpress.runtime.providers import one_line
 from onnxpress.runtime.session import Session
-from onnxpress.terminal import Progress
 from onnxpress.workbench import RowByRow, Workbench
 
 Times = dict[str, tuple[float, float]]  # milliseconds of the graph before and after, by shape: {"1x32": (5.2, 2.1)}
@@ -78,12 +79,12 @@ class Trials:
         bench: Workbench,
         gate: Gate,
         target: Target,
-        report: Progress,
+        progress: Callable[[str], None],
         notebook: Notebook | None = None,
     ) -> None:
         self.measured = 0
         self._steps, self._graph, self._session = tuple(steps), graph, session
-        self._bench, self._gate, self._target, self._report = bench, gate, target, report
+        self._bench, self._gate, self._target, self._progress = bench, gate, target, progress
         self._observe = Calibration(bench.open, gate.workload.calibration)
         self._notebook = notebook
         self._known = {} if notebook is None else {frozenset(trial.kept): trial for trial in notebook.read()}
@@ -106,7 +107,7 @@ class Trials:
                 distributions=observe.distributions,
                 stream=partial(ActivationStream, open_session=self._bench.open, inputs=self._gate.workload.calibration),
                 keep=kept,
-                progress=self._report.detail,
+                progress=self._progress,
             )
             results.append(step.apply(graph, context))
             graph = results[-1].graph
@@ -246,6 +247,14 @@ def notebook_folder(folder: Path, artifact: Path) -> Path:
             f"The folder {folder} of --resume cannot be written: {error.strerror or error}. Choose another one."
         ) from None
     return folder
+
+
+def not_run(error: OnnxpressError) -> str:
+    """Why ONNX Runtime does not open or run a graph, for the ledger: without the name of a temporary file."""
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    return (
+        f"ONNX Runtime does not run what comes out of it: {re.sub('Load model from .* failed: ?', '', one_line(cause))}"
+    )
 
 
 def describe_steps(steps: Sequence[Pass]) -> list[Json]:

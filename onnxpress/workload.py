@@ -21,7 +21,7 @@ from onnxpress.manifest import Arrays, Json, Runnable, Signature
 from onnxpress.runtime.loading import RUNNERS
 from onnxpress.runtime.text_runner import TextRunner
 from onnxpress.runtime.tokenization import Tokenizer, TruncationWarning
-from onnxpress.sample_files import read_samples
+from onnxpress.sample_files import read_samples, spread
 from onnxpress.timing import random_tokens
 
 Answers = list[dict[str, np.ndarray]]
@@ -97,7 +97,7 @@ class TextWorkload:
         self._evaluation = self._evaluation[:samples]
         if calibration is not None:
             found = read_samples(calibration, task, columns, labels=False)
-            self._calibration = found[:: max(1, len(found) // calibration_samples)]  # the file may be sorted
+            self._calibration = [found[index] for index in spread(len(found), calibration_samples)]
         self._calibration = self._calibration[:calibration_samples]
         self._labelled: list[Sample] = []
         if file is not None:
@@ -106,7 +106,7 @@ class TextWorkload:
             if any(sample.label is not None for sample in given):
                 self._labelled = given
             else:
-                self._evaluation = given[:samples]
+                self._evaluation = [given[index] for index in spread(len(given), samples)]
             self._calibration = [
                 item for item in self._calibration if not {item.text, item.text_pair} & (seen - {None})
             ]

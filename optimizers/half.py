@@ -130,7 +130,7 @@ class _Half:
         wanted = ir.DataType.FLOAT if stays else self.dtype
         for index, value in enumerate(node.inputs):
             if value is not None and value.dtype in (ir.DataType.FLOAT, self.dtype) and value.dtype != wanted:
-                node.replace_input_with(index, self._cast(graph, node, value, wanted, casts))
+                node.replace_input_with(index, self._cast(graph, value, wanted, casts))
         if stays:
             kept.update(id(output) for output in node.outputs)
             return None
@@ -155,7 +155,6 @@ class _Half:
     def _cast(
         self,
         graph: Graph,
-        node: ir.Node,
         value: ir.Value,
         wanted: ir.DataType,
         casts: dict[tuple[int, ir.DataType], ir.Value],

@@ -147,7 +147,7 @@ def train(
     Raises InputError (no data, a checkpoint folder that does not fit), OutputError, and QualityError where a loss is no number.
     """
     _check_data(dataset, evaluation, options, best, metrics)
-    with _folder(options.checkpoints, evaluation) as folder:
+    with _folder(options.checkpoints) as folder:
         belongs = _identity(model, dataset, evaluation, options, best, identity or {})
         run = _Run(
             model=model,
@@ -216,7 +216,7 @@ class _Run:
         self.model.to(origin).eval()
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
             raise QualityError(_not_a_number(trainer.state.global_step, "weights"))
-        return _summary(trainer, self.options)
+        return _summary(trainer)
 
     def with_weights(self, progress: Callable[[str], None]) -> tuple[TrainingSummary, Mapping[str, torch.Tensor]]:
         """Train in a process whose model nobody else has."""
@@ -358,7 +358,7 @@ def _arguments(options: TrainingOptions, folder: Path, *, evaluates: bool, best:
     return arguments
 
 
-def _summary(trainer: _Trainer, options: TrainingOptions) -> TrainingSummary:
+def _summary(trainer: _Trainer) -> TrainingSummary:
     state = trainer.state
     found = [entry for entry in state.log_history if "eval_loss" in entry]
     evaluations = tuple(
@@ -381,7 +381,7 @@ def _metrics_of(metrics: ComputeMetrics) -> Callable[[Any], dict[str, float]]:
 
 
 @contextlib.contextmanager
-def _folder(checkpoints: Path | None, evaluation: Sequence[Item] | None) -> Iterator[Path]:
+def _folder(checkpoints: Path | None) -> Iterator[Path]:
     """The folder for checkpoints; a temporary one for the best weights where none is wanted."""
     if checkpoints is None:
         with tempfile.TemporaryDirectory(prefix="onnxpress-training-") as folder:

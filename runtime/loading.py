@@ -74,6 +74,14 @@ def load_artifact(
             f"{artifact.path} is for the task {manifest.task!r}; this onnxpress runs: {', '.join(RUNNERS)}, "
             f"{Generator.task}, module."
         )
+    try:
+        return _text_runner(artifact, session, cache_bytes)
+    except KeyError as error:
+        raise ArtifactError(f"{artifact.path} lacks the option {error}; build it again.") from None
+
+
+def _text_runner(artifact: Artifact, session: Session, cache_bytes: int) -> Runner:
+    manifest = artifact.manifest
     options = manifest.options
     if TOKENIZER not in manifest.files:
         raise ArtifactError(f"{artifact.path} has no {TOKENIZER}, so it cannot take text.")
@@ -100,6 +108,8 @@ def open_session(
 ) -> Session:
     """The artifact's graph, without a runner. Raises ArtifactError, ProviderError."""
     manifest = artifact.manifest
+    if MODEL not in manifest.files:
+        raise ArtifactError(f"{artifact.path} has no {MODEL}; build it again.")
     check_onnxruntime(manifest.minimum_onnxruntime, artifact.path)
     return Session(
         artifact.path / MODEL,

@@ -22,7 +22,12 @@ class QuestionAnswerer(TextRunner):
 
     def answer(self, question: str, context: str) -> dict[str, Json]:
         """The best answer: answer, score, start, end (characters of the context). Raises InputError."""
-        return self.predict([(question, context)])[0][0]
+        found = self.predict([(question, context)])[0]
+        if not found:
+            raise InputError(
+                "There is no answer to find: the context has no words, or the model answers numbers that are none."
+            )
+        return found[0]
 
     def predict(
         self, pairs: Sequence[tuple[str, str]], *, top_k: int = 1, max_answer_tokens: int = 15
@@ -35,7 +40,7 @@ class QuestionAnswerer(TextRunner):
         """
         check_count(top_k)
         for index, pair in enumerate(pairs):
-            if not isinstance(pair, tuple) or len(pair) != 2:
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise InputError(f"Item {index} is not a pair (question, context).")
         check_samples(pairs)
         stride = min(_STRIDE, self.tokenizer.max_length // 4)

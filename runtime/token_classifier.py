@@ -40,7 +40,7 @@ class TokenClassifier(TextRunner):
         """
         if aggregation not in get_args(Aggregation):
             raise InputError(f"aggregation={aggregation!r}; it can be {', '.join(get_args(Aggregation))}.")
-        if any(isinstance(text, tuple) for text in texts):
+        if any(isinstance(text, tuple | list) for text in texts):
             raise InputError("Entities are found in single texts; pairs were given.")
         encodings = self.encode(texts)
         answers = self.run_encodings(encodings)

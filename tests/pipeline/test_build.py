@@ -406,7 +406,7 @@ def test_kills_leave_nothing_broken_behind(encoder: Path, tmp_path: Path) -> Non
     out = tmp_path / "out"
     before = onnxpress.build(encoder, out=out, precision="fp32", **QUICK).manifest.to_json()
     command = [
-        sys.executable, "-m", "onnxpress.cli", "build", str(encoder), "--out", str(out), "--precision", "fp32",
+        sys.executable, "-m", "onnxpress", "build", str(encoder), "--out", str(out), "--precision", "fp32",
         "--no-measure", "--name", "second",
     ]  # fmt: skip
     for step in ("export", "fold", "golden outputs"):
@@ -440,7 +440,7 @@ def test_missing_extra_is_named(tmp_path: Path) -> None:
 
 def test_json_of_a_build(encoder: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "onnxpress.cli", "build", str(encoder), "--out", str(tmp_path / "out"), "--json",
+        [sys.executable, "-m", "onnxpress", "build", str(encoder), "--out", str(tmp_path / "out"), "--json",
          "--precision", "fp32", "--no-measure"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip

@@ -256,7 +256,7 @@ def test_another_machine_a_missing_package_and_a_wrong_answer(unpacked: Path, mo
         assert "riscv64" in failed(unpacked)
     done = run(unpacked, "--self-test", without=("tokenizers",))
     assert done.returncode == 1
-    assert 'pip install "onnxruntime>=1.30" "numpy>=2.0" "tokenizers>=0.21"' in done.stdout
+    assert 'pip install "onnxruntime>=1.30" "numpy>=2.0" "tokenizers>=0.21" "tqdm>=4.66"' in done.stdout
     done = run(unpacked, "the cat", without=("onnxruntime",))
     assert done.returncode == 2
     assert "onnxruntime" in done.stderr

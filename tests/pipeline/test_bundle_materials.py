@@ -34,7 +34,7 @@ def test_the_bill_of_materials_is_valid_and_whole(tmp_path: Path) -> None:
         one["name"]: one["hashes"][0]["content"] for component in (model, runtime) for one in component["components"]
     }
     assert listed == {path: digest for path, digest in files.items() if path.startswith(("model/", "lib/"))}
-    assert [package["name"] for package in packages] == ["onnxruntime", "numpy", "tokenizers", "cryptography"]
+    assert [package["name"] for package in packages] == ["onnxruntime", "numpy", "tokenizers", "tqdm", "cryptography"]
     assert content["dependencies"][0]["dependsOn"] == [
         "model",
         "onnxpress",

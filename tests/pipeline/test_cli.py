@@ -24,7 +24,7 @@ from onnxpress.runtime import Embedder, load
 
 
 def onnxpress(*arguments: object, given: bytes | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-m", "onnxpress.cli", *map(str, arguments)]
+    command = [sys.executable, "-W", "error", "-m", "onnxpress", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, input=given, env={**os.environ, **environment})
     return subprocess.CompletedProcess(command, done.returncode, done.stdout.decode(), done.stderr.decode())
 
@@ -158,7 +158,7 @@ def test_a_fallback_is_said(artifact: Path) -> None:
 
 
 def test_truncation_is_said_on_stderr(artifact: Path) -> None:
-    command = [sys.executable, "-m", "onnxpress.cli", "run", str(artifact), "--text", "the cat " * 30, "--json"]
+    command = [sys.executable, "-m", "onnxpress", "run", str(artifact), "--text", "the cat " * 30, "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
     assert json.loads(done.stdout)["answers"]
@@ -315,7 +315,7 @@ def test_python_m_is_the_same_command(artifact: Path, tmp_path: Path) -> None:
 
 def test_a_reader_that_goes_away_is_no_error(artifact: Path) -> None:
     """As in `onnxpress inspect ARTIFACT | head -1`: the pipe is closed before anything is written."""
-    command = [sys.executable, "-m", "onnxpress.cli", "inspect", str(artifact)]
+    command = [sys.executable, "-m", "onnxpress", "inspect", str(artifact)]
     reader, writer = os.pipe()
     os.close(reader)
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -330,7 +330,7 @@ def test_a_build_that_is_told_to_stop_leaves_nothing(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "onnxpress.cli",
+        "onnxpress",
         "build",
         folder,
         "--out",
@@ -357,7 +357,7 @@ def test_a_model_that_branches_on_data_is_one_clear_error(tmp_path: Path) -> Non
         "    return Branching(), (torch.randn(2, 3),)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "onnxpress.cli", "build", "branching:make", "--no-measure", "--json"],
+        [sys.executable, "-m", "onnxpress", "build", "branching:make", "--no-measure", "--json"],
         capture_output=True,
         text=True,
         cwd=tmp_path,

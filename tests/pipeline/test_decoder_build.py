@@ -44,7 +44,7 @@ def artifact(folder: Path) -> Path:
 
 
 def command(*arguments: object, given: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-W", "error", "-m", "onnxpress.cli", *map(str, arguments)]
+    line = [sys.executable, "-W", "error", "-m", "onnxpress", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, input=given, text=True, env={**os.environ, **environment})
 
 

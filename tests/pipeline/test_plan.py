@@ -30,7 +30,6 @@ from onnxpress.module_workload import ModuleWorkload
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.targets import target
 from onnxpress.plan import Plan, choose, choose_automatically, mixed_plan, whole_plan
-from onnxpress.terminal import Progress
 from onnxpress.trials import Notebook, Trials, describe_steps
 from onnxpress.workbench import Workbench
 
@@ -78,7 +77,7 @@ def trials_of(network: Path, folder: Path, limit: float, notebook: Notebook | No
         bench=bench,
         gate=Gate(workload, exported.reference, Budget(metric="variance_kept", limit=limit)),
         target=target("cpu"),
-        report=Progress(enabled=False),
+        progress=lambda _: None,
         notebook=notebook,
     )
 
@@ -161,7 +160,7 @@ def test_a_search_that_was_killed_goes_on_and_comes_to_the_same(network: Path, t
     straight = build(network, tmp_path / "straight", budget=0.98)
     resume = tmp_path / "notes"
     command = [
-        sys.executable, "-m", "onnxpress.cli", "build", str(network), "--target", "cpu", "--name", "same", "--budget", "0.98",
+        sys.executable, "-m", "onnxpress", "build", str(network), "--target", "cpu", "--name", "same", "--budget", "0.98",
         "--no-measure", "--resume", str(resume), "--out", str(tmp_path / "out"),
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
