@@ -1,6 +1,6 @@
 """The command line: build, fit, run, generate, chat, bench, verify, bundle, deploy, inspect, doctor. Each command is in `commands`.
 
-run, verify, bench and doctor work where only the runtime is installed.
+run, generate, chat, bench, verify, inspect and doctor work where only the runtime is installed.
 Exit codes: 0 done, 1 the artifact is not good enough, 2 wrong use or input.
 """
 

@@ -1,4 +1,4 @@
-"""What machine this is: processor, instruction sets that matter for speed, cores, memory. Standard library only."""
+"""What machine this is: processor, instruction sets that matter for speed, cores, memory."""
 
 from __future__ import annotations
 

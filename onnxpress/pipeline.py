@@ -94,6 +94,8 @@ def build(
     """
     import torch
 
+    if sys.platform == "win32":
+        raise RecipeError("Models are built on Linux or macOS, and in WSL on Windows. Artifacts run on Windows too.")
     check_alone()
     module = None
     if isinstance(source, Recipe):

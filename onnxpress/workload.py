@@ -55,7 +55,7 @@ class Workload(Protocol):
         ...
 
     def batch_dependence(self, runnable: Runnable) -> float:
-        """Mean cosine between answers alone and in batches."""
+        """Mean cosine between answers alone and in batches; of numbers, the share of variance kept."""
         ...
 
     def timing(self, runnable: Runnable) -> dict[tuple[int, ...], Arrays]:
