@@ -116,15 +116,7 @@ def export(
         )
     found, config = source.source, source.config
     if isinstance(found, ModuleSource):
-        module = export_module(found if instead is None else dataclasses.replace(found, module=instead))
-        return Exported(
-            name=found.name,
-            graph=module.graph,
-            reference=module.reference,
-            options={},
-            example=module.example,
-            notes=module.notes,
-        )
+        return export_module(found if instead is None else dataclasses.replace(found, module=instead))
     wanted = find_task(source.task)
     if wanted.name == "text-generation":
         if adapter is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -16,24 +15,15 @@ import torch
 
 from onnxpress.errors import ConversionError, SourceError
 from onnxpress.exporters.bounds import index_bounds
+from onnxpress.exporters.exported import Exported
 from onnxpress.exporters.reference import TorchReference, evaluation_mode
 from onnxpress.exporters.source import ModuleSource
 from onnxpress.exporters.trace import Shape, tensor_spec, trace
 from onnxpress.graph import Graph
-from onnxpress.manifest import Arrays, Signature
+from onnxpress.manifest import Signature
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModuleExport:
-    """What the export of a module gives; example holds the example inputs by name."""
-
-    graph: Graph
-    reference: TorchReference
-    example: Arrays
-    notes: tuple[str, ...]
-
-
-def export_module(source: ModuleSource) -> ModuleExport:
+def export_module(source: ModuleSource) -> Exported:
     """Export a module. Raises SourceError and ConversionError."""
     example = _named(source)
     _check_device(source)
@@ -91,9 +81,11 @@ def export_module(source: ModuleSource) -> ModuleExport:
         raise ConversionError(
             "The example inputs are bfloat16, which numpy does not have: give module and inputs as float32."
         )
-    return ModuleExport(
+    return Exported(
+        name=source.name,
         graph=Graph(model=model, signature=signature),
         reference=TorchReference(module, tuple(example), outputs),
+        options={},
         example={name: tensor.detach().cpu().numpy() for name, tensor in example.items()},
         notes=tuple(notes),
     )

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +29,7 @@ class Engine:
     def __init__(self, *, source: str | None = None, task: str | None = None, runner: Any = None) -> None:
         self._source, self._task, self._runner = source, task, runner
         self._checkpoint: Path | None = None
+        self._remove: Callable[[], object] = lambda: None  # the folder of the last fit
         self.facts: dict[str, Json] = {}
 
     @classmethod
@@ -83,7 +84,7 @@ class Engine:
         if evaluation is not None and not (isinstance(evaluation, tuple | list) and len(evaluation) == 2):
             raise InputError("evaluation is a pair: a list of texts, and a list of their labels.")
         folder = tempfile.mkdtemp(prefix="onnxpress-engine-")
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         checkpoint = Path(folder) / "checkpoint"
         self.facts = fit.fit_samples(
             find_folder(self._source),
@@ -97,7 +98,8 @@ class Engine:
             max_length=max_length,
         )
         self._runner = fit.torch_runner(checkpoint, self.facts["task"], max_length=self.facts["max_length"])
-        self._checkpoint = checkpoint
+        self._remove()
+        self._checkpoint, self._remove = checkpoint, remove
         return self
 
     def predict(self, texts: Sequence[Any]) -> list[Json]:
