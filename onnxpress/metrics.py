@@ -17,6 +17,7 @@ from onnxpress.errors import RecipeError
 Array = npt.NDArray[Any]
 Answers = Sequence[Mapping[str, Array]]
 Entity = tuple[int, int, str]
+_BLOCK = 2**18  # numbers of each answer that are compared at a time
 _CONSTANT = 1e-12  # numbers that vary by less than a millionth of their size: float32 has no more digits
 
 
@@ -87,32 +88,35 @@ def _variance_kept(reference: list[Array], candidate: list[Array]) -> tuple[floa
             f"The model answers with {min(sizes)} to {max(sizes)} numbers, which hangs on what is in its inputs, so that answers cannot be "
             "compared number by number: end the graph before its outputs are selected (NonMaxSuppression, NonZero), or give samples alike."
         )
-    mean = np.zeros(max(sizes))
-    for array in reference:
-        mean += _finite(array) / len(reference)
+    if any(other.size != one.size for one, other in zip(reference, candidate, strict=True)):
+        return 0.0, math.inf
+    reference, candidate = ([array.ravel() for array in given] for given in (reference, candidate))
     lost = whole = squares = largest = 0.0
-    for one, other in zip(reference, candidate, strict=True):  # one at a time: they may be images
-        if other.size != one.size or not np.array_equal(_infinite(one), _infinite(other)):
-            return 0.0, math.inf
-        first, second = _finite(one), _finite(other)
-        difference, spread = first - second, first - mean
-        lost += float(difference @ difference)
-        whole += float(spread @ spread)
-        squares += float(first @ first)
-        largest = max(largest, float(np.abs(difference).max(initial=0.0)))
+    for start in range(0, max(sizes), _BLOCK):  # a part of all answers at a time: they may be images
+        ours, theirs = ([array[start : start + _BLOCK] for array in given] for given in (reference, candidate))
+        mean = np.mean([_finite(array) for array in ours], axis=0)
+        for one, other in zip(ours, theirs, strict=True):
+            if not np.array_equal(_infinite(one), _infinite(other)):
+                return 0.0, math.inf
+            first, second = _finite(one), _finite(other)
+            difference, spread = first - second, first - mean
+            lost += float(difference @ difference)
+            whole += float(spread @ spread)
+            squares += float(first @ first)
+            largest = max(largest, float(np.abs(difference).max(initial=0.0)))
     if whole <= _CONSTANT * squares:
         whole = squares
     return 1.0 if lost == 0 else max(0.0, 1 - lost / whole) if whole > 0 else 0.0, largest
 
 
 def _finite(array: Array) -> Array:
-    """As a vector of float64, with zeros for what is not finite: masked logits."""
-    return np.where(np.isfinite(array), array, 0).astype(np.float64).ravel()
+    """In float64, with zeros for what is not finite: masked logits."""
+    return np.where(np.isfinite(array), array, 0).astype(np.float64)
 
 
 def _infinite(array: Array) -> Array:
-    """As a vector, with zeros for what is finite."""
-    return np.where(np.isfinite(array), 0, array).ravel()
+    """With zeros for what is finite."""
+    return np.where(np.isfinite(array), 0, array)
 
 
 def _equal_share(reference: list[Array], candidate: list[Array]) -> tuple[float, float]:
