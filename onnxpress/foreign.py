@@ -21,6 +21,15 @@ from onnxpress.runtime.bfloat16 import host_dtype
 from onnxpress.runtime.session import Session
 
 _WEIGHTS_ALONE = 4  # the IR version from which weights need not be inputs
+_RANDOM = {
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+    "Bernoulli",
+    "Multinomial",
+    "Dropout",
+}
 _EXAMPLE_BATCH = 2  # how long leading symbolic axes are in the example
 _EXAMPLE_SIZES = (8, 64, 512)  # how long others are: the first with which the file runs
 
@@ -39,10 +48,9 @@ def open_onnx(path: Path, *, task: str | None = None) -> Exported:
         reference = Session(path)
         _check_numeric(reference.signature, path)
         proto = onnx.load(path, load_external_data=False)
-        if proto.graph.sparse_initializer:
-            names = ", ".join(tensor.values.name for tensor in proto.graph.sparse_initializer)
+        if names := _sparse(proto.graph):
             raise ConversionError(
-                f"{path} has weights that are stored as sparse tensors ({names}): write them as dense ones."
+                f"{path} has weights that are stored as sparse tensors ({', '.join(names)}): write them as dense ones."
             )
         model = ir.from_proto(proto)
         ir.external_data.set_base_dir(model.graph, path.parent)
@@ -60,10 +68,14 @@ def open_onnx(path: Path, *, task: str | None = None) -> Exported:
         if value.shape is not None and any(isinstance(axis, int) and axis < 0 for axis in value.shape):
             # paddle2onnx writes -1 where others write a name or nothing.
             value.shape = ir.Shape([None if isinstance(axis, int) and axis < 0 else axis for axis in value.shape])
-    signature = _signature(model)
-    example = _example_that_runs(reference, signature, path)
-    _check_numbers(model, reference, example, path)
-    _name_rows(model, signature, reference, example)
+    example = _example_that_runs(reference, tuple(_spec(value) for value in model.graph.inputs), path)
+    answers = reference.run(example)
+    _check_numbers(model, answers, path)
+    _check_repeats(model, answers, reference.run(example), path)
+    for value in model.graph.outputs:  # which may be declared by their names alone
+        value.dtype = value.dtype or ir.DataType.from_numpy(answers[str(value.name)].dtype)
+        value.shape = value.shape or ir.Shape([None] * answers[str(value.name)].ndim)
+    _name_rows(model, _signature(model), reference, example)
     return Exported(
         graph=Graph(model=model, signature=_signature(model)),
         reference=reference,
@@ -94,10 +106,32 @@ def _check_numeric(signature: Signature, path: Path) -> None:
                 )
 
 
-def _check_numbers(model: ir.Model, reference: Session, example: Arrays, path: Path) -> None:
+def _sparse(graph: onnx.GraphProto) -> list[str]:
+    """Names of the sparse tensors in a graph and those inside it."""
+    found = [tensor.values.name for tensor in graph.sparse_initializer]
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("sparse_tensor"):
+                found.append(node.output[0])
+            for inner in (attribute.g, *attribute.graphs):
+                found += _sparse(inner)
+    return found
+
+
+def _check_repeats(model: ir.Model, answers: Arrays, again: Arrays, path: Path) -> None:
+    """Raises ConversionError where the same inputs are answered in two ways, so that nothing can be compared."""
+    if all(np.array_equal(answer, again[name]) for name, answer in answers.items()):
+        return
+    random = ", ".join(sorted({node.op_type for node in model.graph.all_nodes()} & _RANDOM))
+    raise ConversionError(
+        f"{path} answers the same inputs otherwise at each call{f' ({random})' if random else ''}, so that nothing can be compared "
+        "with it: export it in evaluation mode, or give its random numbers as an input."
+    )
+
+
+def _check_numbers(model: ir.Model, answers: Arrays, path: Path) -> None:
     """Raises SourceError where answers are no numbers, which no graph could be compared with."""
-    answers = reference.run(example).values()
-    if not any(np.issubdtype(answer.dtype, np.floating) and np.isnan(answer).any() for answer in answers):
+    if not any(np.issubdtype(answer.dtype, np.floating) and np.isnan(answer).any() for answer in answers.values()):
         return
     for value in model.graph.initializers.values():
         if (
@@ -153,19 +187,19 @@ def _spec(value: ir.Value) -> TensorSpec:
     return TensorSpec(name=str(value.name), dtype=value.dtype.numpy().name, shape=shape, bounds=index_bounds(value))
 
 
-def _example_that_runs(reference: Session, signature: Signature, path: Path) -> Arrays:
-    leading = _leading_axes(signature.inputs)
+def _example_that_runs(reference: Session, inputs: tuple[TensorSpec, ...], path: Path) -> Arrays:
+    leading = _leading_axes(inputs)
+    refused: Exception | None = None
     for size in _EXAMPLE_SIZES:
-        example = {spec.name: _example(spec, leading, size) for spec in signature.inputs}
         try:
+            example = {spec.name: _example(spec, leading, size) for spec in inputs}
             reference.run(example)
-        except InputError as error:
+        except (InputError, MemoryError) as error:
             refused = error
         else:
             return example
-    raise ConversionError(
-        f"{path} does not run on inputs of the shapes that it declares ({_shapes(signature)}): {refused}"
-    )
+    shapes = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in inputs)
+    raise ConversionError(f"{path} does not run on inputs of the shapes that it declares ({shapes}): {refused}")
 
 
 def _example(spec: TensorSpec, leading: set[int | str], size: int) -> np.ndarray:
@@ -178,7 +212,3 @@ def _example(spec: TensorSpec, leading: set[int | str], size: int) -> np.ndarray
     if spec.bounds is None:
         return np.ones(shape, dtype)
     return random.integers(spec.bounds[0], spec.bounds[1] + 1, shape).astype(dtype)
-
-
-def _shapes(signature: Signature) -> str:
-    return ", ".join(f"{spec.name} {list(spec.shape)}" for spec in signature.inputs)

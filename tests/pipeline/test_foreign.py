@@ -259,12 +259,35 @@ def test_inputs_of_text_sparse_weights_and_empty_axes_are_named(tmp_path: Path) 
     onnx.save(sparse, tmp_path / "sparse.onnx")
     with pytest.raises(ConversionError, match=r"sparse tensors \(w\)"):
         open_onnx(tmp_path / "sparse.onnx")
+    node = helper.make_node("Constant", [], ["constant"], sparse_value=sparse.graph.sparse_initializer[0])
+    nodes = [node, helper.make_node("MatMul", ["x", "constant"], ["y"])]
+    with pytest.raises(ConversionError, match=r"sparse tensors \(constant\)"):
+        open_onnx(saved(tmp_path / "constant.onnx", nodes, [Y]))
     empty = onnx.load(tmp_path / "file.onnx")
     empty.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 0
     empty.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 0
     onnx.save(empty, tmp_path / "empty.onnx")
     with pytest.raises(ConversionError, match="'x' of the graph has an axis of size 0"):
         open_onnx(tmp_path / "empty.onnx")
+
+
+@pytest.mark.parametrize("operator", ["RandomNormalLike", "Dropout"])
+def test_answers_that_are_drawn_at_each_call_are_named(operator: str, tmp_path: Path) -> None:
+    inputs = ["hidden", "", "training"] if operator == "Dropout" else ["hidden"]
+    training = numpy_helper.from_array(np.array(True), "training")
+    body = [helper.make_node("MatMul", ["x", "w"], ["hidden"]), helper.make_node(operator, inputs, ["y"])]
+    with pytest.raises(ConversionError, match=rf"otherwise at each call \({operator}\).*evaluation mode"):
+        open_onnx(saved(tmp_path / "file.onnx", body, [Y], training))
+
+
+def test_outputs_that_are_declared_by_their_names_alone(tmp_path: Path) -> None:
+    model = onnx.load(saved(tmp_path / "declared.onnx", [PRODUCT], [Y]))
+    model.graph.output[0].ClearField("type")
+    onnx.save(model, tmp_path / "file.onnx")
+    exported = open_onnx(tmp_path / "file.onnx")
+    (spec,) = exported.graph.signature.outputs
+    assert (spec.dtype, len(spec.shape)) == ("float32", 2)
+    assert onnxpress.build(tmp_path / "file.onnx", out=tmp_path / "built", precision="fp32", **QUICK)
 
 
 def test_text_between_numbers_stays(tmp_path: Path) -> None:
