@@ -6,6 +6,7 @@ Other axes are dynamic where the caller declares them.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,6 +28,11 @@ def export_module(source: ModuleSource) -> Exported:
     """Export a module. Raises SourceError and ConversionError."""
     example = _named(source)
     _check_device(source)
+    for name, tensor in example.items():
+        if tensor.is_complex():
+            raise SourceError(f"The example input {name} is complex; a graph takes real numbers: give two parts of it.")
+        if tensor.numel() == 0:
+            raise SourceError(f"The example input {name} is empty, {tuple(tensor.shape)}: give one with numbers in it.")
     for name, parameter in source.module.named_parameters():
         if bool(torch.isnan(parameter).any()):
             raise SourceError(
@@ -215,7 +221,9 @@ def _output_names(answer: object, inputs: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _tensors(answer: object, name: str | None = None) -> Iterator[tuple[str | None, torch.Tensor]]:
-    """The tensors in an answer, in order; those in dicts by their keys."""
+    """The tensors in an answer, in order; those in dicts by their keys, and in dataclasses by their fields."""
+    if dataclasses.is_dataclass(answer) and not isinstance(answer, Mapping | type):
+        answer = {part.name: getattr(answer, part.name) for part in dataclasses.fields(answer)}
     if isinstance(answer, torch.Tensor):
         yield name, answer
     elif isinstance(answer, Mapping):

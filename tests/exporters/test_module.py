@@ -1,5 +1,7 @@
 """Plain modules: a convolutional network, a recurrent one, nested answers, and declared axes."""
 
+import dataclasses
+
 import pytest
 import torch
 from tiny_decoders import CONTEXT, make_model
@@ -398,6 +400,22 @@ def test_answers_that_come_as_they_went_in_or_twice(tmp_path):
     ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
 
 
+def test_answers_of_a_dataclass_have_its_fields_names(tmp_path):
+    @dataclasses.dataclass
+    class Boxes:
+        scores: torch.Tensor
+        corners: list[torch.Tensor]
+        masks: torch.Tensor | None = None
+
+    class Detector(nn.Module):
+        def forward(self, x: torch.Tensor) -> Boxes:
+            return Boxes(x.sigmoid(), [x + 1, x - 1])
+
+    exported = export(Detector(), example_inputs=torch.randn(2, 4))
+    assert [spec.name for spec in exported.graph.signature.outputs] == ["scores", "corners.0", "corners.1"]
+    ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
+
+
 def test_modules_that_fail_or_answer_what_no_array_holds_are_named():
     class Wide(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -405,6 +423,10 @@ def test_modules_that_fail_or_answer_what_no_array_holds_are_named():
 
     with pytest.raises(SourceError, match="Linear fails on its example inputs: RuntimeError: mat1 and mat2"):
         export(nn.Linear(3, 4), example_inputs=torch.randn(2, 4))
+    with pytest.raises(SourceError, match="example input input is complex"):
+        export(nn.ReLU(), example_inputs=torch.zeros(2, 4, dtype=torch.complex64))
+    with pytest.raises(SourceError, match=r"example input input is empty, \(0, 4\)"):
+        export(nn.ReLU(), example_inputs=torch.zeros(0, 4))
     with pytest.raises(ConversionError, match="answers bfloat16"):
         export(Wide(), example_inputs=torch.randn(2, 4))
 
