@@ -26,7 +26,8 @@ from onnxpress.manifest import Signature
 
 def export_module(source: ModuleSource) -> Exported:
     """Export a module. Raises SourceError and ConversionError."""
-    example = _named(source)
+    # Copies: torch.export takes one tensor that is given twice for one input.
+    example = {name: tensor.detach().clone() for name, tensor in _named(source).items()}
     _check_device(source)
     for name, tensor in example.items():
         if tensor.is_complex():

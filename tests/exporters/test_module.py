@@ -400,6 +400,16 @@ def test_answers_that_come_as_they_went_in_or_twice(tmp_path):
     ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
 
 
+def test_one_tensor_as_two_inputs(tmp_path):
+    class Difference(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x - 2 * y
+
+    x = torch.randn(2, 4)
+    exported = export(Difference(), example_inputs=(x, x))
+    ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
+
+
 def test_answers_of_a_dataclass_have_its_fields_names(tmp_path):
     @dataclasses.dataclass
     class Boxes:
