@@ -72,9 +72,13 @@ def open_onnx(path: Path, *, task: str | None = None) -> Exported:
     answers = reference.run(example)
     _check_numbers(model, answers, path)
     _check_repeats(model, answers, reference.run(example), path)
-    for value in model.graph.outputs:  # which may be declared by their names alone
-        value.dtype = value.dtype or ir.DataType.from_numpy(answers[str(value.name)].dtype)
-        value.shape = value.shape or ir.Shape([None] * answers[str(value.name)].ndim)
+    for value in model.graph.outputs:  # which may be declared by their names alone, or wrongly
+        answer = answers[str(value.name)]
+        value.dtype = value.dtype or ir.DataType.from_numpy(answer.dtype)
+        if value.shape is None or len(value.shape) != answer.ndim:
+            value.shape = ir.Shape([None] * answer.ndim)
+        sizes = zip(value.shape, answer.shape, strict=True)
+        value.shape = ir.Shape([None if isinstance(axis, int) and axis != size else axis for axis, size in sizes])
     _name_rows(model, _signature(model), reference, example)
     return Exported(
         graph=Graph(model=model, signature=_signature(model)),
