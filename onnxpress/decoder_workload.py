@@ -20,7 +20,8 @@ from onnxpress.runtime.cache import is_past, is_state
 from onnxpress.runtime.model_step import TOTAL_LENGTH
 from onnxpress.runtime.session import Session
 from onnxpress.runtime.tokenization import Tokenizer
-from onnxpress.sample_files import read_samples, spread
+from onnxpress.sample_files import read_samples
+from onnxpress.samples import LONG, builtin_samples, overlap, spread
 from onnxpress.workload import Answers
 
 _KEPT_BYTES = 256 * 2**20  # of the original's logits
@@ -59,7 +60,7 @@ class DecoderWorkload:
         assert ids.bounds is not None
         self._vocabulary = ids.bounds[1] + 1
         self._beyond = 0  # tokens of texts that the tokenizer knows and the model does not
-        own, given, self.notes = evaluation.builtin_samples(self.task, tokenizer)
+        own, given, self.notes = builtin_samples(self.task, tokenizer)
         if calibration is None:
             self._calibration = self._windows(tokenizer, [sample.text for sample in own])[:calibration_samples]
         else:
@@ -69,8 +70,8 @@ class DecoderWorkload:
         if file is not None:
             texts = [sample.text for sample in read_samples(file, self.task, columns)]
             both = _shared(self._calibration, texts, tokenizer)
-            if calibration is not None and (long := [text for text in both.values() if len(text) >= evaluation.LONG]):
-                raise RecipeError(evaluation.overlap(calibration, file, len(long)))
+            if calibration is not None and (long := [text for text in both.values() if len(text) >= LONG]):
+                raise RecipeError(overlap(calibration, file, len(long)))
             self._calibration = [window for index, window in enumerate(self._calibration) if index not in both]
         windows = self._windows(tokenizer, texts)
         if not windows:
@@ -256,6 +257,6 @@ def _shared(windows: list[list[int]], texts: list[str], tokenizer: Tokenizer) ->
         text = plain(tokenizer.inner.decode(window))
         if text and text in whole:
             found[index] = text
-        elif within := [one for one in given if len(one) >= evaluation.LONG and one in text]:
+        elif within := [one for one in given if len(one) >= LONG and one in text]:
             found[index] = within[0]
     return found

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from onnxpress import preflight, terminal
 from onnxpress.artifact import Artifact, ArtifactWriter, check_outside
 from onnxpress.errors import InputError, OutputError
-from onnxpress.evaluation import Sample, check_spread
+from onnxpress.evaluation import check_spread
 from onnxpress.exporters import trainable
 from onnxpress.exporters.quiet import quiet as silenced
 from onnxpress.exporters.reference import TorchReference
@@ -55,6 +55,7 @@ from onnxpress.runtime.embedder import Embedder
 from onnxpress.runtime.loading import RUNNERS
 from onnxpress.runtime.text_runner import TextRunner
 from onnxpress.runtime.tokenization import Encoding, Tokenizer
+from onnxpress.samples import Sample
 
 # A build has a precision of its own: what training computes in is called autocast here.
 _TRAINING = {field.name for field in dataclasses.fields(TrainingOptions)} - {"checkpoints", "precision"} | {"autocast"}

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from onnxpress.evaluation import Budget
+from onnxpress.budgets import Budget
 from onnxpress.manifest import Runnable
 from onnxpress.workload import Workload
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from onnxpress.errors import InputError
-from onnxpress.evaluation import LONG, Sample
 from onnxpress.manifest import Json
 from onnxpress.sample_files import CONLL, TABLES, TAG, read_conll, read_label_and_text, read_samples, read_text, suffix
+from onnxpress.samples import LONG, Sample
 
 # What can be fitted → the task of the artifact, and transformers' problem_type.
 KINDS: Mapping[str, tuple[str, str | None]] = {

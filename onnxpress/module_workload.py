@@ -11,7 +11,7 @@ from onnxpress import evaluation, metrics
 from onnxpress.errors import RecipeError
 from onnxpress.manifest import Arrays, Runnable, Signature
 from onnxpress.sample_arrays import SampleArrays, refuse_overlap
-from onnxpress.sample_files import spread
+from onnxpress.samples import spread
 from onnxpress.workload import Answers
 
 _BATCH_TRIAL = 64  # samples for the comparison alone against batched; the runner does not cut batches

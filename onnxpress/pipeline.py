@@ -19,8 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from onnxpress import evaluation, preflight, terminal
+from onnxpress import preflight, terminal
 from onnxpress.artifact import Artifact, ArtifactWriter, check_outside
+from onnxpress.budgets import budget_for
 from onnxpress.decoder_workload import DecoderWorkload
 from onnxpress.errors import (
     ArtifactError,
@@ -151,7 +152,7 @@ def _build(
         for path in exported.files:
             shutil.copyfile(path, writer.folder / path.name)
         workload = _workload(recipe, exported, writer.folder, evaluation_file, calibration_file)
-        budget = evaluation.budget_for(
+        budget = budget_for(
             workload.task,
             recipe.quality.budget,
             labelled=_is_labelled(workload),

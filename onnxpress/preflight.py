@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from onnxpress import evaluation
+from onnxpress.budgets import budget_for
 from onnxpress.errors import OutputError, RecipeError
-from onnxpress.evaluation import LONG, Sample
 from onnxpress.manifest import Json
 from onnxpress.optimizers import calibrates, make_pass
 from onnxpress.optimizers.base import Pass
@@ -18,6 +18,7 @@ from onnxpress.optimizers.targets import GENERATION, target
 from onnxpress.recipe import DistilSection, Recipe
 from onnxpress.sample_arrays import check_arrays
 from onnxpress.sample_files import read_samples
+from onnxpress.samples import LONG, Sample, overlap
 from onnxpress.training_texts import gold_labels
 from onnxpress.workbench import untried
 from onnxpress.workload import workload_file
@@ -50,7 +51,7 @@ def check(
     found = _check_files(recipe, task, options)
     if found is not None:
         problem_type = options.get("problem_type")
-        evaluation.budget_for(task, recipe.quality.budget, labelled=labelled or found, problem_type=problem_type)
+        budget_for(task, recipe.quality.budget, labelled=labelled or found, problem_type=problem_type)
 
 
 def _unread(recipe: Recipe, task: str) -> str:
@@ -109,7 +110,7 @@ def _check_files(recipe: Recipe, task: str, options: Mapping[str, Json]) -> bool
         if task != GENERATION and all({sample.text, sample.text_pair} & seen for sample in calibrating):
             both = len(calibrating)
         if both:
-            raise RecipeError(evaluation.overlap(calibration, file, both))
+            raise RecipeError(overlap(calibration, file, both))
     if distil is not None:
         _check_lesson(distil, learned, task, options, judged, file)
     return labelled

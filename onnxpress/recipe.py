@@ -35,8 +35,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from onnxpress.budgets import BUDGETS
 from onnxpress.errors import RecipeError
-from onnxpress.evaluation import BUDGETS
 from onnxpress.machine import cpu_target
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.prune import PruneOptions

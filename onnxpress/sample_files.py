@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from onnxpress.errors import RecipeError
-from onnxpress.evaluation import Sample, finite_number
 from onnxpress.manifest import Json
+from onnxpress.samples import Sample, finite_number
 
 TABLES = (".csv", ".tsv", ".jsonl")  # what has columns with names
 CONLL = (".conll", ".conllu", ".bio", ".iob", ".iob2")  # what has columns without
@@ -29,11 +27,6 @@ _COLUMNS: Mapping[str, tuple[str, ...]] = {
     "label": ("label", "labels", "score", "answers", "answer", "target"),
 }
 _DOCUMENT = "-DOCSTART-"  # CoNLL-2003's line between documents
-
-
-def spread(count: int, wanted: int) -> list[int]:
-    """Indices of at most `wanted` of `count` things, evenly over a file, which may be sorted."""
-    return [int(index) for index in np.linspace(0, count - 1, min(wanted, count))]
 
 
 def read_samples(

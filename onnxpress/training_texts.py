@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from onnxpress.errors import RecipeError
-from onnxpress.evaluation import Sample, builtin_samples, check_labels, finite_number, label_name
+from onnxpress.evaluation import check_labels, label_name
 from onnxpress.manifest import Json
 from onnxpress.optimizers.targets import GENERATION
 from onnxpress.runtime.tokenization import Tokenizer
 from onnxpress.sample_files import read_samples
+from onnxpress.samples import Sample, builtin_samples, finite_number
 
 Example = dict[str, Any]
 

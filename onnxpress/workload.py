@@ -16,12 +16,12 @@ import numpy as np
 
 from onnxpress import evaluation
 from onnxpress.errors import RecipeError
-from onnxpress.evaluation import Sample
 from onnxpress.manifest import Arrays, Json, Runnable, Signature
 from onnxpress.runtime.loading import RUNNERS
 from onnxpress.runtime.text_runner import TextRunner
 from onnxpress.runtime.tokenization import Tokenizer, TruncationWarning
-from onnxpress.sample_files import read_samples, spread
+from onnxpress.sample_files import read_samples
+from onnxpress.samples import Sample, builtin_samples, spread
 from onnxpress.timing import random_tokens
 
 Answers = list[dict[str, np.ndarray]]
@@ -91,7 +91,7 @@ class TextWorkload:
         self._tokenizer = Tokenizer.from_folder(
             tokenizer_folder, max_length=options["max_length"], pad_token_id=options["pad_token_id"]
         )
-        self._calibration, self._evaluation, self.notes = evaluation.builtin_samples(
+        self._calibration, self._evaluation, self.notes = builtin_samples(
             task, self._tokenizer, mask_token=options.get("mask_token")
         )
         self._evaluation = self._evaluation[:samples]

@@ -1,128 +1,25 @@
-"""Samples, metrics and budgets: figures against hand-computed ones, scipy and scikit-learn."""
+"""Metrics and scores: figures against hand-computed ones, scipy and scikit-learn."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
-from tokenizers import Tokenizer as InnerTokenizer
-from tokenizers import models, pre_tokenizers
 
 from onnxpress import metrics
+from onnxpress.budgets import budget_for
 from onnxpress.errors import InputError, RecipeError
-from onnxpress.evaluation import (
-    BUDGETS,
-    LABELLED_BUDGETS,
-    Budget,
-    Sample,
-    agreement,
-    batch_dependence,
-    budget_for,
-    builtin_samples,
-    score,
-)
-from onnxpress.runtime.tokenization import Tokenizer
-
-DATA = Path(metrics.__file__).with_name("data")
-
-
-def rows(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
+from onnxpress.evaluation import agreement, batch_dependence, score
+from onnxpress.samples import Sample
 
 
 def logits(*values: Any) -> list[dict[str, Any]]:
     return [{"logits": np.array(value, np.float32)} for value in values]
-
-
-def letters(languages: str) -> Tokenizer:
-    """A tokenizer that knows the letters of some built-in languages and nothing else."""
-    texts = [row.get("text") or row["question"] + row["context"] for name in ("sentences.jsonl", "questions.jsonl")
-             for row in rows(name) if row["language"] in languages]  # fmt: skip
-    vocabulary = {token: index for index, token in enumerate(["[UNK]", *sorted(set("".join(texts)))])}
-    inner = InnerTokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return Tokenizer(inner, max_length=512, pad_token_id=0)
-
-
-# The built-in texts
-
-
-def test_built_in_texts_are_many_and_unique() -> None:
-    sentences = rows("sentences.jsonl")
-    texts = [row["text"] for row in sentences]
-    assert len(set(texts)) == len(texts)
-    assert sum(row["language"] == "en" for row in sentences) >= 400
-    assert sum(row["language"] == "zh" for row in sentences) >= 200
-    lengths = [len(row["text"].split()) for row in sentences if row["language"] == "en"]
-    assert min(lengths) == 3
-    assert 100 <= max(lengths) <= 130
-
-
-def test_calibration_and_evaluation_share_no_sentence() -> None:
-    parts: dict[str, set[str]] = {"calibration": set(), "evaluation": set()}
-    for row in rows("sentences.jsonl"):
-        words = re.findall(r"\w+", row["text"].lower())
-        grams = zip(*(words[start:] for start in range(5)), strict=False)
-        parts[row["split"]] |= {" ".join(gram) for gram in grams}
-        parts[row["split"]] |= {part for part in re.split(r"(?<=[。？！])", row["text"]) if len(part) > 6}
-    assert parts["calibration"]
-    assert not parts["calibration"] & parts["evaluation"]
-
-
-def test_questions_have_their_answers_in_the_context_and_contexts_one_split() -> None:
-    questions = rows("questions.jsonl")
-    assert len(questions) >= 60
-    assert len({(row["question"], row["context"]) for row in questions}) == len(questions)
-    assert all(row["answer"] in row["context"] for row in questions)
-    splits = {(row["context"], row["split"]) for row in questions}
-    assert len(splits) == len({context for context, _ in splits})
-
-
-@pytest.mark.parametrize("task", ["feature-extraction", "question-answering", "fill-mask"])
-def test_built_in_samples_are_disjoint_and_the_same_every_time(task: str) -> None:
-    mask = "[MASK]" if task == "fill-mask" else None
-    calibration, evaluation, notes = builtin_samples(task, letters("en zh"), mask_token=mask)
-    assert (calibration, evaluation, notes) == builtin_samples(task, letters("en zh"), mask_token=mask)
-    assert notes == ()
-    assert calibration
-    assert not set(map(str, calibration)) & set(map(str, evaluation))
-    assert all((sample.text_pair is not None) == (task == "question-answering") for sample in calibration + evaluation)
-
-
-def test_one_word_is_masked_and_in_chinese_one_character() -> None:
-    originals = {row["text"]: row["language"] for row in rows("sentences.jsonl")}
-    calibration, evaluation, _ = builtin_samples("fill-mask", letters("en zh"), mask_token="[MASK]")
-    assert len(calibration) + len(evaluation) == len(originals)
-    for sample in calibration + evaluation:
-        before, found, after = sample.text.partition("[MASK]")
-        assert found
-        assert "[MASK]" not in after
-        fits = [
-            (text, language)
-            for text, language in originals.items()
-            if text.startswith(before) and text.endswith(after) and len(text) > len(before) + len(after)
-        ]
-        hidden = [text[len(before) : len(text) - len(after)] for text, _ in fits]
-        assert any(
-            len(word) == 1 if language == "zh" else re.fullmatch(r"\w+", word)
-            for word, (_, language) in zip(hidden, fits, strict=True)
-        )
-
-
-def test_languages_that_the_tokenizer_does_not_know_are_left_out_with_a_note() -> None:
-    calibration, evaluation, notes = builtin_samples("feature-extraction", letters("en"))
-    assert len(notes) == 1
-    assert re.match(r"built-in texts in zh left out: \d+% of their tokens are unknown", notes[0])
-    chinese = {row["text"] for row in rows("sentences.jsonl") if row["language"] == "zh"}
-    assert not chinese & {sample.text for sample in calibration + evaluation}
 
 
 # Agreement with the original
@@ -402,59 +299,3 @@ def test_masks_have_no_labels() -> None:
         score("fill-mask", Runner([1]), [Sample(text="x", label="y")])
     with pytest.raises(RecipeError, match=r"do not go with the task text-generation; .* text-classification"):
         budget_for("text-generation", None, labelled=True)
-
-
-# Budgets
-
-
-def test_every_task_has_a_budget() -> None:
-    assert {task: (budget.metric, budget.limit) for task, budget in BUDGETS.items()} == {
-        "feature-extraction": ("cosine_mean", 0.99),
-        "text-classification": ("top1_agreement", 0.98),
-        "token-classification": ("top1_agreement", 0.98),
-        "question-answering": ("span_agreement", 0.95),
-        "fill-mask": ("top1_agreement", 0.95),
-        "text-generation": ("likelihood_kept", 0.95),
-        "module": ("variance_kept", 0.99),
-    }
-    assert budget_for("text-classification", None, labelled=False, problem_type="regression").metric == "variance_kept"
-    judged_by_choice = {
-        "text-classification",
-        "token-classification",
-        "question-answering",
-        "fill-mask",
-        "text-generation",
-    }
-    assert {task for task, budget in BUDGETS.items() if math.isfinite(budget.divergence)} == judged_by_choice
-    assert {budget.kind for budget in LABELLED_BUDGETS.values()} == {"drop"}
-
-
-def test_budgets_hold_up_to_their_limit() -> None:
-    drop = LABELLED_BUDGETS["text-classification"]
-    assert drop.margin(91.0, 90.0) >= 0
-    assert not drop.margin(91.0, 89.99) >= 0
-    assert not drop.margin(91.0, math.nan) >= 0
-    share = Budget(metric="f1", limit=0.005, kind="share")
-    assert share.margin(80.0, 79.6) >= 0
-    assert not share.margin(80.0, 79.59) >= 0
-    assert share.margin(-10.0, -10.05) >= 0  # a loss is a loss below zero too
-    assert not share.margin(-10.0, -10.06) >= 0
-    assert drop.margin(91.0, 90.5) == pytest.approx(0.5)
-    assert drop.margin(91.0, 89.0) < 0
-
-
-def test_budgets_of_the_user() -> None:
-    assert budget_for("feature-extraction", "0.5%", labelled=False).limit == pytest.approx(0.995)
-    with pytest.raises(RecipeError, match=r"goes from 0 to 100 with labels: give \"99\" for that value, or \"1%\""):
-        budget_for("text-classification", "0.99", labelled=True)
-    assert budget_for("feature-extraction", "0.97", labelled=False) == Budget(metric="cosine_mean", limit=0.97)
-    labelled = budget_for("question-answering", "0.5%", labelled=True)
-    assert labelled == Budget(metric="f1", limit=0.005, kind="share")
-    assert budget_for("question-answering", "80", labelled=True) == Budget(metric="f1", limit=80)
-    assert budget_for("text-classification", None, labelled=True, problem_type="regression").metric == "spearman"
-
-
-@pytest.mark.parametrize("given", ["", "%", "half", "nan", "-1%", "101%", "1.5", "-0.1", "0.5 %%", "0"])
-def test_budgets_that_are_not_understood(given: str) -> None:
-    with pytest.raises(RecipeError, match=r"is not understood: .*share of cosine_mean.*0 to 1"):
-        budget_for("feature-extraction", given, labelled=False)

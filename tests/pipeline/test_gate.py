@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from onnxpress.evaluation import BUDGETS, agreement
+from onnxpress.budgets import BUDGETS
+from onnxpress.evaluation import agreement
 from onnxpress.gate import Gate
 from onnxpress.manifest import Arrays, Runnable
 from onnxpress.workload import Answers

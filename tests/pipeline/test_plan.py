@@ -22,8 +22,8 @@ from onnx import helper, numpy_helper
 
 import onnxpress
 from onnxpress import artifact as artifact_module
+from onnxpress.budgets import Budget
 from onnxpress.errors import BudgetError, OutputError, RecipeError
-from onnxpress.evaluation import Budget
 from onnxpress.foreign import open_onnx
 from onnxpress.gate import Gate, Judgement
 from onnxpress.module_workload import ModuleWorkload

@@ -52,7 +52,6 @@ def test_both_kinds_of_files_are_read(suffix: str, tmp_path: Path) -> None:
     assert found.labels is not None
     np.testing.assert_array_equal(found.labels, good()["labels"])
     np.testing.assert_array_equal(found.call(2, 3)["kind"], good()["kind"][2:5])
-    assert list(found.spread(3)) == [0, 2, 5]
 
 
 @pytest.mark.parametrize(

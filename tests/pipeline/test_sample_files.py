@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from onnxpress.errors import RecipeError
-from onnxpress.evaluation import Sample
 from onnxpress.labelled import read_labelled
 from onnxpress.sample_files import read_samples
+from onnxpress.samples import Sample
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:
