@@ -117,7 +117,7 @@ class DecoderWorkload:
         """No labels: nothing beyond the metrics."""
         return {}
 
-    def batch_dependence(self, runnable: Runnable) -> float:
+    def batch_dependence(self, runnable: Runnable, answers: Answers) -> float:
         """Mean cosine between a text's logits alone and beside others of other lengths."""
         windows = [window[: 8 + 5 * (index % 5)] for index, window in enumerate(self._evaluation[:_BATCH_TRIAL])]
         alone, together = [], []

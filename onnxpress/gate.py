@@ -59,10 +59,11 @@ class Gate:
 
     def measure(self, runnable: Runnable) -> tuple[dict[str, float], float]:
         """All figures of a session, and how far its answers move with their batch-mates (Judgement.batch_cosine)."""
-        metrics = self.workload.metrics(self._answers, self.workload.answers(runnable))
+        answers = self.workload.answers(runnable)
+        metrics = self.workload.metrics(self._answers, answers)
         if self._score:
             metrics |= self.workload.score(runnable)
-        return metrics, self.workload.batch_dependence(runnable)
+        return metrics, self.workload.batch_dependence(runnable, answers)
 
     def verdict(self, metrics: Mapping[str, float], batch_cosine: float) -> Judgement:
         """What the budget makes of figures. batch_cosine is 1 where rows will run alone: batch-mates cannot matter then."""

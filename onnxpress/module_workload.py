@@ -110,15 +110,21 @@ class ModuleWorkload:
         chosen = np.where(np.isfinite(scores).all(axis=1), scores.argmax(axis=1), -1)
         return metrics.label_scores([str(label) for label in chosen], [str(label) for label in given.labels])
 
-    def batch_dependence(self, runnable: Runnable) -> float:
+    def batch_dependence(self, runnable: Runnable, answers: Answers) -> float:
         """Variance kept between the rows of a batch alone and together, where all inputs and outputs have a batch axis."""
         if self._one_call_at_a_time():
             return 1.0
         axis = self._signature.inputs[0].shape[0]
         most = min(_BATCH_TRIAL, self._signature.axes[str(axis)][1], self._rows_at_once(runnable))
-        feeds = [self._sample(index, batch=1) for index in self._indices(most)]
-        together = runnable.run({name: np.concatenate([item[name] for item in feeds]) for name in feeds[0]})
-        alone = [{name: array[0] for name, array in runnable.run(item).items()} for item in feeds]
+        known: dict[int, Arrays] = {}
+        if all(len(array) == 1 for array in self._sample(0).values()):  # each of the answers is of one sample alone
+            known = dict(zip(self._indices(self._samples), answers, strict=True))
+        feeds = {index: self._sample(index, batch=1) for index in self._indices(most)}
+        together = runnable.run({name: np.concatenate([item[name] for item in feeds.values()]) for name in feeds[0]})
+        alone = [
+            {name: array[0] for name, array in (known.get(index) or runnable.run(item)).items()}
+            for index, item in feeds.items()
+        ]
         batched = [{name: array[row] for name, array in together.items()} for row in range(len(feeds))]
         return evaluation.batch_dependence(alone, batched, numbers=True)
 

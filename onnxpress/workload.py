@@ -54,8 +54,8 @@ class Workload(Protocol):
         """The task's own metrics on the user's labelled samples; empty where there are none."""
         ...
 
-    def batch_dependence(self, runnable: Runnable) -> float:
-        """Mean cosine between answers alone and in batches; of numbers, the share of variance kept."""
+    def batch_dependence(self, runnable: Runnable, answers: Answers) -> float:
+        """Mean cosine between answers alone and in batches; of numbers, the share of variance kept. answers: what `answers` gave."""
         ...
 
     def timing(self, runnable: Runnable) -> dict[tuple[int, ...], Arrays]:
@@ -161,7 +161,7 @@ class TextWorkload:
         with _cuts_are_noted():
             return evaluation.score(self.task, self._runner(runnable), self._labelled) if self.labelled else {}
 
-    def batch_dependence(self, runnable: Runnable) -> float:
+    def batch_dependence(self, runnable: Runnable, answers: Answers) -> float:
         """How far answers alone and answers in batches of mixed lengths agree: mean cosine, or variance kept."""
         samples = self._evaluation[:_BATCH_TRIAL]
         alone = self._outputs(runnable, samples, tokens_per_chunk=1)

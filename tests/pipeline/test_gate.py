@@ -27,7 +27,7 @@ class OneAnswer:
     def score(self, runnable: Runnable) -> dict[str, float]:
         return {}
 
-    def batch_dependence(self, runnable: Runnable) -> float:
+    def batch_dependence(self, runnable: Runnable, answers: Answers) -> float:
         return 1.0
 
 
