@@ -89,7 +89,7 @@ class ChatTemplate:
             raise InputError(f"template_variables cannot set {taken[0]!r}, which is the template's own.")
         _TURNS.set(itertools.count(1))
         try:
-            parts = self._template.generate(
+            text: str = self._template.render(
                 {
                     **self._tokens,
                     "tools": None,
@@ -99,7 +99,6 @@ class ChatTemplate:
                     "add_generation_prompt": True,
                 }
             )
-            text = _joined(parts)
         except jinja2.exceptions.SecurityError as error:
             raise InputError(f"The chat template tries to leave its sandbox, and was stopped: {error}.") from None
         except Exception as error:  # a template may fail in any way a program may
@@ -113,7 +112,7 @@ def _joined(parts: Iterable[str]) -> str:
         found.append(part)
         length += len(part)
         if length > _LONGEST:
-            raise InputError(f"the prompt has more than {_LONGEST} characters")
+            raise InputError(f"a text has more than {_LONGEST} characters")
     return "".join(found)
 
 
@@ -152,11 +151,23 @@ def _environment() -> Any:
         if size > _LONGEST:
             raise SecurityError(f"{what} makes something larger than {_LONGEST}")
 
+    def held(value: Any) -> Any:
+        """What a filter gives bit by bit, as a list."""
+        if not isinstance(value, Iterator):
+            return value
+        found, size = [], 0
+        for item in value:
+            size += _size(item)
+            bounded("a list", size)
+            found.append(item)
+        return found
+
     def guarded(name: str, function: Callable[..., Any], owner: str | None = None) -> Callable[..., Any]:
         """A filter, or the method of a text, that makes nothing larger than is allowed."""
 
         @functools.wraps(function)
         def call(*arguments: Any, **named: Any) -> Any:
+            arguments = tuple(map(held, arguments))
             given = [item for item in arguments if not isinstance(item, EvalContext | Context | jinja2.Environment)]
             given += named.values()
             value, others = (given[0] if given else None, given[1:]) if owner is None else (owner, given)
@@ -184,6 +195,7 @@ def _environment() -> Any:
 
     class Environment(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset(("+", "*", "**", "%"))
+        concat = staticmethod(_joined)  # the prompt, and what blocks and macros give
 
         def call(self, context: Any, function: Any, /, *arguments: Any, **named: Any) -> Any:
             turn()
@@ -196,9 +208,9 @@ def _environment() -> Any:
             pairs = ((left, right), (right, left))
             size = 0
             if operator == "*":
-                size = max((len(one) * other for one, other in pairs if hasattr(one, "__len__")), default=0)
+                size = max((_size(one) * other for one, other in pairs if hasattr(one, "__len__")), default=0)
             elif operator == "+":
-                size = sum(len(one) for one in (left, right) if hasattr(one, "__len__"))
+                size = sum(_size(one) for one in (left, right) if hasattr(one, "__len__"))
             elif operator == "%" and isinstance(left, str):
                 size = _made("format", left, [right])
             elif operator == "**" and isinstance(left, int) and isinstance(right, int):

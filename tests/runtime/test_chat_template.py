@@ -118,6 +118,11 @@ def test_a_template_ends(source: str) -> None:
         "{% set x = [[('a' * 99)] * 99] * 99 %}{{ x }}",
         "{% set x = [[('a' * 99)] * 99] * 99 %}{{ x | string | length }}",
         "{{ 'a' * 600 }}{{ 'a' * 600 }}",
+        "{% set x %}{% for i in range(90) %}{{ 'a' * 90 }}{% endfor %}{% endset %}",
+        "{% macro f() %}{% for i in range(90) %}" + "a" * 90 + "{% endfor %}{% endmacro %}{% set x = f() %}",
+        "{% filter upper %}{% for i in range(90) %}{{ 'a' * 90 }}{% endfor %}{% endfilter %}",
+        "{% set x = ['a' * 90] * 90 %}",
+        "{% set x = ['a'] * 90 %}{% set y = x | map('center', 90) | join | length %}",
     ],
 )
 def test_what_a_template_makes_is_bounded(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
