@@ -41,8 +41,10 @@ def export_module(source: ModuleSource) -> Exported:
             )
     module = PlainModule(source.module, tuple(example))
     try:
-        with torch.inference_mode(), evaluation_mode(module) as written:
+        with torch.no_grad(), evaluation_mode(module) as written:
             answer = source.module(**{name: tensor.clone() for name, tensor in example.items()})
+        with torch.no_grad(), evaluation_mode(module):
+            again = source.module(**{name: tensor.clone() for name, tensor in example.items()})
     except Exception as error:  # whatever a module raises
         raise SourceError(
             f"{type(source.module).__name__} fails on its example inputs: {type(error).__name__}: {error}"
@@ -51,6 +53,17 @@ def export_module(source: ModuleSource) -> Exported:
     if not outputs:
         raise ConversionError(
             f"{type(source.module).__name__} answers nothing for the example inputs; a graph answers tensors."
+        )
+    if complex_ones := [
+        name for name, (_, tensor) in zip(outputs, _tensors(answer), strict=True) if tensor.is_complex()
+    ]:
+        raise ConversionError(
+            f"The answer {complex_ones[0]} is complex; a graph answers real numbers: torch.view_as_real makes two of each."
+        )
+    if not all(_alike(one, other) for (_, one), (_, other) in zip(_tensors(answer), _tensors(again), strict=True)):
+        raise ConversionError(
+            f"{type(source.module).__name__} answers the same inputs otherwise at each call, in evaluation mode too, so that nothing can be "
+            "compared with it: take its random numbers as an input."
         )
     if any(tensor.dtype == torch.bfloat16 for _, tensor in _tensors(answer)):
         raise ConversionError(
@@ -117,6 +130,15 @@ class PlainModule(torch.nn.Module):
             known = any(tensor is other for other in (*inputs, *found))
             found.append(tensor.clone() if known else tensor)
         return tuple(found)
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """But for the order in which threads add."""
+    if one.shape != other.shape:
+        return False
+    one, other = one.detach().float(), other.detach().float()
+    largest = float(one.abs().max()) if one.numel() else 0.0
+    return torch.allclose(one, other, rtol=1e-2, atol=1e-2 * largest, equal_nan=True)
 
 
 def _trace(
@@ -187,7 +209,7 @@ def _batch_shapes(module: PlainModule, example: Mapping[str, torch.Tensor]) -> t
     size = sizes.pop()
     larger = [torch.cat([tensor, tensor, tensor[:1]]) for tensor in example.values()]  # (2 · batch + 1, …)
     try:
-        with torch.inference_mode(), evaluation_mode(module):
+        with torch.no_grad(), evaluation_mode(module):
             answers = module(*larger)
     except Exception as error:  # whatever the module raises when a shape does not suit it
         return fixed, f"a batch of {2 * size + 1} fails with {type(error).__name__}"

@@ -31,9 +31,12 @@ class TorchReference:
     def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """Answer one batch."""
         arguments = [torch.from_numpy(np.array(feeds[name], order="C")) for name in self._input_names]
-        with torch.inference_mode(), evaluation_mode(self.module):
-            answers = self.module(*arguments)
-        return {name: answer.detach().numpy() for name, answer in zip(self.output_names, answers, strict=True)}
+        # Not in inference mode: what a module keeps from its first call (tables of positions) could not be trained with any more.
+        with torch.no_grad(), evaluation_mode(self.module):
+            answers = [
+                answer.clone() for answer in self.module(*arguments)
+            ]  # before buffers among them are as they were
+        return {name: answer.numpy() for name, answer in zip(self.output_names, answers, strict=True)}
 
 
 @contextmanager
@@ -43,10 +46,9 @@ def evaluation_mode(module: torch.nn.Module) -> Iterator[list[str]]:
     Gives a list that holds the names of the buffers that were written, when it is left.
     """
     training = [part for part in module.modules() if part.training]
-    buffers = [
-        (f"{path}.{name}" if path else name, part, name, buffer, _version(buffer), buffer.clone())
-        for path, part in module.named_modules()
-        for name, buffer in part.named_buffers(recurse=False)
+    held = [(path, part, dict(part._buffers)) for path, part in module.named_modules()]
+    contents = [
+        (one, _version(one), one.clone()) for *_, buffers in held for one in buffers.values() if one is not None
     ]
     written: list[str] = []
     module.eval()
@@ -55,13 +57,16 @@ def evaluation_mode(module: torch.nn.Module) -> Iterator[list[str]]:
     finally:
         for part in training:
             part.training = True
-        for path, part, name, buffer, version, content in buffers:
-            if _version(buffer) != version:
+        overwritten = {id(buffer) for buffer, version, _ in contents if _version(buffer) != version}
+        for buffer, _, content in contents:
+            if id(buffer) in overwritten:
                 buffer.copy_(content)
-            elif part._buffers[name] is buffer:
-                continue
-            part._buffers[name] = buffer
-            written.append(path)
+        for path, part, buffers in held:
+            for name, now in {**buffers, **part._buffers}.items():
+                if id(now) in overwritten or now is not buffers.get(name):
+                    written.append(f"{path}.{name}" if path else name)
+            part._buffers.clear()
+            part._buffers.update(buffers)
 
 
 def _version(tensor: torch.Tensor) -> int:

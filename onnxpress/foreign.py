@@ -63,6 +63,8 @@ def open_onnx(path: Path, *, task: str | None = None) -> Exported:
         raise SourceError(f"{path} is not a readable ONNX model: {error}") from None
     for value in [value for value in model.graph.inputs if value.name in model.graph.initializers]:
         model.graph.inputs.remove(value)  # old exporters list weights as inputs with a default
+    if not model.graph.inputs:
+        raise ConversionError(f"{path} takes no inputs, so that it always answers the same.")
     model.ir_version = max(model.ir_version, _WEIGHTS_ALONE)
     for value in (*model.graph.inputs, *model.graph.outputs, *(out for node in model.graph for out in node.outputs)):
         if value.shape is not None and any(isinstance(axis, int) and axis < 0 for axis in value.shape):
@@ -207,12 +209,15 @@ def _example_that_runs(reference: Session, inputs: tuple[TensorSpec, ...], path:
 
 
 def _example(spec: TensorSpec, leading: set[int | str], size: int) -> np.ndarray:
-    """Normal floats, row numbers of the table that is looked up, and ones (as masks are) where there is none."""
+    """Normal floats, row numbers of the table that is looked up; where there is none any integers of 8 bits, and ones (masks) of more."""
     shape = [axis if isinstance(axis, int) else _EXAMPLE_BATCH if axis in leading else size for axis in spec.shape]
     random = np.random.default_rng(0)
-    dtype = host_dtype(spec.dtype)
-    if np.issubdtype(np.dtype(dtype), np.floating):
+    dtype = np.dtype(host_dtype(spec.dtype))
+    if np.issubdtype(dtype, np.floating):
         return random.standard_normal(shape).astype(dtype)
+    if spec.bounds is None and dtype.itemsize == 1 and dtype != np.bool_:
+        whole = np.iinfo(dtype)  # pixels
+        return random.integers(whole.min, whole.max + 1, shape).astype(dtype)
     if spec.bounds is None:
         return np.ones(shape, dtype)
     return random.integers(spec.bounds[0], spec.bounds[1] + 1, shape).astype(dtype)

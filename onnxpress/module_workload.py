@@ -9,6 +9,7 @@ import numpy as np
 
 from onnxpress import evaluation, metrics
 from onnxpress.errors import RecipeError
+from onnxpress.exporters.verify import drawn_like
 from onnxpress.manifest import Arrays, Runnable, Signature
 from onnxpress.sample_arrays import SampleArrays, refuse_overlap
 from onnxpress.samples import spread
@@ -131,7 +132,7 @@ class ModuleWorkload:
     def timing(self, runnable: Runnable) -> dict[tuple[int, ...], Arrays]:
         """The example's own shape."""
         feeds = self._draw(0)
-        return {tuple(next(iter(feeds.values())).shape): feeds}
+        return {next((array.shape for array in feeds.values() if array.ndim), (1,)): feeds}
 
     def golden(self, runnable: Runnable) -> dict[str, Arrays]:
         """Two inputs."""
@@ -182,14 +183,7 @@ class ModuleWorkload:
             shape = list(example.shape)
             if batch is not None and shape:
                 shape[0] = batch
-            if np.issubdtype(example.dtype, np.floating):
-                drawn = random.standard_normal(shape) * (example.std() or 1.0) + example.mean()
-                feeds[spec.name] = np.asarray(drawn, example.dtype)
-            elif example.dtype == np.bool_:
-                feeds[spec.name] = random.random(shape) < 0.5
-            else:
-                low, high = spec.bounds or (int(example.min()), int(example.max()))
-                feeds[spec.name] = random.integers(low, high + 1, shape).astype(example.dtype)
+            feeds[spec.name] = drawn_like(example, shape, spec.bounds, random)
         return feeds
 
 

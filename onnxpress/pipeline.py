@@ -27,6 +27,7 @@ from onnxpress.errors import (
     ArtifactError,
     ConversionError,
     GoldenError,
+    InputError,
     RecipeError,
     SourceError,
 )
@@ -171,7 +172,12 @@ def _build(
             plain = bench.open(exported.graph)
         except ArtifactError as error:
             raise ConversionError(f"{exported.name} does not run on ONNX Runtime: {error.__cause__ or error}") from None
-        parity_rows = parity.check(plain)
+        try:
+            parity_rows = parity.check(plain)
+        except InputError as error:
+            raise ConversionError(
+                f"The graph of {exported.name} does not take what the original takes: {error}"
+            ) from None
         gate = Gate(workload, exported.reference, budget)
 
         notes = None if resume is None else Resume(resume, _about(recipe, workload, bench))

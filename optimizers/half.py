@@ -177,9 +177,9 @@ class _Half:
         return casts[key]
 
     def _array(self, array: np.ndarray) -> np.ndarray:
-        """Half precision; values past the range end at its ends (a mask's large negative number stays finite)."""
+        """Half precision; numbers past the range end at its ends (a mask's large negative one stays finite); infinity stays."""
         limits = ml_dtypes.finfo(self.dtype.numpy())  # type: ignore[no-untyped-call]
-        clipped: np.ndarray = np.clip(array, float(limits.min), float(limits.max))
+        clipped: np.ndarray = np.where(np.isinf(array), array, np.clip(array, float(limits.min), float(limits.max)))
         return clipped.astype(self.dtype.numpy())
 
 

@@ -74,11 +74,12 @@ class Int8:
         names = sorted({str(layer.x.name) for layer in layers})
         ranges = self._ranges(graph, names, context)
         quantized: dict[str, tuple[ir.Value, ir.Value, ir.Value]] = {}
-        weights = Weights8Bit(graph, limit=context.target.qdq.weight_limit)
-        for layer in layers:
+        for layer in layers:  # all before any is replaced, whose output another may read
             name = str(layer.x.name)
             if name not in quantized:
                 quantized[name] = _quantize_activation(graph, layer.x, *ranges[name])
+        weights = Weights8Bit(graph, limit=context.target.qdq.weight_limit)
+        for layer, name in [(layer, str(layer.x.name)) for layer in layers]:
             _quantize_layer(graph, layer, quantized[name], weights.of(layer))
         experts = quantize_experts(graph, blocks, bits=8, preferred_block=128, keep=context.keep, target=context.target)
         drop_unused_constants(graph)

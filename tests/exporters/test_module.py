@@ -2,16 +2,18 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from tiny_decoders import CONTEXT, make_model
 from tiny_models import OnnxRunner
 from torch import nn
 
-from onnxpress.errors import ConversionError, SourceError
+from onnxpress.errors import ConversionError, ParityError, SourceError
 from onnxpress.exporters import ParityCheck, export
 from onnxpress.exporters.conventions import learn
 from onnxpress.exporters.transformers_decoder import export_causal_lm
+from onnxpress.exporters.verify import drawn_like
 
 
 class Convolutions(nn.Module):
@@ -398,6 +400,104 @@ def test_answers_that_come_as_they_went_in_or_twice(tmp_path):
     names = [spec.name for spec in exported.graph.signature.outputs]
     assert names == ["x_out", "x_out_out", "again.0", "again.1", "again.1_out", "weight"]
     ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
+
+
+def test_what_a_module_makes_at_its_first_call_and_answers_of_its_buffers(tmp_path):
+    """Tables of positions are not left behind, or can be trained with; a buffer that is written and answered is answered as it was written."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("table", None)
+            self.register_buffer("state", torch.zeros(4))
+            self.kept = None
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if self.table is None:
+                self.table = torch.linspace(0, 1, 4)
+            if self.kept is None:
+                self.kept = torch.ones(4)
+            self.state += 1
+            return self.linear(x + self.table) * self.kept, self.state
+
+    module = Positions()
+    exported = export(module, example_inputs=torch.randn(2, 4))
+    assert module.table is None
+    assert list(module.state_dict()) == ["state", "linear.weight", "linear.bias"]
+    answers = exported.reference.run(exported.example)
+    assert (answers["output_1"] == 1).all()
+    assert (module.state == 0).all()
+    ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
+    module(torch.randn(2, 4))[0].sum().backward()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_half_precision_and_classes_of_pixels(seed, tmp_path):
+    """float16 is allowed its own rounding, and two classes that were as good to change places in one pixel of ten thousand."""
+    torch.manual_seed(seed)
+    half = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)).half()
+    exported = export(half, example_inputs=torch.randn(4, 64).half())
+    ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
+
+    class Classes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 21, 3, padding=1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x).argmax(1)
+
+    exported = export(Classes(), example_inputs=torch.randn(1, 3, 256, 256))
+    runner = OnnxRunner(exported.graph.model, tmp_path)
+    ParityCheck(exported).check(runner)
+
+    class Others:
+        input_names = runner.input_names
+
+        def run(self, feeds):
+            found = runner.run(feeds)["output_0"].copy()
+            found[:, :2, :10] += 1  # 20 of 65,536
+            return {"output_0": found}
+
+    with pytest.raises(ParityError, match="where 0 is allowed"):
+        ParityCheck(exported).check(Others())
+
+
+def test_inputs_are_drawn_like_the_example():
+    random = np.random.default_rng(0)
+
+    def drawn(*values, dtype=np.float32, bounds=None):
+        return drawn_like(np.array(values, dtype), (50, 40), bounds, random)
+
+    assert set(np.unique(drawn(*[0, -np.inf] * 4))) == {0, -np.inf}, "a mask"
+    assert set(np.unique(drawn(*[0, 1e-9, 1] * 6))) == {0, np.float32(1e-9), 1}
+    positive = drawn(0.5, 1, 2, 8)
+    assert positive.min() >= 0.5
+    assert positive.max() <= 8
+    assert len(np.unique(positive)) > 1000
+    assert drawn(-1, -0.5, 1, 2).min() < -2, "both signs: normal"
+    assert abs(drawn(3).mean() - 3) < 0.2
+    assert drawn(3).std() > 0.9
+    assert (drawn(0, 0, dtype=np.uint8).min(), drawn(0, 0, dtype=np.uint8).max()) == (0, 255)
+    assert set(np.unique(drawn(0, 1, dtype=np.uint8))) == {0, 1}
+    assert set(np.unique(drawn(0, dtype=np.int64, bounds=(0, 3)))) == {0, 1, 2, 3}
+    assert set(np.unique(drawn(True, dtype=np.bool_))) == {False, True}
+
+
+def test_answers_that_are_drawn_or_complex_are_named():
+    class Drawn(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(x, 0.5, training=True)
+
+    class Spectrum(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.fft.rfft(x)
+
+    with pytest.raises(ConversionError, match="Drawn answers the same inputs otherwise at each call"):
+        export(Drawn(), example_inputs=torch.randn(2, 64))
+    with pytest.raises(ConversionError, match="output_0 is complex"):
+        export(Spectrum(), example_inputs=torch.randn(2, 64))
 
 
 def test_one_tensor_as_two_inputs(tmp_path):

@@ -191,6 +191,20 @@ def test_a_plain_module(tmp_path: Path) -> None:
     assert any("random inputs" in note for note in built.manifest.ledger[0]["notes"])
 
 
+def test_linear_layers_one_after_the_other(tmp_path: Path) -> None:
+    """One reads what another answers, with nothing between."""
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(
+        torch.nn.Linear(64, 96), torch.nn.BatchNorm1d(96), torch.nn.Linear(96, 64), torch.nn.Linear(64, 64, bias=False)
+    )
+    for precision in ("int8", "int8-dynamic", "int8-qdq"):
+        artifact = onnxpress.build(
+            layers, example_inputs=torch.randn(4, 64), out=tmp_path / precision, precision=precision, **QUICK
+        )
+        row = next(row for row in artifact.manifest.ledger if row["pass"] == precision)
+        assert (row["status"], "3 " in row["notes"][0]) == ("kept", True), row
+
+
 def test_a_module_whose_batches_move_answers_is_not_kept(tmp_path: Path) -> None:
     """A dynamic scale is one for a whole batch, and nobody cuts a module's batches into single rows."""
 
