@@ -28,6 +28,10 @@ def export_module(source: ModuleSource) -> Exported:
     """Export a module. Raises SourceError and ConversionError."""
     # Copies: torch.export takes one tensor that is given twice for one input.
     example = {name: tensor.detach().clone() for name, tensor in _named(source).items()}
+    if any(isinstance(part, torch.jit.ScriptModule) for part in source.module.modules()):
+        raise SourceError(
+            f"{source.name} is a scripted module, whose code torch.export does not see: give the module itself."
+        )
     _check_device(source)
     for name, tensor in example.items():
         if tensor.is_complex():
@@ -63,7 +67,7 @@ def export_module(source: ModuleSource) -> Exported:
     if not all(_alike(one, other) for (_, one), (_, other) in zip(_tensors(answer), _tensors(again), strict=True)):
         raise ConversionError(
             f"{type(source.module).__name__} answers the same inputs otherwise at each call, in evaluation mode too, so that nothing can be "
-            "compared with it: take its random numbers as an input."
+            "compared with it: take its random numbers, or what it keeps between calls, as an input."
         )
     if any(tensor.dtype == torch.bfloat16 for _, tensor in _tensors(answer)):
         raise ConversionError(

@@ -51,7 +51,8 @@ def evaluation_mode(module: torch.nn.Module) -> Iterator[list[str]]:
         (one, _version(one), one.clone()) for *_, buffers in held for one in buffers.values() if one is not None
     ]
     written: list[str] = []
-    module.eval()
+    for part in training:  # and not eval(), by which some modules merge weights
+        part.training = False
     try:
         yield written
     finally:

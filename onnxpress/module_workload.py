@@ -51,7 +51,9 @@ class ModuleWorkload:
                 "evaluated on random inputs of the examples' shapes and spread: no quality on real data is claimed",
             )
         else:
-            self.notes = (f"evaluated on {len(evaluation)} samples of {evaluation.path.name}",)
+            asked = len(evaluation) if self.labelled else min(samples, evaluation.calls()) * evaluation.rows
+            of = "" if asked == len(evaluation) else f"{asked} of "
+            self.notes = (f"evaluated on {of}{len(evaluation)} samples of {evaluation.path.name}",)
             if calibration is None:
                 self.notes += (
                     "a pass that calibrates sees random inputs of the examples' spread, as no file was given",

@@ -1,17 +1,16 @@
 """Renders messages into a prompt by the model's own chat template, in jinja2's sandbox.
 
-A template is a file from strangers: it cannot reach Python's internals, change what it is given, or read files, and its loops, and the
-numbers and texts that it makes, are bounded. What templates may use is what transformers gives them: raise_exception, strftime_now, tojson, break and continue.
+A template is a file from strangers: it cannot reach Python's internals, change what it is given, or read files, and its loops and calls,
+what its operators make, and the text that it writes are bounded. (Methods and filters are not: one that pads or joins can take memory.)
+What templates may use is what transformers gives them: raise_exception, strftime_now, tojson, break and continue.
 """
 
 from __future__ import annotations
 
 import datetime
-import functools
 import itertools
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from onnxpress.manifest import Json
 FILES = _FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 _RESERVED = frozenset({"messages", "add_generation_prompt", "self", "raise_exception", "strftime_now"})
-_LONGEST = 10_000_000  # characters, of the prompt and of what it is made of
+_LONGEST = 10_000_000  # characters, items, or bits of a number
 _MOST_TURNS = 1_000_000  # of all loops and calls of one rendering
 _TURNS: ContextVar[Iterator[int]] = ContextVar("turns")
 
@@ -34,6 +33,7 @@ class ChatTemplate:
         import jinja2
 
         environment = _environment()
+        environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = _now
         self._tokens = dict(tokens)
@@ -106,16 +106,6 @@ class ChatTemplate:
         return text
 
 
-def _joined(parts: Iterable[str]) -> str:
-    found, length = [], 0
-    for part in parts:
-        found.append(part)
-        length += len(part)
-        if length > _LONGEST:
-            raise InputError(f"a text has more than {_LONGEST} characters")
-    return "".join(found)
-
-
 def check_messages(messages: Any) -> None:
     """Raise InputError for what is no list of messages."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
@@ -127,14 +117,20 @@ def check_messages(messages: Any) -> None:
             raise InputError(f"Message {index} has no content.")
 
 
+def _joined(parts: Iterable[str]) -> str:
+    found, length = [], 0
+    for part in parts:
+        found.append(part)
+        length += len(part)
+        if length > _LONGEST:
+            raise InputError(f"a text has more than {_LONGEST} characters")
+    return "".join(found)
+
+
 def _environment() -> Any:
-    """jinja2's sandbox, in which loops and calls, and what operators, filters and calls make, are bounded."""
-    import jinja2
+    """jinja2's sandbox, in which loops, calls, operators and texts are bounded."""
     from jinja2 import nodes
     from jinja2.exceptions import SecurityError, TemplateSyntaxError
-    from jinja2.filters import FILTERS
-    from jinja2.nodes import EvalContext
-    from jinja2.runtime import Context
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.visitor import NodeTransformer
 
@@ -147,39 +143,8 @@ def _environment() -> Any:
             turn()
             yield item
 
-    def bounded(what: str, size: int) -> None:
-        if size > _LONGEST:
-            raise SecurityError(f"{what} makes something larger than {_LONGEST}")
-
-    def held(value: Any) -> Any:
-        """What a filter gives bit by bit, as a list."""
-        if not isinstance(value, Iterator):
-            return value
-        found, size = [], 0
-        for item in value:
-            size += _size(item)
-            bounded("a list", size)
-            found.append(item)
-        return found
-
-    def guarded(name: str, function: Callable[..., Any], owner: str | None = None) -> Callable[..., Any]:
-        """A filter, or the method of a text, that makes nothing larger than is allowed."""
-
-        @functools.wraps(function)
-        def call(*arguments: Any, **named: Any) -> Any:
-            arguments = tuple(map(held, arguments))
-            given = [item for item in arguments if not isinstance(item, EvalContext | Context | jinja2.Environment)]
-            given += named.values()
-            value, others = (given[0] if given else None, given[1:]) if owner is None else (owner, given)
-            bounded(name, _made(name, value, others))
-            found = function(*arguments, **named)
-            bounded(name, _size(found))
-            return found
-
-        return call
-
     class Bounded(NodeTransformer):
-        """Loops are counted, and what `~` joins is joined by a filter."""
+        """Loops are counted, and what `~` joins is joined as all text is."""
 
         def visit_For(self, node: Any) -> Any:  # noqa: N802  as jinja2 calls it
             if node.recursive:
@@ -191,31 +156,27 @@ def _environment() -> Any:
         def visit_Concat(self, node: Any) -> Any:  # noqa: N802
             self.generic_visit(node)
             parts = nodes.List(node.nodes, lineno=node.lineno)
-            return nodes.Filter(parts, "join", [], [], None, None, lineno=node.lineno)
+            return nodes.Filter(parts, "joined", [], [], None, None, lineno=node.lineno)
 
     class Environment(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(("+", "*", "**", "%"))
+        intercepted_binops = frozenset(("+", "*", "**"))
         concat = staticmethod(_joined)  # the prompt, and what blocks and macros give
 
-        def call(self, context: Any, function: Any, /, *arguments: Any, **named: Any) -> Any:
+        def call(self, /, *arguments: Any, **named: Any) -> Any:
             turn()
-            owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)  # `format` comes wrapped
-            if isinstance(owner, str):
-                function = guarded(function.__name__, function, owner)
-            return super().call(context, function, *arguments, **named)
+            return super().call(*arguments, **named)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            pairs = ((left, right), (right, left))
+            sized = [one for one in (left, right) if hasattr(one, "__len__")]
             size = 0
-            if operator == "*":
-                size = max((_size(one) * other for one, other in pairs if hasattr(one, "__len__")), default=0)
-            elif operator == "+":
-                size = sum(_size(one) for one in (left, right) if hasattr(one, "__len__"))
-            elif operator == "%" and isinstance(left, str):
-                size = _made("format", left, [right])
-            elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-                size = left.bit_length() * right
-            bounded(operator, size)
+            if operator == "+":
+                size = sum(map(len, sized))
+            elif isinstance(left, int) and isinstance(right, int):
+                size = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+            elif operator == "*" and sized:
+                size = len(sized[0]) * (right if sized[0] is left else left)
+            if size > _LONGEST:
+                raise SecurityError(f"{operator} makes something larger than {_LONGEST}")
             return super().call_binop(context, operator, left, right)
 
         def _generate(self, source: Any, *arguments: Any, **named: Any) -> str:
@@ -224,65 +185,12 @@ def _environment() -> Any:
             code: str = super()._generate(source, *arguments, **named)
             return code
 
-    def shown(value: Any) -> Any:
-        bounded("an answer", _size(value))
-        return value
-
     environment: Any = Environment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=shown,
-        extensions=["jinja2.ext.loopcontrols", _generation_blocks()],
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_blocks()]
     )
-    environment.filters.update({name: guarded(name, function) for name, function in FILTERS.items()})
     environment.filters["counted"] = counted
-    environment.filters["tojson"] = guarded("tojson", _to_json)
+    environment.filters["joined"] = lambda parts: _joined(map(str, parts))
     return environment
-
-
-def _made(name: str, value: Any, others: Sequence[Any]) -> int:
-    """How many characters or items a filter, or a method of a text, may make of a value with its other arguments."""
-    size, numbers = _size(value), sum(abs(item) for item in others if isinstance(item, int))
-    texts = [item for item in others if isinstance(item, str)]
-    match name:
-        case "ljust" | "rjust" | "center" | "zfill" | "batch" | "slice":
-            return size + numbers
-        case "indent" | "expandtabs" | "tojson":
-            return size * max(1, numbers)
-        case "format" | "format_map":
-            widths = [int(digits[:20]) for digits in re.findall(r"[0-9]+", str(value))]
-            if "*" in value or re.search(r"\{[^}]*\{", value):  # a width is one of the arguments
-                widths += [abs(item) for item in _leaves(others) if isinstance(item, int)]
-            return size + sum(widths)
-        case "replace":
-            return size + str(value).count(texts[0]) * len(texts[1]) if len(texts) > 1 else size
-        case "join":
-            joint, items = (
-                (value, others) if isinstance(value, str) and not texts else (max(texts, key=len, default=""), value)
-            )
-            return _size(items) + len(joint) * sum(1 for _ in _leaves(items))
-        case "wordwrap" | "translate":
-            return size * max(1, _size(others))
-    return size
-
-
-def _size(value: Any) -> int:
-    """Characters and items in a value, however nested; counting ends beyond what is allowed."""
-    total = 0
-    for leaf in _leaves(value):
-        total += len(leaf) if isinstance(leaf, str) else 1
-        if total > _LONGEST:
-            break
-    return total
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """What lists and mappings hold, however nested."""
-    if isinstance(value, list | tuple | Mapping):
-        for part in value.items() if isinstance(value, Mapping) else value:
-            yield from _leaves(part)
-    else:
-        yield value
 
 
 def _generation_blocks() -> Any:
