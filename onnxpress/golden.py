@@ -15,6 +15,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from onnxpress.manifest import Arrays
+from onnxpress.masked import unmasked
 from onnxpress.runtime.loading import golden_difference
 from onnxpress.runtime.session import Session
 
@@ -52,4 +53,5 @@ def _size(array: np.ndarray) -> float:
     """The largest finite absolute value of floats; 1 for other numbers, whose difference is a share."""
     if not np.issubdtype(array.dtype, np.floating):
         return 1.0
+    (array,) = unmasked((array,), (array,))
     return float(np.abs(array[np.isfinite(array)]).max(initial=0))

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxpress.errors import RecipeError
+from onnxpress.masked import unmasked
 
 Array = npt.NDArray[Any]
 Answers = Sequence[Mapping[str, Array]]
@@ -90,7 +91,7 @@ def _variance_kept(reference: list[Array], candidate: list[Array]) -> tuple[floa
         )
     if any(other.size != one.size for one, other in zip(reference, candidate, strict=True)):
         return 0.0, math.inf
-    reference, candidate = ([array.ravel() for array in given] for given in (reference, candidate))
+    reference, candidate = ([array.ravel() for array in unmasked(given, reference)] for given in (reference, candidate))
     lost = whole = squares = largest = 0.0
     for start in range(0, max(sizes), _BLOCK):  # a part of all answers at a time: they may be images
         ours, theirs = ([array[start : start + _BLOCK] for array in given] for given in (reference, candidate))

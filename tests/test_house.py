@@ -51,7 +51,7 @@ def test_public_names() -> None:
 
 
 # Which packages a room may import, beside the standard library.
-SHARED = {"onnxpress.errors", "onnxpress.manifest"}
+SHARED = {"onnxpress.errors", "onnxpress.manifest", "onnxpress.masked"}
 ALLOWED = {
     "runtime": {"jinja2", "numpy", "onnxruntime", "tokenizers", "tqdm", "onnxpress.runtime", "onnxpress.artifact", *SHARED},
     "optimizers": {"numpy", "onnx_ir", "onnx", "onnxscript", "ml_dtypes", "onnxpress.optimizers", "onnxpress.graph", "onnxpress.pruned", *SHARED},

@@ -125,6 +125,14 @@ def test_each_output_counts() -> None:
     assert agreement("module", masked, masked)["variance_kept"] == 1
     swapped = [{"logits": answer["logits"][::-1]} for answer in masked]
     assert agreement("module", masked, swapped)["variance_kept"] == 0
+    for fill in (-1e9, float(np.finfo(np.float32).min)):  # which stand for minus infinity, and hide nothing
+        one, other = (
+            [{"logits": np.array([*row, fill], np.float32)} for row in rows] for rows in (np.eye(3), np.ones((3, 3)))
+        )
+        assert agreement("module", one, one)["variance_kept"] == 1
+        assert agreement("module", one, other)["variance_kept"] == 0
+        half = [{"logits": np.maximum(answer["logits"], np.float32(-65504))} for answer in one]
+        assert agreement("module", one, half)["variance_kept"] == 1
     assert (
         agreement("module", masked, [{"logits": np.array([number, 0.0])} for number in (1, 2, 3)])["variance_kept"] == 0
     )

@@ -1,0 +1,22 @@
+"""Masked answers: numbers that stand for minus infinity, and would hide all others by their size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_LEAST = -1e4  # a mask's number is that or lower
+_HALF = -65504.0  # the lowest of float16, which lower ones become there
+
+
+def unmasked(arrays: Sequence[npt.NDArray[Any]], like: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    """The arrays with minus infinity for what is masked, by what masks `like`: its lowest number, where it is there more than once."""
+    finite = [array[np.isfinite(array)] for array in like]
+    lowest = min((float(array.min()) for array in finite if array.size), default=0.0)
+    if lowest > _LEAST or sum(int((array == lowest).sum()) for array in finite) < 2:
+        return list(arrays)
+    limit = 0.999 * max(lowest, _HALF)
+    return [np.where(array <= limit, array.dtype.type(-np.inf), array) for array in arrays]
