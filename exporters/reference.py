@@ -33,9 +33,8 @@ class TorchReference:
         arguments = [torch.from_numpy(np.array(feeds[name], order="C")) for name in self._input_names]
         # Not in inference mode: what a module keeps from its first call (tables of positions) could not be trained with any more.
         with torch.no_grad(), evaluation_mode(self.module):
-            answers = [
-                answer.clone() for answer in self.module(*arguments)
-            ]  # before buffers among them are as they were
+            # Copies: buffers among the answers are about to be as they were.
+            answers = [answer.clone() for answer in self.module(*arguments)]
         return {name: answer.numpy() for name, answer in zip(self.output_names, answers, strict=True)}
 
 
