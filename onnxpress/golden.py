@@ -2,8 +2,9 @@
 
 File format: safetensors, keys "input.CASE.NAME" and "output.CASE.NAME". The tolerance allows for other processors'
 kernels: 1e-3 of an output's largest value for float graphs, 5e-2 for quantized ones, where one activation that rounds
-the other way moves an answer by a quantization step, and all behind it; of integers and booleans, the same share may differ. A quantized graph may elsewhere be as far from its answers
-here as these are from those of the graph in float: of that size are the roundings that another kernel makes another way.
+the other way moves an answer by a quantization step, and all behind it; of integers and booleans, the same share may
+differ. A quantized graph may elsewhere be as far from its answers here as these are from those of the graph in float:
+of that size are the roundings that another kernel makes another way.
 """
 
 from __future__ import annotations

@@ -13,10 +13,16 @@ _HALF = -65504.0  # the lowest of float16, which lower ones become there
 
 
 def unmasked(arrays: Sequence[npt.NDArray[Any]], like: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-    """The arrays with minus infinity for what is masked, by what masks `like`: its lowest number, where it is there more than once."""
-    finite = [array[np.isfinite(array)] for array in like]
+    """The arrays with minus infinity for what is masked, by what masks `like`.
+
+    That is its lowest number, where it is there more than once, and far from all others.
+    """
+    finite = [array[np.isfinite(array)].astype(np.float64) for array in like]
     lowest = min((float(array.min()) for array in finite if array.size), default=0.0)
-    if lowest > _LEAST or sum(int((array == lowest).sum()) for array in finite) < 2:
-        return list(arrays)
     limit = 0.999 * max(lowest, _HALF)
+    masks = sum(int((array <= 0.999 * lowest).sum()) for array in finite)
+    others = [array[array > 0.999 * lowest] for array in finite]
+    largest = max((float(np.abs(array).max(initial=0.0)) for array in others), default=0.0)
+    if lowest > _LEAST or masks < 2 or largest > 0.1 * abs(limit):
+        return list(arrays)
     return [np.where(array <= limit, array.dtype.type(-np.inf), array) for array in arrays]

@@ -131,11 +131,21 @@ def test_each_output_counts() -> None:
         )
         assert agreement("module", one, one)["variance_kept"] == 1
         assert agreement("module", one, other)["variance_kept"] == 0
+        assert agreement("module", one, [{"logits": 0.001 * answer["logits"]} for answer in one])["variance_kept"] == 0
         half = [{"logits": np.maximum(answer["logits"], np.float32(-65504))} for answer in one]
         assert agreement("module", one, half)["variance_kept"] == 1
     assert (
         agreement("module", masked, [{"logits": np.array([number, 0.0])} for number in (1, 2, 3)])["variance_kept"] == 0
     )
+
+
+def test_large_numbers_are_no_masks() -> None:
+    """Of quantities as large as masks the lowest may be there twice; they lie among others of their size."""
+    rows = [[-2e6, -1e5, 3.0], [-2e6, 9e5, 4.0], [-3e5, 2e6, 5.0]]
+    one = [{"y": np.array(row, np.float32)} for row in rows]
+    lower = [{"y": np.where(answer["y"] < -7e4, np.float32(-7e4), answer["y"])} for answer in one]
+    assert agreement("module", one, one)["variance_kept"] == 1
+    assert agreement("module", one, lower)["variance_kept"] < 0.9
 
 
 def test_several_labels_are_compared_label_by_label() -> None:
