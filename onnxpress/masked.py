@@ -17,12 +17,15 @@ def unmasked(arrays: Sequence[npt.NDArray[Any]], like: Sequence[npt.NDArray[Any]
 
     That is its lowest number, where it is there more than once, and far from all others.
     """
-    finite = [array[np.isfinite(array)].astype(np.float64) for array in like]
-    lowest = min((float(array.min()) for array in finite if array.size), default=0.0)
+    lowest = min((float(array.min(initial=0.0, where=np.isfinite(array))) for array in like), default=0.0)
+    if lowest > _LEAST:
+        return list(arrays)
     limit = 0.999 * max(lowest, _HALF)
-    masks = sum(int((array <= 0.999 * lowest).sum()) for array in finite)
-    others = [array[array > 0.999 * lowest] for array in finite]
-    largest = max((float(np.abs(array).max(initial=0.0)) for array in others), default=0.0)
-    if lowest > _LEAST or masks < 2 or largest > 0.1 * abs(limit):
+    masks, largest = 0, 0.0
+    for array in like:
+        below = array <= 0.999 * lowest
+        masks += int((below & np.isfinite(array)).sum())
+        largest = max(largest, float(np.abs(array).max(initial=0.0, where=~below & np.isfinite(array))))
+    if masks < 2 or largest > 0.1 * abs(limit):
         return list(arrays)
     return [np.where(array <= limit, array.dtype.type(-np.inf), array) for array in arrays]
