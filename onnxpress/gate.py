@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from onnxpress.budgets import Budget
 from onnxpress.manifest import Runnable
@@ -23,14 +24,14 @@ class Judgement:
     """What the evaluation says of one graph.
 
     metrics: all figures; metric and value: the one that the budget is about; batch_cosine: how far an answer moves
-    with its batch-mates (1 is not at all); margin: what is left of the tightest of the limits on value, divergence and
+    with its batch-mates (1 is not at all, None where that is not asked); margin: what is left of the tightest of the limits on value, divergence and
     batch_cosine, as a share of what it allows; holds: none of them is broken; broken: those that are, in words.
     """
 
     metrics: dict[str, float]
     metric: str
     value: float
-    batch_cosine: float
+    batch_cosine: float | None
     holds: bool
     margin: float
     broken: tuple[str, ...] = ()
@@ -39,7 +40,8 @@ class Judgement:
         """The verdict in a few words."""
         divergence = f", divergence {self.metrics['kl_mean']:.2g} nats" if "kl_mean" in self.metrics else ""
         limits = f" ({', '.join(self.broken)})" if self.broken else ""
-        return f"{self.metric} {self.value:.5g}{divergence}, alone against batched {self.batch_cosine:.6f}{limits}"
+        batched = "" if self.batch_cosine is None else f", alone against batched {self.batch_cosine:.6f}"
+        return f"{self.metric} {self.value:.5g}{divergence}{batched}{limits}"
 
 
 class Gate:
@@ -48,6 +50,8 @@ class Gate:
     def __init__(self, workload: Workload, reference: Runnable, budget: Budget) -> None:
         self.workload = workload
         self.budget = budget
+        self.notes: tuple[str, ...] = ()
+        self._reference = reference
         self._answers = workload.answers(reference)
         self._score = workload.score(reference)
         self.reference_metrics = workload.metrics(self._answers, self._answers) | self._score
@@ -57,22 +61,40 @@ class Gate:
         """The original's own figure in the budget's metric."""
         return self.reference_metrics[self.budget.metric]
 
-    def measure(self, runnable: Runnable) -> tuple[dict[str, float], float]:
+    def measure(self, runnable: Runnable) -> tuple[dict[str, float], float | None]:
         """All figures of a session, and how far its answers move with their batch-mates (Judgement.batch_cosine)."""
         answers = self.workload.answers(runnable)
         metrics = self.workload.metrics(self._answers, answers)
         if self._score:
             metrics |= self.workload.score(runnable)
-        return metrics, self.workload.batch_dependence(runnable, answers)
+        batch_cosine = self.workload.batch_dependence(runnable, answers)
+        moves = batch_cosine is not None and batch_cosine < BATCH_COSINE
+        if moves and not self.workload.rows_can_run_alone and self._original_mixes_rows:
+            return metrics, None
+        return metrics, batch_cosine
 
-    def verdict(self, metrics: Mapping[str, float], batch_cosine: float) -> Judgement:
-        """What the budget makes of figures. batch_cosine is 1 where rows will run alone: batch-mates cannot matter then."""
+    @cached_property
+    def _original_mixes_rows(self) -> bool:
+        """Whether the original's own answers move with their batch-mates: the likeness of all texts and all images."""
+        own = self.workload.batch_dependence(self._reference, self._answers)
+        mixes = own is not None and own < BATCH_COSINE
+        if mixes:
+            self.notes += (
+                "the original's answers move with their batch-mates: alone against batched is asked of no pass",
+            )
+        return mixes
+
+    def verdict(self, metrics: Mapping[str, float], batch_cosine: float | None) -> Judgement:
+        """What the budget makes of figures. batch_cosine is None where batch-mates do not matter: rows will run alone."""
         value = metrics[self.budget.metric]
         limit = self.budget.limit_value(self.reference_value)
         limits = {
             f"{self.budget.metric} of at least {limit:.5g} is allowed": self.budget.margin(self.reference_value, value),
-            f"at least {BATCH_COSINE} in a batch is allowed": (batch_cosine - BATCH_COSINE) / (1 - BATCH_COSINE),
         }
+        if batch_cosine is not None:
+            limits[f"at least {BATCH_COSINE} in a batch is allowed"] = (batch_cosine - BATCH_COSINE) / (
+                1 - BATCH_COSINE
+            )
         if math.isfinite(self.budget.divergence):
             limits[f"at most {self.budget.divergence:g} nats are allowed, whatever the budget"] = (
                 1 - metrics.get("kl_mean", 0.0) / self.budget.divergence

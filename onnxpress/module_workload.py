@@ -113,10 +113,10 @@ class ModuleWorkload:
         chosen = np.where(np.isfinite(scores).all(axis=1), scores.argmax(axis=1), -1)
         return metrics.label_scores([str(label) for label in chosen], [str(label) for label in given.labels])
 
-    def batch_dependence(self, runnable: Runnable, answers: Answers) -> float:
-        """Variance kept between the rows of a batch alone and together, where all inputs and outputs have a batch axis."""
+    def batch_dependence(self, runnable: Runnable, answers: Answers) -> float | None:
+        """Variance kept between the rows of a batch alone and together; None where not all inputs and outputs have a batch axis."""
         if self._one_call_at_a_time():
-            return 1.0
+            return None
         axis = self._signature.inputs[0].shape[0]
         most = min(_BATCH_TRIAL, self._signature.axes[str(axis)][1], self._rows_at_once(runnable))
         known: dict[int, Arrays] = {}

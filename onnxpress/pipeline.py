@@ -212,7 +212,10 @@ def _build(
             unrounded=None if press.exact else press.unrounded,
         )
         del press.unrounded  # float weights once more in memory
-        ledger = (_export_row(exported, parity_rows, [*parity.notes, *workload.notes], gate), *press.ledger)
+        ledger = (
+            _export_row(exported, parity_rows, [*parity.notes, *workload.notes, *gate.notes], gate),
+            *press.ledger,
+        )
         manifest = _manifest(recipe, facts, exported, press, ledger=ledger, tolerance=tolerance)
         measured = _measured(exported, gate, press, bench)
         if bench.timed:

@@ -43,7 +43,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     places: tuple[str, ...] = ()
     kept_as: str = ""
-    batch_cosine: float = 1.0
+    batch_cosine: float | None = None
     tried: tuple[Plan, ...] = ()
 
     @property

@@ -69,7 +69,7 @@ class Press:
         self.unrounded = session  # what answers as the graph did before the first lossy pass
         self.rows_alone = False
         self._quality = rounded(gate.reference_value)
-        self._as_it_is = gate.verdict(gate.reference_metrics, 1.0)  # what is said of the float graph
+        self._as_it_is = gate.verdict(gate.reference_metrics, None)  # what is said of the float graph
         self._recipe, self._bench, self._gate, self._parity, self._report = recipe, bench, gate, parity, report
         self._target, self._resume = find_target(recipe.build.target), resume
 
@@ -231,7 +231,8 @@ class Press:
         """What the evaluation says of a plan."""
         row["changes"], row["notes"] = plan.changes, list(plan.notes)
         row["quality"] = rounded(plan.judgement.value)
-        row["batch_cosine"] = rounded(plan.judgement.batch_cosine)
+        if plan.judgement.batch_cosine is not None:
+            row["batch_cosine"] = rounded(plan.judgement.batch_cosine)
         row["metrics"] = {name: rounded(value) for name, value in plan.judgement.metrics.items()}
 
     def _take_plan(self, row: dict[str, Json], plan: Plan, trials: Trials, *, status: str, reason: str) -> None:

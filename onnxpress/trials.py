@@ -52,7 +52,7 @@ class Trial(BaseModel):
     kept_as: str
     bytes: int
     metrics: dict[str, float]
-    batch_cosine: float
+    batch_cosine: float | None
     times: dict[str, Times] = {}
 
 
@@ -141,7 +141,7 @@ class Trials:
                     kept_as=result.kept_as,
                     bytes=result.graph.weight_bytes(),
                     metrics={name: float(value) for name, value in metrics.items()},
-                    batch_cosine=float(batch_cosine),
+                    batch_cosine=batch_cosine,
                 )
             )
         return self._known[kept]
@@ -149,7 +149,7 @@ class Trials:
     def judge(self, kept: frozenset[str], *, rows_alone: bool = False) -> Judgement:
         """The gate's verdict on a choice. rows_alone: on running it row by row."""
         trial = self.measure(kept)
-        return self._gate.verdict(trial.metrics, 1.0 if rows_alone else trial.batch_cosine)
+        return self._gate.verdict(trial.metrics, None if rows_alone else trial.batch_cosine)
 
     def prove(self, kept: frozenset[str], *, rows_alone: bool = False) -> Judgement:
         """As `judge`, but measured in this process: an artifact rests on no file's word. Raises RecipeError."""

@@ -54,8 +54,11 @@ class Workload(Protocol):
         """The task's own metrics on the user's labelled samples; empty where there are none."""
         ...
 
-    def batch_dependence(self, runnable: Runnable, answers: Answers) -> float:
-        """Mean cosine between answers alone and in batches; of numbers, the share of variance kept. answers: what `answers` gave."""
+    def batch_dependence(self, runnable: Runnable, answers: Answers) -> float | None:
+        """Mean cosine between answers alone and in batches; of numbers, the share of variance kept; None where no batch is possible.
+
+        answers: what `answers` gave.
+        """
         ...
 
     def timing(self, runnable: Runnable) -> dict[tuple[int, ...], Arrays]:

@@ -222,6 +222,32 @@ def test_a_module_whose_batches_move_answers_is_not_kept(tmp_path: Path) -> None
         onnxpress.build(Exponential().eval(), out=tmp_path / "out", **options)
 
 
+def test_a_module_that_compares_the_rows_of_a_batch(tmp_path: Path) -> None:
+    """Its own answers move with their batch-mates, so that nothing is asked of a pass there; the likeness is as it was."""
+
+    class Towers(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.images, self.texts = torch.nn.Linear(32, 64), torch.nn.Linear(16, 64)
+
+        def forward(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            normalize = torch.nn.functional.normalize
+            return 20 * normalize(self.images(image), dim=-1) @ normalize(self.texts(text), dim=-1).T  # (batch, batch)
+
+    module = Towers().eval()
+    artifact = onnxpress.build(
+        module, example_inputs=(torch.randn(4, 32), torch.randn(4, 16)), out=tmp_path / "out", precision="int8", **QUICK
+    )
+    export, *_, row = artifact.manifest.ledger
+    assert (row["status"], "batch_cosine" in row) == ("kept", False)
+    assert any("move with their batch-mates" in note for note in export["notes"])
+    image, text = torch.randn(7, 32), torch.randn(7, 16)
+    found = onnxpress.load(artifact.path).run({"image": image.numpy(), "text": text.numpy()})["output_0"]
+    with torch.inference_mode():
+        np.testing.assert_allclose(found, module(image, text).numpy(), atol=0.5)  # of 20; two layers of 8 bits
+
+
 def test_dynamic_axes_and_indices_of_a_module(tmp_path: Path) -> None:
     """More positions and larger ids than the example has, up to what the module takes."""
 
