@@ -28,6 +28,7 @@ from onnxpress.errors import (
     ConversionError,
     GoldenError,
     InputError,
+    ParityError,
     RecipeError,
     SourceError,
 )
@@ -176,8 +177,10 @@ def _build(
             parity_rows = parity.check(plain)
         except InputError as error:
             raise ConversionError(
-                f"The graph of {exported.name} does not take what the original takes: {error}"
+                f"The graph of {exported.name} does not take what the original takes: {error}.{_fixed_axes(found, exported)}"
             ) from None
+        except ParityError as error:
+            raise ParityError(f"{error}{_fixed_axes(found, exported)}") from None
         gate = Gate(workload, exported.reference, budget)
 
         notes = None if resume is None else Resume(resume, _about(recipe, workload, bench))
@@ -234,6 +237,16 @@ def _build(
             report.step("reopen without torch and check the golden outputs")
             _check_in_fresh_process(writer.folder, facts.providers if bench.on_target else ("cpu",))
         return writer.publish()
+
+
+def _fixed_axes(found: Found | None, exported: Exported) -> str:
+    """Advice where a module with a batch that PyTorch traced for any size is wrong at another one."""
+    if found is None or exported.graph.signature.task != "module" or not exported.graph.signature.axes:
+        return ""
+    return (
+        " PyTorch may have traced a batch of any size wrongly: with dynamic_axes={} (in Python, or as the third part of what a factory "
+        "returns) the graph takes the shapes of the example inputs and no others."
+    )
 
 
 def _run_passes(press: Press, recipe: Recipe, task: str) -> None:

@@ -248,6 +248,22 @@ def test_a_module_that_compares_the_rows_of_a_batch(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, module(image, text).numpy(), atol=0.5)  # of 20; two layers of 8 bits
 
 
+def test_a_batch_that_is_traced_wrongly_can_be_fixed(tmp_path: Path) -> None:
+    class Written(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = torch.zeros_like(x)
+            for column, given in zip(out.unbind(1), x.unbind(1), strict=True):
+                column.copy_(2 * given)  # the trace takes the example's batch for the only one
+            return out
+
+    options = {"example_inputs": (torch.randn(4, 3),), "precision": "fp32", **QUICK}
+    with pytest.raises(ConversionError, match=r"dynamic_axes=\{\}"):
+        onnxpress.build(Written(), out=tmp_path / "out", **options)
+    artifact = onnxpress.build(Written(), out=tmp_path / "out", dynamic_axes={}, **options)
+    x = np.ones((4, 3), np.float32)
+    np.testing.assert_array_equal(onnxpress.load(artifact.path).run({"x": x})["output_0"], 2 * x)
+
+
 def test_dynamic_axes_and_indices_of_a_module(tmp_path: Path) -> None:
     """More positions and larger ids than the example has, up to what the module takes."""
 
