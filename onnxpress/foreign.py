@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxpress.errors import ArtifactError, ConversionError, InputError, OnnxpressError, SourceError
+from onnxpress.errors import ArtifactError, ConversionError, InputError, OnnxpressError, RecipeError, SourceError
 from onnxpress.exporters import Exported
 from onnxpress.exporters.bounds import index_bounds
 from onnxpress.exporters.trace import LARGEST_AXIS, LARGEST_BATCH
@@ -19,6 +19,7 @@ from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Signature, TensorSpec
 from onnxpress.runtime.bfloat16 import host_dtype
 from onnxpress.runtime.session import Session
+from onnxpress.sample_arrays import read_arrays
 
 _WEIGHTS_ALONE = 4  # the IR version from which weights need not be inputs
 _RANDOM = {
@@ -34,8 +35,11 @@ _EXAMPLE_BATCH = 2  # how long leading symbolic axes are in the example
 _EXAMPLE_SIZES = (8, 64, 512)  # how long others are: the first with which the file runs
 
 
-def open_onnx(path: Path, *, task: str | None = None) -> Exported:
-    """Read a file. Only task "module" (named arrays in, named arrays out). Raises SourceError, ConversionError."""
+def open_onnx(path: Path, *, task: str | None = None, samples: Path | None = None) -> Exported:
+    """Read a file. Only task "module" (named arrays in, named arrays out).
+
+    samples: a file of arrays, whose first are the example inputs; random ones without it. Raises SourceError, ConversionError, RecipeError.
+    """
     if task not in (None, "module"):
         raise ConversionError(
             f"{path} is an ONNX file and is built as task 'module' (named arrays in and out), not {task!r}: leave --task "
@@ -70,9 +74,12 @@ def open_onnx(path: Path, *, task: str | None = None) -> Exported:
         if value.shape is not None and any(isinstance(axis, int) and axis < 0 for axis in value.shape):
             # paddle2onnx writes -1 where others write a name or nothing.
             value.shape = ir.Shape([None if isinstance(axis, int) and axis < 0 else axis for axis in value.shape])
-    example = _example_that_runs(reference, tuple(_spec(value) for value in model.graph.inputs), path)
+    inputs = tuple(_spec(value) for value in model.graph.inputs)
+    example = (
+        _random_example(reference, inputs, path) if samples is None else _first_samples(reference, inputs, samples)
+    )
     answers = reference.run(example)
-    _check_numbers(model, answers, path)
+    _check_numbers(model, answers, path, samples)
     _check_repeats(model, answers, reference.run(example), path)
     for value in model.graph.outputs:  # which may be declared by their names alone, or wrongly
         answer = answers[str(value.name)]
@@ -95,10 +102,14 @@ def open_onnx(path: Path, *, task: str | None = None) -> Exported:
 def _signature(model: ir.Model) -> Signature:
     inputs = tuple(_spec(value) for value in model.graph.inputs)
     outputs = tuple(_spec(value) for value in model.graph.outputs)
+    return Signature(task="module", inputs=inputs, outputs=outputs, axes=_axes(inputs))
+
+
+def _axes(inputs: tuple[TensorSpec, ...]) -> dict[str, tuple[int, int]]:
+    """The least and largest size of each symbolic axis."""
     leading = _leading_axes(inputs)
     names = sorted({axis for spec in inputs for axis in spec.shape if isinstance(axis, str)})
-    axes = {name: (1, LARGEST_BATCH if name in leading else LARGEST_AXIS) for name in names}
-    return Signature(task="module", inputs=inputs, outputs=outputs, axes=axes)
+    return {name: (1, LARGEST_BATCH if name in leading else LARGEST_AXIS) for name in names}
 
 
 def _check_numeric(signature: Signature, path: Path) -> None:
@@ -141,7 +152,7 @@ def _largest(array: np.ndarray) -> float:
     return float(np.abs(array.astype(np.float64)).max(initial=0.0, where=np.isfinite(array)))
 
 
-def _check_numbers(model: ir.Model, answers: Arrays, path: Path) -> None:
+def _check_numbers(model: ir.Model, answers: Arrays, path: Path, samples: Path | None) -> None:
     """Raises SourceError where answers are no numbers, which no graph could be compared with."""
     if not any(np.issubdtype(answer.dtype, np.floating) and np.isnan(answer).any() for answer in answers.values()):
         return
@@ -152,9 +163,12 @@ def _check_numbers(model: ir.Model, answers: Arrays, path: Path) -> None:
             and np.isnan(value.const_value.numpy()).any()
         ):
             raise SourceError(f"The weights in {path} are damaged: {value.name} holds numbers that are none (NaN).")
-    raise SourceError(
-        f"{path} answers with numbers that are none (NaN) where its inputs are normal random numbers, so that nothing can be compared with it."
+    where = (
+        "where its inputs are normal random numbers, so that nothing can be compared with it: give real ones with --eval"
+        if samples is None
+        else f"for the first samples of {samples}, so that nothing can be compared with it"
     )
+    raise SourceError(f"{path} answers with numbers that are none (NaN) {where}.")
 
 
 def _name_rows(model: ir.Model, signature: Signature, reference: Session, example: Arrays) -> None:
@@ -199,7 +213,19 @@ def _spec(value: ir.Value) -> TensorSpec:
     return TensorSpec(name=str(value.name), dtype=value.dtype.numpy().name, shape=shape, bounds=index_bounds(value))
 
 
-def _example_that_runs(reference: Session, inputs: tuple[TensorSpec, ...], path: Path) -> Arrays:
+def _first_samples(reference: Session, inputs: tuple[TensorSpec, ...], path: Path) -> Arrays:
+    """Two samples of a file where the file's model takes any number, else as many as it takes. Raises RecipeError."""
+    given = read_arrays(path, Signature(task="module", inputs=inputs, outputs=(), axes=_axes(inputs)))
+    any_number = all(isinstance(spec.shape[0], str) for spec in inputs)
+    example = given.call(0, min(_EXAMPLE_BATCH, given.calls()) if any_number else 1)
+    try:
+        reference.run(example)
+    except InputError as error:
+        raise RecipeError(f"The model does not run on the first samples of {path}: {error}") from None
+    return example
+
+
+def _random_example(reference: Session, inputs: tuple[TensorSpec, ...], path: Path) -> Arrays:
     leading = _leading_axes(inputs)
     refused: Exception | None = None
     for size in _EXAMPLE_SIZES:

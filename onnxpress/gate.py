@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from onnxpress.budgets import Budget
 from onnxpress.manifest import Runnable
 from onnxpress.workload import Workload
@@ -53,6 +55,10 @@ class Gate:
         self.notes: tuple[str, ...] = ()
         self._reference = reference
         self._answers = workload.answers(reference)
+        if undefined := sum(map(_undefined, self._answers)):
+            self.notes += (
+                f"the original answers {undefined} of {len(self._answers)} evaluation samples with numbers that are none (NaN)",
+            )
         self._score = workload.score(reference)
         self.reference_metrics = workload.metrics(self._answers, self._answers) | self._score
 
@@ -110,3 +116,7 @@ class Gate:
             margin=-math.inf if any(map(math.isnan, margins)) else min(margins),
             broken=tuple(text for text, margin in limits.items() if not margin >= 0),
         )
+
+
+def _undefined(answer: Mapping[str, np.ndarray]) -> bool:
+    return any(np.issubdtype(array.dtype, np.floating) and bool(np.isnan(array).any()) for array in answer.values())

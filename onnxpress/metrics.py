@@ -97,7 +97,7 @@ def _variance_kept(reference: list[Array], candidate: list[Array]) -> tuple[floa
         ours, theirs = ([array[start : start + _BLOCK] for array in given] for given in (reference, candidate))
         mean = np.mean([_finite(array) for array in ours], axis=0)
         for one, other in zip(ours, theirs, strict=True):
-            if not np.array_equal(_infinite(one), _infinite(other)):
+            if not np.array_equal(_infinite(one), _infinite(other), equal_nan=True):
                 return 0.0, math.inf
             first, second = _finite(one), _finite(other)
             difference, spread = first - second, first - mean

@@ -367,7 +367,8 @@ def _find(recipe: Recipe, given: _Given) -> Found | None:
 def _export(recipe: Recipe, found: Found | None, instead: torch.nn.Module | None = None) -> Exported:
     model = recipe.model
     if found is None:
-        return open_onnx(Path(model.source), task=model.task)
+        samples = recipe.quality.file or recipe.quality.calibration
+        return open_onnx(Path(model.source), task=model.task, samples=None if samples is None else Path(samples))
     return export(
         found,
         max_length=model.max_length,

@@ -171,6 +171,23 @@ def test_an_onnx_file_that_answers_no_numbers_is_named(operator: str, said: str,
         open_onnx(tmp_path / "file.onnx")
 
 
+def test_the_first_samples_of_a_file_are_the_example(tmp_path: Path) -> None:
+    """A logarithm takes positive numbers, and random ones are like the samples from there on."""
+    nodes = [helper.make_node("Log", ["x"], ["l"]), helper.make_node("MatMul", ["l", "w"], ["y"])]
+    weight = numpy_helper.from_array(np.random.default_rng(0).standard_normal((3, 3)).astype(np.float32), "w")
+    path = saved(tmp_path / "file.onnx", nodes, [Y], weight)
+    with pytest.raises(SourceError, match=r"real ones with --eval"):
+        open_onnx(path)
+    x = np.random.default_rng(1).uniform(0.5, 2, (20, 3)).astype(np.float32)
+    np.savez(tmp_path / "samples.npz", x=x)
+    np.testing.assert_array_equal(open_onnx(path, samples=tmp_path / "samples.npz").example["x"], x[:2])
+    built = onnxpress.build(path, out=tmp_path / "out", precision="fp32", file=str(tmp_path / "samples.npz"), **QUICK)
+    assert built.manifest.ledger[0]["quality"] == 1
+    np.savez(tmp_path / "negative.npz", x=-x)
+    with pytest.raises(SourceError, match=r"for the first samples of .*negative\.npz"):
+        onnxpress.build(path, out=tmp_path / "out", precision="fp32", file=str(tmp_path / "negative.npz"), **QUICK)
+
+
 def test_an_onnx_file_with_a_sequence_inside(tmp_path: Path) -> None:
     """Constant folding gives it a tensor's type, which ONNX Runtime refuses: that pass is undone, and the build goes on."""
     nodes = [

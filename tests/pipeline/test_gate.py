@@ -52,6 +52,22 @@ def test_probabilities_that_collapse_break_the_budget() -> None:
     assert "nats are allowed, whatever the budget)" in collapsed.sentence()
 
 
+def test_answers_of_the_original_that_are_no_numbers_are_noted() -> None:
+    """A graph that answers so in the same places is as good as the original."""
+
+    class Numbers(OneAnswer):
+        def answers(self, runnable: Runnable) -> Answers:
+            return [*super().answers(runnable), {"logits": np.zeros(2)}]
+
+        def metrics(self, reference: Answers, answers: Answers) -> dict[str, float]:
+            return agreement("module", reference, answers)
+
+    gate = Gate(Numbers(), Constant(4.0, math.nan), BUDGETS["module"])  # type: ignore[arg-type]
+    assert gate.notes == ("the original answers 1 of 2 evaluation samples with numbers that are none (NaN)",)
+    assert gate.reference_value == 1
+    assert not gate.verdict(*gate.measure(Constant(4.0, 1.0))).holds
+
+
 def test_what_is_not_a_number_breaks_the_budget() -> None:
     class Undefined(OneAnswer):
         def metrics(self, reference: Answers, answers: Answers) -> dict[str, float]:
