@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from onnxpress import __version__
 from onnxpress.commands import answer, build, device, examine
 from onnxpress.errors import MissingExtraError, OnnxpressError, UsageError
 
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Export PyTorch models to ONNX, press them, prove that they still answer alike, and run them.",
     )
     parser.set_defaults(command=None, debug=False)
+    parser.add_argument("--version", action="version", version=f"onnxpress {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND")
     build.add_build(commands)
     build.add_fit(commands)

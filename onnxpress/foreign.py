@@ -67,6 +67,9 @@ def open_onnx(path: Path, *, task: str | None = None, samples: Path | None = Non
         raise SourceError(f"{path} is not a readable ONNX model: {error}") from None
     for value in [value for value in model.graph.inputs if value.name in model.graph.initializers]:
         model.graph.inputs.remove(value)  # old exporters list weights as inputs with a default
+    outputs = list(dict.fromkeys(model.graph.outputs))  # some are listed twice
+    model.graph.outputs.clear()
+    model.graph.outputs.extend(outputs)
     if not model.graph.inputs:
         raise ConversionError(f"{path} takes no inputs, so that it always answers the same.")
     model.ir_version = max(model.ir_version, _WEIGHTS_ALONE)

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from tiny_artifacts import DIM, SIGNATURE, VOCABULARY, fill, manifest, save_artifact, save_per_token
 from tiny_models import save_model
 
+from onnxpress import __version__
 from onnxpress.artifact import ArtifactWriter
 from onnxpress.manifest import TensorSpec
 from onnxpress.runtime import Embedder, load
@@ -68,6 +69,10 @@ def question_answerer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fill_mask(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifacts") / "masks"
     return save_task(folder, "fill-mask", {"logits": len(VOCABULARY)}, mask_token="[MASK]")
+
+
+def test_version() -> None:
+    assert onnxpress("--version").stdout == f"onnxpress {__version__}\n"
 
 
 def test_run_prints_what_python_answers(artifact: Path) -> None:

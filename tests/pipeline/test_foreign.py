@@ -305,6 +305,8 @@ def test_outputs_that_are_declared_by_their_names_alone(tmp_path: Path) -> None:
     (spec,) = exported.graph.signature.outputs
     assert (spec.dtype, len(spec.shape)) == ("float32", 2)
     assert onnxpress.build(tmp_path / "file.onnx", out=tmp_path / "built", precision="fp32", **QUICK)
+    twice = saved(tmp_path / "twice.onnx", [PRODUCT], [Y, Y])
+    assert [spec.name for spec in open_onnx(twice).graph.signature.outputs] == ["y"]
     wrong = helper.make_tensor_value_info("y", FLOATS, ["batch", 7])
     exported = open_onnx(saved(tmp_path / "wrong.onnx", [PRODUCT], [wrong]))
     assert exported.graph.signature.outputs[0].shape == ("batch", "y_1")
