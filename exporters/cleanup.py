@@ -3,12 +3,14 @@
 Transpose(weight) → MatMul        →   MatMul with the weight stored as (in, out), as a view of the same memory
 Reshape(Reshape(x)) of x's shape  →   x
 Transpose(Transpose(x)), the second undoing the first  →   x
+Attention(…, mask of (…, 1, keys))  →   Attention(…, Expand(mask) to (…, queries, keys)), which ONNX Runtime's kernel asks for
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import (
     ClearMetadataAndDocStringPass,
@@ -26,6 +28,7 @@ def clean(model: ir.Model, *, inputs: Mapping[str, Sequence[int | str]], prefix:
     """
     _name_axes(model.graph, inputs)
     _name_weights(model.graph, prefix)
+    _widen_masks(model.graph)
     _store_weights_transposed(model.graph)
     # What is plainly idle goes first: the optimizer tries each of its patterns at every node that is left.
     _drop_noop_transposes(model.graph)
@@ -75,6 +78,32 @@ def _name_weights(graph: ir.Graph, prefix: str) -> None:
         if short != name and short not in taken:
             value.name = short
             taken.add(short)
+
+
+def _widen_masks(graph: ir.Graph) -> None:
+    """Repeat a mask that is the same for all queries: of padding, (batch, 1, 1, keys)."""
+    for node in list(graph):
+        mask = node.inputs[3] if node.op_type == "Attention" and node.domain == "" and len(node.inputs) > 3 else None
+        if mask is None or mask.shape is None or len(mask.shape) < 2 or mask.shape[-2] != 1:
+            continue
+        query = node.inputs[0]
+        assert query is not None
+        assert query.shape is not None
+        if query.shape[-2] == 1:
+            continue
+        name = f"{node.name}_mask"
+        axis = len(query.shape) - 2  # (batch, heads, queries, head_dim) or (batch, queries, heads · head_dim)
+        length = ir.node("Shape", [query], {"start": axis, "end": axis + 1}, name=f"{name}_queries")
+        one = ir.Value(name=f"{name}_one", const_value=ir.tensor(np.array([1])))
+        graph.register_initializer(one)
+        ones = [one] * (len(mask.shape) - 2)
+        shape = ir.node("Concat", [*ones, length.outputs[0], one], {"axis": 0}, name=f"{name}_shape")
+        wide = ir.node("Expand", [mask, shape.outputs[0]], name=f"{name}_expand")
+        if mask.dtype is not None:
+            wide.outputs[0].dtype = mask.dtype
+        wide.outputs[0].shape = ir.Shape([*mask.shape[:-2], query.shape[-2], mask.shape[-1]])
+        graph.insert_before(node, [length, shape, wide])
+        node.replace_input_with(3, wide.outputs[0])
 
 
 def _store_weights_transposed(graph: ir.Graph) -> None:

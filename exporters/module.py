@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
@@ -39,16 +40,27 @@ def export_module(source: ModuleSource) -> Exported:
         if tensor.numel() == 0:
             raise SourceError(f"The example input {name} is empty, {tuple(tensor.shape)}: give one with numbers in it.")
     for name, parameter in source.module.named_parameters():
+        if torch.nn.parameter.is_lazy(parameter):
+            raise SourceError(f"{name} of {source.name} has no shape yet: call the module once, and give it then.")
         if bool(torch.isnan(parameter).any()):
             raise SourceError(
                 f"The weights of {type(source.module).__name__} are damaged: {name} holds numbers that are none (NaN)."
             )
+    for part in source.module.modules():
+        known = type(part).train.__module__ in (torch.nn.Module.__module__, "transformers.modeling_utils")
+        if part.training and not known:
+            raise SourceError(
+                f"{type(part).__name__} has a train() of its own and is in training mode: give {source.name} after eval()."
+            )
     module = PlainModule(source.module, tuple(example))
     try:
-        with torch.no_grad(), evaluation_mode(module) as written:
-            answer = source.module(**{name: tensor.clone() for name, tensor in example.items()})
-        with torch.no_grad(), evaluation_mode(module):
-            again = source.module(**{name: tensor.clone() for name, tensor in example.items()})
+        with _unwritten_parameters(source.module):
+            with torch.no_grad(), evaluation_mode(module) as written:
+                answer = source.module(**{name: tensor.clone() for name, tensor in example.items()})
+            with torch.no_grad(), evaluation_mode(module):
+                again = source.module(**{name: tensor.clone() for name, tensor in example.items()})
+    except ConversionError:
+        raise
     except Exception as error:  # whatever a module raises
         raise SourceError(
             f"{type(source.module).__name__} fails on its example inputs: {type(error).__name__}: {error}"
@@ -136,12 +148,28 @@ class PlainModule(torch.nn.Module):
         return tuple(found)
 
 
+@contextmanager
+def _unwritten_parameters(module: torch.nn.Module) -> Iterator[None]:
+    """Raises ConversionError where forward changes a parameter, which is then as it was."""
+    before = [(name, one, one._version, one.detach().clone()) for name, one in module.named_parameters()]
+    try:
+        yield
+    finally:
+        changed = [item for item in before if item[1]._version != item[2] and not item[1].equal(item[3])]
+        for _, parameter, _, content in changed:
+            parameter.detach().copy_(content)
+    if changed:
+        raise ConversionError(
+            f"{type(module).__name__} changes its parameter {changed[0][0]} in forward; a graph keeps nothing between calls: change it before."
+        )
+
+
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     """But for the order in which threads add."""
     if one.shape != other.shape:
         return False
     one, other = one.detach().float(), other.detach().float()
-    largest = float(one.abs().max()) if one.numel() else 0.0
+    largest = float(one[one.isfinite()].abs().max()) if one.isfinite().any() else 0.0
     return torch.allclose(one, other, rtol=1e-2, atol=1e-2 * largest, equal_nan=True)
 
 
@@ -175,7 +203,8 @@ def _named(source: ModuleSource) -> dict[str, torch.Tensor]:
     if len(source.example) > len(names):
         raise SourceError(
             f"{len(source.example)} example inputs were given for {source.name}, whose forward names {len(names)}: "
-            f"{', '.join(names) or 'none'}. Inputs need names of their own, not *args."
+            f"{', '.join(names) or 'none'}. Inputs need names of their own, not *args; of a module that wraps another (torch.compile, "
+            "DataParallel) give the inner one."
         )
     return dict(zip(names, source.example, strict=False))
 

@@ -46,9 +46,11 @@ def evaluation_mode(module: torch.nn.Module) -> Iterator[list[str]]:
     """
     training = [part for part in module.modules() if part.training]
     held = [(path, part, dict(part._buffers)) for path, part in module.named_modules()]
-    contents = [
-        (one, _version(one), one.clone()) for *_, buffers in held for one in buffers.values() if one is not None
-    ]
+    kept = [one for *_, buffers in held for one in buffers.values() if one is not None]
+    kept += [
+        part.weight for part in module.modules() if getattr(part, "max_norm", None) is not None
+    ]  # of embeddings: scaled when read
+    contents = [(one, _version(one), one.detach().clone()) for one in kept]
     written: list[str] = []
     for part in training:  # and not eval(), by which some modules merge weights
         part.training = False
@@ -60,7 +62,7 @@ def evaluation_mode(module: torch.nn.Module) -> Iterator[list[str]]:
         overwritten = {id(buffer) for buffer, version, _ in contents if _version(buffer) != version}
         for buffer, _, content in contents:
             if id(buffer) in overwritten:
-                buffer.copy_(content)
+                buffer.detach().copy_(content)
         for path, part, buffers in held:
             for name, now in {**buffers, **part._buffers}.items():
                 if id(now) in overwritten or now is not buffers.get(name):

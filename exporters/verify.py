@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onnxpress.errors import ParityError
+from onnxpress.errors import ParityError, SourceError
 from onnxpress.exporters.exported import Exported
 from onnxpress.manifest import Arrays, Runnable, Signature, TensorSpec
-from onnxpress.masked import unmasked
+from onnxpress.masked import mask_size
 
 Array = npt.NDArray[Any]
 
@@ -129,27 +130,36 @@ def module_cases(signature: Signature, example: Arrays) -> list[Case]:
 def drawn_like(
     example: Array, shape: Sequence[int], bounds: tuple[int, int] | None, random: np.random.Generator
 ) -> Array:
-    """Random numbers as the example's are.
+    """Random numbers as the example's are, of a shape that differs in its sizes alone.
 
-    Floats: normal, of its mean and spread; where it repeats numbers (masks) those that it has; where all have one sign (logarithms are
-    taken of some inputs) between its own. Integers lie within bounds, or the example's; where it holds one alone, those of 8 bits are of
-    any size, as pixels are.
+    Where it holds two numbers (a mask): rows of it, so that none hides everything, their last numbers repeated where more are asked for.
+    Floats: normal, of its mean and spread; where it repeats numbers those that it has; where all have one sign (logarithms are taken of
+    some inputs) between its own, or around it where each row is the same single number. Integers lie within bounds, or the example's;
+    where it holds one alone, those of 8 bits are of any size if it can be an image. Booleans of one value: both, where a row is one.
     """
+    own = np.sort(example.ravel()[:: max(1, example.size // _LOOKED_AT)])
+    distinct = len(np.unique(own))
+    mask = distinct == 2 <= len(own) // 2 or (example.dtype == np.bool_ and example.ndim > 1)
+    if mask and bounds is None:
+        rows = random.integers(0, len(example), shape[0])
+        others = zip(shape[1:], example.shape[1:], strict=True)
+        return np.asarray(example[np.ix_(rows, *(np.minimum(np.arange(size), known - 1) for size, known in others))])
     if example.dtype == np.bool_:
         return np.asarray(random.random(shape) < 0.5)
     if not np.issubdtype(example.dtype, np.floating):
         low, high = bounds or (int(example.min()), int(example.max()))
-        if low == high and bounds is None and example.dtype.itemsize == 1:
+        if low == high and bounds is None and example.dtype.itemsize == 1 and example.ndim > 2:
             low, high = np.iinfo(example.dtype).min, np.iinfo(example.dtype).max
         return np.asarray(random.integers(low, high + 1, shape)).astype(example.dtype)
-    own = np.sort(example.ravel()[:: max(1, example.size // _LOOKED_AT)].astype(np.float64))
-    distinct = len(np.unique(own))
+    own = own.astype(np.float64)
     if distinct > 1 and (distinct <= len(own) // 2 or not np.isfinite(own).all()):
         drawn = own[random.integers(0, len(own), shape)]
     elif distinct > 1 and own[0] * own[-1] >= 0:
         places = random.random(shape) * (len(own) - 1)
         below = np.floor(places).astype(np.int64)
         drawn = own[below] + (places - below) * (own[below + 1] - own[below])
+    elif distinct == 1 and own[0] and example.size == (len(example) if example.ndim else 1):
+        drawn = own[0] * random.uniform(0.5, 1.5, shape)
     else:
         drawn = random.standard_normal(shape) * (own.std() or 1.0) + own.mean()
     return np.asarray(drawn).astype(example.dtype)
@@ -199,24 +209,28 @@ def _compare(case: Case, output: TensorSpec, expected: Array, found: Array) -> P
         real = case.feeds["attention_mask"].astype(bool)
         expected, found = expected[real], found[real]
     exact = not np.issubdtype(expected.dtype, np.floating)
-    if not exact:
-        found, expected = unmasked((found, expected), (expected,))
     one, other = expected.astype(np.float64).ravel(), found.astype(np.float64).ravel()
     if np.isnan(one).any():
-        raise ParityError(
+        raise SourceError(
             f"The original's output {output.name} holds numbers that are none (NaN) for {case.name}, so that nothing can be compared with it."
         )
     infinite = np.isinf(one) & (one == other)  # masked logits
     one[infinite] = other[infinite] = 0
-    largest = float(np.abs(one[np.isfinite(one)]).max(initial=0.0))
-    max_abs = float(np.abs(one - other).max(initial=0.0))
+    sizes, half = np.abs(one), expected.dtype == np.float16
+    masked = (sizes >= (math.inf if exact else mask_size([one]))) & np.isfinite(one)
+    largest = float(sizes.max(initial=0.0, where=~masked & np.isfinite(one)))
+    difference = np.abs(one - other)
+    difference[masked] *= (
+        max(_FLOOR, largest) / sizes[masked]
+    )  # what is masked is as near by its own size, and hides nothing
+    max_abs = float(difference.max(initial=0.0))
     row = ParityRow(
         case=case.name,
         output=output.name,
         max_abs=max_abs,
         max_rel=max_abs / largest if largest else 0.0,
     )
-    allowed = 0.0 if exact else allowed_difference(largest, half=expected.dtype == np.float16)
+    allowed = 0.0 if exact else allowed_difference(largest, half=half)
     if exact and np.mean(one != other) <= _NEAR_TIES:
         return row
     if not max_abs <= allowed:  # also where either side is not a number

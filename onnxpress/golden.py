@@ -4,7 +4,8 @@ File format: safetensors, keys "input.CASE.NAME" and "output.CASE.NAME". The tol
 kernels: 1e-3 of an output's largest value for float graphs, 5e-2 for quantized ones, where one activation that rounds
 the other way moves an answer by a quantization step, and all behind it; of integers and booleans, the same share may
 differ. A quantized graph may elsewhere be as far from its answers here as these are from those of the graph in float:
-of that size are the roundings that another kernel makes another way.
+of that size are the roundings that another kernel makes another way. Masked numbers (masked.py) are written as the
+minus infinity that they stand for: their size would allow the others anything.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from onnxpress.manifest import Arrays
-from onnxpress.masked import unmasked
+from onnxpress.masked import mask_size
 from onnxpress.runtime.loading import golden_difference
 from onnxpress.runtime.session import Session
 
@@ -34,10 +35,12 @@ def write_golden(
     largest: dict[str, float] = {}
     rounding: dict[str, float] = {}
     share = _EXACT if unrounded is None else _QUANTIZED
+    answers = {case: session.run(feeds) for case, feeds in cases.items()}
     for case, feeds in cases.items():
         for name, array in feeds.items():
             tensors[f"input.{case}.{name}"] = np.asarray(array, order="C")
-        for name, array in session.run(feeds).items():
+        for name, answer in answers[case].items():
+            array = _with_infinities(answer, [others[name] for others in answers.values()])
             tensors[f"output.{case}.{name}"] = np.asarray(array, order="C")
             largest[name] = max(largest.get(name, 0.0), _size(array))
         if unrounded is not None and unrounded.signature.inputs == session.signature.inputs:
@@ -50,9 +53,17 @@ def write_golden(
     }
 
 
+def _with_infinities(answer: np.ndarray, answers: list[np.ndarray]) -> np.ndarray:
+    """Minus infinity for what is masked, by the answers to all cases: at least two numbers."""
+    if not np.issubdtype(answer.dtype, np.floating):
+        return answer
+    limit = -mask_size(answers)
+    several = sum(int((np.isfinite(array) & (array <= limit)).sum()) for array in answers) > 1
+    return np.where(answer <= limit, answer.dtype.type(-np.inf), answer) if several else answer
+
+
 def _size(array: np.ndarray) -> float:
     """The largest finite absolute value of floats; 1 for other numbers, whose difference is a share."""
     if not np.issubdtype(array.dtype, np.floating):
         return 1.0
-    (array,) = unmasked((array,), (array,))
     return float(np.abs(array[np.isfinite(array)]).max(initial=0))

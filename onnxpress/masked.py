@@ -1,31 +1,51 @@
-"""Masked answers: numbers that stand for minus infinity, and would hide all others by their size."""
+"""Masked answers: numbers that stand for "never" (-1e4, -1e9, float's lowest), and would hide all others by their size."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-_LEAST = -1e4  # a mask's number is that or lower
-_HALF = -65504.0  # the lowest of float16, which lower ones become there
+MASKS_FROM = 512.0
+_LEAST = math.frexp(MASKS_FROM)[1]
+_OFFSET = 1100  # float64's least exponent is -1073
+_MOST_LEVELS = 16
+_NARROW = 2.0**-8  # a level's width as a share of it: bfloat16 rounds so
 
 
-def unmasked(arrays: Sequence[npt.NDArray[Any]], like: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-    """The arrays with minus infinity for what is masked, by what masks `like`.
+def mask_size(arrays: Sequence[npt.NDArray[Any]]) -> float:
+    """The size from which finite numbers are masks; infinity where none are.
 
-    That is its lowest number, where it is there more than once, and far from all others.
+    Masks are few numbers, perhaps with scores added to them that are no larger than the unmasked are; between both at least a factor of
+    two is empty.
     """
-    lowest = min((float(array.min(initial=0.0, where=np.isfinite(array))) for array in like), default=0.0)
-    if lowest > _LEAST:
-        return list(arrays)
-    limit = 0.999 * max(lowest, _HALF)
-    masks, largest = 0, 0.0
-    for array in like:
-        below = array <= 0.999 * lowest
-        masks += int((below & np.isfinite(array)).sum())
-        largest = max(largest, float(np.abs(array).max(initial=0.0, where=~below & np.isfinite(array))))
-    if masks < 2 or largest > 0.1 * abs(limit):
-        return list(arrays)
-    return [np.where(array <= limit, array.dtype.type(-np.inf), array) for array in arrays]
+    counts = np.zeros(2 * _OFFSET, np.int64)
+    for array in arrays:
+        finite = array[np.isfinite(array) & (array != 0)]
+        counts += np.bincount(np.frexp(finite)[1] + _OFFSET, minlength=2 * _OFFSET)
+        counts[0] += array.size - finite.size
+    for exponent in np.flatnonzero(counts) - _OFFSET:
+        empty = counts[exponent - 1 + _OFFSET] == 0
+        if exponent >= _LEAST and empty and counts[: exponent + _OFFSET].any():
+            size = math.ldexp(0.5, int(exponent))
+            if _are_levels(arrays, size):
+                return size
+    return math.inf
+
+
+def _are_levels(arrays: Sequence[npt.NDArray[Any]], size: float) -> bool:
+    """Whether numbers of a size and more are a few, with scores of the others' size added."""
+    large, largest = [], 0.0
+    for array in arrays:
+        sizes, finite = np.abs(array), np.isfinite(array)
+        large.append(array[(sizes >= size) & finite].astype(np.float64))
+        largest = max(largest, float(sizes.max(initial=0.0, where=sizes < size)))
+    numbers = np.sort(np.concatenate(large))
+    apart = np.diff(numbers) > 2 * largest + _NARROW * np.abs(numbers[1:])
+    levels = np.split(numbers, np.flatnonzero(apart) + 1)
+    return len(levels) <= _MOST_LEVELS and all(
+        level[-1] - level[0] <= 4 * largest + _NARROW * abs(level[-1]) for level in levels
+    )

@@ -13,12 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxpress.errors import RecipeError
-from onnxpress.masked import unmasked
+from onnxpress.masked import MASKS_FROM, mask_size
 
 Array = npt.NDArray[Any]
 Answers = Sequence[Mapping[str, Array]]
 Entity = tuple[int, int, str]
-_BLOCK = 2**18  # numbers of each answer that are compared at a time
+_BLOCK = 2**15  # numbers of each answer that are compared at a time
+_HALF, _HALF_ROUNDS = (
+    65504.0,
+    2.0**-8,
+)  # float16's largest, which larger masks become there; how far bfloat16 rounds at most
 _CONSTANT = 1e-12  # numbers that vary by less than a millionth of their size: float32 has no more digits
 
 
@@ -91,33 +95,56 @@ def _variance_kept(reference: list[Array], candidate: list[Array]) -> tuple[floa
         )
     if any(other.size != one.size for one, other in zip(reference, candidate, strict=True)):
         return 0.0, math.inf
-    reference, candidate = ([array.ravel() for array in unmasked(given, reference)] for given in (reference, candidate))
-    lost = whole = squares = largest = 0.0
+    reference, candidate = ([array.ravel() for array in given] for given in (reference, candidate))
+    at_times = _large_at_times(reference)
+    size = mask_size([array[at_times] for array in reference]) if at_times.any() else math.inf
+    lost, whole, squares, largest = np.zeros(2), np.zeros(2), np.zeros(2), 0.0  # unmasked, masked
     for start in range(0, max(sizes), _BLOCK):  # a part of all answers at a time: they may be images
-        ours, theirs = ([array[start : start + _BLOCK] for array in given] for given in (reference, candidate))
-        mean = np.mean([_finite(array) for array in ours], axis=0)
-        for one, other in zip(ours, theirs, strict=True):
-            if not np.array_equal(_infinite(one), _infinite(other), equal_nan=True):
-                return 0.0, math.inf
-            first, second = _finite(one), _finite(other)
-            difference, spread = first - second, first - mean
-            lost += float(difference @ difference)
-            whole += float(spread @ spread)
-            squares += float(first @ first)
-            largest = max(largest, float(np.abs(difference).max(initial=0.0)))
-    if whole <= _CONSTANT * squares:
-        whole = squares
-    return 1.0 if lost == 0 else max(0.0, 1 - lost / whole) if whole > 0 else 0.0, largest
+        part = slice(start, start + _BLOCK)
+        ours, theirs = (
+            np.stack([array[part] for array in given]).astype(np.float64) for given in (reference, candidate)
+        )
+        masked = np.isfinite(ours) & (np.abs(ours) >= size) & at_times[part]
+        if not np.array_equal(_infinite(ours, but=masked), _infinite(theirs, but=masked), equal_nan=True):
+            return 0.0, math.inf
+        if not (np.sign(ours) * theirs >= 0.7 * min(size, _HALF))[masked].all():  # less than masked
+            return 0.0, math.inf
+        ours, theirs = (
+            np.where(masked, np.clip(array, -_HALF, _HALF), np.where(np.isfinite(array), array, 0))
+            for array in (ours, theirs)
+        )
+        for group, chosen in enumerate((~masked, masked)):
+            count = chosen.sum(0)
+            mean = ours.sum(0, where=chosen) / np.maximum(count, 1)
+            difference = np.abs(ours - theirs)
+            if group:  # half precision rounds what is added to a mask
+                difference = np.maximum(difference - _HALF_ROUNDS * np.abs(ours), 0)
+            else:
+                largest = max(largest, float(difference.max(initial=0.0, where=chosen)))
+            lost[group] += (difference**2).sum(where=chosen)
+            whole[group] += ((ours - mean) ** 2).sum(where=chosen)
+            squares[group] += (ours**2).sum(where=chosen)
+    whole = np.where(whole <= _CONSTANT * squares, squares, whole)
+    shares = (
+        1.0 if gone == 0 else max(0.0, 1 - gone / all_of_it) if all_of_it > 0 else 0.0
+        for gone, all_of_it in zip(lost.tolist(), whole.tolist(), strict=True)
+    )
+    return min(shares), largest
 
 
-def _finite(array: Array) -> Array:
-    """In float64, with zeros for what is not finite: masked logits."""
-    return np.where(np.isfinite(array), array, 0).astype(np.float64)
+def _large_at_times(answers: list[Array]) -> Array:
+    """Which numbers are large for some samples and not for others, as masked ones are."""
+    least, most = np.full(answers[0].shape, np.inf), np.zeros(answers[0].shape)
+    for array in answers:
+        sizes = np.where(np.isfinite(array), np.abs(array), 0)
+        np.minimum(least, sizes, out=least)
+        np.maximum(most, sizes, out=most)
+    return np.asarray((most >= MASKS_FROM) & (least <= most / 2))
 
 
-def _infinite(array: Array) -> Array:
-    """With zeros for what is finite."""
-    return np.where(np.isfinite(array), 0, array)
+def _infinite(array: Array, *, but: Array) -> Array:
+    """With zeros for what is finite, and at some places."""
+    return np.where(np.isfinite(array) | but, 0, array)
 
 
 def _equal_share(reference: list[Array], candidate: list[Array]) -> tuple[float, float]:

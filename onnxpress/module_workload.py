@@ -153,7 +153,11 @@ class ModuleWorkload:
         return max(2, _CALL_BYTES // max(1, _bytes(feeds) + _bytes(runnable.run(feeds))))
 
     def _one_call_at_a_time(self) -> bool:
-        """Whether some input or output has no batch axis, so that samples cannot share a call."""
+        """Whether some input or output has no batch axis, or one whose size another axis of an input has, so that samples cannot share a call."""
+        if any(
+            axis == self._signature.inputs[0].shape[0] for spec in self._signature.inputs for axis in spec.shape[1:]
+        ):
+            return True
         specs = (*self._signature.inputs, *self._signature.outputs)
         axes = {spec.shape[0] if spec.shape else None for spec in specs}
         return len(axes) > 1 or not isinstance(next(iter(axes)), str)

@@ -28,6 +28,7 @@ from onnxpress.errors import (
     ConversionError,
     GoldenError,
     InputError,
+    OnnxpressError,
     ParityError,
     RecipeError,
     SourceError,
@@ -181,7 +182,15 @@ def _build(
             ) from None
         except ParityError as error:
             raise ParityError(f"{error}{_fixed_axes(found, exported)}") from None
-        gate = Gate(workload, exported.reference, budget)
+        try:
+            gate = Gate(workload, exported.reference, budget)
+        except OnnxpressError:
+            raise
+        except Exception as error:  # whatever a module raises
+            raise RecipeError(
+                f"{exported.name} fails on the inputs that it is to be judged by ({type(error).__name__}: {error}): give arrays that it "
+                "takes with --eval, and with --calibration."
+            ) from error
 
         notes = None if resume is None else Resume(resume, _about(recipe, workload, bench))
         press = Press(recipe, bench, gate, parity, exported.graph, plain, report, notes)

@@ -23,7 +23,7 @@ from onnxpress.errors import ConversionError
 from onnxpress.graph import Graph
 from onnxpress.manifest import Signature, TensorSpec
 from onnxpress.optimizers.base import PassContext, PassResult
-from onnxpress.optimizers.linear import add_constant, drop_unused_constants
+from onnxpress.optimizers.linear import add_constant, drop_unused_constants, unused_name
 
 KEEP: Mapping[str, str] = {
     "ReduceL2": "a sum of squares passes 65504 in fp16 from a root mean square of 13 on at 384 channels",
@@ -47,6 +47,7 @@ _NO_BFLOAT16 = frozenset({
     "QuantizeLinear", "RNN", "Reciprocal", "ReduceL1", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMin", "ReduceProd", "Round",
     "Selu", "Shrink", "ThresholdedRelu",
 })  # fmt: skip
+_SCALES_IN_HALF = 19  # the opset since which QuantizeLinear and DequantizeLinear know it
 FOLLOWS = frozenset(
     ("Add", "Clip", "Div", "Expand", "Max", "Min", "Mul", "Reshape", "Sqrt", "Squeeze", "Sub", "Unsqueeze")
 )
@@ -89,7 +90,7 @@ class _Half:
         for index, output in enumerate(list(body.outputs)):
             if id(output) in was_float and output.dtype == self.dtype and output.name not in cache:
                 name = output.name
-                output.name = f"{name}_half"
+                output.name = unused_name(body, f"{name}_half")
                 cast = ir.node("Cast", [output], {"to": ir.DataType.FLOAT.value}, name=f"{name}_cast")
                 cast.outputs[0].name = name
                 cast.outputs[0].shape, cast.outputs[0].type = output.shape, ir.TensorType(ir.DataType.FLOAT)
@@ -126,7 +127,9 @@ class _Half:
         was_float: set[int],
         kept: set[int],
     ) -> str | None:
-        stays = node.op_type in self.in_float or node.name in keep or _follows(node, kept)
+        stays = (
+            node.op_type in self.in_float or node.name in keep or _follows(node, kept) or _scales_in_float(graph, node)
+        )
         wanted = ir.DataType.FLOAT if stays else self.dtype
         for index, value in enumerate(node.inputs):
             if value is not None and value.dtype in (ir.DataType.FLOAT, self.dtype) and value.dtype != wanted:
@@ -139,6 +142,8 @@ class _Half:
             attribute = node.attributes.get(name)
             if attribute is not None and attribute.value == ir.DataType.FLOAT.value:
                 node.attributes[name] = ir.AttrInt64(name, self.dtype.value)
+        if node.op_type == "Constant":
+            _as_tensor(node)
         constant = node.attributes.get("value")
         if node.op_type == "ConstantOfShape" and constant is None:  # float32 zeros
             node.attributes["value"] = ir.AttrTensor("value", ir.tensor(self._array(np.zeros(1, np.float32))))
@@ -166,7 +171,7 @@ class _Half:
             else:
                 suffix = "float" if wanted == ir.DataType.FLOAT else "half"
                 cast = ir.node("Cast", [value], {"to": wanted.value}, name=f"{value.name}_to_{suffix}")
-                cast.outputs[0].name = f"{value.name}_{suffix}"
+                cast.outputs[0].name = unused_name(graph.model.graph, f"{value.name}_{suffix}")
                 cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(wanted)
                 producer = value.producer()
                 if producer is not None:
@@ -181,6 +186,20 @@ class _Half:
         limits = ml_dtypes.finfo(self.dtype.numpy())  # type: ignore[no-untyped-call]
         clipped: np.ndarray = np.where(np.isinf(array), array, np.clip(array, float(limits.min), float(limits.max)))
         return clipped.astype(self.dtype.numpy())
+
+
+def _scales_in_float(graph: Graph, node: ir.Node) -> bool:
+    """Whether a node's scales have no half precision: before opset 19."""
+    linear = node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.domain == ""
+    return linear and graph.model.opset_imports.get("", _SCALES_IN_HALF) < _SCALES_IN_HALF
+
+
+def _as_tensor(node: ir.Node) -> None:
+    """Let a Constant of plain floats hold a tensor, whose type can be another."""
+    for name in ("value_float", "value_floats"):
+        attribute = node.attributes.pop(name, None)
+        if attribute is not None:
+            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(np.array(attribute.value, np.float32)))
 
 
 def _is_float(value: ir.Value | None) -> bool:

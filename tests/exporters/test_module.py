@@ -468,21 +468,30 @@ def test_inputs_are_drawn_like_the_example():
     random = np.random.default_rng(0)
 
     def drawn(*values, dtype=np.float32, bounds=None):
-        return drawn_like(np.array(values, dtype), (50, 40), bounds, random)
+        return drawn_like(np.array([values], dtype), (50, 40), bounds, random)
 
-    assert set(np.unique(drawn(*[0, -np.inf] * 4))) == {0, -np.inf}, "a mask"
+    for one, other, dtype in ((0, -np.inf, np.float32), (1, 0, np.int64), (True, False, np.bool_)):
+        mask = np.array([[one, one, one, other], [one, one, one, one]], dtype)
+        rows = drawn_like(mask, (50, 6), None, random)
+        assert len(np.unique(rows, axis=0)) == 2, "a mask: rows of the example"
+        assert (rows[:, :3] == one).all()
+        assert (rows[:, 3:] == rows[:, 3:4]).all()
     assert set(np.unique(drawn(*[0, 1e-9, 1] * 6))) == {0, np.float32(1e-9), 1}
     positive = drawn(0.5, 1, 2, 8)
     assert positive.min() >= 0.5
     assert positive.max() <= 8
     assert len(np.unique(positive)) > 1000
     assert drawn(-1, -0.5, 1, 2).min() < -2, "both signs: normal"
-    assert abs(drawn(3).mean() - 3) < 0.2
-    assert drawn(3).std() > 0.9
-    assert (drawn(0, 0, dtype=np.uint8).min(), drawn(0, 0, dtype=np.uint8).max()) == (0, 255)
-    assert set(np.unique(drawn(0, 1, dtype=np.uint8))) == {0, 1}
+    assert abs(drawn(3, 3).mean() - 3) < 0.2
+    assert drawn(3, 3).std() > 0.9
+    temperatures = drawn(0.7)
+    assert (temperatures.min() > 0.3, temperatures.max() < 1.1, temperatures.std() > 0.1) == (True, True, True)
+    image = drawn_like(np.zeros((1, 8, 8, 3), np.uint8), (2, 8, 8, 3), None, random)
+    assert image.min() < 10 < 245 < image.max()
+    assert (drawn(4, 4, dtype=np.uint8) == 4).all(), "a category"
     assert set(np.unique(drawn(0, dtype=np.int64, bounds=(0, 3)))) == {0, 1, 2, 3}
-    assert set(np.unique(drawn(True, dtype=np.bool_))) == {False, True}
+    assert drawn(True, dtype=np.bool_).all(), "nothing hides anything"
+    assert set(np.unique(drawn_like(np.array([True]), (50,), None, random))) == {False, True}
 
 
 def test_answers_that_are_drawn_or_complex_are_named():
