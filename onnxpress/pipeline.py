@@ -37,6 +37,7 @@ from onnxpress.exporters import Exported, Found, ParityRow, export, find
 from onnxpress.foreign import open_onnx
 from onnxpress.gate import Gate
 from onnxpress.golden import write_golden
+from onnxpress.graph import Graph
 from onnxpress.graph_files import save
 from onnxpress.machine import describe, peak_memory_bytes
 from onnxpress.manifest import Json, Manifest, Runnable
@@ -71,6 +72,7 @@ _STOOD_IN = (
     "The CPU provider has no kernels for bfloat16: every trial, and the golden outputs, come from the same graph in float32 with each "
     "result rounded to bfloat16. ONNX Runtime has checked the types of the file itself; nothing has run it yet."
 )
+_ROUNDED = "Trials come from the same graph in float32 with each result rounded to float16, which the CPU provider would not do."
 _TORCH_FREE = ("torch", "transformers", "onnx")
 
 
@@ -217,13 +219,15 @@ def _build(
 
         report.step("golden outputs")
         save(press.graph, writer.folder / "model.onnx")
+        stood_in = bench.stands_in(press.graph) and bench.runs(press.graph)
+        session = bench.open(press.graph, itself=True) if stood_in else press.session
         tolerance = write_golden(
             writer.folder / "golden.safetensors",
-            press.session,
-            workload.golden(press.session),
+            session,
+            workload.golden(session),
             unrounded=None if press.exact else press.unrounded,
         )
-        del press.unrounded  # float weights once more in memory
+        del session, press.unrounded  # float weights once more in memory
         ledger = (
             _export_row(exported, parity_rows, [*parity.notes, *workload.notes, *gate.notes], gate),
             *press.ledger,
@@ -239,7 +243,7 @@ def _build(
 
         manifest = writer.seal(manifest)
         writer.write_measured(measured, render_report(manifest, measured))
-        if bench.stands_in(press.graph):
+        if not bench.runs(press.graph):
             report.step("have ONNX Runtime check the types")
             check_types(writer.folder / "model.onnx", manifest.signature)
         else:
@@ -318,6 +322,11 @@ def _manifest(
     )
 
 
+def _stand_in(graph: Graph, bench: Workbench) -> str:
+    """What is to be said of trials of half precision."""
+    return "" if not bench.stands_in(graph) else _ROUNDED if bench.runs(graph) else _STOOD_IN
+
+
 def _measured(exported: Exported, gate: Gate, press: Press, bench: Workbench) -> dict[str, Json]:
     """What another build of the same recipe may find otherwise, but for the times of the finished artifact."""
     return {
@@ -329,7 +338,7 @@ def _measured(exported: Exported, gate: Gate, press: Press, bench: Workbench) ->
         "latency": [],
         "operators_before": exported.graph.operators(),
         "budget": {"metric": gate.budget.metric, "limit": gate.budget.limit_value(gate.reference_value)},
-        "note": " ".join([bench.note, *([_STOOD_IN] if bench.stands_in(press.graph) else [])]),
+        "note": " ".join(filter(None, [bench.note, _stand_in(press.graph, bench)])),
     }
 
 

@@ -2,8 +2,8 @@
 
 Weights that the first large graph has are written once, for all of them.
 
-A target whose provider this machine lacks (cuda on a laptop) is tried on the CPU provider, and not timed; bfloat16, which it has no
-kernels for, by a graph of float32 that stands in for it. So is a language model for CUDA while it is in float32, and it is not timed
+A target whose provider this machine lacks (cuda on a laptop) is tried on the CPU provider, and not timed; half precision, which it does
+not compute in, by a graph of float32 that stands in for it. So is a language model for CUDA while it is in float32, and it is not timed
 either: half precision would look faster than it is.
 """
 
@@ -23,7 +23,7 @@ from onnxpress.graph import Graph
 from onnxpress.graph_files import WrittenWeights, beside, not_written, save, weights_are_large
 from onnxpress.machine import free_memory_bytes
 from onnxpress.manifest import Arrays, Runnable, Signature
-from onnxpress.optimizers.stand_in import holds_bfloat16, in_float32
+from onnxpress.optimizers.stand_in import holds_bfloat16, holds_half, in_float32
 from onnxpress.optimizers.targets import Target
 from onnxpress.runtime.cache import PAST
 from onnxpress.runtime.providers import check_provider
@@ -66,15 +66,15 @@ class Workbench:
         self.note = f"not timed: {why}"
         return why
 
-    def open(self, graph: Graph) -> Session:
-        """A session of the graph; its file goes with it.
+    def open(self, graph: Graph, *, itself: bool = False) -> Session:
+        """A session of the graph, or of its stand-in but for `itself`; its file goes with it.
 
         Weights are in the form that is fastest to multiply. Where nothing is timed, those of a graph in floating point are read from the
         mapped file instead: prompts take a third longer, and no memory is needed for a second copy.
         """
         self._count += 1
         path = self._folder / f"{self._count:03}.onnx"
-        stand_in = self.stands_in(graph)
+        stand_in = not itself and self.stands_in(graph)
         if stand_in:
             graph = in_float32(graph)
         try:
@@ -98,8 +98,12 @@ class Workbench:
         return session
 
     def stands_in(self, graph: Graph) -> bool:
-        """Whether another graph stands in for this one here."""
-        return not self.on_target and holds_bfloat16(graph)
+        """Whether another graph stands in for this one in trials here."""
+        return not self.on_target and holds_half(graph)
+
+    def runs(self, graph: Graph) -> bool:
+        """Whether the graph itself runs here, on whichever provider."""
+        return self.on_target or not holds_bfloat16(graph)
 
     def compare(
         self, before: Runnable, after: Runnable, inputs: Callable[[Runnable], Mapping[tuple[int, ...], Arrays]]
