@@ -34,7 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        options = parser.parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
+        options, unknown = parser.parse_known_args(_joined(sys.argv[1:] if arguments is None else arguments))
+        if unknown:
+            raise UsageError(
+                f"Unrecognized arguments: {' '.join(unknown)}; `{options.prog} --help` says what there is."
+            )
         if options.command is None:
             parser.print_help()
             return 2
@@ -87,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="onnxpress",
         description="Export PyTorch models to ONNX, press them, prove that they still answer alike, and run them.",
     )
-    parser.set_defaults(command=None, debug=False)
+    parser.set_defaults(command=None, debug=False, prog=parser.prog)
     parser.add_argument("--version", action="version", version=f"onnxpress {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND")
     build.add_build(commands)

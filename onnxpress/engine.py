@@ -77,7 +77,7 @@ class Engine:
         kept = sorted({"resume", "checkpoint_every"} & set(training))
         if kept:
             raise InputError(
-                f"An Engine keeps no checkpoints, so that there is no {kept[0]}; onnxpress.fit(…, checkpoint=FOLDER) keeps them."
+                f"An Engine keeps no checkpoints, so that there is no {kept[0]}; `onnxpress fit … --checkpoint FOLDER` keeps them."
             )
         if max_length is not None and (type(max_length) is not int or max_length < 1):
             raise InputError(f"max_length is a positive whole number, not {max_length!r}.")

@@ -96,15 +96,15 @@ def _variance_kept(reference: list[Array], candidate: list[Array]) -> tuple[floa
     if any(other.size != one.size for one, other in zip(reference, candidate, strict=True)):
         return 0.0, math.inf
     reference, candidate = ([array.ravel() for array in given] for given in (reference, candidate))
-    at_times = _large_at_times(reference)
-    size = mask_size([array[at_times] for array in reference]) if at_times.any() else math.inf
+    possible = _may_be_masked(reference)
+    size = mask_size([array[possible] for array in reference], repeated=2) if possible.any() else math.inf
     lost, whole, squares, largest = np.zeros(2), np.zeros(2), np.zeros(2), 0.0  # unmasked, masked
     for start in range(0, max(sizes), _BLOCK):  # a part of all answers at a time: they may be images
         part = slice(start, start + _BLOCK)
         ours, theirs = (
             np.stack([array[part] for array in given]).astype(np.float64) for given in (reference, candidate)
         )
-        masked = np.isfinite(ours) & (np.abs(ours) >= size) & at_times[part]
+        masked = np.isfinite(ours) & (np.abs(ours) >= size) & possible[part]
         if not np.array_equal(_infinite(ours, but=masked), _infinite(theirs, but=masked), equal_nan=True):
             return 0.0, math.inf
         if not (np.sign(ours) * theirs >= 0.7 * min(size, _HALF))[masked].all():  # less than masked
@@ -132,14 +132,17 @@ def _variance_kept(reference: list[Array], candidate: list[Array]) -> tuple[floa
     return min(shares), largest
 
 
-def _large_at_times(answers: list[Array]) -> Array:
-    """Which numbers are large for some samples and not for others, as masked ones are."""
+def _may_be_masked(answers: list[Array]) -> Array:
+    """Which numbers could be masks for some samples: not those that are large for all and vary, as quantities do. None where all are small."""
     least, most = np.full(answers[0].shape, np.inf), np.zeros(answers[0].shape)
     for array in answers:
         sizes = np.where(np.isfinite(array), np.abs(array), 0)
         np.minimum(least, sizes, out=least)
         np.maximum(most, sizes, out=most)
-    return np.asarray((most >= MASKS_FROM) & (least <= most / 2))
+    large = most >= MASKS_FROM
+    varies = (least > most / 2) & (least < (1 - 1e-6) * most)
+    possible = ~(large & varies)
+    return np.asarray(possible if (large & possible).any() else np.zeros_like(possible))
 
 
 def _infinite(array: Array, *, but: Array) -> Array:

@@ -51,7 +51,10 @@ def read_samples(
     elif task == "text-classification" and kind not in CONLL:
         samples = read_label_and_text(path)
     else:
-        raise RecipeError(f"{path}: files of samples end in {', '.join(TABLES)} or .txt.")
+        more = {"text-generation": ", or .npy to calibrate", "token-classification": f", or {', '.join(CONLL)}"}.get(
+            task, ""
+        )
+        raise RecipeError(f"{path}: files of samples end in {', '.join(TABLES)} or .txt{more}.")
     if not samples:
         raise RecipeError(f"{path} holds no samples.")
     labelled = samples[0].label is not None
@@ -206,7 +209,8 @@ def _sample(path: Path, row: _Row, task: str, columns: Mapping[str, str | int], 
             found[role] = row.values[free[0]] if free else None
     if found["text"] is None:
         raise RecipeError(
-            f"{path} has no column of texts; it has: {', '.join(map(str, row.values))}. Name it with --column text=NAME."
+            f"{path} has no column of texts; it has: {', '.join(map(str, row.values))}. Name it with --column text=NAME; "
+            "where the first line is no header, by its number from 0, and others too: --column text=0 --column label=1."
         )
     for role in ("text", "text_pair"):
         if found[role] is not None and (not isinstance(found[role], str) or not found[role].strip()):

@@ -108,7 +108,7 @@ class _WeightOnly:
             notes.append(f"experts are rounded to the nearest: {self.method} does not follow which tokens reach which")
         calibrated = None if self.method == "rtn" else _Calibrated(self, graph, context)
         stored: dict[tuple[ir.Value, bool, int], tuple[ir.Value, ir.Value, ir.Value | None]] = {}
-        count = scaled = 0
+        count = scaled = finer = 0
         for layer in linears(graph):
             tensor = layer.weight.const_value
             bits = self.kept_bits if layer.name in context.keep else self.bits
@@ -136,12 +136,14 @@ class _WeightOnly:
                 )
             _use_blocks(graph, layer, *shared, bits=bits, block_size=size)
             touched += (layer.name,)
-            count += 1
+            count += bits == self.bits
+            finer += bits != self.bits
         if "awq" in self.method:
             notes.append(f"{scaled} norms carry scales of the channels behind them")
         drop_unused_constants(graph)
         graph.model.graph.opset_imports.setdefault("com.microsoft", 1)
-        summary = f"{count} linear layers at {self.bits} bits, {tied.tables} embedding tables at {self.table_bits or self.bits}"
+        others = f" and {finer} at {self.kept_bits}" if finer else ""
+        summary = f"{count} linear layers at {self.bits} bits{others}, {tied.tables} embedding tables at {self.table_bits or self.bits}"
         kept_as = "in float" if self.kept_bits is None else f"at {self.kept_bits} bits"
         return PassResult(graph=graph, changes=len(touched), notes=(summary, *notes), touched=touched, kept_as=kept_as)
 

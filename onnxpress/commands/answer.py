@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def add_run(commands: Any) -> None:
     """`onnxpress run`."""
     parser = command(commands, "run", _run, "answer with an artifact")
-    parser.add_argument("artifact", type=Path)
+    parser.add_argument("artifact", type=Path, help="an artifact's folder")
     parser.add_argument("--text", action="append", default=[], help="a text (repeatable)")
     parser.add_argument(
         "--pair", action="append", default=[], help="the second text of each --text; a question's context"
@@ -64,7 +64,7 @@ def _run(options: argparse.Namespace) -> int:
 def add_generate(commands: Any) -> None:
     """`onnxpress generate`."""
     parser = command(commands, "generate", _generate, "continue prompts with a language model")
-    parser.add_argument("artifact", type=Path)
+    parser.add_argument("artifact", type=Path, help="an artifact's folder")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt (repeatable; they run together)")
     parser.add_argument("--file", type=Path, help="a file that is one prompt; - for standard input")
     parser.add_argument("--n", type=int, default=1, help="answers to each prompt")
@@ -90,7 +90,7 @@ def _generate(options: argparse.Namespace) -> int:
 def add_chat(commands: Any) -> None:
     """`onnxpress chat`."""
     parser = command(commands, "chat", _chat, "talk with a language model")
-    parser.add_argument("artifact", type=Path)
+    parser.add_argument("artifact", type=Path, help="an artifact's folder")
     parser.add_argument("--system", help="the system message")
     _add_sampling(parser)
 
@@ -108,9 +108,15 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this probability")
     parser.add_argument("--min-p", type=float, default=0.0, help="no token below this share of the likeliest one's")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0)
-    parser.add_argument("--presence-penalty", type=float, default=0.0)
-    parser.add_argument("--frequency-penalty", type=float, default=0.0)
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="divides what was there already (default 1: off)"
+    )
+    parser.add_argument(
+        "--presence-penalty", type=float, default=0.0, help="taken off the logit of what the answer has (default 0)"
+    )
+    parser.add_argument(
+        "--frequency-penalty", type=float, default=0.0, help="the same for each time that it has it (default 0)"
+    )
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
     parser.add_argument("--stop", action="append", default=[], help="a string that ends the answer (repeatable)")
     parser.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's end token")

@@ -15,7 +15,7 @@ from onnxpress.figures import megabytes
 def add_bundle(commands: Any) -> None:
     """`onnxpress bundle`."""
     parser = command(commands, "bundle", _bundle, "one file for a device, that runs and checks itself there")
-    parser.add_argument("artifact", type=Path)
+    parser.add_argument("artifact", type=Path, help="an artifact's folder")
     parser.add_argument("--target", required=True, help=f"the device: {', '.join(DEVICES)}")
     parser.add_argument("--out", type=Path, help="the file (default: NAME-DEVICE.tar or .zip beside the artifact)")
     parser.add_argument("--latency-ms", type=float, help="the self-test fails where a golden input takes longer")
@@ -54,8 +54,8 @@ def add_deploy(commands: Any) -> None:
     parser = command(
         commands, "deploy", _deploy, "bring a bundle to a device over ssh, test it there, and switch to it"
     )
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("host", metavar="USER@DEVICE")
+    parser.add_argument("bundle", type=Path, help="the file that `bundle` wrote")
+    parser.add_argument("host", metavar="USER@DEVICE", help="as ssh takes it")
     parser.add_argument("--place", help="folder there (default: onnxpress/NAME-DEVICE in the home folder)")
     parser.add_argument("--python", default="python3", help="the device's Python (default python3)")
     parser.add_argument("--signed-by", type=Path, metavar="FILE", help="send nothing that was not signed by this key")

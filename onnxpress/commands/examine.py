@@ -13,7 +13,7 @@ from onnxpress.errors import UsageError
 def add_bench(commands: Any) -> None:
     """`onnxpress bench`."""
     parser = command(commands, "bench", _bench, "time an artifact")
-    parser.add_argument("artifact", type=Path)
+    parser.add_argument("artifact", type=Path, help="an artifact's folder")
     parser.add_argument("--against", default="", help="also time, by commas: torch, onnx, folders of other artifacts")
     parser.add_argument("--batch", help="batch sizes (default 1,32; language models: 1,4 answers at once)")
     parser.add_argument("--length", help="lengths in tokens (default 32,128; language models: prompts of 128,1024)")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def command(commands: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
     """The parser of a new command; function: takes its options and returns the exit code."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(command=function)
+    parser.set_defaults(command=function, prog=parser.prog)
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     return parser
 

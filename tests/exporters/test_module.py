@@ -583,3 +583,82 @@ def test_what_a_module_writes_is_as_before(tmp_path):
     for value, (buffer, content) in zip(module.buffers(), before, strict=True):
         assert value is buffer
         assert torch.equal(buffer, content)
+
+
+class Scaled(nn.Module):
+    """Its embedding writes its own weight when it is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 8, max_norm=1.0)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.table(ids).sum(1)
+
+
+def test_weights_that_forward_changes_are_as_before(tmp_path):
+    class Clamped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.linear.weight.clamp_(-0.01, 0.01)
+            return self.linear(x)
+
+    scaled, clamped = Scaled(), Clamped()
+    table, weight = scaled.table.weight.detach().clone(), clamped.linear.weight.detach().clone()
+    exported = export(scaled, example_inputs=torch.randint(0, 20, (2, 5)))
+    ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
+    assert torch.equal(scaled.table.weight, table)
+    with pytest.raises(ConversionError, match=r"Clamped changes its parameter linear\.weight in forward"):
+        export(clamped, example_inputs=torch.randn(2, 4))
+    assert torch.equal(clamped.linear.weight, weight)
+
+
+def test_a_train_of_its_own_has_to_be_called(tmp_path):
+    class Noisy(nn.Module):
+        def train(self, mode: bool = True) -> "Noisy":
+            self.noise = 1.0 if mode else 0.0
+            return super().train(mode)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x + self.noise
+
+    module = nn.Sequential(Noisy().train())
+    with pytest.raises(SourceError, match=r"Noisy has a train\(\) of its own .* give Sequential after eval\(\)"):
+        export(module, example_inputs=torch.randn(2, 4))
+    exported = export(module.eval(), example_inputs=torch.randn(2, 4))
+    ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
+
+
+def test_weights_without_a_shape_and_answers_that_are_no_numbers():
+    with pytest.raises(SourceError, match="has no shape yet: call the module once"):
+        export(nn.LazyLinear(4), example_inputs=torch.randn(2, 4))
+
+    class Root(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sqrt()
+
+    exported = export(Root(), example_inputs=-torch.ones(2, 4))
+    with pytest.raises(SourceError, match=r"holds numbers that are none \(NaN\) for the example"):
+        ParityCheck(exported).check(exported.reference)
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]]).bool(), torch.tensor([[0, -1e9]] * 2)]
+)
+def test_attention_with_a_mask_of_padding(mask, tmp_path):
+    """The mask is the same for all queries, which ONNX Runtime's kernel does not take."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.layer(x, src_key_padding_mask=mask)
+
+    exported = export(Encoder(), example_inputs=(torch.randn(2, mask.shape[1], 32), mask))
+    assert exported.graph.operators()["Attention"] == 1
+    ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))

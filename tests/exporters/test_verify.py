@@ -81,6 +81,27 @@ def test_an_infinity_is_like_itself_alone(place, number, tmp_path):
         ParityCheck(exported).check(Altered(OnnxRunner(exported.graph.model, tmp_path), change))
 
 
+class Filled(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.masked_fill(torch.arange(4) > 2, -1e9)
+
+
+def test_a_mask_allows_the_others_nothing(tmp_path):
+    exported = export(Filled(), example_inputs=torch.randn(2, 4))
+
+    def changed(place, by):
+        def change(answers, feeds):
+            answers["output_0"][0, place] += by
+            return answers
+
+        return Altered(OnnxRunner(exported.graph.model, tmp_path), change)
+
+    ParityCheck(exported).check(changed(3, 64.0))  # the next number of float32
+    for place, by in ((0, 0.01), (3, 1e6), (3, 1e9)):
+        with pytest.raises(ParityError, match="differs by up to"):
+            ParityCheck(exported).check(changed(place, by))
+
+
 def test_another_shape_is_an_error(exported, tmp_path):
     def change(answers, feeds):
         return {name: array[:, :, 1:] for name, array in answers.items()}

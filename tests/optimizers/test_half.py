@@ -17,7 +17,7 @@ from onnxpress.graph import Graph
 from onnxpress.manifest import Signature, TensorSpec
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext
-from onnxpress.optimizers.stand_in import holds_bfloat16, in_float32
+from onnxpress.optimizers.stand_in import holds_bfloat16, holds_half, in_float32
 from onnxpress.optimizers.targets import target
 
 CONTEXT = PassContext(target=target("cuda"))
@@ -247,3 +247,35 @@ def test_subgraphs_are_refused() -> None:
     )
     with pytest.raises(ConversionError, match="subgraphs"):
         make_pass("fp16").apply(graph, CONTEXT)
+
+
+def test_a_stand_in_of_float16_overflows_as_it_would(tmp_path: Path) -> None:
+    """ONNX Runtime's CPU provider computes float16 in float32 from one end to the other."""
+    nodes = [helper.make_node("Mul", ["x", "large"], ["h"]), helper.make_node("Mul", ["h", "small"], ["y"])]
+    weights = {"large": np.float32(60000), "small": np.float32(1 / 60000)}
+    half = make_pass("fp16").apply(graph_of(nodes, weights), CONTEXT).graph
+    assert holds_half(half)
+    assert not holds_bfloat16(half)
+    x = np.full((1, 32), 3, np.float32)
+    np.testing.assert_allclose(run(half, x, tmp_path), x, rtol=2e-3)
+    assert np.isinf(run(in_float32(half), x, tmp_path)).all()
+
+
+def test_scales_of_old_opsets_constants_and_names(tmp_path: Path) -> None:
+    text = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        agraph (float[n, 32] x) => (float[n, 32] y)
+        <float scale = {0.1}, int8 zero = {0}> {
+            q = QuantizeLinear(x, scale, zero)
+            x_half = DequantizeLinear(q, scale, zero)
+            two = Constant<value_float = 2.0>()
+            y_half = Mul(x_half, two)
+            some = Constant<value_floats = [1.0]>()
+            y = Add(y_half, some)
+        }
+    """
+    model = ir.from_proto(parser.parse_model(text))
+    graph = Graph(model=model, signature=Signature(task="module", inputs=(), outputs=()))
+    half = make_pass("fp16").apply(graph, CONTEXT).graph
+    found = run(half, np.full((2, 32), 0.5, np.float32), tmp_path)
+    np.testing.assert_allclose(found, np.full((2, 32), 2, np.float32), rtol=1e-2)

@@ -248,6 +248,42 @@ def test_a_module_that_compares_the_rows_of_a_batch(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, module(image, text).numpy(), atol=0.5)  # of 20; two layers of 8 bits
 
 
+def test_a_module_that_refuses_random_inputs_is_named(tmp_path: Path) -> None:
+    class Roots(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not torch.compiler.is_compiling() and bool((x < 0).any()):
+                raise ValueError("no roots of these")
+            return x.sqrt()
+
+    with pytest.raises(RecipeError, match=r"Roots fails on the inputs .*no roots of these\): give arrays"):
+        onnxpress.build(
+            Roots(), example_inputs=(torch.full((2, 64), 0.5),), out=tmp_path / "out", precision="fp32", **QUICK
+        )
+
+
+def test_an_axis_that_is_also_another_one(tmp_path: Path) -> None:
+    """A graph's nodes and its adjacency: rows of one cannot be cut without the other."""
+
+    class Neighbours(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = torch.nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor, adjacency: torch.Tensor) -> torch.Tensor:
+            return adjacency @ self.linear(x)
+
+    artifact = onnxpress.build(
+        Neighbours(),
+        example_inputs=(torch.randn(6, 64), torch.randn(6, 6)),
+        dynamic_axes={"x": {0: "n"}, "adjacency": {0: "n", 1: "n"}},
+        out=tmp_path / "out",
+        precision="int8",
+        **QUICK,
+    )
+    assert artifact.manifest.ledger[-1]["status"] == "kept"
+
+
 def test_a_batch_that_is_traced_wrongly_can_be_fixed(tmp_path: Path) -> None:
     class Written(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

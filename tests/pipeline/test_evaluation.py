@@ -139,6 +139,42 @@ def test_each_output_counts() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda scores, hidden: np.where(hidden, -1000, scores),
+        lambda scores, hidden: np.where(hidden, 1e9, scores),  # of distances
+        lambda scores, hidden: scores + np.where(hidden, -1e4, 0),
+        lambda scores, hidden: 200 * scores + np.where(hidden, -1e4, 0),
+        lambda scores, hidden: np.where(hidden, np.where(np.arange(6) % 2, -1e4, -1e9), scores),
+        lambda scores, hidden: scores + np.where(hidden, np.where(np.arange(6) % 2, -2e9, -1e9), 0),
+    ],
+)
+def test_masks_hide_nothing(mask: Any) -> None:
+    random = np.random.default_rng(0)
+    scores, hidden = random.normal(0, 3, (40, 6)).astype(np.float32), random.random((40, 6)) < 0.4
+
+    def kept(candidate: Any) -> float:
+        given = [{"logits": row} for row in mask(scores, hidden).astype(np.float32)]
+        return agreement("module", given, [{"logits": row} for row in candidate.astype(np.float32)])["variance_kept"]
+
+    assert kept(mask(scores, hidden)) == 1
+    assert kept(mask(scores + random.normal(0, 0.1, scores.shape), hidden)) == pytest.approx(0.999, abs=2e-3)
+    assert kept(mask(random.normal(0, 3, scores.shape), hidden)) < 0.2, "other scores"
+    assert kept(mask(scores, np.roll(hidden, 1, axis=0))) == 0, "other places"
+    with np.errstate(over="ignore"):
+        assert kept(mask(scores, hidden).astype(np.float16)) > 0.999
+
+
+@pytest.mark.parametrize("mean", [-40_000.0, 40_000.0, -1e6])
+def test_quantities_that_are_always_large_are_no_masks(mean: float) -> None:
+    energies = np.random.default_rng(0).normal(mean, 5, (50, 1)).astype(np.float32)
+    beside = [{"y": np.array([1.0, energy[0]], np.float32)} for energy in energies]
+    given = [{"y": energy} for energy in energies]
+    assert agreement("module", given, [{"y": np.array([mean])}] * 50)["variance_kept"] < 0.1
+    assert agreement("module", beside, [{"y": np.array([1.0, mean])}] * 50)["variance_kept"] < 0.1
+
+
 def test_large_numbers_are_no_masks() -> None:
     """Of quantities as large as masks the lowest may be there twice; they lie among others of their size."""
     rows = [[-2e6, -1e5, 3.0], [-2e6, 9e5, 4.0], [-3e5, 2e6, 5.0]]

@@ -11,6 +11,8 @@ from onnx import numpy_helper
 from tiny_artifacts import SIGNATURE, save_embedder
 
 from onnxpress.golden import write_golden
+from onnxpress.manifest import Arrays
+from onnxpress.runtime.loading import golden_difference
 from onnxpress.runtime.session import Session
 from onnxpress.runtime.tensor_file import read_tensors
 
@@ -44,3 +46,20 @@ def test_the_allowed_difference(tmp_path: Path) -> None:
 def test_a_graph_of_other_inputs_is_not_asked(tmp_path: Path) -> None:
     other = Session(save_embedder(tmp_path / "other.onnx"))  # the file's own signature has no bounds
     assert allowed(tmp_path, other) == allowed(tmp_path, moved(tmp_path, 0.001))
+
+
+def test_masks_allow_the_others_nothing(tmp_path: Path) -> None:
+    """They are written as minus infinity."""
+
+    class Masking:
+        signature = SIGNATURE
+
+        def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
+            return {"logits": np.array([[1.0, 2.0, feeds["fill"]]], np.float32)}
+
+    cases = {name: {"fill": np.float32(-1e9 - number)} for number, name in enumerate(("one", "two"))}
+    tolerance = write_golden(tmp_path / "golden", Masking(), cases, unrounded=Masking())  # type: ignore[arg-type]
+    assert tolerance == {"logits": 0.1}
+    written = read_tensors(tmp_path / "golden")["output.one.logits"]
+    np.testing.assert_array_equal(written, [[1, 2, -np.inf]])
+    assert golden_difference(Masking().run(cases["two"])["logits"], written) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import pytest
 
 from onnxpress.errors import RecipeError
 from onnxpress.machine import cpu_target
-from onnxpress.recipe import make_recipe, read_recipe, with_options
+from onnxpress.optimizers import PASSES
+from onnxpress.recipe import DistilSection, PruneSection, Recipe, make_recipe, read_recipe, with_options
 
 MODEL = {"model": {"source": "folder"}}
 
@@ -149,3 +152,13 @@ def test_files_may_be_paths() -> None:
         make_recipe({"model": {"source": "x"}}), {"file": Path("a.csv"), "calibration": Path("b.csv")}
     )
     assert (recipe.quality.file, recipe.quality.calibration) == ("a.csv", "b.csv")
+
+
+def test_every_key_and_every_option_of_a_pass_is_in_the_documents() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    named = set(re.findall(r"`\"?([\w.-]+)\"?`", page))
+    sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    keys = {key for name in ("model", "build", "quality") for key in sections[name].model_fields}  # type: ignore[union-attr]
+    keys |= {key for section in (PruneSection, DistilSection) for key in section.model_fields}
+    options = {option.name for kind in PASSES.values() for option in dataclasses.fields(kind) if option.init}
+    assert (keys | options | set(PASSES)) - named == set()

@@ -138,6 +138,8 @@ def test_how_far_answers_are_from_the_golden_ones() -> None:
     assert golden_difference(-masked, masked) == np.inf
     assert golden_difference(np.zeros(3, np.float32), masked) == np.inf
     assert np.isnan(golden_difference(masked * np.nan, masked))
+    assert golden_difference(np.array([1.0, -1e4, 1e9], np.float32), masked) == 0, "a mask stands for infinity"
+    assert golden_difference(np.array([1.0, -400, 1e9], np.float32), masked) == np.inf
     classes = np.array([[1000, 7, 7, 0]])
     assert golden_difference(classes - [[1, 0, 0, 0]], classes) == 0.25, "of classes the share"
     assert golden_difference(classes.astype(bool), np.ones((1, 4), bool)) == 0.25
