@@ -97,14 +97,16 @@ def _variance_kept(reference: list[Array], candidate: list[Array]) -> tuple[floa
         return 0.0, math.inf
     reference, candidate = ([array.ravel() for array in given] for given in (reference, candidate))
     possible = _may_be_masked(reference)
-    size = mask_size([array[possible] for array in reference], repeated=2) if possible.any() else math.inf
+    size = math.inf if possible is None else mask_size([array[possible] for array in reference], repeated=2)
     lost, whole, squares, largest = np.zeros(2), np.zeros(2), np.zeros(2), 0.0  # unmasked, masked
     for start in range(0, max(sizes), _BLOCK):  # a part of all answers at a time: they may be images
         part = slice(start, start + _BLOCK)
         ours, theirs = (
             np.stack([array[part] for array in given]).astype(np.float64) for given in (reference, candidate)
         )
-        masked = np.isfinite(ours) & (np.abs(ours) >= size) & possible[part]
+        masked = np.isfinite(ours) & (np.abs(ours) >= size)
+        if possible is not None:
+            masked &= possible[part]
         if not np.array_equal(_infinite(ours, but=masked), _infinite(theirs, but=masked), equal_nan=True):
             return 0.0, math.inf
         if not (np.sign(ours) * theirs >= 0.7 * min(size, _HALF))[masked].all():  # less than masked
@@ -132,17 +134,18 @@ def _variance_kept(reference: list[Array], candidate: list[Array]) -> tuple[floa
     return min(shares), largest
 
 
-def _may_be_masked(answers: list[Array]) -> Array:
+def _may_be_masked(answers: list[Array]) -> Array | None:
     """Which numbers could be masks for some samples: not those that are large for all and vary, as quantities do. None where all are small."""
-    least, most = np.full(answers[0].shape, np.inf), np.zeros(answers[0].shape)
+    if all(array.size == 0 or (array.min() > -MASKS_FROM and array.max() < MASKS_FROM) for array in answers):
+        return None
+    dtype = answers[0].dtype
+    least, most = np.full(answers[0].shape, np.inf, dtype), np.zeros(answers[0].shape, dtype)
     for array in answers:
         sizes = np.where(np.isfinite(array), np.abs(array), 0)
         np.minimum(least, sizes, out=least)
         np.maximum(most, sizes, out=most)
-    large = most >= MASKS_FROM
     varies = (least > most / 2) & (least < (1 - 1e-6) * most)
-    possible = ~(large & varies)
-    return np.asarray(possible if (large & possible).any() else np.zeros_like(possible))
+    return np.asarray(~((most >= MASKS_FROM) & varies))
 
 
 def _infinite(array: Array, *, but: Array) -> Array:
