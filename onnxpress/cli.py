@@ -35,9 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _terminate)
     try:
         options, unknown = parser.parse_known_args(_joined(sys.argv[1:] if arguments is None else arguments))
+        named = vars(options).pop("prog")
         if unknown:
             raise UsageError(
-                f"Unrecognized arguments: {' '.join(unknown)}; `{options.prog} --help` says what there is."
+                f"Unrecognized arguments: {' '.join(unknown)}; `{named} --help` says what there is."
             )
         if options.command is None:
             parser.print_help()
