@@ -176,7 +176,7 @@ def test_numbers(model: Path, tmp_path: Path) -> None:
     assert max(entry["r2"] for entry in facts["evaluations"]) > 0.5
     with pytest.raises(InputError, match="All samples that judge have the same score"):
         Engine.load(model).fit(texts[:9], [0.5, 2.5, 1.5] * 3, evaluation=(texts[9:11], [1.5, 1.5]))
-    with pytest.raises(InputError, match=r"keeps no checkpoints, so that there is no resume; onnxpress\.fit"):
+    with pytest.raises(InputError, match=r"keeps no checkpoints, so that there is no resume; `onnxpress fit"):
         Engine.load(model).fit(texts[:9], [0.5, 2.5, 1.5] * 3, resume=True)
 
 
