@@ -37,9 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, unknown = parser.parse_known_args(_joined(sys.argv[1:] if arguments is None else arguments))
         named = vars(options).pop("prog")
         if unknown:
-            raise UsageError(
-                f"Unrecognized arguments: {' '.join(unknown)}; `{named} --help` says what there is."
-            )
+            raise UsageError(f"Unrecognized arguments: {' '.join(unknown)}; `{named} --help` says what there is.")
         if options.command is None:
             parser.print_help()
             return 2

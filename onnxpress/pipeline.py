@@ -180,7 +180,7 @@ def _build(
             parity_rows = parity.check(plain)
         except InputError as error:
             raise ConversionError(
-                f"The graph of {exported.name} does not take what the original takes: {error}.{_fixed_axes(found, exported)}"
+                f"The graph of {exported.name} does not take what the original takes: {str(error).rstrip('.')}.{_fixed_axes(found, exported)}"
             ) from None
         except ParityError as error:
             raise ParityError(f"{error}{_fixed_axes(found, exported)}") from None

@@ -98,8 +98,10 @@ class Workbench:
         return session
 
     def stands_in(self, graph: Graph) -> bool:
-        """Whether another graph stands in for this one in trials here."""
-        return not self.on_target and holds_half(graph)
+        """Whether another graph stands in for this one in trials here; a module that takes or gives float16 itself keeps its arrays."""
+        specs = (*graph.signature.inputs, *graph.signature.outputs)
+        own = graph.signature.task == "module" and any(spec.dtype == "float16" for spec in specs)
+        return not self.on_target and (holds_bfloat16(graph) if own else holds_half(graph))
 
     def runs(self, graph: Graph) -> bool:
         """Whether the graph itself runs here, on whichever provider."""

@@ -284,6 +284,27 @@ def test_an_axis_that_is_also_another_one(tmp_path: Path) -> None:
     assert artifact.manifest.ledger[-1]["status"] == "kept"
 
 
+def test_half_precision_for_a_card_that_is_not_here(tmp_path: Path) -> None:
+    """What passes 65504 overflows in trials as it would there; a module of float16 keeps its arrays."""
+
+    class Large(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = torch.nn.Linear(32, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(1e-5 * (300 * (300 * self.linear(x))))
+
+    options = {"example_inputs": (torch.randn(2, 32),), "target": "cuda", **QUICK}
+    artifact = onnxpress.build(Large(), out=tmp_path / "out", precision="fp16", **options)
+    row = artifact.manifest.ledger[-1]
+    assert (row["status"], "stay in float" in row["reason"]) == ("repaired", True)
+    options["example_inputs"] = (torch.randn(2, 32).half(),)
+    artifact = onnxpress.build(torch.nn.Linear(32, 64).half(), out=tmp_path / "out", precision="fp32", **options)
+    assert artifact.manifest.signature.inputs[0].dtype == "float16"
+
+
 def test_a_batch_that_is_traced_wrongly_can_be_fixed(tmp_path: Path) -> None:
     class Written(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
