@@ -44,6 +44,7 @@ from onnxpress.manifest import Json, Manifest, Runnable
 from onnxpress.module_workload import ModuleWorkload
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.processes import check_alone
+from onnxpress.optimizers.stand_in import holds_half
 from onnxpress.optimizers.targets import Target
 from onnxpress.optimizers.targets import target as find_target
 from onnxpress.press import Parity, Press, Resume, rounded
@@ -154,6 +155,7 @@ def _build(
 
         report.step("export")
         exported = _export(recipe, found)
+        bench.half_from_the_start = holds_half(exported.graph)
         for path in exported.files:
             shutil.copyfile(path, writer.folder / path.name)
         workload = _workload(recipe, exported, writer.folder, evaluation_file, calibration_file)

@@ -38,7 +38,7 @@ _TIMED_TAKES = 2.5
 class Workbench:
     """Opens graphs as sessions on the target's provider, or on the CPU with `note` saying why.
 
-    measure: whether graphs are timed, where they can be.
+    measure: whether graphs are timed, where they can be. half_from_the_start: whether the original has numbers of half precision.
     """
 
     def __init__(self, folder: Path, target: Target, *, measure: bool = True) -> None:
@@ -49,6 +49,7 @@ class Workbench:
         self._written: WrittenWeights | None = None
         self.note = untried(target)
         self.timed = measure and not self.note
+        self.half_from_the_start = False
         self._providers: tuple[str, ...] = ("cpu",) if self.note else target.providers
 
     @property
@@ -98,10 +99,8 @@ class Workbench:
         return session
 
     def stands_in(self, graph: Graph) -> bool:
-        """Whether another graph stands in for this one in trials here; a module that takes or gives float16 itself keeps its arrays."""
-        specs = (*graph.signature.inputs, *graph.signature.outputs)
-        own = graph.signature.task == "module" and any(spec.dtype == "float16" for spec in specs)
-        return not self.on_target and (holds_bfloat16(graph) if own else holds_half(graph))
+        """Whether another graph stands in for this one in trials here: of float16, where the original is not itself in float16."""
+        return not self.on_target and (holds_bfloat16(graph) or (holds_half(graph) and not self.half_from_the_start))
 
     def runs(self, graph: Graph) -> bool:
         """Whether the graph itself runs here, on whichever provider."""

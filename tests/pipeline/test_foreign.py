@@ -392,3 +392,16 @@ def test_a_file_that_lists_its_weights_as_inputs_stays_valid(tmp_path: Path) -> 
     built = onnxpress.build(tmp_path / "file.onnx", out=tmp_path / "out", precision="fp32", **QUICK)
     assert [spec.name for spec in built.manifest.signature.inputs] == ["x"]
     onnx.checker.check_model(built.path / "model.onnx")
+
+
+def test_a_file_of_float16_for_a_card_that_is_not_here(tmp_path: Path) -> None:
+    """It is its own original, so that its trials do not round what it does not."""
+    nodes = [
+        helper.make_node("Cast", ["x"], ["half"], to=10),
+        helper.make_node("MatMul", ["half", "v"], ["h"]),
+        helper.make_node("MatMul", ["h", "v"], ["m"]),
+        helper.make_node("Cast", ["m"], ["y"], to=1),
+    ]
+    weight = numpy_helper.from_array(np.random.default_rng(0).standard_normal((3, 3)).astype(np.float16), "v")
+    path = saved(tmp_path / "file.onnx", nodes, [Y], weight)
+    assert onnxpress.build(path, out=tmp_path / "out", target="cuda", precision="fp32", **QUICK)
