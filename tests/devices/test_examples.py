@@ -101,27 +101,32 @@ class Masks(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         masked = x.masked_fill(torch.arange(5) > 3, float("-inf"))
-        return masked, masked.argmax(1), (masked > 0), masked.argsort(1).to(torch.int16)
+        lowest = x.masked_fill(torch.arange(5) > 3, -1e9)
+        return masked, masked.argmax(1), (masked > 0), masked.argsort(1).to(torch.int16), lowest
 
 
 def test_masked_logits_and_integers(program: Path, tmp_path: Path) -> None:
-    """An infinity is like itself; of integers the share that differs counts. As Python has it, and C++ too."""
+    """An infinity is like itself, and like a mask; of integers the share that differs counts. As Python has it, and C++ too."""
     example = torch.arange(10.0).reshape(2, 5) - 3
     artifact = onnxpress.build(Masks(), example_inputs=example, out=tmp_path / "masks", precision="fp32").path
     tolerances = json.loads((artifact / "manifest.json").read_text())["options"]["golden_tolerance"]
     assert tolerances["output_1"] == 1e-3
+    assert tolerances["output_4"] < 0.1
     assert np.isfinite(list(tolerances.values())).all()
     code, output = run(program, artifact)
     assert (code, output.count("difference 0 (")) == (0, output.count("difference")), output
     tensors = load_file(artifact / "golden.safetensors")
+    assert np.isneginf(tensors["output.first.output_4"][:, 4]).all(), "as masks are written"
     tensors["output.first.output_0"][:, 0] = np.inf
+    tensors["output.first.output_4"][:, 0] = -np.inf
     tensors["output.first.output_1"][0] += 1
     tensors["output.first.output_3"][0, 0] += 1
     save_file(tensors, artifact / "golden.safetensors")
     code, output = run(program, artifact)
     rows = tensors["output.first.output_1"].size
     assert code == 1
-    assert "BAD  golden first  output_0: difference inf" in output
+    for name in ("output_0", "output_4"):
+        assert f"BAD  golden first  {name}: difference inf" in output
     assert f"BAD  golden first  output_1: difference {1 / rows:g}" in output
     assert "ok   golden first  output_2: difference 0 " in output
     assert f"BAD  golden first  output_3: difference {1 / (5 * rows):g}" in output
