@@ -18,7 +18,7 @@ import torch
 from onnxpress.errors import ConversionError, SourceError
 from onnxpress.exporters.bounds import index_bounds
 from onnxpress.exporters.exported import Exported
-from onnxpress.exporters.reference import TorchReference, evaluation_mode
+from onnxpress.exporters.reference import TorchReference, evaluation_mode, version_of
 from onnxpress.exporters.source import ModuleSource
 from onnxpress.exporters.trace import Shape, tensor_spec, trace
 from onnxpress.graph import Graph
@@ -151,11 +151,11 @@ class PlainModule(torch.nn.Module):
 @contextmanager
 def _unwritten_parameters(module: torch.nn.Module) -> Iterator[None]:
     """Raises ConversionError where forward changes a parameter, which is then as it was."""
-    before = [(name, one, one._version, one.detach().clone()) for name, one in module.named_parameters()]
+    before = [(name, one, version_of(one), one.detach().clone()) for name, one in module.named_parameters()]
     try:
         yield
     finally:
-        changed = [item for item in before if item[1]._version != item[2] and not item[1].equal(item[3])]
+        changed = [item for item in before if version_of(item[1]) != item[2] and not item[1].equal(item[3])]
         for _, parameter, _, content in changed:
             parameter.detach().copy_(content)
     if changed:

@@ -47,10 +47,9 @@ def evaluation_mode(module: torch.nn.Module) -> Iterator[list[str]]:
     training = [part for part in module.modules() if part.training]
     held = [(path, part, dict(part._buffers)) for path, part in module.named_modules()]
     kept = [one for *_, buffers in held for one in buffers.values() if one is not None]
-    kept += [
-        part.weight for part in module.modules() if getattr(part, "max_norm", None) is not None
-    ]  # of embeddings: scaled when read
-    contents = [(one, _version(one), one.detach().clone()) for one in kept]
+    tables = (part for part in module.modules() if isinstance(part, torch.nn.Embedding | torch.nn.EmbeddingBag))
+    kept += [table.weight for table in tables if table.max_norm is not None]  # which are scaled when they are read
+    contents = [(one, version_of(one), one.detach().clone()) for one in kept]
     written: list[str] = []
     for part in training:  # and not eval(), by which some modules merge weights
         part.training = False
@@ -59,7 +58,7 @@ def evaluation_mode(module: torch.nn.Module) -> Iterator[list[str]]:
     finally:
         for part in training:
             part.training = True
-        overwritten = {id(buffer) for buffer, version, _ in contents if _version(buffer) != version}
+        overwritten = {id(buffer) for buffer, version, _ in contents if version_of(buffer) != version}
         for buffer, _, content in contents:
             if id(buffer) in overwritten:
                 buffer.detach().copy_(content)
@@ -71,6 +70,6 @@ def evaluation_mode(module: torch.nn.Module) -> Iterator[list[str]]:
             part._buffers.update(buffers)
 
 
-def _version(tensor: torch.Tensor) -> int:
+def version_of(tensor: torch.Tensor) -> int:
     """Grows when a tensor is written; one made in inference mode does not count."""
     return 0 if tensor.is_inference() else tensor._version
