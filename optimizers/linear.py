@@ -74,7 +74,8 @@ def replace(graph: Graph, linear: Linear, new_nodes: list[ir.Node]) -> None:
     """Put new nodes in a linear layer's place; the last one's first output takes over the layer's output."""
     body = graph.model.graph
     last = new_nodes[-1].outputs[0]
-    last.shape, last.type = linear.output.shape, linear.output.type
+    # Files of other exporters leave types out; what is contrib's no inference finds again.
+    last.shape, last.type = linear.output.shape, linear.output.type or linear.weight.type
     body.insert_before(linear.nodes[-1], new_nodes)
     replace_value(graph, linear.output, last)
     body.remove(list(reversed(linear.nodes)), safe=True)
