@@ -220,9 +220,8 @@ def _compare(case: Case, output: TensorSpec, expected: Array, found: Array) -> P
     masked = (sizes >= (math.inf if exact else mask_size([one]))) & np.isfinite(one)
     largest = float(sizes.max(initial=0.0, where=~masked & np.isfinite(one)))
     difference = np.abs(one - other)
-    difference[masked] *= (
-        max(_FLOOR, largest) / sizes[masked]
-    )  # what is masked is as near by its own size, and hides nothing
+    # What is masked has to be as near by its own size, and hides nothing.
+    difference[masked] *= max(_FLOOR, largest) / sizes[masked]
     max_abs = float(difference.max(initial=0.0))
     row = ParityRow(
         case=case.name,

@@ -19,10 +19,8 @@ Array = npt.NDArray[Any]
 Answers = Sequence[Mapping[str, Array]]
 Entity = tuple[int, int, str]
 _BLOCK = 2**15  # numbers of each answer that are compared at a time
-_HALF, _HALF_ROUNDS = (
-    65504.0,
-    2.0**-8,
-)  # float16's largest, which larger masks become there; how far bfloat16 rounds at most
+_HALF = 65504.0  # float16's largest, which larger masks become there
+_HALF_ROUNDS = 2.0**-8  # as a share, how far bfloat16 rounds at most
 _CONSTANT = 1e-12  # numbers that vary by less than a millionth of their size: float32 has no more digits
 
 
