@@ -23,7 +23,13 @@ def spare_decomposition(program: ExportedProgram) -> None:
         program.graph_module.recompile()
         return  # writes into a part of something are left to torch
     for node in program.graph.nodes:
-        if getattr(node.target, "overloadpacket", None) is aten.to:
+        if node.target is aten._assert_tensor_metadata.default:
+            program.graph.erase_node(node)  # else what it looks at stays, though nothing else reads it
+        elif node.target is aten.dropout.default and not node.args[2]:  # an impure one, which would stay as well
+            node.replace_all_uses_with(node.args[0], delete_user_cb=lambda user: user.op != "output")
+            if not node.users:
+                program.graph.erase_node(node)
+        elif getattr(node.target, "overloadpacket", None) is aten.to:
             cast, dtype = node.args[0], node.meta["val"].dtype
             if cast.meta["val"].dtype == dtype:
                 node.replace_all_uses_with(cast, delete_user_cb=lambda user: user.op != "output")
@@ -32,8 +38,12 @@ def spare_decomposition(program: ExportedProgram) -> None:
             node.target = aten.bitwise_and.Tensor
         elif node.target is aten.max.other:
             node.target = aten.maximum.default
+        elif node.target is aten.min.other:
+            node.target = aten.minimum.default
         elif node.target is aten.square.default:
             node.target, node.args = aten.pow.Tensor_Scalar, (*node.args, 2)
+        elif node.target is aten.numpy_T.default:
+            node.target, node.args = aten.permute.default, (*node.args, list(range(node.meta["val"].dim()))[::-1])
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
     program.run_decompositions = lambda *_, **__: program

@@ -205,7 +205,13 @@ def _a_part_copied_onto_itself(x: torch.Tensor) -> torch.Tensor:
     return whole[:, 5:] * 1
 
 
-@pytest.mark.parametrize("written", [_sum, _chosen, _parts])
+def _other_spellings(x: torch.Tensor) -> torch.Tensor:
+    """And what nothing reads but an assertion of its dtype."""
+    torch.diff(x).gt(0).to(torch.int64)
+    return nn.functional.dropout(torch.min(x, x * x), 0.5, training=False) @ x.T
+
+
+@pytest.mark.parametrize("written", [_sum, _chosen, _parts, _other_spellings])
 def test_writes_into_memory_of_their_own_need_no_second_trace(written, monkeypatch, tmp_path):
     def taken_apart(*_: object) -> None:
         raise AssertionError("the program was traced once more")
