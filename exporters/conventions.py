@@ -50,7 +50,6 @@ class AttentionCall:
     is all.
     """
 
-    num_heads: int
     kv_num_heads: int
     head_dim: int
     scale: float
@@ -178,7 +177,6 @@ def _own_attentions(model: PreTrainedModel, positions: int, first: int) -> list[
         scale, window = scale_and_window(query, key, weights, type(model).__name__)
         found.append(
             AttentionCall(
-                num_heads=query.shape[1],
                 kv_num_heads=key.shape[1],
                 head_dim=max(query.shape[3], value.shape[3]),
                 scale=scale,
@@ -404,7 +402,6 @@ class _Recorder:
             raise ConversionError(f"{name} says that its window is {sliding_window} and masks to {window} tokens.")
         scale = float(query.shape[3] ** -0.5 if scaling is None else scaling)
         call = AttentionCall(
-            num_heads=query.shape[1],
             kv_num_heads=key.shape[1],
             head_dim=max(query.shape[3], value.shape[3]),
             scale=scale,
@@ -536,13 +533,9 @@ def _stable_length(table: Callable[[int], tuple[torch.Tensor, torch.Tensor]], lo
     def begins_alike(count: int) -> bool:
         return all(torch.allclose(one, other[:, :few]) for one, other in zip(first, table(count), strict=True))
 
-    low, high = few, longest + 1
     if begins_alike(longest):
         return longest
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if begins_alike(middle) else (low, middle)
-    return low
+    return few - 1 + bisect_left(range(few, longest + 1), True, key=lambda count: not begins_alike(count))
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool) -> torch.Tensor:

@@ -197,8 +197,7 @@ def _answer(
 
 def _parameters(module: Any) -> tuple[Any, ...]:
     """Gate and up, down, and their biases where there are any, by the names that the interface gives them."""
-    biases = (getattr(module, f"{name}_bias", None) for name in ("gate_up_proj", "down_proj"))
-    gate_up_bias, down_bias = biases
+    gate_up_bias, down_bias = (getattr(module, f"{name}_bias", None) for name in ("gate_up_proj", "down_proj"))
     return module.gate_up_proj, gate_up_bias, module.down_proj, down_bias
 
 

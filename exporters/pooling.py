@@ -234,12 +234,8 @@ def _activation(folder: Path, name: str | None) -> torch.nn.Module:
     )
 
 
-def _read_normalize_step(folder: Path) -> torch.nn.Module:
-    return Normalize()
-
-
 _STEPS: dict[str, Callable[[Path], torch.nn.Module]] = {
     "Pooling": _read_pooling_step,
     "Dense": _read_dense_step,
-    "Normalize": _read_normalize_step,
+    "Normalize": lambda _: Normalize(),
 }

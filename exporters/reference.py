@@ -21,16 +21,11 @@ class TorchReference:
     def __init__(self, module: torch.nn.Module, input_names: tuple[str, ...], output_names: tuple[str, ...]) -> None:
         self.module = module
         self.output_names = output_names
-        self._input_names = input_names
-
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        """Names that `run` takes, in the order of the module's arguments."""
-        return self._input_names
+        self.input_names = input_names
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """Answer one batch."""
-        arguments = [torch.from_numpy(np.array(feeds[name], order="C")) for name in self._input_names]
+        arguments = [torch.from_numpy(np.array(feeds[name], order="C")) for name in self.input_names]
         # Not in inference mode: what a module keeps from its first call (tables of positions) could not be trained with any more.
         with torch.no_grad(), evaluation_mode(self.module):
             # Copies: buffers among the answers are about to be as they were.

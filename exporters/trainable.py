@@ -52,7 +52,6 @@ class Trainable:
     names: of its inputs. pooling: of an encoder without a head, else None.
     """
 
-    folder: Path
     model: PreTrainedModel
     tokenizer: Tokenizer
     names: tuple[str, ...]
@@ -126,11 +125,11 @@ def load_frozen(folder: Path, *, max_length: int | None = None) -> Trainable:
     """
     config = load_config(folder, trust_remote_code=False)
     check_length(folder, TASKS["feature-extraction"], config, max_length)
-    pooling = read_pooling(folder) if not has_classifier(folder) else _without_head(folder)
-    if pooling is None:
-        pooling = SentencePooling([Pooling(("mean",))])
-    elif pooling.normalized:
-        pooling = SentencePooling([pooling.pooling, *list(pooling.after)[:-1]])
+    pooling = read_pooling(folder) or SentencePooling([Pooling(("mean",))])
+    if has_classifier(folder):
+        pooling = _without_last(pooling)
+    if pooling.normalized:
+        pooling = _without_last(pooling)
     opened = open_encoder(folder, TASKS["feature-extraction"], config)
     return _trainable(folder, opened.model, pooling, max_length)
 
@@ -180,7 +179,6 @@ def _trainable(
     tokenizer = read_tokenizer(folder, trust_remote_code=False)
     limit = input_limit(model, tokenizer, max_length)
     return Trainable(
-        folder=folder,
         model=model,
         tokenizer=tokenizer,
         names=token_inputs(model),
@@ -189,9 +187,7 @@ def _trainable(
     )
 
 
-def _without_head(folder: Path) -> SentencePooling:
-    pooling = read_pooling(folder)
-    assert pooling is not None
+def _without_last(pooling: SentencePooling) -> SentencePooling:
     return SentencePooling([pooling.pooling, *list(pooling.after)[:-1]])
 
 

@@ -131,9 +131,8 @@ def check_length(folder: Path, task: Task, config: Any, wanted: int | None, *, t
     try:
         with quiet(), torch.device("meta"):
             model = task.auto_class.from_config(config, trust_remote_code=trust_remote_code)  # type: ignore[attr-defined]
-    except (
-        Exception
-    ):  # a config without such a head, code that computes with its weights: said where the model is loaded
+    # A config without such a head, code that computes with its weights: said where the model is loaded.
+    except Exception:
         return
     refuse_longer(folder, wanted, position_limit(model) or wanted)
 

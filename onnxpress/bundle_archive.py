@@ -56,7 +56,7 @@ def unpacked(bundle: Path, signed_by: Path | None = None) -> Iterator[tuple[Path
                     f"{bundle} was packed again, or something was added to it: another program may unpack other files than were "
                     "compared here. Take the file that `onnxpress bundle` wrote, or give the unpacked folder."
                 )
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"{bundle} is no bundle that can be read: {error}.") from None
         except OSError as error:
             raise ArtifactError(f"{bundle} cannot be read or unpacked: {error.strerror or error}.") from None

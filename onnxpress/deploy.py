@@ -88,9 +88,8 @@ def _asking(python: str, place: str) -> str:
 def _command(python: str, place: str, options: Sequence[str]) -> str:
     """Runs update.py, which standard input begins with."""
     code = f"import sys; exec(compile(sys.stdin.buffer.read({_UPDATE.stat().st_size}), 'update.py', 'exec'))"
-    return shlex.join(
-        [python, "-I", "-c", code, place, *options]
-    )  # -I: nothing is imported from the folder where ssh begins
+    # -I: nothing is imported from the folder where ssh begins.
+    return shlex.join([python, "-I", "-c", code, place, *options])
 
 
 def _send(

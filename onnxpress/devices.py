@@ -71,9 +71,8 @@ def check_fit(name: str, manifest: Manifest) -> None:
     """Raise RecipeError where an artifact's quantization is not the device's, with the build that is."""
     builds = device(name).builds
     any_cpu = manifest.precision in _ANY_CPU and not {manifest.target, *builds} & set(_NVIDIA)
-    any_cpu = any_cpu and not manifest.recipe.get("build", {}).get(
-        "only"
-    )  # several passes, of which precision is the last
+    # `only`: several passes, of which precision is the last.
+    any_cpu = any_cpu and not manifest.recipe.get("build", {}).get("only")
     if manifest.target not in builds and not any_cpu:
         raise RecipeError(
             f"{manifest.name} was built for {manifest.target} at {manifest.precision}, which does not suit {name}: build it again "

@@ -32,7 +32,7 @@ def agreement(
     if task == "question-answering":
         return metrics.span_metrics(reference, candidate)
     if problem_type == "multi_label_classification":
-        return metrics.sign_metrics(reference, candidate, "logits")
+        return metrics.sign_metrics(reference, candidate)
     return metrics.choice_metrics(reference, candidate, "logits")
 
 

@@ -448,12 +448,8 @@ def _check_checkpoint_folder(folder: Path, *, resume: bool) -> None:
 
 
 def _tokenizer(model: Trainable) -> Tokenizer:
-    with tempfile.TemporaryDirectory(prefix="onnxpress-tokenizer-") as folder:
-        for path in model.tokenizer.files:
-            shutil.copyfile(path, Path(folder) / path.name)
-        return Tokenizer.from_folder(
-            Path(folder), max_length=model.max_length, pad_token_id=model.tokenizer.pad_token_id
-        )
+    folder = model.tokenizer.files[0].parent
+    return Tokenizer.from_folder(folder, max_length=model.max_length, pad_token_id=model.tokenizer.pad_token_id)
 
 
 def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:

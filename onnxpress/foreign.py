@@ -17,20 +17,12 @@ from onnxpress.exporters.bounds import index_bounds
 from onnxpress.exporters.trace import LARGEST_AXIS, LARGEST_BATCH
 from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Signature, TensorSpec
+from onnxpress.optimizers.deduplicate import RANDOM
 from onnxpress.runtime.bfloat16 import host_dtype
 from onnxpress.runtime.session import Session
 from onnxpress.sample_arrays import read_arrays
 
 _WEIGHTS_ALONE = 4  # the IR version from which weights need not be inputs
-_RANDOM = {
-    "RandomNormal",
-    "RandomNormalLike",
-    "RandomUniform",
-    "RandomUniformLike",
-    "Bernoulli",
-    "Multinomial",
-    "Dropout",
-}
 _EXAMPLE_BATCH = 2  # how long leading symbolic axes are in the example
 _EXAMPLE_SIZES = (8, 64, 512)  # how long others are: the first with which the file runs
 
@@ -144,7 +136,7 @@ def _check_repeats(model: ir.Model, answers: Arrays, again: Arrays, path: Path) 
         np.allclose(answer, again[name], rtol=1e-2, atol=1e-2 * _largest(answer)) for name, answer in answers.items()
     ):
         return
-    random = ", ".join(sorted({node.op_type for node in model.graph.all_nodes()} & _RANDOM))
+    random = ", ".join(sorted({node.op_type for node in model.graph.all_nodes()} & RANDOM))
     raise ConversionError(
         f"{path} answers the same inputs otherwise at each call{f' ({random})' if random else ''}, so that nothing can be compared "
         "with it: export it in evaluation mode, or give its random numbers as an input."

@@ -16,9 +16,8 @@ from onnxpress.budgets import Budget
 from onnxpress.manifest import Runnable
 from onnxpress.workload import Workload
 
-BATCH_COSINE = (
-    0.999  # least likeness of answers alone and in a batch: their mean cosine, of numbers the share of variance kept
-)
+# The least likeness of answers alone and in a batch: their mean cosine, of numbers the share of variance kept.
+BATCH_COSINE = 0.999
 
 
 @dataclass(frozen=True, kw_only=True)

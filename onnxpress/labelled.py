@@ -121,9 +121,8 @@ def labelled_samples(texts: Collection[Any], labels: Collection[Json]) -> list[S
             raise InputError(
                 f"The label of text {index} is {label!r}; a text or a number is expected, or a list of texts where there are several."
             )
-        if isinstance(text, list) and not (
-            len(text) == 2 and not isinstance(label, list)
-        ):  # which is a pair, as JSON has it
+        # Two texts with one label are a pair, as JSON has it.
+        if isinstance(text, list) and not (len(text) == 2 and not isinstance(label, list)):
             if not isinstance(label, list) or len(label) != len(text):
                 raise InputError(f"Item {index}: a list of tokens needs a list of as many tags.")
             if not all(isinstance(token, str) and token.strip() for token in text):

@@ -40,9 +40,8 @@ def cpu_target() -> str:
 
 def peak_memory_bytes() -> int | None:
     """The most resident memory that this process had so far; None where the system does not tell."""
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # getrusage's number is that of the process that started this one, where it was larger
+    # getrusage's number is that of the process that started this one, where it was larger.
+    with contextlib.suppress(OSError, ValueError):
         return 1024 * _field("/proc/self/status", "VmHWM:")
     try:
         import resource

@@ -164,10 +164,10 @@ def _equal_share(reference: list[Array], candidate: list[Array]) -> tuple[float,
     return equal / total if total else 1.0, largest
 
 
-def sign_metrics(reference: Answers, candidate: Answers, output: str) -> dict[str, float]:
+def sign_metrics(reference: Answers, candidate: Answers) -> dict[str, float]:
     """For several labels a text: share of equal decisions at probability 0.5; what is not finite disagrees."""
     same = [
-        ((one[output] > 0) == (other[output] > 0)) & np.isfinite(other[output])
+        ((one["logits"] > 0) == (other["logits"] > 0)) & np.isfinite(other["logits"])
         for one, other in zip(reference, candidate, strict=True)
     ]
     return {"top1_agreement": float(np.concatenate(same).mean())}

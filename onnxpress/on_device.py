@@ -19,7 +19,6 @@ if sys.path:  # what is imported below must not come from the bundle's folder
     sys.path[:] = [path for path in sys.path if os.path.realpath(path or ".") != here]
 import argparse
 import base64
-import binascii
 import hashlib
 import io
 import json
@@ -140,7 +139,7 @@ def check_signature(folder: Path, description: dict[str, Any], trusted: Path) ->
             str(entry["name"]): (entry["algorithm"], entry["digest"]) for entry in statement["predicate"]["resources"]
         }
         is_ours = envelope["payloadType"] == PAYLOAD_TYPE and "model_signing/signature/v1" in statement["predicateType"]
-    except (ValueError, RecursionError, TypeError, KeyError, IndexError, AttributeError, binascii.Error):
+    except (ValueError, RecursionError, TypeError, KeyError, IndexError, AttributeError):
         is_ours = False
     if not is_ours:
         raise BundleError(f"{path} is no signature of the form of OpenSSF Model Signing 1.0.")
@@ -400,9 +399,8 @@ def _milliseconds(call: Callable[[], Any]) -> float:
 
 
 def _peak_megabytes() -> float | None:
-    status = Path(
-        "/proc/self/status"
-    )  # of Linux, where the other figure may be that of the process that started this one
+    # Of Linux, where the other figure may be that of the process that started this one.
+    status = Path("/proc/self/status")
     if status.is_file() and "VmHWM:" in (text := status.read_text()):
         return int(text.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
     try:

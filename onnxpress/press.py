@@ -273,7 +273,7 @@ class Press:
         if not self._bench.timed:
             return ""
         rows = self._bench.compare(self.session, session, self._gate.workload.timing)
-        self._record_times(name, {"x".join(map(str, shape)): pair for shape, pair in rows.items()})
+        self._record_times(name, rows)
         worse = all(new > old * _SLOWER and new - old > _NOISE_MS for old, new in rows.values())
         return "slower on the build machine at every shape tried (times: measured.json)" if worse else ""
 

@@ -143,17 +143,10 @@ def _verdict(manifest: Manifest, measured: Mapping[str, Json]) -> str:
     name, value, limit = _metric(last["metric"]), last["quality"], budget.get("limit")
     if value is None or budget.get("metric") != last["metric"]:
         badge, words = ("unchanged", "no budget"), f"{name} {_figure(value)}"
-    elif value >= limit:
-        badge, words = (
-            ("kept", "within budget"),
-            f"{name} {_figure(value)}, where at least {_figure(limit)} is required",
-        )
     else:
-        badge, words = (
-            ("undone", "below budget"),
-            f"{name} {_figure(value)}, where at least {_figure(limit)} is required",
-        )
-    for status in ("repaired", "undone", "failed"):
+        badge = ("kept", "within budget") if value >= limit else ("undone", "below budget")
+        words = f"{name} {_figure(value)}, where at least {_figure(limit)} is required"
+    for status in ("repaired", "undone"):
         # An automatic plan's candidates are no passes that failed.
         names = [
             row["pass"]

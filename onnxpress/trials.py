@@ -171,10 +171,9 @@ class Trials:
         trial, how = self.measure(kept), "alone" if rows_alone else "batched"
         if how not in trial.times:
             session = self.apply(kept).session
-            rows = self._bench.compare(
+            times = self._bench.compare(
                 self._session, RowByRow(session) if rows_alone else session, self._gate.workload.timing
             )
-            times = {"x".join(map(str, shape)): pair for shape, pair in rows.items()}
             self._note(trial.model_copy(update={"times": {**trial.times, how: times}}))
         return self._known[kept].times[how]
 

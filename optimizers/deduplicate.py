@@ -24,7 +24,7 @@ from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 
 _CORNER = 8  # elements along each axis that are compared before a weight is read in full
-_RANDOM = frozenset(
+RANDOM = frozenset(
     {
         "Bernoulli",
         "Dropout",
@@ -94,7 +94,7 @@ def _merge_nodes(graph: ir.Graph, seen: dict[Hashable, ir.Node]) -> None:
 
 def _key(node: ir.Node) -> Hashable | None:
     """Equal for nodes that compute the same; None for nodes that are never merged."""
-    if node.domain != "" or node.op_type in _RANDOM:
+    if node.domain != "" or node.op_type in RANDOM:
         return None
     attributes = []
     for name, attribute in sorted(node.attributes.items()):

@@ -275,12 +275,8 @@ class _Lesson:
             return self._answers(
                 model, {name: tensor.to(device) for name, tensor in batch.items() if name not in self._labels}
             )
-        except (
-            RuntimeError,
-            IndexError,
-            KeyError,
-            ValueError,
-        ) as error:  # shapes that do not fit, another task's head…
+        # Shapes that do not fit, another task's head…
+        except (RuntimeError, IndexError, KeyError, ValueError) as error:
             length = batch["input_ids"].shape[1]
             raise InputError(
                 f"The {who} ({type(model).__name__}) does not answer as a model for {self._task} on a batch of {length} "

@@ -67,9 +67,8 @@ class _Half:
                 "Half precision is not implemented for graphs with subgraphs (If, Loop, Scan); build with --precision fp32."
             )
         if any(value.dtype is None for node in body for value in node.outputs if value.name):
-            ShapeInferencePass(check_type=False, strict_mode=False)(
-                graph.model
-            )  # files of other exporters leave types out
+            # Files of other exporters leave types out.
+            ShapeInferencePass(check_type=False, strict_mode=False)(graph.model)
         casts: dict[tuple[int, ir.DataType], ir.Value] = {}
         nodes = list(body)
         for node in nodes:

@@ -17,6 +17,7 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def _work(folder: Path) -> None:
     with (folder / _TASK).open("rb") as file:
         task = pickle.load(file)
     try:
-        result = task(_tell if first else _tell_nobody)
+        result = task(partial(print, flush=True) if first else lambda _: None)
     except OnnxpressError as error:
         part = folder / f"{_ERROR}.{os.getpid()}"
         part.write_bytes(pickle.dumps(error))
@@ -140,14 +141,6 @@ def _work(folder: Path) -> None:
         torch.save(result, folder / _RESULT)
     with suppress(AssertionError, ValueError):  # there is no group where the task made none
         torch.distributed.destroy_process_group()
-
-
-def _tell(text: str) -> None:
-    print(text, flush=True)
-
-
-def _tell_nobody(text: str) -> None:
-    pass
 
 
 if __name__ == "__main__":

@@ -168,11 +168,8 @@ def _drop_layers(
         raise RecipeError(
             "prune: layers were to go, but the graph's layers cannot be told apart (each has to have attention whose heads can be told apart)."
         )
+    options.check_sizes(layers=len(layers))
     number = _number(options.layers, len(layers), "layers")
-    if not number:
-        raise RecipeError(
-            f"prune: so small a share of {len(layers)} layers is none at all; give a larger one, or a number."
-        )
     if training_follows:
         lost = list(range(len(layers) - 1 - number, len(layers) - 1))
     else:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
-from onnxpress.optimizers.dependencies import ELEMENTWISE, MASK, NORMS
+from onnxpress.optimizers.dependencies import ELEMENTWISE, MASK, NORMS, mask_of
 from onnxpress.optimizers.linear import add_constant, attribute, drop_unused_constants
 from onnxpress.optimizers.matching import body_nodes, constant, dimension, insert, is_last_axis, rank
 
@@ -87,7 +87,7 @@ def _move(graph: Graph, selection: ir.Node) -> int:
         if readers and value.producer() not in narrowed:
             _take(value, readers, position, _TOKENS, order)
     for node in narrowed:
-        mask = _mask(node)
+        mask = mask_of(node)
         if mask is not None and dimension(mask, -2) != 1:
             _take(mask, {(node, MASK[node.op_type])}, position, len(mask.shape or ()) - 2, order)
         for output in node.outputs:
@@ -143,17 +143,12 @@ def _attends_row_by_row(node: ir.Node) -> bool:
     padding = _input(node, 4) if node.op_type == "MultiHeadAttention" else None
     if padding is not None and rank(padding) not in (1, 2):
         return False  # another one for each query
-    mask = _mask(node)
+    mask = mask_of(node)
     return mask is None or (rank(mask) or 0) >= 2
 
 
 def _input(node: ir.Node, place: int) -> ir.Value | None:
     return node.inputs[place] if place < len(node.inputs) else None
-
-
-def _mask(node: ir.Node) -> ir.Value | None:
-    place = MASK.get(node.op_type)
-    return None if place is None else _input(node, place)
 
 
 def _take(value: ir.Value, readers: set[Reader], position: ir.Value, axis: int, order: dict[ir.Node, int]) -> None:

@@ -17,11 +17,10 @@ import onnx_ir as ir
 from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import Observe
+from onnxpress.optimizers.dependencies import NORMS
 from onnxpress.optimizers.linear import Linear, add_constant, drop_unused_constants, linears, unused_name
 from onnxpress.optimizers.matching import constant
 from onnxpress.optimizers.rounding import Float
-
-_NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 
 
 def check_smooth(name: str, exponent: float) -> None:
@@ -54,7 +53,7 @@ def smooth_norms(graph: Graph, observe: Observe, exponent: float) -> tuple[str, 
 
 def _is_only_read_by(value: ir.Value, found: list[Linear]) -> bool:
     node = value.producer()
-    if node is None or node.op_type not in _NORMS or value.is_graph_output() or len(value.uses()) != len(found):
+    if node is None or node.op_type not in NORMS or value.is_graph_output() or len(value.uses()) != len(found):
         return False
     arrays = [constant(parameter) for parameter in node.inputs[1:] if parameter is not None]
     return bool(arrays) and all(array is not None and array.ndim == 1 for array in arrays)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from onnxpress.errors import ProviderError
 from onnxpress.runtime.bfloat16 import BFLOAT16, ONNX_BFLOAT16
+from onnxpress.runtime.nvidia import load_driver
 
 # Held by whatever uses a card: while a CUDA graph is captured, no other thread may allocate or copy there.
 ON_CARD = threading.RLock()
@@ -109,7 +109,7 @@ class DeviceMemory:
 
     def __init__(self, device_id: int) -> None:
         self.device_id = device_id
-        self._driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        self._driver = load_driver()
         device = ctypes.c_int()
         self._context = ctypes.c_void_p()
         self._check(self._driver.cuInit(0))

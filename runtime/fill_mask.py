@@ -25,8 +25,6 @@ class FillMask(TextRunner):
         """
         check_count(top_k)
         check_samples(texts)
-        if len(texts) == 0:
-            return []
         mask = str(self.options["mask_token"])
         mask_id = self.tokenizer.inner.token_to_id(mask)
         for index, text in enumerate(texts):

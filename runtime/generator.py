@@ -233,7 +233,7 @@ class Generator:
         if not all(isinstance(item, str) and item for item in stops):
             raise InputError("stop takes strings that are not empty.")
         chosen = Sampling(**sampling)
-        if not isinstance(stop_token_ids, Sequence) or not (_is_ids(stop_token_ids) or not len(stop_token_ids)):
+        if not _is_ids(stop_token_ids):
             raise InputError("stop_token_ids takes a list of token ids.")
         ends = frozenset(stop_token_ids) | (frozenset() if ignore_eos else self._ends)
         sequences: list[_Sequence] = []

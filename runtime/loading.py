@@ -212,8 +212,7 @@ def golden_difference(found: np.ndarray, expected: np.ndarray) -> float:
     if found.shape != expected.shape:
         return float("inf")
     other = found != expected
-    if np.issubdtype(expected.dtype, np.floating):
-        other &= ~(np.isinf(expected) & (found * np.sign(expected) >= _MASKED))
     if not np.issubdtype(expected.dtype, np.floating):
         return float(other.mean()) if other.size else 0.0
+    other &= ~(np.isinf(expected) & (found * np.sign(expected) >= _MASKED))
     return float(np.abs(found[other].astype(np.float64) - expected[other].astype(np.float64)).max(initial=0.0))

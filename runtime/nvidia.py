@@ -33,7 +33,7 @@ def check_loads(name: str, library: Path) -> None:
 def check_card(name: str, device_id: int) -> None:
     """Raise ProviderError where the driver does not show the card: the libraries can be there without one."""
     try:
-        driver = _driver()
+        driver = load_driver()
     except OSError as error:
         raise ProviderError(
             f"The provider {name} was asked for and there is no NVIDIA driver: {error}. Install it, or ask for cpu."
@@ -53,7 +53,7 @@ def check_card(name: str, device_id: int) -> None:
 def gpu_name(device_id: int) -> str:
     """Name and compute capability of a card as a file's name (NVIDIA-H200-sm90); unknown-gpu without a driver."""
     try:
-        driver = _driver()
+        driver = load_driver()
     except OSError:
         return "unknown-gpu"
     device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
@@ -128,7 +128,8 @@ def _remedy(missing: list[str]) -> str:
     return "Install " + " and ".join(parts)
 
 
-def _driver() -> ctypes.CDLL:
+def load_driver() -> ctypes.CDLL:
+    """NVIDIA's, as a library. Raises OSError where there is none."""
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
@@ -136,6 +137,5 @@ def _preload() -> None:
     """Let ONNX Runtime find CUDA's libraries in the nvidia wheels. It prints what it does not find: errors come later."""
     import onnxruntime
 
-    if hasattr(onnxruntime, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):
-            onnxruntime.preload_dlls()
+    with contextlib.redirect_stdout(io.StringIO()):
+        onnxruntime.preload_dlls()

@@ -6,7 +6,7 @@ import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from onnxpress.runtime.session import Session
 from onnxpress.runtime.tokenization import Encoding, Sample, Tokenizer, TruncationWarning
 
 Answer = dict[str, np.ndarray[Any, Any]]
-Item = TypeVar("Item")
 
 TOKENS_PER_CHUNK = 256
 TOKENS_PER_CHUNK_ON_CARD = 16384  # 128 texts of 128 tokens: what a step costs is spread over enough of them
@@ -109,10 +108,10 @@ def _frames_to_the_user() -> int:
     return level
 
 
-def softmax(logits: np.ndarray[Any, Any], axis: int = -1) -> np.ndarray[Any, Any]:
-    """Softmax that does not overflow."""
-    shifted = np.exp(logits - logits.max(axis=axis, keepdims=True))
-    probabilities: np.ndarray[Any, Any] = shifted / shifted.sum(axis=axis, keepdims=True)
+def softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Softmax over the last axis that does not overflow."""
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities: np.ndarray[Any, Any] = shifted / shifted.sum(axis=-1, keepdims=True)
     return probabilities
 
 

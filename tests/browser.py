@@ -117,15 +117,10 @@ def opened_page() -> Iterator[Page]:
 
 
 @contextlib.contextmanager
-def served(folder: Path, headers: dict[str, str] | None = None) -> Iterator[str]:
+def served(folder: Path) -> Iterator[str]:
     """The address of a folder, served on the loopback as `python -m http.server` serves it."""
 
     class Handler(SimpleHTTPRequestHandler):
-        def end_headers(self) -> None:
-            for name, value in (headers or {}).items():
-                self.send_header(name, value)
-            super().end_headers()
-
         def log_message(self, *_: Any) -> None:
             pass
 

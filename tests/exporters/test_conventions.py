@@ -25,7 +25,7 @@ def test_windows_and_softcaps_are_those_of_each_layer() -> None:
     assert (first.window, second.window) == (6, None)
     assert (first.softcap, second.softcap) == (50.0, 50.0)
     assert first.scale == pytest.approx(24**-0.5)
-    assert (first.num_heads, first.kv_num_heads, first.head_dim) == (4, 2, 16)
+    assert (first.kv_num_heads, first.head_dim) == (2, 16)
 
 
 def test_a_window_that_holds_the_whole_context_is_none() -> None:
@@ -112,7 +112,7 @@ def test_a_window_shows_where_attention_is_computed_without_the_interface(window
     assert (first.window, second.window) == (None, window if window < CONTEXT else None)
     assert first.scale == pytest.approx(1.0)
     falcon = learn(make_model("falcon"), positions=CONTEXT).attentions[0]
-    assert (falcon.num_heads, falcon.kv_num_heads, falcon.head_dim) == (4, 1, 16)
+    assert (falcon.kv_num_heads, falcon.head_dim) == (1, 16)
     assert falcon.scale == pytest.approx(0.25)
 
 

@@ -415,7 +415,6 @@ torch.save(student.state_dict(), Path(sys.argv[1]) / f"{torch.distributed.get_ra
 """
 
 
-@pytest.mark.slow
 def test_two_processes_train_one_student(tmp_path: Path) -> None:
     here = Path(__file__).parent
     (tmp_path / "one.py").write_text(_ONE_OF_TWO)

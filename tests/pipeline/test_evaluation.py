@@ -203,7 +203,7 @@ def test_what_is_not_finite_has_the_worst_value(bad: float) -> None:
     assert agreement("text-classification", good, broken) == worst
     found = agreement("text-classification", logits([1]), logits([bad]), problem_type="regression")
     assert found["variance_kept"] == 0
-    assert metrics.sign_metrics(good, broken, "logits") == {"top1_agreement": 0.5}
+    assert metrics.sign_metrics(good, broken) == {"top1_agreement": 0.5}
     spans = [{"start_logits": np.array([0.0, 1.0]), "end_logits": np.array([0.0, 1.0])}]
     broken_spans = [{"start_logits": np.array([bad, 1.0]), "end_logits": np.array([0.0, 1.0])}]
     assert agreement("question-answering", spans, broken_spans)["span_agreement"] == 0
