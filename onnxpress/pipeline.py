@@ -49,7 +49,7 @@ from onnxpress.optimizers.targets import Target
 from onnxpress.optimizers.targets import target as find_target
 from onnxpress.press import Parity, Press, Resume, rounded
 from onnxpress.pruning import make_smaller
-from onnxpress.recipe import Recipe, make_recipe, read_recipe, with_options
+from onnxpress.recipe import Recipe, recipe_of, with_options
 from onnxpress.report import render_report
 from onnxpress.runtime.chat_template import ChatTemplate
 from onnxpress.runtime.loading import check_onnxruntime
@@ -106,17 +106,14 @@ def build(
     check_alone()
     module = None
     if isinstance(source, Recipe):
-        recipe = source
-    elif isinstance(source, str | os.PathLike) and str(source).endswith(".toml"):
-        recipe = read_recipe(Path(source))
+        recipe = with_options(source, options)
     elif isinstance(source, str | os.PathLike):
-        recipe = make_recipe({"model": {"source": os.fspath(source)}})
+        recipe = recipe_of(source, options)
     elif not isinstance(source, torch.nn.Module):
         raise SourceError(f"A {type(source).__name__} was given as source; a name, a recipe or a module is expected.")
     else:
         module = source
-        recipe = make_recipe({"model": {"source": f"python:{type(source).__module__}.{type(source).__qualname__}"}})
-    recipe = with_options(recipe, options)
+        recipe = recipe_of(f"python:{type(source).__module__}.{type(source).__qualname__}", options)
     folder = Path(out) if out is not None else Path("artifacts") / _name(recipe)
     report = terminal.Progress(enabled=not quiet)
     with report:

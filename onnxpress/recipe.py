@@ -333,6 +333,13 @@ def make_recipe(content: Mapping[str, Any], *, where: str = "The recipe") -> Rec
     return recipe
 
 
+def recipe_of(source: str | os.PathLike[str], options: Mapping[str, Any]) -> Recipe:
+    """A recipe file's, or that of a model alone, with some of its keys set. Raises RecipeError."""
+    name = os.fspath(source)
+    recipe = read_recipe(Path(name)) if name.endswith(".toml") else make_recipe({"model": {"source": name}})
+    return with_options(recipe, options)
+
+
 def with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     """A recipe with some of its keys set, as `build` takes them. Raises RecipeError."""
     content = recipe.model_dump(exclude_unset=True)

@@ -84,10 +84,9 @@ def add_build(commands: Any) -> None:
 
 
 def _build(options: argparse.Namespace) -> int:
-    from onnxpress import terminal
-    from onnxpress.pipeline import build
+    from onnxpress.recipe import recipe_of
 
-    chosen = others(options, "source", "out", "json", "pass_option", "prune", "distil", "column")
+    chosen = others(options, "source", "out", "json", "resume", "pass_option", "prune", "distil", "column")
     if options.pass_option:
         passes = _pass_options(options.pass_option)
         for section in ("prune", "distil"):
@@ -100,7 +99,13 @@ def _build(options: argparse.Namespace) -> int:
         chosen["distil"] = _once([*chosen.get("distil", {}).items(), ("file", options.distil)], "--distil")
     if options.column:
         chosen["columns"] = _columns(options.column)
-    artifact = build(options.source, out=options.out, quiet=options.json, **chosen)
+    recipe = recipe_of(options.source, chosen)
+
+    # After what may be wrong with the options: torch takes seconds to load.
+    from onnxpress import terminal
+    from onnxpress.pipeline import build
+
+    artifact = build(recipe, out=options.out, resume=options.resume, quiet=options.json)
     if options.json:
         print_json(_described(artifact))
     else:

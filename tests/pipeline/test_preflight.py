@@ -17,7 +17,7 @@ from onnxpress import fit as fit_module
 from onnxpress import pipeline, preflight
 from onnxpress.cli import main
 from onnxpress.errors import InputError, RecipeError, SourceError
-from onnxpress.recipe import make_recipe
+from onnxpress.recipe import recipe_of
 
 LONG = "a red dog ran to the blue house and sat on a mat"
 
@@ -204,7 +204,7 @@ def test_what_can_be_is_not_refused(model: str, options: dict[str, Any], models:
     found = {"texts": "text-classification", "tags": "token-classification", "language": "text-generation"}
     found["embeddings"] = "feature-extraction"
     source = str(models.get(model, "a folder"))
-    recipe = pipeline.with_options(make_recipe({"model": {"source": source}}), {"target": "cpu", **options})
+    recipe = recipe_of(source, {"target": "cpu", **options})
     labels = {"labels": ["a", "b", "c"], "problem_type": "single_label_classification"}
     preflight.check(recipe, found.get(model, "module"), labels)
 
