@@ -159,6 +159,11 @@ def _call(source: str) -> object:
         sys.path.insert(0, here)
     try:
         return getattr(importlib.import_module(package), factory)()
+    except SystemExit as error:
+        raise SourceError(
+            f"{source} could not be called: {package} ends the program (exit code {error.code}). Where it is a script that reads its own "
+            'command line or trains, put that under `if __name__ == "__main__":`.'
+        ) from error
     except Exception as error:  # whatever the user's own code raises
         raise SourceError(
             f"{source} could not be called: {type(error).__name__}: {error}. Give package.module:factory, where "

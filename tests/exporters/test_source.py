@@ -189,6 +189,10 @@ def test_factory(tmp_path, monkeypatch):
         export("my_factory:wrong")
     with pytest.raises(SourceError, match="ValueError: no weights here"):
         export("my_factory:broken")
+    (tmp_path / "my_script.py").write_text("import argparse\nargparse.ArgumentParser().parse_args()\n")
+    monkeypatch.setattr("sys.argv", ["onnxpress", "build", "my_script:make"])
+    with pytest.raises(SourceError, match=r"my_script ends the program \(exit code 2\).*__main__"):
+        export("my_script:make")
     with pytest.raises(SourceError, match="no_such_package"):
         export("no_such_package:make")
 
