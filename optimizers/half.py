@@ -23,7 +23,7 @@ from onnxpress.errors import ConversionError
 from onnxpress.graph import Graph
 from onnxpress.manifest import Signature, TensorSpec
 from onnxpress.optimizers.base import PassContext, PassResult
-from onnxpress.optimizers.linear import add_constant, drop_unused_constants, unused_name
+from onnxpress.optimizers.linear import add_constant, drop_unused_constants, insert_behind, unused_name
 
 KEEP: Mapping[str, str] = {
     "ReduceL2": "a sum of squares passes 65504 in fp16 from a root mean square of 13 on at 384 channels",
@@ -172,11 +172,7 @@ class _Half:
                 cast = ir.node("Cast", [value], {"to": wanted.value}, name=f"{value.name}_to_{suffix}")
                 cast.outputs[0].name = unused_name(graph.model.graph, f"{value.name}_{suffix}")
                 cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(wanted)
-                producer = value.producer()
-                if producer is not None:
-                    graph.model.graph.insert_after(producer, cast)
-                else:
-                    graph.model.graph.insert_before(graph.model.graph[0], cast)
+                insert_behind(graph, value, [cast])
                 casts[key] = cast.outputs[0]
         return casts[key]
 

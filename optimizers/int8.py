@@ -23,7 +23,15 @@ from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.calibrated_range import PERCENTILE, check_method, chosen_range
 from onnxpress.optimizers.experts import quantize_experts, routers
-from onnxpress.optimizers.linear import Linear, add_constant, drop_unused_constants, linears, replace, unused_name
+from onnxpress.optimizers.linear import (
+    Linear,
+    add_constant,
+    drop_unused_constants,
+    insert_behind,
+    linears,
+    replace,
+    unused_name,
+)
 from onnxpress.optimizers.opset import raise_opset
 from onnxpress.optimizers.rounding import activation_uint8, blocks, rounded_uint8
 from onnxpress.optimizers.smooth import check_smooth, smooth_norms
@@ -111,12 +119,7 @@ def _quantize_activation(graph: Graph, x: ir.Value, low: float, high: float) -> 
     node = ir.node("QuantizeLinear", [x, scale, zero_point], name=f"{x.name}_quantize")
     node.outputs[0].name = unused_name(graph.model.graph, f"{x.name}_uint8")
     node.outputs[0].shape, node.outputs[0].type = x.shape, ir.TensorType(ir.DataType.UINT8)
-    producer = x.producer()
-    body = graph.model.graph
-    if producer is not None:
-        body.insert_after(producer, node)
-    else:
-        body.insert_before(body[0], node)
+    insert_behind(graph, x, [node])
     return node.outputs[0], scale, zero_point
 
 

@@ -5,7 +5,7 @@ With the small edits that passes share: another node, value or constant in one's
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,15 @@ def add_constant(graph: Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.model.graph.initializers[name] = value
     return value
+
+
+def insert_behind(graph: Graph, value: ir.Value, nodes: Sequence[ir.Node]) -> None:
+    """Put nodes right behind the one that gives a value; before all others where it is an input or a weight."""
+    body, producer = graph.model.graph, value.producer()
+    if producer is not None:
+        body.insert_after(producer, nodes)
+    else:
+        body.insert_before(body[0], nodes)
 
 
 def replace_constant(graph: Graph, node: ir.Node, place: int, array: npt.NDArray[np.generic]) -> ir.Value:

@@ -27,7 +27,14 @@ from onnxpress.optimizers.bias_correction import correct_biases
 from onnxpress.optimizers.calibrated_range import PERCENTILE, Numbers, check_method, chosen_range
 from onnxpress.optimizers.deduplicate import merge_constants
 from onnxpress.optimizers.experts import mixtures, routers
-from onnxpress.optimizers.linear import add_constant, attribute, drop_unused_constants, replace_value, unused_name
+from onnxpress.optimizers.linear import (
+    add_constant,
+    attribute,
+    drop_unused_constants,
+    insert_behind,
+    replace_value,
+    unused_name,
+)
 from onnxpress.optimizers.matching import body_nodes, constant, dimension, insert, rank
 from onnxpress.optimizers.opset import raise_opset
 from onnxpress.optimizers.qdq_plan import Layer, Plan, name_of, plan_chained, plan_inputs
@@ -209,17 +216,13 @@ class _Writer:
         dequantize = ir.node(
             "DequantizeLinear", [quantize.outputs[0], scale, zero_point], name=f"{value.name}_dequantize"
         )
-        body = self._graph.model.graph
         for node, dtype in ((quantize, zero_point.dtype), (dequantize, ir.DataType.FLOAT)):
             assert dtype is not None
             output = node.outputs[0]
-            output.name = unused_name(body, f"{value.name}_{'quantized' if node is quantize else 'dequantized'}")
+            suffix = "quantized" if node is quantize else "dequantized"
+            output.name = unused_name(self._graph.model.graph, f"{value.name}_{suffix}")
             output.shape, output.type = value.shape, ir.TensorType(dtype)
-        producer = value.producer()
-        if producer is not None:
-            body.insert_after(producer, [quantize, dequantize])
-        else:
-            body.insert_before(body[0], [quantize, dequantize])
+        insert_behind(self._graph, value, [quantize, dequantize])
         return quantize, dequantize
 
     def _write_weight(self, layer: Layer, x_owner: ir.Value) -> None:
