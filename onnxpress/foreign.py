@@ -21,6 +21,7 @@ from onnxpress.optimizers.deduplicate import RANDOM
 from onnxpress.runtime.bfloat16 import host_dtype
 from onnxpress.runtime.session import Session
 from onnxpress.sample_arrays import read_arrays
+from onnxpress.workbench import fatal_optimizers
 
 _WEIGHTS_ALONE = 4  # the IR version from which weights need not be inputs
 _EXAMPLE_BATCH = 2  # how long leading symbolic axes are in the example
@@ -40,15 +41,19 @@ def open_onnx(path: Path, *, task: str | None = None, samples: Path | None = Non
     if not path.is_file():
         raise SourceError(f"The file {path} does not exist.")
     try:
-        # First: it refuses weights outside of the file's folder, which onnx_ir reads where a path is a bare name.
-        reference = Session(path)
-        _check_numeric(reference.signature, path)
         proto = onnx.load(path, load_external_data=False)
         if names := _sparse(proto.graph):
             raise ConversionError(
                 f"{path} has weights that are stored as sparse tensors ({', '.join(names)}): write them as dense ones."
             )
-        model = ir.from_proto(proto)
+        try:
+            model = ir.from_proto(proto)
+        except Exception:  # of inputs and outputs that are no tensors, which a session can name
+            _check_numeric(Session(path).signature, path)
+            raise
+        # Before weights are read: it refuses those outside of the file's folder, which onnx_ir reads where a path is a bare name.
+        reference = Session(path, disabled_optimizers=fatal_optimizers(model))
+        _check_numeric(reference.signature, path)
         ir.external_data.set_base_dir(model.graph, path.parent)
         ir.external_data.load_to_model(model)  # weights beside the file: the graphs of a build are elsewhere
     except ArtifactError as error:

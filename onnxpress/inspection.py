@@ -18,7 +18,12 @@ def inspect(path: Path, *, placement: bool, as_json: bool, providers: list[str] 
     """Print the findings; returns the exit code. Raises UsageError, ArtifactError, and ProviderError with `placement`."""
     session: Session | None = None
     if path.suffix == ".onnx":
-        session = Session(path, providers=providers or ("cpu",), allow_fallback=allow_fallback)
+        session = Session(
+            path,
+            providers=providers or ("cpu",),
+            allow_fallback=allow_fallback,
+            disabled_optimizers=_fatal_optimizers(path),
+        )
         findings = _of_file(path, session.signature)
     else:
         if (providers or allow_fallback) and not placement:
@@ -37,6 +42,18 @@ def inspect(path: Path, *, placement: bool, as_json: bool, providers: list[str] 
     else:
         print("\n".join(_lines(findings)))
     return 0
+
+
+def _fatal_optimizers(path: Path) -> tuple[str, ...]:
+    """What must not touch the model of an .onnx file; nothing where it cannot be read, which a session has better words for."""
+    import onnx_ir as ir  # the build extra
+
+    from onnxpress.workbench import fatal_optimizers
+
+    try:
+        return fatal_optimizers(ir.load(path))
+    except Exception:
+        return ()
 
 
 def say_fallback(session: Runnable) -> None:

@@ -152,7 +152,7 @@ def _build(
 
         report.step("export")
         exported = _export(recipe, found)
-        bench.half_from_the_start = holds_half(exported.graph)
+        bench.half_from_the_start = holds_half(exported.graph.model)
         for path in exported.files:
             shutil.copyfile(path, writer.folder / path.name)
         workload = _workload(recipe, exported, writer.folder, evaluation_file, calibration_file)
@@ -244,7 +244,7 @@ def _build(
         writer.write_measured(measured, render_report(manifest, measured))
         if not bench.runs(press.graph):
             report.step("have ONNX Runtime check the types")
-            check_types(writer.folder / "model.onnx", manifest.signature)
+            check_types(writer.folder / "model.onnx", press.graph)
         else:
             report.step("reopen without torch and check the golden outputs")
             _check_in_fresh_process(writer.folder, facts.providers if bench.on_target else ("cpu",))
@@ -300,7 +300,7 @@ def _manifest(
     ledger: tuple[dict[str, Json], ...],
     tolerance: Mapping[str, float],
 ) -> Manifest:
-    how: dict[str, Json] = session_options(facts, press.graph.signature)
+    how: dict[str, Json] = session_options(facts, press.graph)
     if facts.providers != ("cpu",):
         how["providers"] = list(facts.providers)
     if press.rows_alone:

@@ -22,7 +22,7 @@ from onnxpress.errors import ArtifactError, ProviderError
 from onnxpress.graph import Graph
 from onnxpress.graph_files import WrittenWeights, beside, not_written, save, weights_are_large
 from onnxpress.machine import free_memory_bytes
-from onnxpress.manifest import Arrays, Runnable, Signature
+from onnxpress.manifest import Arrays, Runnable
 from onnxpress.optimizers.stand_in import holds_bfloat16, holds_half, in_float32
 from onnxpress.optimizers.targets import Target
 from onnxpress.runtime.cache import PAST
@@ -91,7 +91,7 @@ class Workbench:
             path,
             signature=graph.signature,
             providers=("cpu",) if self._target.uniform_steps and attends_in_float(graph) else self._providers,
-            **session_options(self._target, graph.signature),
+            **session_options(self._target, graph),
             allow_fallback=True,  # of a graph on its way; the artifact has to run on the target alone
             prepacking=self.timed or _is_quantized(graph),
         )
@@ -100,11 +100,12 @@ class Workbench:
 
     def stands_in(self, graph: Graph) -> bool:
         """Whether another graph stands in for this one in trials here: of float16, where the original is not itself in float16."""
-        return not self.on_target and (holds_bfloat16(graph) or (holds_half(graph) and not self.half_from_the_start))
+        half = holds_half(graph.model) and not self.half_from_the_start
+        return not self.on_target and (half or holds_bfloat16(graph.model))
 
     def runs(self, graph: Graph) -> bool:
         """Whether the graph itself runs here, on whichever provider."""
-        return self.on_target or not holds_bfloat16(graph)
+        return self.on_target or not holds_bfloat16(graph.model)
 
     def compare(
         self, before: Runnable, after: Runnable, inputs: Callable[[Runnable], Mapping[tuple[int, ...], Arrays]]
@@ -118,17 +119,26 @@ class Workbench:
         return rows
 
 
-def session_options(target: Target, signature: Signature) -> dict[str, Any]:
+def session_options(target: Target, graph: Graph) -> dict[str, Any]:
     """How a graph is opened on a target, as Session and the manifest take it; what is as usual is left out."""
-    options: dict[str, Any] = {"disabled_optimizers": list(target.disabled_optimizers)}
+    options: dict[str, Any] = {"disabled_optimizers": [*target.disabled_optimizers, *fatal_optimizers(graph.model)]}
     if target.exact_products:
         options["exact_products"] = True
     # A cache of int8 has kernels of its own, with another one for single tokens.
     if not target.flash_attention and any(
-        spec.name.startswith(PAST) and spec.dtype == "float32" for spec in signature.inputs
+        spec.name.startswith(PAST) and spec.dtype == "float32" for spec in graph.signature.inputs
     ):
         options["flash_attention"] = False
     return options
+
+
+def fatal_optimizers(model: ir.Model) -> tuple[str, ...]:
+    """Optimizers of ONNX Runtime that can end the process where a model has half precision.
+
+    NchwcTransformer reads what MatmulTransposeFusion leaves unfinished of Transpose, Cast and MatMul, on x86 (onnxruntime 1.24 to 1.32 at
+    least, microsoft/onnxruntime#28392). It is for convolutions in float32 on the CPU.
+    """
+    return ("NchwcTransformer",) if holds_half(model) else ()
 
 
 def untried(target: Target) -> str:
@@ -141,12 +151,12 @@ def untried(target: Target) -> str:
     return ""
 
 
-def check_types(path: Path, signature: Signature) -> None:
-    """Have ONNX Runtime read a model that it has no kernels for here. Raises ArtifactError where it finds more amiss than that."""
+def check_types(path: Path, graph: Graph) -> None:
+    """Have ONNX Runtime read a graph's file that it has no kernels for here. Raises ArtifactError where it finds more amiss than that."""
     from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
     try:
-        Session(path, signature=signature)
+        Session(path, signature=graph.signature, disabled_optimizers=fatal_optimizers(graph.model))
     except ArtifactError as error:
         if not isinstance(error.__cause__, NoKernel):
             raise

@@ -24,18 +24,24 @@ _BFLOAT16, _FLOAT = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 _HALVES = (_BFLOAT16, ir.DataType.FLOAT16)
 
 
-def holds_half(graph: Graph) -> bool:
-    """Whether anything in a graph is float16 or bfloat16."""
-    return any(value.dtype in _HALVES for value in _values(graph))
+def holds_half(model: ir.Model) -> bool:
+    """Whether anything in a model is float16 or bfloat16."""
+    return any(dtype in _HALVES for dtype in _dtypes(model))
 
 
-def holds_bfloat16(graph: Graph) -> bool:
-    """Whether anything in a graph is bfloat16."""
-    return any(value.dtype == _BFLOAT16 for value in _values(graph))
+def holds_bfloat16(model: ir.Model) -> bool:
+    """Whether anything in a model is bfloat16."""
+    return _BFLOAT16 in _dtypes(model)
 
 
-def _values(graph: Graph) -> Iterator[ir.Value]:
-    return (value for node in graph.model.graph for value in (*node.inputs, *node.outputs) if value is not None)
+def _dtypes(model: ir.Model) -> Iterator[ir.DataType | None]:
+    """Of all values, as far as types are told, and of what is cast in files that leave types out."""
+    for graph in model.graphs():
+        yield from (value.dtype for value in (*graph.inputs, *graph.initializers.values()))
+        for node in graph:
+            yield from (value.dtype for value in (*node.inputs, *node.outputs) if value is not None)
+            if node.op_type == "Cast":
+                yield ir.DataType(node.attributes["to"].as_int())
 
 
 def in_float32(graph: Graph) -> Graph:

@@ -320,13 +320,13 @@ def test_a_file_whose_types_do_not_fit_is_found(tmp_path: Path) -> None:
         small_graph("y = MatMul(x, w)", inputs="float[batch,8] x", weights={"w": np.eye(8, dtype=np.float32)}), "bf16"
     ).graph
     save(graph, tmp_path / "good.onnx")
-    check_types(tmp_path / "good.onnx", graph.signature)
+    check_types(tmp_path / "good.onnx", graph)
     for node in graph.model.graph:
         if node.op_type == "Cast" and node.attributes["to"].value == ir.DataType.BFLOAT16.value:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT16.value)
     save(graph, tmp_path / "bad.onnx")
     with pytest.raises(ArtifactError, match="Type"):
-        check_types(tmp_path / "bad.onnx", graph.signature)
+        check_types(tmp_path / "bad.onnx", graph)
 
 
 @pytest.mark.newest

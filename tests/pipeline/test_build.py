@@ -302,6 +302,29 @@ def test_half_precision_for_a_card_that_is_not_here(tmp_path: Path) -> None:
     assert artifact.manifest.signature.inputs[0].dtype == "float16"
 
 
+def test_half_precision_does_not_end_the_process(tmp_path: Path) -> None:
+    """Transpose before MatMul, as a file, on ONNX Runtime's CPU provider: its NchwcTransformer reads what is not there."""
+    code = (
+        "import sys, torch, onnxpress\n"
+        "from onnxpress.cli import main\n"
+        "class Tagger(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.gru, self.linear = torch.nn.GRU(32, 24, batch_first=True), torch.nn.Linear(24, 9)\n"
+        "    def forward(self, x):\n"
+        "        return self.linear(self.gru(x)[0])\n"
+        "options = {'target': 'cuda', 'precision': 'fp16', 'measure': False}\n"
+        "built = onnxpress.build(Tagger(), example_inputs=(torch.randn(2, 12, 32),), out='built', **options)\n"
+        "assert onnxpress.load(built.path, providers=['cpu']).session.run({'x': torch.randn(3, 12, 32).numpy()})\n"
+        "sys.exit(main(['inspect', 'built/model.onnx']) or main(['build', 'built/model.onnx', '--no-measure', '--precision', 'fp32']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (
+        artifact_module.Artifact.open(tmp_path / "artifacts" / "model").manifest.signature.inputs[0].dtype == "float32"
+    )
+
+
 def test_a_batch_that_is_traced_wrongly_can_be_fixed(tmp_path: Path) -> None:
     class Written(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
