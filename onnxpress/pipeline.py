@@ -152,7 +152,7 @@ def _build(
 
         report.step("export")
         exported = _export(recipe, found)
-        bench.half_from_the_start = holds_half(exported.graph.model)
+        bench.half_from_the_start = holds_half(exported.graph)
         for path in exported.files:
             shutil.copyfile(path, writer.folder / path.name)
         workload = _workload(recipe, exported, writer.folder, evaluation_file, calibration_file)

@@ -23,7 +23,7 @@ from onnxpress.graph import Graph
 from onnxpress.graph_files import WrittenWeights, beside, not_written, save, weights_are_large
 from onnxpress.machine import free_memory_bytes
 from onnxpress.manifest import Arrays, Runnable
-from onnxpress.optimizers.stand_in import holds_bfloat16, holds_half, in_float32
+from onnxpress.optimizers.stand_in import HALVES, holds_bfloat16, holds_half, in_float32
 from onnxpress.optimizers.targets import Target
 from onnxpress.runtime.cache import PAST
 from onnxpress.runtime.providers import check_provider
@@ -100,12 +100,11 @@ class Workbench:
 
     def stands_in(self, graph: Graph) -> bool:
         """Whether another graph stands in for this one in trials here: of float16, where the original is not itself in float16."""
-        half = holds_half(graph.model) and not self.half_from_the_start
-        return not self.on_target and (half or holds_bfloat16(graph.model))
+        return not self.on_target and (holds_bfloat16(graph) or (holds_half(graph) and not self.half_from_the_start))
 
     def runs(self, graph: Graph) -> bool:
         """Whether the graph itself runs here, on whichever provider."""
-        return self.on_target or not holds_bfloat16(graph.model)
+        return self.on_target or not holds_bfloat16(graph)
 
     def compare(
         self, before: Runnable, after: Runnable, inputs: Callable[[Runnable], Mapping[tuple[int, ...], Arrays]]
@@ -133,12 +132,19 @@ def session_options(target: Target, graph: Graph) -> dict[str, Any]:
 
 
 def fatal_optimizers(model: ir.Model) -> tuple[str, ...]:
-    """Optimizers of ONNX Runtime that can end the process where a model has half precision.
+    """Optimizers of ONNX Runtime that can end the process where a model computes in half precision.
 
     NchwcTransformer reads what MatmulTransposeFusion leaves unfinished of Transpose, Cast and MatMul, on x86 (onnxruntime 1.24 to 1.32 at
-    least, microsoft/onnxruntime#28392). It is for convolutions in float32 on the CPU.
+    least, microsoft/onnxruntime#28392). It is for convolutions in float32 on the CPU, which weights that are stored in half precision
+    leave as they are.
     """
-    return ("NchwcTransformer",) if holds_half(model) else ()
+    for node in model.graph.all_nodes():
+        dtypes = {value.dtype for value in (*node.inputs, *node.outputs) if value is not None}
+        if node.op_type == "Cast":
+            dtypes = {ir.DataType(node.attributes["to"].as_int())}
+        if not dtypes.isdisjoint(HALVES):
+            return ("NchwcTransformer",)
+    return ()
 
 
 def untried(target: Target) -> str:

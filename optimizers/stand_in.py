@@ -21,27 +21,21 @@ from onnxpress.graph import Graph
 from onnxpress.optimizers.half import with_dtype
 
 _BFLOAT16, _FLOAT = ir.DataType.BFLOAT16, ir.DataType.FLOAT
-_HALVES = (_BFLOAT16, ir.DataType.FLOAT16)
+HALVES = (_BFLOAT16, ir.DataType.FLOAT16)
 
 
-def holds_half(model: ir.Model) -> bool:
-    """Whether anything in a model is float16 or bfloat16."""
-    return any(dtype in _HALVES for dtype in _dtypes(model))
+def holds_half(graph: Graph) -> bool:
+    """Whether anything in a graph is float16 or bfloat16."""
+    return any(value.dtype in HALVES for value in _values(graph))
 
 
-def holds_bfloat16(model: ir.Model) -> bool:
-    """Whether anything in a model is bfloat16."""
-    return _BFLOAT16 in _dtypes(model)
+def holds_bfloat16(graph: Graph) -> bool:
+    """Whether anything in a graph is bfloat16."""
+    return any(value.dtype == _BFLOAT16 for value in _values(graph))
 
 
-def _dtypes(model: ir.Model) -> Iterator[ir.DataType | None]:
-    """Of all values, as far as types are told, and of what is cast in files that leave types out."""
-    for graph in model.graphs():
-        yield from (value.dtype for value in (*graph.inputs, *graph.initializers.values()))
-        for node in graph:
-            yield from (value.dtype for value in (*node.inputs, *node.outputs) if value is not None)
-            if node.op_type == "Cast":
-                yield ir.DataType(node.attributes["to"].as_int())
+def _values(graph: Graph) -> Iterator[ir.Value]:
+    return (value for node in graph.model.graph for value in (*node.inputs, *node.outputs) if value is not None)
 
 
 def in_float32(graph: Graph) -> Graph:
@@ -49,19 +43,19 @@ def in_float32(graph: Graph) -> Graph:
     model = graph.model.clone()
     body = model.graph
     for value in body.initializers.values():
-        if value.dtype in _HALVES and value.const_value is not None:
+        if value.dtype in HALVES and value.const_value is not None:
             value.const_value = ir.tensor(_widened(value.const_value), name=value.name)
             value.type = ir.TensorType(_FLOAT)
     changed = set()
     for value in body.inputs:
-        if value.dtype in _HALVES:
+        if value.dtype in HALVES:
             value.type = ir.TensorType(_FLOAT)
             changed.add(str(value.name))
     outputs = {id(value) for value in body.outputs}
     for node in list(body):
         _widen_attributes(node)
         for value in node.outputs:
-            if value.dtype not in _HALVES:
+            if value.dtype not in HALVES:
                 continue
             if id(value) in outputs:
                 changed.add(str(value.name))
@@ -97,10 +91,10 @@ def _widen_attributes(node: ir.Node) -> None:
     constant = node.attributes.get("value")
     if constant is not None and constant.type == ir.AttributeType.TENSOR:
         tensor = constant.as_tensor()
-        if tensor.dtype in _HALVES:
+        if tensor.dtype in HALVES:
             node.attributes["value"] = ir.AttrTensor("value", ir.tensor(_widened(tensor)))
     kind = node.attributes.get("dtype")
-    if kind is not None and kind.value in [half.value for half in _HALVES]:
+    if kind is not None and kind.value in [half.value for half in HALVES]:
         node.attributes["dtype"] = ir.AttrInt64("dtype", _FLOAT.value)
 
 

@@ -175,7 +175,7 @@ def test_a_stand_in_rounds_each_result_to_bfloat16(tmp_path: Path) -> None:
         ),
         CONTEXT,
     )
-    assert holds_bfloat16(half.graph.model)
+    assert holds_bfloat16(half.graph)
     stand_in = in_float32(half.graph)
     assert not any(value.dtype == ir.DataType.BFLOAT16 for value in stand_in.model.graph.initializers.values())
 
@@ -254,8 +254,8 @@ def test_a_stand_in_of_float16_overflows_as_it_would(tmp_path: Path) -> None:
     nodes = [helper.make_node("Mul", ["x", "large"], ["h"]), helper.make_node("Mul", ["h", "small"], ["y"])]
     weights = {"large": np.float32(60000), "small": np.float32(1 / 60000)}
     half = make_pass("fp16").apply(graph_of(nodes, weights), CONTEXT).graph
-    assert holds_half(half.model)
-    assert not holds_bfloat16(half.model)
+    assert holds_half(half)
+    assert not holds_bfloat16(half)
     x = np.full((1, 32), 3, np.float32)
     np.testing.assert_allclose(run(half, x, tmp_path), x, rtol=2e-3)
     assert np.isinf(run(in_float32(half), x, tmp_path)).all()
