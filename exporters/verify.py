@@ -128,11 +128,17 @@ def module_cases(signature: Signature, example: Arrays) -> list[Case]:
 
 
 def drawn_like(
-    example: Array, shape: Sequence[int], bounds: tuple[int, int] | None, random: np.random.Generator
+    example: Array,
+    shape: Sequence[int],
+    bounds: tuple[int, int] | None,
+    random: np.random.Generator,
+    *,
+    name: str = "",
 ) -> Array:
     """Random numbers as the example's are, of a shape that differs in its sizes alone.
 
-    Where it holds two numbers (a mask): rows of it, so that none hides everything, their last numbers repeated where more are asked for.
+    Where it holds two numbers (a mask): rows of it, so that none hides everything, their last numbers repeated where more are asked for;
+    where floats are all 1 and the name says mask: zeros and ones, each row beginning with a one.
     Floats: normal, of its mean and spread; where it repeats numbers those that it has; where all have one sign (logarithms are taken of
     some inputs) between its own, or around it where each row is the same single number. Integers lie within bounds, or the example's;
     where it holds one alone, those of 8 bits are of any size if it can be an image. Booleans of one value: both, where a row is one.
@@ -144,6 +150,10 @@ def drawn_like(
         rows = random.integers(0, len(example), shape[0])
         others = zip(shape[1:], example.shape[1:], strict=True)
         return np.asarray(example[np.ix_(rows, *(np.minimum(np.arange(size), known - 1) for size, known in others))])
+    if "mask" in name.lower() and example.ndim and np.issubdtype(example.dtype, np.floating) and (own == 1).all():
+        drawn = random.random(shape) < 0.75
+        drawn[..., 0] = True
+        return drawn.astype(example.dtype)
     if example.dtype == np.bool_:
         return np.asarray(random.random(shape) < 0.5)
     if not np.issubdtype(example.dtype, np.floating):
@@ -194,7 +204,7 @@ def _module_case(signature: Signature, example: Arrays, sizes: Mapping[str, int]
     feeds: dict[str, Array] = {}
     for spec in signature.inputs:
         shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape)
-        feeds[spec.name] = drawn_like(example[spec.name], shape, spec.bounds, rng)
+        feeds[spec.name] = drawn_like(example[spec.name], shape, spec.bounds, rng, name=spec.name)
     where = ", ".join(f"{axis} {size}" for axis, size in sizes.items()) or "fixed shapes"
     return Case(name=f"{where}, seed {seed}", feeds=feeds)
 

@@ -17,6 +17,7 @@ from onnxpress.exporters.bounds import index_bounds
 from onnxpress.exporters.trace import LARGEST_AXIS, LARGEST_BATCH
 from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Signature, TensorSpec
+from onnxpress.masked import mask_size
 from onnxpress.optimizers.deduplicate import RANDOM
 from onnxpress.runtime.bfloat16 import host_dtype
 from onnxpress.runtime.session import Session
@@ -149,7 +150,9 @@ def _check_repeats(model: ir.Model, answers: Arrays, again: Arrays, path: Path) 
 
 
 def _largest(array: np.ndarray) -> float:
-    return float(np.abs(array.astype(np.float64)).max(initial=0.0, where=np.isfinite(array)))
+    """The largest size of what is neither infinite nor masked."""
+    sizes = np.abs(array.astype(np.float64))
+    return float(sizes.max(initial=0.0, where=np.isfinite(sizes) & (sizes < mask_size([sizes]))))
 
 
 def _check_numbers(model: ir.Model, answers: Arrays, path: Path, samples: Path | None) -> None:
@@ -241,11 +244,11 @@ def _random_example(reference: Session, inputs: tuple[TensorSpec, ...], path: Pa
 
 
 def _example(spec: TensorSpec, leading: set[int | str], size: int) -> np.ndarray:
-    """Normal floats, row numbers of the table that is looked up; where there is none any integers of 8 bits, and ones (masks) of more."""
+    """Normal floats, ones in masks; row numbers of the table that is looked up; where there is none any integers of 8 bits, and ones of more."""
     shape = [axis if isinstance(axis, int) else _EXAMPLE_BATCH if axis in leading else size for axis in spec.shape]
     random = np.random.default_rng(0)
     dtype = np.dtype(host_dtype(spec.dtype))
-    if np.issubdtype(dtype, np.floating):
+    if np.issubdtype(dtype, np.floating) and "mask" not in spec.name.lower():
         return random.standard_normal(shape).astype(dtype)
     if spec.bounds is None and dtype.itemsize == 1 and dtype != np.bool_:
         whole = np.iinfo(dtype)  # pixels

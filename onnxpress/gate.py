@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from onnxpress.budgets import Budget
 from onnxpress.manifest import Runnable
+from onnxpress.masked import HALF_LARGEST, Masks, masks_of
 from onnxpress.workload import Workload
 
 # The least likeness of answers alone and in a batch: their mean cosine, of numbers the share of variance kept.
@@ -88,6 +89,17 @@ class Gate:
                 "the original's answers move with their batch-mates: alone against batched is asked of no pass",
             )
         return mixes
+
+    def masks(self, *, half: bool) -> dict[str, Masks] | None:
+        """What tells the masks among a module's answers, of floats, by output; half: in half precision, where they are no larger than that holds."""
+        if self.workload.task != "module":
+            return None
+        found = {}
+        for name, first in self._answers[0].items():
+            if np.issubdtype(first.dtype, np.floating):
+                masks = masks_of([answer[name].ravel() for answer in self._answers])
+                found[name] = replace(masks, size=0.7 * min(masks.size, HALF_LARGEST if half else math.inf))
+        return found
 
     def verdict(self, metrics: Mapping[str, float], batch_cosine: float | None) -> Judgement:
         """What the budget makes of figures. batch_cosine is None where batch-mates do not matter: rows will run alone."""

@@ -5,7 +5,7 @@ kernels: 1e-3 of an output's largest value for float graphs, 5e-2 for quantized 
 the other way moves an answer by a quantization step, and all behind it; of integers and booleans, the same share may
 differ. A quantized graph may elsewhere be as far from its answers here as these are from those of the graph in float:
 of that size are the roundings that another kernel makes another way. Masked numbers (masked.py) are written as the
-minus infinity that they stand for: their size would allow the others anything.
+infinity of their sign that they stand for: their size would allow the others anything.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from onnxpress.manifest import Arrays
-from onnxpress.masked import mask_size
+from onnxpress.masked import Masks, mask_size
 from onnxpress.runtime.loading import golden_difference
 from onnxpress.runtime.session import Session
 
@@ -25,11 +25,17 @@ _EXACT, _QUANTIZED = 1e-3, 5e-2
 
 
 def write_golden(
-    path: Path, session: Session, cases: Mapping[str, Arrays], *, unrounded: Session | None
+    path: Path,
+    session: Session,
+    cases: Mapping[str, Arrays],
+    *,
+    unrounded: Session | None,
+    masks: Mapping[str, Masks] | None = None,
 ) -> dict[str, float]:
     """Run the cases, write them with their outputs, and return the `golden_difference` that is allowed for each output.
 
-    unrounded: of a quantized graph, the one in float; it is not asked where it takes other inputs (another cache).
+    unrounded: of a quantized graph, the one in float; it is not asked where it takes other inputs (another cache). masks: of outputs, where
+    answers to many samples tell them; without, these few have to.
     """
     tensors: dict[str, np.ndarray] = {}
     largest: dict[str, float] = {}
@@ -40,7 +46,13 @@ def write_golden(
         for name, array in feeds.items():
             tensors[f"input.{case}.{name}"] = np.asarray(array, order="C")
         for name, answer in answers[case].items():
-            array = _with_infinities(answer, [others[name] for others in answers.values()])
+            if not np.issubdtype(answer.dtype, np.floating):
+                array = answer
+            elif masks is None:
+                array = _with_infinities(answer, [others[name] for others in answers.values()])
+            else:
+                masked = masks[name].among(answer.ravel()).reshape(answer.shape)
+                array = np.where(masked, np.copysign(answer.dtype.type(np.inf), answer), answer)
             tensors[f"output.{case}.{name}"] = np.asarray(array, order="C")
             largest[name] = max(largest.get(name, 0.0), _size(array))
         if unrounded is not None and unrounded.signature.inputs == session.signature.inputs:
@@ -55,8 +67,6 @@ def write_golden(
 
 def _with_infinities(answer: np.ndarray, answers: list[np.ndarray]) -> np.ndarray:
     """Minus infinity for what is masked, by the answers to all cases: at least two numbers."""
-    if not np.issubdtype(answer.dtype, np.floating):
-        return answer
     limit = -mask_size(answers)
     several = sum(int((np.isfinite(array) & (array <= limit)).sum()) for array in answers) > 1
     return np.where(answer <= limit, answer.dtype.type(-np.inf), answer) if several else answer

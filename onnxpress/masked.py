@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 MASKS_FROM = 512.0
+HALF_LARGEST = 65504.0  # float16's, which larger masks become there
 _LEAST = math.frexp(MASKS_FROM)[1]
 _OFFSET = 1100  # float64's least exponent is -1073
 _MOST_LEVELS = 16
@@ -20,7 +22,7 @@ def mask_size(arrays: Sequence[npt.NDArray[Any]], *, repeated: int = 1) -> float
     """The size from which finite numbers are masks; infinity where none are.
 
     Masks are few numbers, perhaps with scores added to them that are no larger than the unmasked are; between both at least a factor of
-    two is empty. repeated: how often each of the few is there at least.
+    two is empty. repeated: how often each of the few is there at least, in the mean.
     """
     counts = np.zeros(2 * _OFFSET, np.int64)
     for array in arrays:
@@ -46,6 +48,41 @@ def _are_levels(arrays: Sequence[npt.NDArray[Any]], size: float, repeated: int) 
     numbers = np.sort(np.concatenate(large))
     apart = np.diff(numbers) > 2 * largest + _NARROW * np.abs(numbers[1:])
     levels = np.split(numbers, np.flatnonzero(apart) + 1)
-    return len(levels) <= _MOST_LEVELS and all(
-        len(level) >= repeated and level[-1] - level[0] <= 4 * largest + _NARROW * abs(level[-1]) for level in levels
+    narrow = all(level[-1] - level[0] <= 4 * largest + _NARROW * abs(level[-1]) for level in levels)
+    return narrow and len(levels) <= _MOST_LEVELS and len(numbers) >= repeated * len(levels)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """places: which numbers of an answer, flat, may be masks; None where none are. size: from which on those are."""
+
+    places: npt.NDArray[np.bool_] | None
+    size: float
+
+    def among(self, answer: npt.NDArray[Any], places: slice = slice(None)) -> npt.NDArray[np.bool_]:
+        """Which numbers are masks, of a part of an answer, flat along the last axis."""
+        if self.places is None:
+            return np.zeros(answer.shape, np.bool_)
+        return np.asarray(np.isfinite(answer) & (np.abs(answer) >= self.size) & self.places[places])
+
+
+def masks_of(answers: Sequence[npt.NDArray[Any]]) -> Masks:
+    """What tells the masks of an output by its answers to many samples, flat, all of one size."""
+    possible = _may_be_masked(answers)
+    return Masks(
+        possible, math.inf if possible is None else mask_size([array[possible] for array in answers], repeated=2)
     )
+
+
+def _may_be_masked(answers: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.bool_] | None:
+    """Which numbers could be masks for some samples: not those that are large for all and vary, as quantities do. None where all are small."""
+    if all(array.size == 0 or (array.min() > -MASKS_FROM and array.max() < MASKS_FROM) for array in answers):
+        return None
+    dtype = answers[0].dtype
+    least, most = np.full(answers[0].shape, np.inf, dtype), np.zeros(answers[0].shape, dtype)
+    for array in answers:
+        sizes = np.where(np.isfinite(array), np.abs(array), 0)
+        np.minimum(least, sizes, out=least)
+        np.maximum(most, sizes, out=most)
+    varies = (least > most / 2) & (least < (1 - 1e-6) * most)
+    return np.asarray(~((most >= MASKS_FROM) & varies))

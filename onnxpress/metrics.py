@@ -13,13 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxpress.errors import RecipeError
-from onnxpress.masked import MASKS_FROM, mask_size
+from onnxpress.masked import HALF_LARGEST, masks_of
 
 Array = npt.NDArray[Any]
 Answers = Sequence[Mapping[str, Array]]
 Entity = tuple[int, int, str]
 _BLOCK = 2**15  # numbers of each answer that are compared at a time
-_HALF = 65504.0  # float16's largest, which larger masks become there
 _HALF_ROUNDS = 2.0**-8  # as a share, how far bfloat16 rounds at most
 _CONSTANT = 1e-12  # numbers that vary by less than a millionth of their size: float32 has no more digits
 
@@ -94,23 +93,20 @@ def _variance_kept(reference: list[Array], candidate: list[Array]) -> tuple[floa
     if any(other.size != one.size for one, other in zip(reference, candidate, strict=True)):
         return 0.0, math.inf
     reference, candidate = ([array.ravel() for array in given] for given in (reference, candidate))
-    possible = _may_be_masked(reference)
-    size = math.inf if possible is None else mask_size([array[possible] for array in reference], repeated=2)
+    masks = masks_of(reference)
     lost, whole, squares, largest = np.zeros(2), np.zeros(2), np.zeros(2), 0.0  # unmasked, masked
     for start in range(0, max(sizes), _BLOCK):  # a part of all answers at a time: they may be images
         part = slice(start, start + _BLOCK)
         ours, theirs = (
             np.stack([array[part] for array in given]).astype(np.float64) for given in (reference, candidate)
         )
-        masked = np.isfinite(ours) & (np.abs(ours) >= size)
-        if possible is not None:
-            masked &= possible[part]
+        masked = masks.among(ours, part)
         if not np.array_equal(_infinite(ours, but=masked), _infinite(theirs, but=masked), equal_nan=True):
             return 0.0, math.inf
-        if not (np.sign(ours) * theirs >= 0.7 * min(size, _HALF))[masked].all():  # less than masked
+        if not (np.sign(ours) * theirs >= 0.7 * min(masks.size, HALF_LARGEST))[masked].all():  # less than masked
             return 0.0, math.inf
         ours, theirs = (
-            np.where(masked, np.clip(array, -_HALF, _HALF), np.where(np.isfinite(array), array, 0))
+            np.where(masked, np.clip(array, -HALF_LARGEST, HALF_LARGEST), np.where(np.isfinite(array), array, 0))
             for array in (ours, theirs)
         )
         for group, chosen in enumerate((~masked, masked)):
@@ -130,20 +126,6 @@ def _variance_kept(reference: list[Array], candidate: list[Array]) -> tuple[floa
         for gone, all_of_it in zip(lost.tolist(), whole.tolist(), strict=True)
     )
     return min(shares), largest
-
-
-def _may_be_masked(answers: list[Array]) -> Array | None:
-    """Which numbers could be masks for some samples: not those that are large for all and vary, as quantities do. None where all are small."""
-    if all(array.size == 0 or (array.min() > -MASKS_FROM and array.max() < MASKS_FROM) for array in answers):
-        return None
-    dtype = answers[0].dtype
-    least, most = np.full(answers[0].shape, np.inf, dtype), np.zeros(answers[0].shape, dtype)
-    for array in answers:
-        sizes = np.where(np.isfinite(array), np.abs(array), 0)
-        np.minimum(least, sizes, out=least)
-        np.maximum(most, sizes, out=most)
-    varies = (least > most / 2) & (least < (1 - 1e-6) * most)
-    return np.asarray(~((most >= MASKS_FROM) & varies))
 
 
 def _infinite(array: Array, *, but: Array) -> Array:

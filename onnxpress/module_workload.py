@@ -10,6 +10,7 @@ import numpy as np
 from onnxpress import evaluation, metrics
 from onnxpress.errors import RecipeError
 from onnxpress.exporters.verify import drawn_like
+from onnxpress.gate import BATCH_COSINE
 from onnxpress.manifest import Arrays, Runnable, Signature
 from onnxpress.sample_arrays import SampleArrays, refuse_overlap
 from onnxpress.samples import spread
@@ -20,6 +21,7 @@ _ROWS_AT_ONCE = 32  # labelled samples in one call
 # Of large images fewer: all answers of the original, and inputs and answers of one call (what is between them can be 30 times that).
 _KEPT_BYTES, _CALL_BYTES = 2**29, 2**26
 _LEAST_SAMPLES = 8
+_MIXED_ROWS = 8  # in one call where answers move with their batch-mates
 
 
 class ModuleWorkload:
@@ -46,6 +48,9 @@ class ModuleWorkload:
         self._samples = samples
         self._calibration_samples = calibration_samples
         self._given, self._calibrating = evaluation, calibration
+        self._rows: int | None = (
+            None  # in one evaluation input where the original mixes them, 0 where not; None before it was asked
+        )
         if evaluation is None:
             self.notes: tuple[str, ...] = (
                 "evaluated on random inputs of the examples' shapes and spread: no quality on real data is claimed",
@@ -81,7 +86,7 @@ class ModuleWorkload:
                 yield self._calibrating.call(int(index))
             return
         for seed in range(self._calibration_samples):
-            yield self._draw(1_000_000 + seed)
+            yield self._draw(1_000_000 + seed, self._rows or None)
 
     def answers(self, runnable: Runnable) -> Answers:
         """Outputs for the evaluation inputs, one call a sample. Where they are large, the first to be asked for says how many."""
@@ -93,7 +98,17 @@ class ModuleWorkload:
             self.notes += (
                 f"answers are compared with the original's on {most} calls of {rows} samples, as each gives {size / 1e6:.1f} MB",
             )
-        return [runnable.run(self._sample(index)) for index in self._indices(self._samples)]
+        found = [runnable.run(self._sample(index)) for index in self._indices(self._samples)]
+        if self._rows is None:
+            self._rows = 0
+            alike = self.batch_dependence(runnable, found) if rows == 1 else None
+            if (
+                alike is not None and alike < BATCH_COSINE
+            ):  # a sample alone says little of such a network: a share of the batch is 1
+                self._rows = min(_MIXED_ROWS, self._most_rows(runnable))
+                self.notes += (f"evaluated on calls of {self._rows} samples: answers move with their batch-mates",)
+                return self.answers(runnable)
+        return found
 
     def metrics(self, reference: Answers, answers: Answers) -> dict[str, float]:
         """Agreement with the original."""
@@ -110,15 +125,16 @@ class ModuleWorkload:
         scores = np.concatenate(
             [runnable.run(given.call(index, at_once))[output] for index in range(0, given.calls(), at_once)]
         )
-        chosen = np.where(np.isfinite(scores).all(axis=1), scores.argmax(axis=1), -1)
+        # Minus infinity is a class that is masked.
+        right = ~np.isnan(scores).any(axis=1) & np.isfinite(scores.max(axis=1))
+        chosen = np.where(right, scores.argmax(axis=1), -1)
         return metrics.label_scores([str(label) for label in chosen], [str(label) for label in given.labels])
 
     def batch_dependence(self, runnable: Runnable, answers: Answers) -> float | None:
         """Variance kept between the rows of a batch alone and together; None where not all inputs and outputs have a batch axis."""
         if self._one_call_at_a_time():
             return None
-        axis = self._signature.inputs[0].shape[0]
-        most = min(_BATCH_TRIAL, self._signature.axes[str(axis)][1], self._rows_at_once(runnable))
+        most = min(_BATCH_TRIAL, self._most_rows(runnable))
         known: dict[int, Arrays] = {}
         if all(len(array) == 1 for array in self._sample(0).values()):  # each of the answers is of one sample alone
             known = dict(zip(self._indices(self._samples), answers, strict=True))
@@ -144,8 +160,16 @@ class ModuleWorkload:
         return list(range(count)) if self._given is None else spread(self._given.calls(), count)
 
     def _sample(self, index: int, batch: int | None = None) -> Arrays:
-        """One evaluation input."""
-        return self._draw(index, batch) if self._given is None else self._given.call(index)
+        """One evaluation input. batch: other than as many rows as one has."""
+        rows = batch or self._rows
+        if self._given is None:
+            return self._draw(index, rows or None)
+        return self._given.call(min(index, self._given.calls() - (rows or 1)), rows or 1)
+
+    def _most_rows(self, runnable: Runnable) -> int:
+        """How many samples one call may have."""
+        most = self._signature.axes[str(self._signature.inputs[0].shape[0])][1]
+        return min(most, self._rows_at_once(runnable), most if self._given is None else self._given.calls())
 
     def _rows_at_once(self, runnable: Runnable) -> int:
         """How many samples share a call, where they can."""
@@ -189,7 +213,7 @@ class ModuleWorkload:
             shape = list(example.shape)
             if batch is not None and shape:
                 shape[0] = batch
-            feeds[spec.name] = drawn_like(example, shape, spec.bounds, random)
+            feeds[spec.name] = drawn_like(example, shape, spec.bounds, random, name=spec.name)
         return feeds
 
 

@@ -44,7 +44,7 @@ from onnxpress.manifest import Json, Manifest, Runnable
 from onnxpress.module_workload import ModuleWorkload
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.processes import check_alone
-from onnxpress.optimizers.stand_in import holds_half
+from onnxpress.optimizers.stand_in import computes_in_half, holds_half
 from onnxpress.optimizers.targets import Target
 from onnxpress.optimizers.targets import target as find_target
 from onnxpress.press import Parity, Press, Resume, rounded
@@ -152,7 +152,7 @@ def _build(
 
         report.step("export")
         exported = _export(recipe, found)
-        bench.half_from_the_start = holds_half(exported.graph)
+        bench.half_from_the_start = computes_in_half(exported.graph)
         for path in exported.files:
             shutil.copyfile(path, writer.folder / path.name)
         workload = _workload(recipe, exported, writer.folder, evaluation_file, calibration_file)
@@ -225,6 +225,7 @@ def _build(
             session,
             workload.golden(session),
             unrounded=None if press.exact else press.unrounded,
+            masks=gate.masks(half=holds_half(press.graph)),
         )
         del session, press.unrounded  # float weights once more in memory
         ledger = (

@@ -151,9 +151,10 @@ def _check(path: Path, spec: TensorSpec, array: npt.NDArray[Any], signature: Sig
         raise RecipeError(
             f"{path}: {spec.name} is {array.dtype.name} of shape {array.shape}; the model takes {host_dtype(spec.dtype)} of shape ({wanted})."
         )
-    if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+    if np.issubdtype(array.dtype, np.floating) and (np.isnan(array) | np.isposinf(array)).any():
         raise RecipeError(
-            f"{path}: {spec.name} holds numbers that are not finite; take samples without NaN and infinity."
+            f"{path}: {spec.name} holds numbers that are not finite; take samples without NaN and infinity (minus infinity, which masks, "
+            "may be there)."
         )
     if spec.bounds is not None and array.size and not spec.bounds[0] <= array.min() <= array.max() <= spec.bounds[1]:
         raise RecipeError(

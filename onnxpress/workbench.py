@@ -38,7 +38,7 @@ _TIMED_TAKES = 2.5
 class Workbench:
     """Opens graphs as sessions on the target's provider, or on the CPU with `note` saying why.
 
-    measure: whether graphs are timed, where they can be. half_from_the_start: whether the original has numbers of half precision.
+    measure: whether graphs are timed, where they can be. half_from_the_start: whether the original computes in half precision.
     """
 
     def __init__(self, folder: Path, target: Target, *, measure: bool = True) -> None:
@@ -99,7 +99,7 @@ class Workbench:
         return session
 
     def stands_in(self, graph: Graph) -> bool:
-        """Whether another graph stands in for this one in trials here: of float16, where the original is not itself in float16."""
+        """Whether another graph stands in for this one in trials here: of half precision, but for float16 in which the original itself computes."""
         return not self.on_target and (holds_bfloat16(graph) or (holds_half(graph) and not self.half_from_the_start))
 
     def runs(self, graph: Graph) -> bool:

@@ -29,6 +29,14 @@ def holds_half(graph: Graph) -> bool:
     return any(value.dtype in HALVES for value in _values(graph))
 
 
+def computes_in_half(graph: Graph) -> bool:
+    """Whether more of a graph's operators answer in half precision than in float32; where types are left out, whether anything is in it."""
+    dtypes = [node.outputs[0].dtype for node in graph.model.graph if node.op_type != "Cast" and node.outputs]
+    if None in dtypes:
+        return holds_half(graph)
+    return sum(dtype in HALVES for dtype in dtypes) > sum(dtype == _FLOAT for dtype in dtypes)
+
+
 def holds_bfloat16(graph: Graph) -> bool:
     """Whether anything in a graph is bfloat16."""
     return any(value.dtype == _BFLOAT16 for value in _values(graph))

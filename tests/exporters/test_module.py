@@ -498,9 +498,19 @@ def test_inputs_are_drawn_like_the_example():
     assert set(np.unique(drawn(0, dtype=np.int64, bounds=(0, 3)))) == {0, 1, 2, 3}
     assert drawn(True, dtype=np.bool_).all(), "nothing hides anything"
     assert set(np.unique(drawn_like(np.array([True]), (50,), None, random))) == {False, True}
+    shown = drawn_like(np.ones((2, 6), np.float32), (50, 6), None, random, name="attention_mask")
+    assert set(np.unique(shown)) == {0, 1}
+    assert (shown[:, 0] == 1).all(), "no row is hidden"
 
 
 def test_answers_that_are_drawn_or_complex_are_named():
+    class DrawnBesideMasks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x + torch.rand_like(x)).masked_fill(torch.arange(x.shape[1]) > 2, -1e9)
+
+    with pytest.raises(ConversionError, match="otherwise at each call"):
+        export(DrawnBesideMasks(), example_inputs=torch.randn(4, 6))
+
     class Drawn(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return nn.functional.dropout(x, 0.5, training=True)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -297,9 +298,77 @@ def test_half_precision_for_a_card_that_is_not_here(tmp_path: Path) -> None:
     artifact = onnxpress.build(Large(), out=tmp_path / "out", precision="fp16", **options)
     row = artifact.manifest.ledger[-1]
     assert (row["status"], "stay in float" in row["reason"]) == ("repaired", True)
+
+    class Stored(Large):
+        """A table alone is in half precision."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x + self.table[(x[:, 0] > 0).long()].float())
+
+    stored = Stored()
+    stored.register_buffer("table", torch.randn(2, 32).half())
+    artifact = onnxpress.build(stored, out=tmp_path / "out", precision="fp16", **options)
+    assert artifact.manifest.ledger[-1]["status"] == "repaired"
     options["example_inputs"] = (torch.randn(2, 32).half(),)
     artifact = onnxpress.build(torch.nn.Linear(32, 64).half(), out=tmp_path / "out", precision="fp32", **options)
     assert artifact.manifest.signature.inputs[0].dtype == "float16"
+
+
+class WithOutlier(torch.nn.Module):
+    """A channel a hundred times as large as the others, which 8 bits take with them."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.answer, self.first, self.last = answer, torch.nn.Linear(64, 64), torch.nn.Linear(64, 9)
+        self.register_buffer("scale", torch.ones(64))
+        self.scale[0] = 3000.0
+        with torch.no_grad():
+            self.first.weight[:, 0] *= 3e-4
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.answer(self.last(torch.tanh(self.first(x * self.scale))), mask)
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "rows"),
+    [
+        (lambda logits, mask: logits + (1 - mask) * -1e4, 2),  # the example's mask hides nothing
+        (lambda logits, mask: (logits * mask).softmax(0), 1),  # of one row always 1
+    ],
+)
+def test_what_hides_that_logits_are_lost(answer: Any, rows: int, tmp_path: Path) -> None:
+    inputs = (torch.randn(rows, 64), torch.ones(rows, 9))
+    with pytest.raises(BudgetError, match="int8"):
+        onnxpress.build(WithOutlier(answer), example_inputs=inputs, out=tmp_path / "out", precision="int8", **QUICK)
+
+
+def test_labels_beside_infinite_masks(tmp_path: Path) -> None:
+    module = WithOutlier(lambda logits, mask: logits.masked_fill(mask == 0, -torch.inf))
+    x, mask = torch.randn(200, 64), (torch.rand(200, 9) < 0.4).float()
+    mask[:, 0] = 1
+    labels = module(x, mask).argmax(1)
+    np.savez(tmp_path / "samples.npz", x=x.numpy(), mask=mask.numpy(), labels=labels.numpy())
+    options = {"example_inputs": (x[:4], mask[:4]), "file": str(tmp_path / "samples.npz"), "measure": False}
+    assert (
+        onnxpress.build(module, out=tmp_path / "out", precision="fp32", **options).manifest.ledger[0]["quality"] == 100
+    )
+    with pytest.raises(BudgetError, match="accuracy"):
+        onnxpress.build(module, out=tmp_path / "out", precision="int8", **options)
+
+
+def test_golden_answers_show_masks_and_no_quantities(tmp_path: Path) -> None:
+    class Both(torch.nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"elevation": 100 * x - 4000, "distance": torch.where(mask == 0, 1e9, x.abs())}
+
+    inputs = (torch.randn(4, 3), torch.tensor([[1.0, 1, 0]]).repeat(4, 1))
+    built = onnxpress.build(Both(), example_inputs=inputs, out=tmp_path / "out", precision="fp32", **QUICK)
+    golden = read_tensors(built.path / "golden.safetensors")
+    assert np.isposinf(golden["output.first.distance"][:, 2]).all()
+    assert np.isfinite(golden["output.first.elevation"]).all()
+    assert built.manifest.options["golden_tolerance"]["distance"] < 0.1
 
 
 def test_half_precision_does_not_end_the_process(tmp_path: Path) -> None:

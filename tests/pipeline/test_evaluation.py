@@ -148,6 +148,9 @@ def test_each_output_counts() -> None:
         lambda scores, hidden: 200 * scores + np.where(hidden, -1e4, 0),
         lambda scores, hidden: np.where(hidden, np.where(np.arange(6) % 2, -1e4, -1e9), scores),
         lambda scores, hidden: scores + np.where(hidden, np.where(np.arange(6) % 2, -2e9, -1e9), 0),
+        lambda scores, hidden: (
+            scores - 1e4 * hidden * np.where(np.arange(240).reshape(40, 6) == hidden.argmax(), 2, 1)
+        ),  # one is there once
     ],
 )
 def test_masks_hide_nothing(mask: Any) -> None:
