@@ -48,9 +48,8 @@ class ModuleWorkload:
         self._samples = samples
         self._calibration_samples = calibration_samples
         self._given, self._calibrating = evaluation, calibration
-        self._rows: int | None = (
-            None  # in one evaluation input where the original mixes them, 0 where not; None before it was asked
-        )
+        # In one input where the original mixes rows, 0 where not; None before it was asked.
+        self._rows: int | None = None
         if evaluation is None:
             self.notes: tuple[str, ...] = (
                 "evaluated on random inputs of the examples' shapes and spread: no quality on real data is claimed",
@@ -83,7 +82,7 @@ class ModuleWorkload:
         if self._calibrating is not None:
             calls = spread(self._calibrating.calls(), self._calibration_samples)
             for index in np.random.default_rng(0).permutation(calls):
-                yield self._calibrating.call(int(index))
+                yield _call(self._calibrating, int(index), self._rows or 1)
             return
         for seed in range(self._calibration_samples):
             yield self._draw(1_000_000 + seed, self._rows or None)
@@ -102,9 +101,8 @@ class ModuleWorkload:
         if self._rows is None:
             self._rows = 0
             alike = self.batch_dependence(runnable, found) if rows == 1 else None
-            if (
-                alike is not None and alike < BATCH_COSINE
-            ):  # a sample alone says little of such a network: a share of the batch is 1
+            # A sample alone says little then: its share of the batch is 1.
+            if alike is not None and alike < BATCH_COSINE:
                 self._rows = min(_MIXED_ROWS, self._most_rows(runnable))
                 self.notes += (f"evaluated on calls of {self._rows} samples: answers move with their batch-mates",)
                 return self.answers(runnable)
@@ -161,10 +159,8 @@ class ModuleWorkload:
 
     def _sample(self, index: int, batch: int | None = None) -> Arrays:
         """One evaluation input. batch: other than as many rows as one has."""
-        rows = batch or self._rows
-        if self._given is None:
-            return self._draw(index, rows or None)
-        return self._given.call(min(index, self._given.calls() - (rows or 1)), rows or 1)
+        rows = batch or self._rows or None
+        return self._draw(index, rows) if self._given is None else _call(self._given, index, rows or 1)
 
     def _most_rows(self, runnable: Runnable) -> int:
         """How many samples one call may have."""
@@ -215,6 +211,11 @@ class ModuleWorkload:
                 shape[0] = batch
             feeds[spec.name] = drawn_like(example, shape, spec.bounds, random, name=spec.name)
         return feeds
+
+
+def _call(given: SampleArrays, index: int, calls: int) -> Arrays:
+    """So many calls in one, from an index on, or the last."""
+    return given.call(max(0, min(index, given.calls() - calls)), calls)
 
 
 def _bytes(arrays: Arrays) -> int:
