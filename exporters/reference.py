@@ -37,6 +37,7 @@ class TorchReference:
 def evaluation_mode(module: torch.nn.Module) -> Iterator[list[str]]:
     """Switch a module and all inside it to evaluation, and afterwards each of them back to what it was, its buffers included.
 
+    torch's fast path of nn.TransformerEncoder is off meanwhile: it answers zeros at padding, where all other paths, a trace's too, do not.
     Gives a list that holds the names of the buffers that were written, when it is left.
     """
     training = [part for part in module.modules() if part.training]
@@ -46,11 +47,14 @@ def evaluation_mode(module: torch.nn.Module) -> Iterator[list[str]]:
     kept += [table.weight for table in tables if table.max_norm is not None]  # which are scaled when they are read
     contents = [(one, version_of(one), one.detach().clone()) for one in kept]
     written: list[str] = []
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     for part in training:  # and not eval(), by which some modules merge weights
         part.training = False
     try:
         yield written
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for part in training:
             part.training = True
         overwritten = {id(buffer) for buffer, version, _ in contents if version_of(buffer) != version}

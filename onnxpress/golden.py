@@ -4,8 +4,8 @@ File format: safetensors, keys "input.CASE.NAME" and "output.CASE.NAME". The tol
 kernels: 1e-3 of an output's largest value for float graphs, 5e-2 for quantized ones, where one activation that rounds
 the other way moves an answer by a quantization step, and all behind it; of integers and booleans, the same share may
 differ. A quantized graph may elsewhere be as far from its answers here as these are from those of the graph in float:
-of that size are the roundings that another kernel makes another way. Masked numbers (masked.py) are written as the
-infinity of their sign that they stand for: their size would allow the others anything.
+of that size are the roundings that another kernel makes another way. The size of masked numbers (masked.py) would allow the
+others anything: it does not count, and they are written as the infinity of their sign, which a number of any size passes for.
 """
 
 from __future__ import annotations
@@ -40,24 +40,35 @@ def write_golden(
     tensors: dict[str, np.ndarray] = {}
     largest: dict[str, float] = {}
     rounding: dict[str, float] = {}
+    places: dict[tuple[str, str], np.ndarray] = {}
     share = _EXACT if unrounded is None else _QUANTIZED
     answers = {case: session.run(feeds) for case, feeds in cases.items()}
     for case, feeds in cases.items():
         for name, array in feeds.items():
             tensors[f"input.{case}.{name}"] = np.asarray(array, order="C")
         for name, answer in answers[case].items():
-            if not np.issubdtype(answer.dtype, np.floating):
-                array = answer
-            elif masks is None:
-                array = _with_infinities(answer, [others[name] for others in answers.values()])
+            masked = np.zeros(answer.shape, np.bool_)
+            if np.issubdtype(answer.dtype, np.floating):
+                others = [given[name] for given in answers.values()]
+                masked = (
+                    _lowest(answer, others)
+                    if masks is None
+                    else masks[name].among(answer.ravel()).reshape(answer.shape)
+                )
+                written = np.where(
+                    masked & ~_exact_levels(answer, masked), np.copysign(answer.dtype.type(np.inf), answer), answer
+                )
             else:
-                masked = masks[name].among(answer.ravel()).reshape(answer.shape)
-                array = np.where(masked, np.copysign(answer.dtype.type(np.inf), answer), answer)
-            tensors[f"output.{case}.{name}"] = np.asarray(array, order="C")
-            largest[name] = max(largest.get(name, 0.0), _size(array))
+                written = answer
+            tensors[f"output.{case}.{name}"] = np.asarray(written, order="C")
+            largest[name] = max(largest.get(name, 0.0), _size(answer[~masked]))
+            places[case, name] = masked
         if unrounded is not None and unrounded.signature.inputs == session.signature.inputs:
             for name, array in unrounded.run(feeds).items():
-                difference = golden_difference(tensors[f"output.{case}.{name}"], array)
+                written, masked = tensors[f"output.{case}.{name}"], places[case, name]
+                difference = (
+                    golden_difference(written[~masked], array[~masked]) if written.shape == array.shape else 0.0
+                )
                 rounding[name] = max(rounding.get(name, 0.0), difference if np.isfinite(difference) else 0.0)
     path.write_bytes(save(tensors))  # save_file has errors of its own for a full disk
     return {
@@ -65,11 +76,17 @@ def write_golden(
     }
 
 
-def _with_infinities(answer: np.ndarray, answers: list[np.ndarray]) -> np.ndarray:
-    """Minus infinity for what is masked, by the answers to all cases: at least two numbers."""
+def _lowest(answer: np.ndarray, answers: list[np.ndarray]) -> np.ndarray:
+    """What is masked by the answers to all cases: at least two numbers, and negative."""
     limit = -mask_size(answers)
     several = sum(int((np.isfinite(array) & (array <= limit)).sum()) for array in answers) > 1
-    return np.where(answer <= limit, answer.dtype.type(-np.inf), answer) if several else answer
+    return np.asarray(np.isfinite(answer) & (answer <= limit) & several)
+
+
+def _exact_levels(answer: np.ndarray, masked: np.ndarray) -> np.ndarray:
+    """Which masks are written as they are: positive ones where some come again to the last digit, as prices do that are only taken for masks."""
+    positive = masked & (answer > 0)
+    return positive & (len(np.unique(answer[positive])) < np.count_nonzero(positive))
 
 
 def _size(array: np.ndarray) -> float:

@@ -104,6 +104,8 @@ class ModuleWorkload:
             # A sample alone says little then: its share of the batch is 1.
             if alike is not None and alike < BATCH_COSINE:
                 self._rows = min(_MIXED_ROWS, self._most_rows(runnable))
+                if self._given is not None:  # so that calls differ
+                    self._rows = min(self._rows, max(2, self._given.calls() // 2))
                 self.notes += (f"evaluated on calls of {self._rows} samples: answers move with their batch-mates",)
                 return self.answers(runnable)
         return found

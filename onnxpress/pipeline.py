@@ -49,7 +49,7 @@ from onnxpress.optimizers.targets import Target
 from onnxpress.optimizers.targets import target as find_target
 from onnxpress.press import Parity, Press, Resume, rounded
 from onnxpress.pruning import make_smaller
-from onnxpress.recipe import Recipe, recipe_of, with_options
+from onnxpress.recipe import Recipe, make_recipe, recipe_of, with_options
 from onnxpress.report import render_report
 from onnxpress.runtime.chat_template import ChatTemplate
 from onnxpress.runtime.loading import check_onnxruntime
@@ -113,7 +113,8 @@ def build(
         raise SourceError(f"A {type(source).__name__} was given as source; a name, a recipe or a module is expected.")
     else:
         module = source
-        recipe = recipe_of(f"python:{type(source).__module__}.{type(source).__qualname__}", options)
+        name = f"python:{type(source).__module__}.{type(source).__qualname__}"
+        recipe = with_options(make_recipe({"model": {"source": name}}), options)
     folder = Path(out) if out is not None else Path("artifacts") / _name(recipe)
     report = terminal.Progress(enabled=not quiet)
     with report:

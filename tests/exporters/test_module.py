@@ -503,6 +503,25 @@ def test_inputs_are_drawn_like_the_example():
     assert (shown[:, 0] == 1).all(), "no row is hidden"
 
 
+def test_padding_in_torchs_fast_path_is_no_difference(tmp_path):
+    """nn.TransformerEncoder answers zeros there, in evaluation mode and without gradients; the graph does not."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2)
+
+        def forward(self, x: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+            answer: torch.Tensor = self.encoder(x, src_key_padding_mask=padding)
+            return answer
+
+    padding = torch.arange(7) >= torch.tensor([[7], [4], [5]])
+    exported = export(Encoder().eval(), example_inputs=(torch.randn(3, 7, 32), padding))
+    ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_answers_that_are_drawn_or_complex_are_named():
     class DrawnBesideMasks(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -361,14 +361,23 @@ def test_labels_beside_infinite_masks(tmp_path: Path) -> None:
 def test_golden_answers_show_masks_and_no_quantities(tmp_path: Path) -> None:
     class Both(torch.nn.Module):
         def forward(self, x: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"elevation": 100 * x - 4000, "distance": torch.where(mask == 0, 1e9, x.abs())}
+            return {
+                "elevation": 100 * x - 4000,
+                "distance": torch.where(mask == 0, 1e9, x.abs()),
+                "scores": x + (1 - mask) * -1e4,
+                "price": torch.cat([x, (3 * x).round().clamp(0, 4) * 1000], 1),
+            }
 
-    inputs = (torch.randn(4, 3), torch.tensor([[1.0, 1, 0]]).repeat(4, 1))
+    inputs = (torch.randn(8, 3), torch.tensor([[1.0, 1, 0], [1, 1, 1]]).repeat(4, 1))
     built = onnxpress.build(Both(), example_inputs=inputs, out=tmp_path / "out", precision="fp32", **QUICK)
     golden = read_tensors(built.path / "golden.safetensors")
-    assert np.isposinf(golden["output.first.distance"][:, 2]).all()
+    hidden = golden["input.first.mask"] == 0
+    np.testing.assert_array_equal(np.isneginf(golden["output.first.scores"]), hidden)
+    np.testing.assert_array_equal(golden["output.first.distance"] == 1e9, hidden)
     assert np.isfinite(golden["output.first.elevation"]).all()
-    assert built.manifest.options["golden_tolerance"]["distance"] < 0.1
+    assert golden["output.first.price"].max() in (1000, 2000, 3000, 4000)
+    tolerances = built.manifest.options["golden_tolerance"]
+    assert max(tolerances["distance"], tolerances["scores"]) < 0.1
 
 
 def test_half_precision_does_not_end_the_process(tmp_path: Path) -> None:
