@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from onnxpress.errors import SourceError
+from onnxpress.stopping import end_if_told
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
@@ -160,6 +161,7 @@ def _call(source: str) -> object:
     try:
         return getattr(importlib.import_module(package), factory)()
     except SystemExit as error:
+        end_if_told()
         raise SourceError(
             f"{source} could not be called: {package} ends the program (exit code {error.code}). Where it is a script that reads its own "
             'command line or trains, put that under `if __name__ == "__main__":`.'

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from onnxpress import __version__
 from onnxpress.commands import answer, build, device, examine
 from onnxpress.errors import MissingExtraError, OnnxpressError, UsageError
+from onnxpress.stopping import on_terminate
 
 _BUILD_PACKAGES = frozenset((
     "torch", "transformers", "optimum", "onnx", "onnx_ir", "onnxscript", "pydantic", "rich", "matplotlib", "accelerate", "safetensors",
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser, options = _parser(), argparse.Namespace(debug=False)
     warnings.showwarning = _print_warning
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGTERM, on_terminate)
     try:
         options, unknown = parser.parse_known_args(_joined(sys.argv[1:] if arguments is None else arguments))
         named = vars(options).pop("prog")
@@ -105,11 +106,6 @@ def _parser() -> argparse.ArgumentParser:
     examine.add_inspect(commands)
     examine.add_doctor(commands)
     return parser
-
-
-def _terminate(*_: Any) -> None:
-    """What a build has begun is removed on the way out, as it is on an interrupt."""
-    sys.exit(128 + signal.SIGTERM)
 
 
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:

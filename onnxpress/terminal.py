@@ -15,6 +15,7 @@ from rich.table import Table
 
 from onnxpress.artifact import REPORT, Artifact
 from onnxpress.figures import megabytes
+from onnxpress.stopping import end_if_told
 
 
 class Progress:
@@ -36,6 +37,7 @@ class Progress:
 
     def step(self, name: str) -> None:
         """Begin a step."""
+        end_if_told()
         self._finish()
         self._name, self._started = name, time.perf_counter()
         if self._console.is_terminal:
@@ -44,6 +46,7 @@ class Progress:
 
     def detail(self, text: str) -> None:
         """Say what the step is at."""
+        end_if_told()
         if self._status is not None:
             self._status.update(escape(f"{self._name}: {text}"))
 

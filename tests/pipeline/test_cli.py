@@ -18,8 +18,9 @@ from safetensors.numpy import save_file
 from tiny_artifacts import DIM, SIGNATURE, VOCABULARY, fill, manifest, save_artifact, save_per_token
 from tiny_models import save_model
 
-from onnxpress import __version__
+from onnxpress import __version__, stopping
 from onnxpress.artifact import ArtifactWriter
+from onnxpress.cli import main
 from onnxpress.manifest import TensorSpec
 from onnxpress.runtime import Embedder, load
 
@@ -350,6 +351,33 @@ def test_a_build_that_is_told_to_stop_leaves_nothing(tmp_path: Path) -> None:
     process.terminate()
     assert process.wait() == 128 + signal.SIGTERM
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "weakref.finalize(torch.nn.Identity(), signal.raise_signal, signal.SIGTERM)",
+        "signal.raise_signal(signal.SIGTERM)",
+    ],
+    ids=["dropped", "taken"],
+)
+def test_a_build_ends_even_where_the_exception_is_dropped_or_taken(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python drops what is raised in a weak reference's callback; a factory that ends the program is the user's mistake otherwise."""
+    (tmp_path / "ending.py").write_text(
+        "import signal, torch, weakref\n"
+        "def make():\n"
+        f"    {ending}\n"
+        "    return torch.nn.Linear(2, 2), (torch.zeros(3, 2),)\n"
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stopping, "_told", False)
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    with pytest.raises(SystemExit) as ended:
+        main(["build", "ending:make", "--no-measure"])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert not (tmp_path / "artifacts").exists()
 
 
 def test_a_model_that_branches_on_data_is_one_clear_error(tmp_path: Path) -> None:
