@@ -23,7 +23,7 @@ from onnxpress.exporters.source import ModuleSource
 from onnxpress.exporters.trace import Shape, tensor_spec, trace
 from onnxpress.graph import Graph
 from onnxpress.manifest import Signature
-from onnxpress.masked import mask_size
+from onnxpress.masked import largest_unmasked
 
 
 def export_module(source: ModuleSource) -> Exported:
@@ -170,10 +170,7 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.shape != other.shape:
         return False
     one, other = one.detach().float(), other.detach().float()
-    sizes = one[one.isfinite()].abs()
-    sizes = sizes[sizes < mask_size([sizes.numpy()])]
-    largest = float(sizes.max()) if len(sizes) else 0.0
-    return torch.allclose(one, other, rtol=1e-2, atol=1e-2 * largest, equal_nan=True)
+    return torch.allclose(one, other, rtol=1e-2, atol=1e-2 * largest_unmasked(one.numpy()), equal_nan=True)
 
 
 def _trace(

@@ -14,6 +14,7 @@ from torch.export import Dim, ExportedProgram
 from onnxpress.errors import ConversionError
 from onnxpress.exporters.cleanup import clean
 from onnxpress.exporters.quiet import quiet
+from onnxpress.exporters.recurrent_layers import whole_recurrent_layers
 from onnxpress.exporters.traced_program import spare_decomposition
 from onnxpress.manifest import TensorSpec
 
@@ -46,7 +47,7 @@ def trace(
         for name in example
     )
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), whole_recurrent_layers():
             program = _exported(module, example, dynamic, given=axes is not None)
             ranges = _ranges(program, shapes) if axes is None else axes
             try:

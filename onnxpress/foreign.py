@@ -17,7 +17,7 @@ from onnxpress.exporters.bounds import index_bounds
 from onnxpress.exporters.trace import LARGEST_AXIS, LARGEST_BATCH
 from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Signature, TensorSpec
-from onnxpress.masked import mask_size
+from onnxpress.masked import largest_unmasked
 from onnxpress.optimizers.deduplicate import RANDOM
 from onnxpress.runtime.bfloat16 import host_dtype
 from onnxpress.runtime.session import Session
@@ -139,7 +139,8 @@ def _sparse(graph: onnx.GraphProto) -> list[str]:
 def _check_repeats(model: ir.Model, answers: Arrays, again: Arrays, path: Path) -> None:
     """Raises ConversionError where the same inputs are answered in two ways, so that nothing can be compared."""
     if all(
-        np.allclose(answer, again[name], rtol=1e-2, atol=1e-2 * _largest(answer)) for name, answer in answers.items()
+        np.allclose(answer, again[name], rtol=1e-2, atol=1e-2 * largest_unmasked(answer))
+        for name, answer in answers.items()
     ):
         return
     random = ", ".join(sorted({node.op_type for node in model.graph.all_nodes()} & RANDOM))
@@ -147,12 +148,6 @@ def _check_repeats(model: ir.Model, answers: Arrays, again: Arrays, path: Path) 
         f"{path} answers the same inputs otherwise at each call{f' ({random})' if random else ''}, so that nothing can be compared "
         "with it: export it in evaluation mode, or give its random numbers as an input."
     )
-
-
-def _largest(array: np.ndarray) -> float:
-    """The largest size of what is neither infinite nor masked."""
-    sizes = np.abs(array.astype(np.float64))
-    return float(sizes.max(initial=0.0, where=np.isfinite(sizes) & (sizes < mask_size([sizes]))))
 
 
 def _check_numbers(model: ir.Model, answers: Arrays, path: Path, samples: Path | None) -> None:

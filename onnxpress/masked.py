@@ -38,6 +38,12 @@ def mask_size(arrays: Sequence[npt.NDArray[Any]], *, repeated: int = 1) -> float
     return math.inf
 
 
+def largest_unmasked(array: npt.NDArray[Any]) -> float:
+    """The largest size of what is neither infinite nor a mask; 0 where nothing is."""
+    sizes = np.abs(array.astype(np.float64))
+    return float(sizes.max(initial=0.0, where=np.isfinite(sizes) & (sizes < mask_size([sizes]))))
+
+
 def _are_levels(arrays: Sequence[npt.NDArray[Any]], size: float, repeated: int) -> bool:
     """Whether numbers of a size and more are a few, with scores of the others' size added."""
     large, largest = [], 0.0

@@ -316,6 +316,44 @@ def test_recurrent_network_with_nested_answer(tmp_path):
     _check(exported, tmp_path)
 
 
+class Layered(nn.Module):
+    """past: nothing, the state of a GRU, or the two of an LSTM."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor, **past: torch.Tensor) -> tuple[torch.Tensor, object]:
+        states = tuple(past.values())
+        return self.layer(x, states[0] if len(states) == 1 else states or None)
+
+
+@pytest.mark.parametrize(
+    ("layer", "states"),
+    [
+        (nn.LSTM(8, 6, num_layers=2, batch_first=True, bidirectional=True), 0),
+        (nn.LSTM(8, 6, batch_first=True, bias=False), 2),
+        (nn.GRU(8, 6, num_layers=2, batch_first=True, bidirectional=True), 1),
+        (nn.GRU(8, 6, batch_first=True), 0),
+    ],
+)
+def test_recurrent_layers_take_any_number_of_steps(layer, states, tmp_path):
+    module, directions = Layered(layer), 2 if layer.bidirectional else 1
+    past = {f"past_{index}": torch.randn(layer.num_layers * directions, 3, 6) for index in range(states)}
+    axes = {"x": {0: "batch", 1: "time"}, **{name: {1: "batch"} for name in past}}
+    kernels = {op: dict(op.py_kernels) for op in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input)}
+    exported = export(module, example_inputs={"x": torch.randn(3, 7, 8), **past}, dynamic_axes=axes)
+    assert exported.graph.operators()[type(layer).__name__] == layer.num_layers
+    _check(exported, tmp_path)
+    runner = OnnxRunner(exported.graph.model, tmp_path)
+    for steps in (1, 40):
+        feeds = {"x": torch.randn(3, steps, 8), **past}
+        answer = runner.run({name: tensor.numpy() for name, tensor in feeds.items()})
+        with torch.no_grad():
+            np.testing.assert_allclose(answer["output_0"], module(**feeds)[0], atol=1e-6)
+    assert all(op.py_kernels == before for op, before in kernels.items())
+
+
 def test_a_batch_that_is_fixed_stays_fixed_and_is_named(tmp_path):
     exported = export(FixedBatch(), example_inputs=torch.randn(2, 3, 4))
     assert exported.graph.signature.inputs[0].shape == (2, 3, 4)
