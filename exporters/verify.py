@@ -60,11 +60,13 @@ class ParityCheck:
         self.notes: tuple[str, ...] = ()
         self._signature = signature
         self._answered: list[tuple[Case, Arrays]] = []
+        self._masks: dict[str, float] = {}
         if signature.task != "module":
             cases = text_cases(signature, pad_token_id=exported.options["pad_token_id"])
             self._answered = [(case, reference.run(case.feeds)) for case in cases]
             if signature.axes["length"][1] > LONGEST_CASE:
                 self.notes = (f"lengths over {LONGEST_CASE} were not compared with the original",)
+            self._masks = self._mask_sizes()
             return
         first, *others = module_cases(signature, exported.example)
         self._answered.append((first, reference.run(first.feeds)))
@@ -73,6 +75,15 @@ class ParityCheck:
                 self._answered.append((case, reference.run(case.feeds)))
             except Exception as error:  # whatever a module raises when a shape does not suit it
                 self.notes += (f"the original refuses {case.name} ({type(error).__name__})",)
+        self._masks = self._mask_sizes()
+
+    def _mask_sizes(self) -> dict[str, float]:
+        """From which size on numbers of an output are masks: distances between few points are large too, and each is there twice."""
+        return {
+            name: mask_size([answer[name] for _, answer in self._answered], repeated=3)
+            for name, first in self._answered[0][1].items()
+            if np.issubdtype(first.dtype, np.floating)
+        }
 
     def check(self, candidate: Runnable) -> list[ParityRow]:
         """One row a case and output; raises ParityError at the first that differs.
@@ -84,7 +95,8 @@ class ParityCheck:
         for case, expected in self._answered:
             found = candidate.run(case.feeds)
             for output in self._signature.outputs:
-                rows.append(_compare(case, output, expected[output.name], found[output.name]))
+                masks = self._masks.get(output.name, math.inf)
+                rows.append(_compare(case, output, expected[output.name], found[output.name], masks))
         return rows
 
 
@@ -138,7 +150,7 @@ def drawn_like(
     """Random numbers as the example's are, of a shape that differs in its sizes alone.
 
     Where it holds two numbers (a mask): rows of it, so that none hides everything, their last numbers repeated where more are asked for;
-    where floats are all 1 and the name says mask: zeros and ones, each row beginning with a one.
+    where it is all 1 and the name says mask: so many ones in each row, and zeros.
     Floats: normal, of its mean and spread; where it repeats numbers those that it has; where all have one sign (logarithms are taken of
     some inputs) between its own, or around it where each row is the same single number. Integers lie within bounds, or the example's;
     where it holds one alone, those of 8 bits are of any size if it can be an image. Booleans of one value: both, where a row is one.
@@ -150,10 +162,11 @@ def drawn_like(
         rows = random.integers(0, len(example), shape[0])
         others = zip(shape[1:], example.shape[1:], strict=True)
         return np.asarray(example[np.ix_(rows, *(np.minimum(np.arange(size), known - 1) for size, known in others))])
-    if "mask" in name.lower() and example.ndim and np.issubdtype(example.dtype, np.floating) and (own == 1).all():
-        drawn = random.random(shape) < 0.75
-        drawn[..., 0] = True
-        return drawn.astype(example.dtype)
+    long = [axis for axis, size in enumerate(shape) if axis and size > 1]
+    if "mask" in name.lower() and long and example.dtype != np.bool_ and (own == 1).all():
+        axis = long[-1]
+        lengths = random.integers(1, shape[axis] + 1, [*shape[:axis], *shape[axis + 1 :]])
+        return np.moveaxis(np.arange(shape[axis]) < lengths[..., None], -1, axis).astype(example.dtype)
     if example.dtype == np.bool_:
         return np.asarray(random.random(shape) < 0.5)
     if not np.issubdtype(example.dtype, np.floating):
@@ -209,7 +222,8 @@ def _module_case(signature: Signature, example: Arrays, sizes: Mapping[str, int]
     return Case(name=f"{where}, seed {seed}", feeds=feeds)
 
 
-def _compare(case: Case, output: TensorSpec, expected: Array, found: Array) -> ParityRow:
+def _compare(case: Case, output: TensorSpec, expected: Array, found: Array, masks: float) -> ParityRow:
+    """masks: from which size on numbers are masks."""
     if expected.shape != found.shape:
         raise ParityError(
             f"Output {output.name} has the shape {found.shape} where the original's has {expected.shape} ({case.name}). The "
@@ -227,7 +241,7 @@ def _compare(case: Case, output: TensorSpec, expected: Array, found: Array) -> P
     infinite = np.isinf(one) & (one == other)  # masked logits
     one[infinite] = other[infinite] = 0
     sizes, half = np.abs(one), expected.dtype == np.float16
-    masked = (sizes >= (math.inf if exact else mask_size([one]))) & np.isfinite(one)
+    masked = (sizes >= masks) & np.isfinite(one)
     largest = float(sizes.max(initial=0.0, where=~masked & np.isfinite(one)))
     difference = np.abs(one - other)
     # What is masked has to be as near by its own size, and hides nothing.

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from onnxpress.budgets import Budget
 from onnxpress.manifest import Runnable
-from onnxpress.masked import HALF_LARGEST, Masks, masks_of
+from onnxpress.masked import mask_size
 from onnxpress.workload import Workload
 
 # The least likeness of answers alone and in a batch: their mean cosine, of numbers the share of variance kept.
@@ -82,7 +82,10 @@ class Gate:
     @cached_property
     def _original_mixes_rows(self) -> bool:
         """Whether the original's own answers move with their batch-mates: the likeness of all texts and all images."""
-        own = self.workload.batch_dependence(self._reference, self._answers)
+        try:
+            own = self.workload.batch_dependence(self._reference, self._answers)
+        except Exception:  # a module that wants several samples, and raises whatever it likes for one
+            own = 0.0
         mixes = own is not None and own < BATCH_COSINE
         if mixes:
             self.notes += (
@@ -90,16 +93,15 @@ class Gate:
             )
         return mixes
 
-    def masks(self, *, half: bool) -> dict[str, Masks] | None:
-        """What tells the masks among a module's answers, of floats, by output; half: in half precision, where they are no larger than that holds."""
+    def mask_sizes(self) -> dict[str, float] | None:
+        """From which size on a module's answers are masks, by output of floats."""
         if self.workload.task != "module":
             return None
-        found = {}
-        for name, first in self._answers[0].items():
-            if np.issubdtype(first.dtype, np.floating):
-                masks = masks_of([answer[name].ravel() for answer in self._answers])
-                found[name] = replace(masks, size=0.7 * min(masks.size, HALF_LARGEST if half else math.inf))
-        return found
+        return {
+            name: mask_size([answer[name] for answer in self._answers], repeated=3)
+            for name, first in self._answers[0].items()
+            if np.issubdtype(first.dtype, np.floating)
+        }
 
     def verdict(self, metrics: Mapping[str, float], batch_cosine: float | None) -> Judgement:
         """What the budget makes of figures. batch_cosine is None where batch-mates do not matter: rows will run alone."""

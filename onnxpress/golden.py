@@ -5,23 +5,36 @@ kernels: 1e-3 of an output's largest value for float graphs, 5e-2 for quantized 
 the other way moves an answer by a quantization step, and all behind it; of integers and booleans, the same share may
 differ. A quantized graph may elsewhere be as far from its answers here as these are from those of the graph in float:
 of that size are the roundings that another kernel makes another way. The size of masked numbers (masked.py) would allow the
-others anything: it does not count, and they are written as the infinity of their sign, which a number of any size passes for.
+others anything: each may differ by as large a share of itself as the largest other number may. Half precision may not hold them: beyond
+what it holds they are written as the infinity of their sign, which a number of any size passes for.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save
 
 from onnxpress.manifest import Arrays
-from onnxpress.masked import Masks, mask_size
+from onnxpress.masked import HALF_LARGEST, mask_size
 from onnxpress.runtime.loading import golden_difference
 from onnxpress.runtime.session import Session
 
 _EXACT, _QUANTIZED = 1e-3, 5e-2
+_LEAST = 1e-3  # of numbers that are smaller than this, a share would ask for more than float32 has
+_OF_A_MASK = 0.7  # so large a share of a mask is masked as well: scores are added to it, and half precision rounds it
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """tolerances: the `golden_difference` of each output. sizes: of outputs with masks, from which size on numbers count by their share."""
+
+    tolerances: dict[str, float] = field(default_factory=dict)
+    sizes: dict[str, float] = field(default_factory=dict)
 
 
 def write_golden(
@@ -30,67 +43,45 @@ def write_golden(
     cases: Mapping[str, Arrays],
     *,
     unrounded: Session | None,
-    masks: Mapping[str, Masks] | None = None,
-) -> dict[str, float]:
-    """Run the cases, write them with their outputs, and return the `golden_difference` that is allowed for each output.
+    masks_from: Mapping[str, float] | None = None,
+    half: bool = False,
+) -> Allowed:
+    """Run the cases, write them with their outputs, and return what is allowed for each output.
 
-    unrounded: of a quantized graph, the one in float; it is not asked where it takes other inputs (another cache). masks: of outputs, where
-    answers to many samples tell them; without, these few have to.
+    unrounded: of a quantized graph, the one in float; it is not asked where it takes other inputs (another cache). masks_from: of outputs,
+    the size of masks, where answers to many samples tell it; without, these few have to. half: the graph is of half precision.
     """
-    tensors: dict[str, np.ndarray] = {}
-    largest: dict[str, float] = {}
-    rounding: dict[str, float] = {}
-    places: dict[tuple[str, str], np.ndarray] = {}
-    share = _EXACT if unrounded is None else _QUANTIZED
     answers = {case: session.run(feeds) for case, feeds in cases.items()}
-    for case, feeds in cases.items():
-        for name, array in feeds.items():
-            tensors[f"input.{case}.{name}"] = np.asarray(array, order="C")
-        for name, answer in answers[case].items():
-            masked = np.zeros(answer.shape, np.bool_)
-            if np.issubdtype(answer.dtype, np.floating):
-                others = [given[name] for given in answers.values()]
-                masked = (
-                    _lowest(answer, others)
-                    if masks is None
-                    else masks[name].among(answer.ravel()).reshape(answer.shape)
-                )
-                written = np.where(
-                    masked & ~_exact_levels(answer, masked), np.copysign(answer.dtype.type(np.inf), answer), answer
-                )
-            else:
-                written = answer
-            tensors[f"output.{case}.{name}"] = np.asarray(written, order="C")
-            largest[name] = max(largest.get(name, 0.0), _size(answer[~masked]))
-            places[case, name] = masked
-        if unrounded is not None and unrounded.signature.inputs == session.signature.inputs:
-            for name, array in unrounded.run(feeds).items():
-                written, masked = tensors[f"output.{case}.{name}"], places[case, name]
-                difference = (
-                    golden_difference(written[~masked], array[~masked]) if written.shape == array.shape else 0.0
-                )
-                rounding[name] = max(rounding.get(name, 0.0), difference if np.isfinite(difference) else 0.0)
-    path.write_bytes(save(tensors))  # save_file has errors of its own for a full disk
-    return {
-        name: float(f"{max(share * max(value, 1e-3), rounding.get(name, 0.0)):.3g}") for name, value in largest.items()
-    }
+    asked = unrounded is not None and unrounded.signature.inputs == session.signature.inputs
+    in_float = {case: unrounded.run(feeds) if unrounded and asked else {} for case, feeds in cases.items()}
+    tensors = {f"input.{case}.{name}": array for case, feeds in cases.items() for name, array in feeds.items()}
+    allowed, share = Allowed(), _EXACT if unrounded is None else _QUANTIZED
+    for name, first in next(iter(answers.values())).items():
+        outputs = {case: given[name] for case, given in answers.items()}
+        size, masks = 1.0, math.inf  # of other numbers than floats the difference is a share
+        if np.issubdtype(first.dtype, np.floating):
+            found = mask_size(list(outputs.values()), repeated=3) if masks_from is None else masks_from[name]
+            masks = _OF_A_MASK * min(found, HALF_LARGEST if half and found < math.inf else math.inf)
+            size = max(_LEAST, *(_largest(array, masks) for array in outputs.values()))
+        if masks < math.inf:
+            allowed.sizes[name] = size
+        tolerance = share * size
+        for case, answer in outputs.items():
+            if half and masks < math.inf:
+                beyond = np.abs(answer) >= _OF_A_MASK * HALF_LARGEST
+                answer = np.where(beyond, np.copysign(answer.dtype.type(np.inf), answer), answer)
+            tensors[f"output.{case}.{name}"] = answer
+            if name in in_float[case] and in_float[case][name].shape == answer.shape:
+                rounding = golden_difference(in_float[case][name], answer, allowed.sizes.get(name, math.inf))
+                tolerance = max(tolerance, rounding if math.isfinite(rounding) else 0.0)
+        allowed.tolerances[name] = float(f"{tolerance:.3g}")
+    path.write_bytes(
+        save({key: np.asarray(array, order="C") for key, array in tensors.items()})
+    )  # save_file has errors of its own for a full disk
+    return allowed
 
 
-def _lowest(answer: np.ndarray, answers: list[np.ndarray]) -> np.ndarray:
-    """What is masked by the answers to all cases: at least two numbers, and negative."""
-    limit = -mask_size(answers)
-    several = sum(int((np.isfinite(array) & (array <= limit)).sum()) for array in answers) > 1
-    return np.asarray(np.isfinite(answer) & (answer <= limit) & several)
-
-
-def _exact_levels(answer: np.ndarray, masked: np.ndarray) -> np.ndarray:
-    """Which masks are written as they are: positive ones where some come again to the last digit, as prices do that are only taken for masks."""
-    positive = masked & (answer > 0)
-    return positive & (len(np.unique(answer[positive])) < np.count_nonzero(positive))
-
-
-def _size(array: np.ndarray) -> float:
-    """The largest finite absolute value of floats; 1 for other numbers, whose difference is a share."""
-    if not np.issubdtype(array.dtype, np.floating):
-        return 1.0
-    return float(np.abs(array[np.isfinite(array)]).max(initial=0))
+def _largest(array: np.ndarray, masks: float) -> float:
+    """The largest finite size of what is no mask."""
+    sizes = np.abs(array.astype(np.float64))
+    return float(sizes.max(initial=0.0, where=np.isfinite(sizes) & (sizes < masks)))

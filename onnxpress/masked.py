@@ -46,21 +46,23 @@ def largest_unmasked(array: npt.NDArray[Any]) -> float:
 
 def _are_levels(arrays: Sequence[npt.NDArray[Any]], size: float, repeated: int) -> bool:
     """Whether numbers of a size and more are a few, with scores of the others' size added."""
-    large, largest = [], 0.0
+    large, largest, count = [], 0.0, 0
     for array in arrays:
         sizes, finite = np.abs(array), np.isfinite(array)
-        large.append(array[(sizes >= size) & finite].astype(np.float64))
+        chosen = array[(sizes >= size) & finite]
+        count += len(chosen)
+        large.append(np.unique(chosen))  # they may be millions, and are few different ones
         largest = max(largest, float(sizes.max(initial=0.0, where=sizes < size)))
-    numbers = np.sort(np.concatenate(large))
+    numbers = np.unique(np.concatenate(large)).astype(np.float64)
     apart = np.diff(numbers) > 2 * largest + _NARROW * np.abs(numbers[1:])
     levels = np.split(numbers, np.flatnonzero(apart) + 1)
     narrow = all(level[-1] - level[0] <= 4 * largest + _NARROW * abs(level[-1]) for level in levels)
-    return narrow and len(levels) <= _MOST_LEVELS and len(numbers) >= repeated * len(levels)
+    return narrow and len(levels) <= _MOST_LEVELS and count >= repeated * len(levels)
 
 
 @dataclass(frozen=True)
 class Masks:
-    """places: which numbers of an answer, flat, may be masks; None where none are. size: from which on those are."""
+    """places: which numbers of an answer, flat, may be masks, and are no large quantities; None where all are small. size: from which on those are."""
 
     places: npt.NDArray[np.bool_] | None
     size: float
@@ -71,12 +73,16 @@ class Masks:
             return np.zeros(answer.shape, np.bool_)
         return np.asarray(np.isfinite(answer) & (np.abs(answer) >= self.size) & self.places[places])
 
+    def quantities(self, places: slice) -> npt.NDArray[np.bool_]:
+        """Which numbers, of a part of an answer, are large for all samples and vary."""
+        return np.zeros(1, np.bool_) if self.places is None else ~self.places[places]
+
 
 def masks_of(answers: Sequence[npt.NDArray[Any]]) -> Masks:
     """What tells the masks of an output by its answers to many samples, flat, all of one size."""
     possible = _may_be_masked(answers)
     return Masks(
-        possible, math.inf if possible is None else mask_size([array[possible] for array in answers], repeated=2)
+        possible, math.inf if possible is None else mask_size([array[possible] for array in answers], repeated=3)
     )
 
 

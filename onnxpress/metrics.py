@@ -20,6 +20,7 @@ Answers = Sequence[Mapping[str, Array]]
 Entity = tuple[int, int, str]
 _BLOCK = 2**15  # numbers of each answer that are compared at a time
 _HALF_ROUNDS = 2.0**-8  # as a share, how far bfloat16 rounds at most
+_FLOAT_ROUNDS = 2.0**-23
 _CONSTANT = 1e-12  # numbers that vary by less than a millionth of their size: float32 has no more digits
 
 
@@ -94,7 +95,7 @@ def _variance_kept(reference: list[Array], candidate: list[Array]) -> tuple[floa
         return 0.0, math.inf
     reference, candidate = ([array.ravel() for array in given] for given in (reference, candidate))
     masks = masks_of(reference)
-    lost, whole, squares, largest = np.zeros(2), np.zeros(2), np.zeros(2), 0.0  # unmasked, masked
+    lost, whole, squares, largest = np.zeros(3), np.zeros(3), np.zeros(3), 0.0  # masked, large quantities, others
     for start in range(0, max(sizes), _BLOCK):  # a part of all answers at a time: they may be images
         part = slice(start, start + _BLOCK)
         ours, theirs = (
@@ -105,16 +106,18 @@ def _variance_kept(reference: list[Array], candidate: list[Array]) -> tuple[floa
             return 0.0, math.inf
         if not (np.sign(ours) * theirs >= 0.7 * min(masks.size, HALF_LARGEST))[masked].all():  # less than masked
             return 0.0, math.inf
+        held, rounds = _held(theirs[masked])
         ours, theirs = (
-            np.where(masked, np.clip(array, -HALF_LARGEST, HALF_LARGEST), np.where(np.isfinite(array), array, 0))
+            np.where(masked, np.clip(array, -held, held), np.where(np.isfinite(array), array, 0))
             for array in (ours, theirs)
         )
-        for group, chosen in enumerate((~masked, masked)):
+        large = masks.quantities(part) & ~masked
+        for group, chosen in enumerate((masked, large, ~masked & ~large)):
             count = chosen.sum(0)
             mean = ours.sum(0, where=chosen) / np.maximum(count, 1)
             difference = np.abs(ours - theirs)
-            if group:  # half precision rounds what is added to a mask
-                difference = np.maximum(difference - _HALF_ROUNDS * np.abs(ours), 0)
+            if group == 0:  # what is added to a mask is rounded
+                difference = np.maximum(difference - rounds * np.abs(ours), 0)
             else:
                 largest = max(largest, float(difference.max(initial=0.0, where=chosen)))
             lost[group] += (difference**2).sum(where=chosen)
@@ -126,6 +129,14 @@ def _variance_kept(reference: list[Array], candidate: list[Array]) -> tuple[floa
         for gone, all_of_it in zip(lost.tolist(), whole.tolist(), strict=True)
     )
     return min(shares), largest
+
+
+def _held(masks: Array) -> tuple[float, float]:
+    """The largest number that the precision of these holds, or whose square float64 does, and how far it rounds, as a share."""
+    finite = masks[np.isfinite(masks)]
+    if (np.abs(finite) <= HALF_LARGEST).all() and (finite.astype(np.float16) == finite).all():
+        return HALF_LARGEST, _HALF_ROUNDS
+    return 1e100, _FLOAT_ROUNDS
 
 
 def _infinite(array: Array, *, but: Array) -> Array:

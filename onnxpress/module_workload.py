@@ -102,7 +102,7 @@ class ModuleWorkload:
             self._rows = 0
             alike = self.batch_dependence(runnable, found) if rows == 1 else None
             # A sample alone says little then: its share of the batch is 1.
-            if alike is not None and alike < BATCH_COSINE:
+            if (alike is not None and alike < BATCH_COSINE) or (rows == 1 and self._pairs_rows()):
                 self._rows = min(_MIXED_ROWS, self._most_rows(runnable))
                 if self._given is not None:  # so that calls differ
                     self._rows = min(self._rows, max(2, self._given.calls() // 2))
@@ -121,7 +121,7 @@ class ModuleWorkload:
             return {}
         output = self._signature.outputs[0].name
         most = self._signature.axes.get(str(self._signature.inputs[0].shape[0]), (1, _ROWS_AT_ONCE))[1]
-        at_once = 1 if self._one_call_at_a_time() else min(_ROWS_AT_ONCE, most, self._rows_at_once(runnable))
+        at_once = min(_ROWS_AT_ONCE, most, self._rows_at_once(runnable)) if output in self._batched_outputs() else 1
         scores = np.concatenate(
             [runnable.run(given.call(index, at_once))[output] for index in range(0, given.calls(), at_once)]
         )
@@ -131,8 +131,9 @@ class ModuleWorkload:
         return metrics.label_scores([str(label) for label in chosen], [str(label) for label in given.labels])
 
     def batch_dependence(self, runnable: Runnable, answers: Answers) -> float | None:
-        """Variance kept between the rows of a batch alone and together; None where not all inputs and outputs have a batch axis."""
-        if self._one_call_at_a_time():
+        """Variance kept between the rows of a batch alone and together, of outputs that have a batch axis; None where inputs have none, or all outputs."""
+        outputs = self._batched_outputs()
+        if not outputs:
             return None
         most = min(_BATCH_TRIAL, self._most_rows(runnable))
         known: dict[int, Arrays] = {}
@@ -141,10 +142,10 @@ class ModuleWorkload:
         feeds = {index: self._sample(index, batch=1) for index in self._indices(most)}
         together = runnable.run({name: np.concatenate([item[name] for item in feeds.values()]) for name in feeds[0]})
         alone = [
-            {name: array[0] for name, array in (known.get(index) or runnable.run(item)).items()}
+            {name: array[0] for name, array in (known.get(index) or runnable.run(item)).items() if name in outputs}
             for index, item in feeds.items()
         ]
-        batched = [{name: array[row] for name, array in together.items()} for row in range(len(feeds))]
+        batched = [{name: together[name][row] for name in outputs} for row in range(len(feeds))]
         return evaluation.batch_dependence(alone, batched, numbers=True)
 
     def timing(self, runnable: Runnable) -> dict[tuple[int, ...], Arrays]:
@@ -171,18 +172,26 @@ class ModuleWorkload:
 
     def _rows_at_once(self, runnable: Runnable) -> int:
         """How many samples share a call, where they can."""
-        feeds = self._sample(0, batch=1)
-        return max(2, _CALL_BYTES // max(1, _bytes(feeds) + _bytes(runnable.run(feeds))))
+        feeds = self._sample(0)
+        rows = max(len(array) if array.ndim else 1 for array in feeds.values())
+        return max(2, _CALL_BYTES * rows // max(1, _bytes(feeds) + _bytes(runnable.run(feeds))))
 
-    def _one_call_at_a_time(self) -> bool:
-        """Whether some input or output has no batch axis, or one whose size another axis of an input has, so that samples cannot share a call."""
-        if any(
-            axis == self._signature.inputs[0].shape[0] for spec in self._signature.inputs for axis in spec.shape[1:]
-        ):
-            return True
-        specs = (*self._signature.inputs, *self._signature.outputs)
-        axes = {spec.shape[0] if spec.shape else None for spec in specs}
-        return len(axes) > 1 or not isinstance(next(iter(axes)), str)
+    def _batched_outputs(self) -> list[str]:
+        """Outputs of a row a sample; none where the inputs do not share a batch axis, so that samples cannot share a call."""
+        inputs, batch = self._signature.inputs, self._first_axes()[0]
+        if set(self._first_axes()) != {batch} or any(batch in spec.shape[1:] for spec in inputs):
+            return []
+        return [spec.name for spec in self._signature.outputs if batch and spec.shape[:1] == (batch,)]
+
+    def _pairs_rows(self) -> bool:
+        """Whether an output holds a number for each two rows, as the likeness of texts and images does."""
+        batches = set(self._first_axes())
+        return None not in batches and any(batches & set(spec.shape[1:]) for spec in self._signature.outputs)
+
+    def _first_axes(self) -> list[str | None]:
+        """The name of each input's first axis; None where it has none, or one of a fixed size."""
+        first = [spec.shape[0] if spec.shape else None for spec in self._signature.inputs]
+        return [axis if isinstance(axis, str) else None for axis in first]
 
     def _check_classes(self, labels: np.ndarray) -> None:
         shape = self._signature.outputs[0].shape

@@ -89,9 +89,10 @@ std::map<std::string, Case> read_golden(const std::filesystem::path& path) {
 constexpr double MASKED = 500;
 
 // The largest of floats; of other numbers the share that is not equal.
+// What is expected to be larger than `size` (a mask, -1e9) may differ by as large a share of itself as a number of this size.
 // An expected infinity is a masked answer, for which any of its sign from MASKED on will do.
 template <typename Number>
-double difference_of(const void* found, const std::vector<char>& expected) {
+double difference_of(const void* found, const std::vector<char>& expected, const double size) {
     const size_t count = expected.size() / sizeof(Number);
     double largest = 0, others = 0;
     for (size_t place = 0; place < count; ++place) {
@@ -102,7 +103,8 @@ double difference_of(const void* found, const std::vector<char>& expected) {
         const double wanted = static_cast<double>(other);
         if (std::isinf(wanted) && std::copysign(1.0, wanted) * static_cast<double>(one) >= MASKED) continue;
         ++others;
-        const double difference = std::abs(static_cast<double>(one) - wanted);
+        const double share = std::isfinite(wanted) && std::abs(wanted) > size ? size / std::abs(wanted) : 1;
+        const double difference = std::abs(static_cast<double>(one) - wanted) * share;
         if (!(difference <= largest)) largest = difference;  // a NaN stays
         if (std::isnan(difference)) break;
     }
@@ -110,28 +112,28 @@ double difference_of(const void* found, const std::vector<char>& expected) {
 }
 
 // Infinite where type or shape are others.
-double difference(const Ort::Value& found, const Tensor& expected) {
+double difference(const Ort::Value& found, const Tensor& expected, const double size) {
     const auto info = found.GetTensorTypeAndShapeInfo();
     if (info.GetElementType() != expected.type || info.GetShape() != expected.shape) return HUGE_VAL;
     const void* const data = found.GetTensorRawData();
     switch (expected.type) {
-        case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return difference_of<float>(data, expected.bytes);
-        case ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE: return difference_of<double>(data, expected.bytes);
-        case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64: return difference_of<int64_t>(data, expected.bytes);
-        case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32: return difference_of<int32_t>(data, expected.bytes);
-        case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16: return difference_of<int16_t>(data, expected.bytes);
-        case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8: return difference_of<int8_t>(data, expected.bytes);
-        case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT64: return difference_of<uint64_t>(data, expected.bytes);
-        case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT32: return difference_of<uint32_t>(data, expected.bytes);
-        case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT16: return difference_of<uint16_t>(data, expected.bytes);
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return difference_of<float>(data, expected.bytes, size);
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE: return difference_of<double>(data, expected.bytes, size);
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64: return difference_of<int64_t>(data, expected.bytes, size);
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32: return difference_of<int32_t>(data, expected.bytes, size);
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16: return difference_of<int16_t>(data, expected.bytes, size);
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8: return difference_of<int8_t>(data, expected.bytes, size);
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT64: return difference_of<uint64_t>(data, expected.bytes, size);
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT32: return difference_of<uint32_t>(data, expected.bytes, size);
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT16: return difference_of<uint16_t>(data, expected.bytes, size);
         case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8:
-        case ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL: return difference_of<uint8_t>(data, expected.bytes);
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL: return difference_of<uint8_t>(data, expected.bytes, size);
         default: throw std::runtime_error("outputs of 16-bit floats are not compared here");
     }
 }
 
 // Runs one case and prints how far its outputs are from the golden ones; whether all are within their tolerance.
-bool check(Ort::Session& session, const std::string& name, Case& golden, const json& tolerances) {
+bool check(Ort::Session& session, const std::string& name, Case& golden, const json& allowances) {
     const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
     std::vector<const char*> input_names, output_names;
     std::vector<Ort::Value> inputs;
@@ -146,7 +148,9 @@ bool check(Ort::Session& session, const std::string& name, Case& golden, const j
     bool good = true;
     size_t place = 0;
     for (const auto& [output, expected] : golden.outputs) {
-        const double far = difference(found[place++], expected), allowed = tolerances.at(output).get<double>();
+        const double size = allowances.contains("golden_size") ? allowances["golden_size"].value(output, HUGE_VAL) : HUGE_VAL;
+        const double far = difference(found[place++], expected, size);
+        const double allowed = allowances.at("golden_tolerance").at(output).get<double>();
         const bool within = far <= allowed;
         std::cout << (within ? "ok   golden " : "BAD  golden ") << name << "  " << output << ": difference " << far
                   << " (allowed " << allowed << ")\n";
@@ -183,9 +187,8 @@ int main(int count, char** arguments) try {
     const auto model = folder / (std::filesystem::exists(folder / "model.ort") ? "model.ort" : "model.onnx");  // Android: .ort
     Ort::Session session(environment, model.c_str(), options);
     bool good = true;
-    const json& tolerances = manifest.at("options").at("golden_tolerance");
     auto cases = read_golden(folder / "golden.safetensors");
-    for (auto& [name, golden] : cases) good = check(session, name, golden, tolerances) && good;
+    for (auto& [name, golden] : cases) good = check(session, name, golden, manifest.at("options")) && good;
     std::cout << "verdict: " << (good ? "good" : "NOT GOOD") << "\n";
     return good ? 0 : 1;
 } catch (const std::exception& error) {

@@ -36,7 +36,7 @@ from onnxpress.errors import (
 from onnxpress.exporters import Exported, Found, ParityRow, export, find
 from onnxpress.foreign import open_onnx
 from onnxpress.gate import Gate
-from onnxpress.golden import write_golden
+from onnxpress.golden import Allowed, write_golden
 from onnxpress.graph import Graph
 from onnxpress.graph_files import save
 from onnxpress.machine import describe, peak_memory_bytes
@@ -221,19 +221,20 @@ def _build(
         save(press.graph, writer.folder / "model.onnx")
         stood_in = bench.stands_in(press.graph) and bench.runs(press.graph)
         session = bench.open(press.graph, itself=True) if stood_in else press.session
-        tolerance = write_golden(
+        allowed = write_golden(
             writer.folder / "golden.safetensors",
             session,
             workload.golden(session),
             unrounded=None if press.exact else press.unrounded,
-            masks=gate.masks(half=holds_half(press.graph)),
+            masks_from=gate.mask_sizes(),
+            half=holds_half(press.graph),
         )
         del session, press.unrounded  # float weights once more in memory
         ledger = (
             _export_row(exported, parity_rows, [*parity.notes, *workload.notes, *gate.notes], gate),
             *press.ledger,
         )
-        manifest = _manifest(recipe, facts, exported, press, ledger=ledger, tolerance=tolerance)
+        manifest = _manifest(recipe, facts, exported, press, ledger=ledger, allowed=allowed)
         measured = _measured(exported, gate, press, bench)
         if bench.timed:
             report.step("measure")
@@ -300,9 +301,12 @@ def _manifest(
     press: Press,
     *,
     ledger: tuple[dict[str, Json], ...],
-    tolerance: Mapping[str, float],
+    allowed: Allowed,
 ) -> Manifest:
     how: dict[str, Json] = session_options(facts, press.graph)
+    golden: dict[str, Json] = {"golden_tolerance": allowed.tolerances}
+    if allowed.sizes:
+        golden["golden_size"] = allowed.sizes
     if facts.providers != ("cpu",):
         how["providers"] = list(facts.providers)
     if press.rows_alone:
@@ -312,7 +316,7 @@ def _manifest(
         target=facts.name,
         precision=press.precision,
         signature=press.graph.signature,
-        options={**exported.options, "golden_tolerance": tolerance},
+        options={**exported.options, **golden},
         session=how,
         recipe=recipe.model_dump(mode="json"),
         ledger=ledger,

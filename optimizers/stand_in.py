@@ -11,6 +11,7 @@ a card in its own way, and here not at all. For trials alone: it is slower and l
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import ml_dtypes
@@ -30,11 +31,15 @@ def holds_half(graph: Graph) -> bool:
 
 
 def computes_in_half(graph: Graph) -> bool:
-    """Whether more of a graph's operators answer in half precision than in float32; where types are left out, whether anything is in it."""
-    dtypes = [node.outputs[0].dtype for node in graph.model.graph if node.op_type != "Cast" and node.outputs]
-    if None in dtypes:
-        return holds_half(graph)
-    return sum(dtype in HALVES for dtype in dtypes) > sum(dtype == _FLOAT for dtype in dtypes)
+    """Whether more of a graph's operators compute in half precision than in float32; where types are left out, by their weights."""
+    found = Counter(_computed_in(node) for node in graph.model.graph if node.op_type != "Cast")
+    return sum(found[dtype] for dtype in HALVES) > found[_FLOAT]
+
+
+def _computed_in(node: ir.Node) -> ir.DataType | None:
+    """The first type that is known of the floats that a node answers or reads."""
+    known = (value.dtype for value in (*node.outputs, *node.inputs) if value is not None)
+    return next((dtype for dtype in known if dtype in (_FLOAT, *HALVES)), None)
 
 
 def holds_bfloat16(graph: Graph) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -163,7 +164,8 @@ class GoldenRow:
 
 def verify_golden(artifact: Artifact, session: Runnable) -> list[GoldenRow]:
     """Run the golden inputs and compare. Raises GoldenError naming the output, ArtifactError for a garbled file."""
-    tolerances = artifact.manifest.options.get("golden_tolerance", {})
+    options = artifact.manifest.options
+    tolerances, sizes = options.get("golden_tolerance", {}), options.get("golden_size", {})
     rows = []
     for case, arrays in sorted(golden_cases(artifact).items()):
         found = session.run(arrays["input"])
@@ -175,7 +177,7 @@ def verify_golden(artifact: Artifact, session: Runnable) -> list[GoldenRow]:
             row = GoldenRow(
                 case=case,
                 output=name,
-                difference=golden_difference(found[name], expected),
+                difference=golden_difference(found[name], expected, float(sizes.get(name, math.inf))),
                 tolerance=float(tolerances[name]),
             )
             if not row.difference <= row.tolerance:
@@ -203,11 +205,11 @@ def golden_cases(artifact: Artifact) -> dict[str, dict[str, dict[str, np.ndarray
     return cases
 
 
-def golden_difference(found: np.ndarray, expected: np.ndarray) -> float:
+def golden_difference(found: np.ndarray, expected: np.ndarray, size: float = math.inf) -> float:
     """Largest absolute difference of floats; of other numbers the share that is not equal.
 
-    An expected infinity is a masked answer, for which any of its sign from 500 on will do. Infinite where the shapes differ, NaN where one
-    side has one.
+    size: what is expected to be larger (a mask, -1e9) may differ by as large a share of itself as a number of this size. An expected
+    infinity is a masked answer, for which any of its sign from 500 on will do. Infinite where the shapes differ, NaN where one side has one.
     """
     if found.shape != expected.shape:
         return float("inf")
@@ -215,4 +217,8 @@ def golden_difference(found: np.ndarray, expected: np.ndarray) -> float:
     if not np.issubdtype(expected.dtype, np.floating):
         return float(other.mean()) if other.size else 0.0
     other &= ~(np.isinf(expected) & (found * np.sign(expected) >= _MASKED))
-    return float(np.abs(found[other].astype(np.float64) - expected[other].astype(np.float64)).max(initial=0.0))
+    one, wanted = found[other].astype(np.float64), expected[other].astype(np.float64)
+    difference = np.abs(one - wanted)
+    larger = np.isfinite(wanted) & (np.abs(wanted) > size)
+    difference[larger] *= size / np.abs(wanted[larger])
+    return float(difference.max(initial=0.0))

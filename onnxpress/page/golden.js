@@ -37,13 +37,13 @@ export function goldenCases(content) {
 }
 
 // Rows of {what, found, good} for one case; run takes and gives {name: tensor}.
-export async function checkCase(golden, run, tolerances, makeTensor) {
+export async function checkCase(golden, run, { golden_tolerance: tolerances, golden_size: sizes = {} }, makeTensor) {
   const feeds = {};
   for (const [name, { type, data, shape }] of Object.entries(golden.input)) feeds[name] = makeTensor(type, data, shape);
   const found = await run(feeds);
   const rows = Object.entries(golden.output).map(([name, expected]) => {
     const allowed = tolerances[name] ?? NaN; // nothing is within NaN
-    const far = difference(found[name], expected);
+    const far = difference(found[name], expected, sizes[name] ?? Infinity);
     return {
       what: `golden ${golden.name}`,
       found: `${name}: difference ${far.toPrecision(3)} (allowed ${allowed})`,
@@ -59,9 +59,9 @@ export async function checkCase(golden, run, tolerances, makeTensor) {
 const MASKED = 500;
 
 // The largest of floats; of other numbers the share that is not equal.
-// An expected infinity is a masked answer, for which any of its sign from MASKED on will do.
+// What is expected to be larger than size (a mask, -1e9) may differ by as large a share of itself as a number of this size. An expected infinity is a masked answer, for which any of its sign from MASKED on will do.
 // Infinite where the shapes differ, NaN where either has one.
-function difference(found, expected) {
+function difference(found, expected, size) {
   if (!found || String(found.dims) !== String(expected.shape)) return Infinity;
   let largest = 0;
   let others = 0;
@@ -70,7 +70,9 @@ function difference(found, expected) {
     const infinite = expected.type.startsWith("float") && Math.abs(expected.data[index]) === Infinity;
     if (infinite && found.data[index] * Math.sign(expected.data[index]) >= MASKED) continue;
     others += 1;
-    const here = Math.abs(Number(found.data[index]) - Number(expected.data[index]));
+    const wanted = Math.abs(Number(expected.data[index]));
+    const share = wanted > size && wanted !== Infinity ? size / wanted : 1;
+    const here = Math.abs(Number(found.data[index]) - Number(expected.data[index])) * share;
     if (Number.isNaN(here)) return NaN;
     largest = Math.max(largest, here);
   }

@@ -56,7 +56,7 @@ async function check(add) {
   for (const golden of goldenCases(file("golden.safetensors"))) {
     tell(`Running golden ${golden.name}`);
     await painted();
-    for (const { what, found, good } of await checkCase(golden, run, manifest.options.golden_tolerance, makeTensor)) {
+    for (const { what, found, good } of await checkCase(golden, run, manifest.options, makeTensor)) {
       add(what, found, good);
     }
   }

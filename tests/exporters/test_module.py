@@ -536,9 +536,15 @@ def test_inputs_are_drawn_like_the_example():
     assert set(np.unique(drawn(0, dtype=np.int64, bounds=(0, 3)))) == {0, 1, 2, 3}
     assert drawn(True, dtype=np.bool_).all(), "nothing hides anything"
     assert set(np.unique(drawn_like(np.array([True]), (50,), None, random))) == {False, True}
-    shown = drawn_like(np.ones((2, 6), np.float32), (50, 6), None, random, name="attention_mask")
-    assert set(np.unique(shown)) == {0, 1}
-    assert (shown[:, 0] == 1).all(), "no row is hidden"
+    for shape, dtype in (((6,), np.float32), ((6,), np.int64), ((1, 6), np.float32), ((6, 1), np.float32)):
+        shown = drawn_like(np.ones((2, *shape), dtype), (50, *shape), None, random, name="attention_mask")
+        assert shown.dtype == dtype
+        rows = shown.reshape(50, 6)
+        assert set(rows.sum(1)) == {1, 2, 3, 4, 5, 6}, "no row is hidden, few are whole"
+        assert (np.diff(rows, axis=1) <= 0).all(), "ones, and zeros behind them"
+    assert drawn_like(np.ones(2, np.float32), (50,), None, random, name="mask_scale").min() > 0.4, (
+        "no mask: one number a row"
+    )
 
 
 def test_padding_in_torchs_fast_path_is_no_difference(tmp_path):

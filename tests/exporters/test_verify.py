@@ -102,6 +102,26 @@ def test_a_mask_allows_the_others_nothing(tmp_path):
             ParityCheck(exported).check(changed(place, by))
 
 
+class Distances(torch.nn.Module):
+    """Squared, of few points far from each other: what should be 0 is what adding large numbers leaves."""
+
+    def forward(self, points: torch.Tensor) -> torch.Tensor:
+        squares = (points**2).sum(-1)
+        return squares[:, :, None] + squares[:, None] - 2 * points @ points.transpose(1, 2)
+
+
+def test_few_large_numbers_are_no_masks(tmp_path):
+    torch.manual_seed(0)
+    exported = export(Distances(), example_inputs=100 * torch.randn(1, 3, 3))
+
+    def other(answers, feeds):
+        places = np.arange(3)
+        answers["output_0"][:, places, places] += 0.01
+        return answers
+
+    ParityCheck(exported).check(Altered(OnnxRunner(exported.graph.model, tmp_path), other))
+
+
 def test_another_shape_is_an_error(exported, tmp_path):
     def change(answers, feeds):
         return {name: array[:, :, 1:] for name, array in answers.items()}

@@ -17,7 +17,7 @@ from onnxpress.graph import Graph
 from onnxpress.manifest import Signature, TensorSpec
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext
-from onnxpress.optimizers.stand_in import holds_bfloat16, holds_half, in_float32
+from onnxpress.optimizers.stand_in import computes_in_half, holds_bfloat16, holds_half, in_float32
 from onnxpress.optimizers.targets import target
 
 CONTEXT = PassContext(target=target("cuda"))
@@ -189,6 +189,25 @@ def test_a_stand_in_rounds_each_result_to_bfloat16(tmp_path: Path) -> None:
     found = run(stand_in, x, tmp_path)
     np.testing.assert_allclose(found, expected, rtol=2**-6, atol=0.02)
     assert np.mean(found == expected) > 0.95
+
+
+@pytest.mark.parametrize(("weights", "half"), [("float", False), ("float16", True)])
+def test_where_types_are_left_out_weights_say_what_a_graph_computes_in(weights: str, half: bool) -> None:
+    """Beside a table of float16, as a file of few bytes has it."""
+    text = f"""
+        <ir_version: 11, opset_import: ["" : 23]>
+        agraph (int64[n] x) => ({weights}[n, 2] y)
+        <float16[3, 2] table = {{1, 2, 3, 4, 5, 6}}, {weights}[2, 2] one = {{1, 0, 0, 1}}, {weights}[2, 2] other = {{1, 0, 0, 1}}> {{
+            rows = Gather(table, x)
+            wide = Cast<to = {1 if weights == "float" else 10}>(rows)
+            turned = MatMul(wide, one)
+            y = MatMul(turned, other)
+        }}
+    """
+    model = ir.from_proto(parser.parse_model(text))
+    graph = Graph(model=model, signature=Signature(task="module", inputs=(), outputs=()))
+    assert holds_half(graph)
+    assert computes_in_half(graph) == half
 
 
 def test_a_stand_in_keeps_names_and_gives_float32(tmp_path: Path) -> None:

@@ -169,6 +169,39 @@ def test_masks_hide_nothing(mask: Any) -> None:
         assert kept(mask(scores, hidden).astype(np.float16)) > 0.999
 
 
+@pytest.mark.parametrize("mean", [101_325.0, 1013.25, -40_000.0])
+def test_what_is_added_to_masks_counts_but_for_its_rounding(mean: float) -> None:
+    """Half precision rounds it by as much as it is there."""
+    random = np.random.default_rng(0)
+    there = random.random((40, 6)) < 0.6
+
+    def kept(scores: Any, dtype: Any) -> float:
+        added = [
+            {"y": ((mean + score) * row).astype(dtype).astype(np.float32)}
+            for score, row in zip(scores, there, strict=True)
+        ]
+        return agreement("module", given, added)["variance_kept"]
+
+    scores = random.normal(0, 1e-4 * abs(mean), (40, 6))
+    given = [{"y": ((mean + score) * row).astype(np.float32)} for score, row in zip(scores, there, strict=True)]
+    assert kept(scores * 1.05, np.float32) == pytest.approx(1, abs=5e-3)
+    assert kept(random.normal(0.3, 1e-4 * abs(mean), (40, 6)), np.float32) < 0.2, "others"
+    with np.errstate(over="ignore"):
+        assert kept(scores, np.float16) == 1
+
+
+def test_large_quantities_do_not_hide_small_ones() -> None:
+    """Masks of two sizes, of which one is always there: what is added to it varies as a quantity does."""
+    random = np.random.default_rng(0)
+    scores, hidden = random.normal(0, 3, (40, 6)).astype(np.float32), random.random((40, 6)) < 0.4
+
+    def answers(scores: Any) -> Any:
+        return [{"logits": row} for row in (scores - 1e4 * hidden - np.array([1e9, 0, 0, 0, 0, 0])).astype(np.float32)]
+
+    assert agreement("module", answers(scores), answers(1.01 * scores))["variance_kept"] > 0.99
+    assert agreement("module", answers(scores), answers(random.normal(0, 3, (40, 6))))["variance_kept"] < 0.2
+
+
 @pytest.mark.parametrize("mean", [-40_000.0, 40_000.0, -1e6])
 def test_quantities_that_are_always_large_are_no_masks(mean: float) -> None:
     energies = np.random.default_rng(0).normal(mean, 5, (50, 1)).astype(np.float32)

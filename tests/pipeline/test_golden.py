@@ -29,9 +29,10 @@ def moved(folder: Path, by: float) -> Session:
 
 
 def allowed(folder: Path, unrounded: Session | None) -> float:
-    return write_golden(folder / "golden.safetensors", moved(folder, 0.0), {"one": FEEDS}, unrounded=unrounded)[
-        "embeddings"
-    ]
+    session = moved(folder, 0.0)
+    found = write_golden(folder / "golden.safetensors", session, {"one": FEEDS}, unrounded=unrounded)
+    assert not found.sizes, "nothing is masked"
+    return found.tolerances["embeddings"]
 
 
 def test_the_allowed_difference(tmp_path: Path) -> None:
@@ -48,18 +49,44 @@ def test_a_graph_of_other_inputs_is_not_asked(tmp_path: Path) -> None:
     assert allowed(tmp_path, other) == allowed(tmp_path, moved(tmp_path, 0.001))
 
 
-def test_masks_allow_the_others_nothing(tmp_path: Path) -> None:
-    """They are written as minus infinity."""
+class Masking:
+    """Two scores of a half, and a mask that is the input's."""
 
-    class Masking:
-        signature = SIGNATURE
+    signature = SIGNATURE
 
-        def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
-            return {"logits": np.array([[1.0, 2.0, feeds["fill"]]], np.float32)}
+    def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        return {"logits": np.array([[0.5, -0.5, feeds["fill"]]] * 2, np.float32)}
 
-    cases = {name: {"fill": np.float32(-1e9 - number)} for number, name in enumerate(("one", "two"))}
-    tolerance = write_golden(tmp_path / "golden", Masking(), cases, unrounded=Masking())  # type: ignore[arg-type]
-    assert tolerance == {"logits": 0.1}
+
+@pytest.mark.parametrize("mask", [-1e9, 1e9, -1e4])
+def test_masks_allow_the_others_nothing(mask: float, tmp_path: Path) -> None:
+    cases = {name: {"fill": np.float32(mask + number)} for number, name in enumerate(("one", "two"))}
+    allowed = write_golden(tmp_path / "golden", Masking(), cases, unrounded=Masking())  # type: ignore[arg-type]
+    assert allowed.tolerances == {"logits": 0.025}
+    assert allowed.sizes == {"logits": 0.5}
     written = read_tensors(tmp_path / "golden")["output.one.logits"]
-    np.testing.assert_array_equal(written, [[1, 2, -np.inf]])
-    assert golden_difference(Masking().run(cases["two"])["logits"], written) == 0
+    np.testing.assert_array_equal(written, Masking().run(cases["one"])["logits"])
+    for moved, difference in ((mask + 1, 0.0), (0.96 * mask, 0.02), (0.9 * mask, 0.05), (-mask, 1.0), (0.5, 0.5)):
+        found = golden_difference(Masking().run({"fill": np.float32(moved)})["logits"], written, 0.5)
+        assert found == pytest.approx(difference, abs=1e-4)
+
+
+def test_few_large_numbers_are_no_masks(tmp_path: Path) -> None:
+    """Where answers to many samples have none, what is allowed is a share of the largest."""
+    cases = {"one": {"fill": np.float32(4000)}}
+    masks_from = {"logits": float("inf")}
+    allowed = write_golden(tmp_path / "golden", Masking(), cases, unrounded=None, masks_from=masks_from)  # type: ignore[arg-type]
+    assert allowed.tolerances == {"logits": 4}
+    assert not allowed.sizes
+
+
+@pytest.mark.parametrize(("mask", "found"), [(-1e9, -65504), (-1e9, -np.inf), (1e9, np.inf)])
+def test_of_half_precision_a_mask_past_its_largest_number_is_infinite(
+    mask: float, found: float, tmp_path: Path
+) -> None:
+    cases = {"one": {"fill": np.float32(found)}}
+    masks_from = {"logits": abs(mask) / 2}
+    allowed = write_golden(tmp_path / "golden", Masking(), cases, unrounded=None, masks_from=masks_from, half=True)  # type: ignore[arg-type]
+    written = read_tensors(tmp_path / "golden")["output.one.logits"]
+    np.testing.assert_array_equal(written[:, 2], np.copysign(np.inf, mask))
+    assert allowed.sizes == {"logits": 0.5}
