@@ -129,7 +129,7 @@ def export(
     elif hidden_states:
         raise SourceError(f"hidden_states goes with text-generation; the task {wanted.name} was asked for.")
     else:
-        exporter = export_encoder
+        exporter = partial(export_encoder, emit_experts=not uniform_steps)  # CUDA's operator has not been tried
     result = exporter(
         found.folder,
         wanted,

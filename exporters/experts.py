@@ -69,6 +69,12 @@ class ExpertsForm:
     gate: Gate
 
 
+def has_experts(model: PreTrainedModel) -> bool:
+    """Whether a model has mixtures of experts that go through transformers' experts interface."""
+    chosen = getattr(model.config, "_experts_implementation", None)
+    return chosen is not None and bool(model._can_set_experts_implementation())
+
+
 @contextmanager
 def recorded_experts(model: PreTrainedModel, found: dict[torch.nn.Module, ExpertsForm | None]) -> Iterator[None]:
     """Write into `found`, while this lasts, which form each module has whose experts are called; None where none fits."""
@@ -100,6 +106,18 @@ def emitted_experts(model: PreTrainedModel, forms: Mapping[torch.nn.Module, Expe
         yield
 
 
+def experts_notes(forms: Mapping[torch.nn.Module, ExpertsForm | None]) -> tuple[str, ...]:
+    """What became of a model's mixtures of experts."""
+    as_operator = sum(form is not None for form in forms.values())
+    notes = [f"{as_operator} mixtures of experts as MoE"] if as_operator else []
+    if copied := len(forms) - as_operator:
+        notes.append(
+            f"{copied} mixtures of experts fit no operator here: the weights of every token's experts are copied, which is slow, and they "
+            "stay in floating point"
+        )
+    return tuple(notes)
+
+
 def arrange_experts(model: ir.Model) -> None:
     """Give the emitted operators their weights as (experts, out, in) with gate and up alternating, the one form that CPUs have.
 
@@ -109,6 +127,7 @@ def arrange_experts(model: ir.Model) -> None:
     for node in model.graph:
         if _TRANSPOSED not in node.attributes:
             continue
+        model.graph.opset_imports.setdefault("com.microsoft", 1)
         transposed, interleaved = (bool(node.attributes.pop(name).as_int()) for name in (_TRANSPOSED, _INTERLEAVED))
         gate_up, gate_up_bias, down = node.inputs[2:5]
         assert gate_up is not None
@@ -126,10 +145,10 @@ def arrange_experts(model: ir.Model) -> None:
 @contextmanager
 def _experts_function(model: PreTrainedModel, function: Experts) -> Iterator[None]:
     """Let `function(module, x, index, weights)` compute a model's experts; models without any are left alone."""
-    before = getattr(model.config, "_experts_implementation", None)
-    if before is None or not model._can_set_experts_implementation():
+    if not has_experts(model):
         yield
         return
+    before = model.config._experts_implementation
     ALL_EXPERTS_FUNCTIONS.register(_NAME, function)
     model.set_experts_implementation(_NAME)
     try:

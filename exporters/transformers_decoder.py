@@ -37,7 +37,7 @@ from onnxpress.errors import ConversionError, SourceError
 from onnxpress.exporters.adapter import merge_adapter
 from onnxpress.exporters.conventions import Conventions, learn
 from onnxpress.exporters.decoder_operators import Step, add_cache, decoder_operators
-from onnxpress.exporters.experts import arrange_experts, emitted_experts
+from onnxpress.exporters.experts import arrange_experts, emitted_experts, experts_notes
 from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.recurrences import (
     PAST_STATES,
@@ -354,21 +354,11 @@ def _summary(conventions: Conventions, *, uniform_steps: bool) -> tuple[str, ...
         f"{len(conventions.norms)} SimplifiedLayerNormalization emitted"
     )
     left = len(conventions.rotaries) - fused
-    mixtures = len(conventions.experts)
-    as_operator = 0 if uniform_steps else sum(form is not None for form in conventions.experts.values())
     recurrent = sum(state.kind == "recurrent" for state in conventions.states)
     return (
         sentence,
         *((f"{recurrent} LinearAttention emitted",) if recurrent else ()),
-        *((f"{as_operator} mixtures of experts as MoE",) if as_operator else ()),
-        *(
-            (
-                f"{mixtures - as_operator} mixtures of experts fit no operator here: the weights of every token's experts are copied, "
-                "which is slow, and they stay in floating point",
-            )
-            if mixtures > as_operator
-            else ()
-        ),
+        *experts_notes(dict.fromkeys(conventions.experts) if uniform_steps else conventions.experts),
         *((f"{left} rotary embeddings fit no operator and stay as the model computes them",) if left else ()),
         *(
             (f"positions begin at {conventions.first_position}, and padding tokens inside of a text count",)

@@ -18,6 +18,14 @@ from transformers import PreTrainedModel
 
 from onnxpress.errors import ConversionError, SourceError
 from onnxpress.exporters.attention import fused_attention
+from onnxpress.exporters.experts import (
+    ExpertsForm,
+    arrange_experts,
+    emitted_experts,
+    experts_notes,
+    has_experts,
+    recorded_experts,
+)
 from onnxpress.exporters.pooling import SentencePooling, has_classifier, read_json, read_pooling
 from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.reference import TorchReference
@@ -37,14 +45,18 @@ def export_encoder(
     trust_remote_code: bool,
     max_length: int | None,
     instead: torch.nn.Module | None = None,
+    emit_experts: bool = True,
 ) -> TextExport:
-    """Export the model in a folder, whose config is given, or one `instead` of it. Raises SourceError and ConversionError."""
+    """Export the model in a folder, whose config is given, or one `instead` of it. Raises SourceError and ConversionError.
+
+    emit_experts: mixtures of experts become ONNX Runtime's operator where they can.
+    """
     opened = open_encoder(
         folder, wanted, config, trust_remote_code=trust_remote_code, max_length=max_length, instead=instead
     )
     model, wrapped, names, tokenizer = opened.model, opened.wrapped, opened.names, opened.tokenizer
     axes = {"batch": (1, LARGEST_BATCH), "length": (1, opened.limit)}
-    ir_model, notes = _trace(wrapped, model, names, axes, opened.outputs)
+    ir_model, notes = _trace(wrapped, model, names, axes, opened.outputs, emit_experts=emit_experts)
     signature = Signature(
         task=wanted.name,
         inputs=tuple(_input_spec(name, model.config) for name in names),
@@ -117,27 +129,37 @@ def _trace(
     names: tuple[str, ...],
     axes: Mapping[str, tuple[int, int]],
     outputs: tuple[str, ...],
+    *,
+    emit_experts: bool,
 ) -> tuple[ir.Model, tuple[str, ...]]:
     """The graph with fused attention, or without where that is not possible, and a note that says which."""
+    length = min(7, axes["length"][1])
+    # A tensor of its own for every input: torch.export takes one given twice for one input.
+    example = {name: torch.full((2, length), name != "token_type_ids", dtype=torch.int64) for name in names}
+    experts: dict[torch.nn.Module, ExpertsForm | None] = {}
+    if has_experts(model):
+        with torch.no_grad(), recorded_experts(model, experts):
+            wrapped(*example.values())
+    if not emit_experts:
+        experts = dict.fromkeys(experts)
 
     def traced(attention: Any) -> ir.Model:
-        length = min(7, axes["length"][1])
-        # A tensor of its own for every input: torch.export takes one given twice for one input.
-        example = {name: torch.full((2, length), name != "token_type_ids", dtype=torch.int64) for name in names}
-        with quiet(), attention:
+        with quiet(), attention, emitted_experts(model, experts):
             shapes = dict.fromkeys(names, ("batch", "length"))
             name = type(model).__name__
-            return trace(wrapped, example, shapes=shapes, axes=axes, outputs=outputs, prefix="model.", name=name)[0]
+            result, _ = trace(wrapped, example, shapes=shapes, axes=axes, outputs=outputs, prefix="model.", name=name)
+        arrange_experts(result)
+        return result
 
     try:
         result = traced(fused_attention(model))
         count = sum(node.op_type == "Attention" for node in result.graph)
         if count:
-            return result, (f"attention: fused ({count} Attention operators)",)
+            return result, (f"attention: fused ({count} Attention operators)", *experts_notes(experts))
         reason = f"{type(model).__name__} has no attention that goes through transformers' attention interface."
     except ConversionError as error:
         reason = str(error)
-    return traced(nullcontext()), (f"attention: unfused ({reason})",)
+    return traced(nullcontext()), (f"attention: unfused ({reason})", *experts_notes(experts))
 
 
 def token_inputs(model: PreTrainedModel) -> tuple[str, ...]:

@@ -453,7 +453,7 @@ def _about(recipe: Recipe, workload: Workload, bench: Workbench) -> dict[str, Js
 
 def _minimum(exported: Exported, facts: Target) -> str:
     """The oldest ONNX Runtime that has the operators."""
-    if not _generates(exported):
+    if not _generates(exported) and "com.microsoft::MoE" not in exported.graph.operators():
         return MINIMUM_ONNXRUNTIME
     return _MINIMUM_FOR_UNIFORM_STEPS if facts.uniform_steps else _MINIMUM_FOR_GENERATION
 

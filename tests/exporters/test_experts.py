@@ -11,11 +11,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from tiny_decoders import CONTEXT, make_model, save_decoder, step_on
-from transformers import AutoConfig
+from tiny_decoders import ARCHITECTURES, CONTEXT, make_model, save_byte_tokenizer, save_decoder, step_on
+from tiny_models import OnnxRunner, spread_weights
+from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.integrations.moe import use_experts_implementation
 
-from onnxpress.exporters import DecoderParityCheck, Exported
+from onnxpress.exporters import DecoderParityCheck, Exported, ParityCheck, export
 from onnxpress.exporters.conventions import learn
 from onnxpress.exporters.experts import ExpertsForm, Gate
 from onnxpress.exporters.tasks import TASKS
@@ -184,6 +185,24 @@ def test_what_became_of_the_experts_is_said(activation: str, uniform_steps: bool
     )
     assert [line for line in found.notes if "mixtures" in line and line.startswith(note)]
     assert (MOE in found.graph.operators()) == ("as MoE" in note)
+
+
+@pytest.mark.parametrize(("name", "on_cuda"), [("qwen3-moe", False), ("mixtral", False), ("mixtral", True)])
+def test_a_classifier_of_experts(name: str, on_cuda: bool, tmp_path: Path) -> None:
+    config = ARCHITECTURES[name]()
+    config.num_labels, config.pad_token_id = 3, 0
+    model = AutoModelForSequenceClassification.from_config(config)
+    spread_weights(model)
+    model.save_pretrained(tmp_path)
+    save_byte_tokenizer(tmp_path)
+    before = model.config._experts_implementation
+    found = export(tmp_path, uniform_steps=on_cuda)
+    ParityCheck(found).check(OnnxRunner(found.graph.model, tmp_path))
+    assert found.graph.operators().get(MOE, 0) == (0 if on_cuda else 2)
+    assert [
+        line for line in found.notes if line.startswith(f"2 mixtures of experts {'fit no' if on_cuda else 'as MoE'}")
+    ]
+    assert model.config._experts_implementation == before
 
 
 @pytest.mark.parametrize("precision", [None, "int8-weights", "int4-weights"])
