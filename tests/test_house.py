@@ -57,7 +57,7 @@ ALLOWED = {
     "optimizers": {"numpy", "onnx_ir", "onnx", "onnxscript", "ml_dtypes", "onnxpress.optimizers", "onnxpress.graph", "onnxpress.pruned", *SHARED},
     "exporters": {
         "numpy", "torch", "tokenizers", "transformers", "huggingface_hub", "safetensors", "optimum", "onnx_ir", "onnxscript",
-        "onnxpress.exporters", "onnxpress.graph", "onnxpress.pruned", *SHARED,
+        "onnxpress.exporters", "onnxpress.graph", "onnxpress.pruned", "onnxpress.stopping", *SHARED,
     },
 }  # fmt: skip
 # What changes weights by training runs in torch; nothing else among the optimizers does.
