@@ -87,6 +87,7 @@ def export(
     adapter: str | os.PathLike[str] | None = None,
     hidden_states: bool = False,
     uniform_steps: bool = False,
+    emit_experts: bool = True,
     example_inputs: object = None,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     instead: torch.nn.Module | None = None,
@@ -96,7 +97,8 @@ def export(
     source: a folder, a hub id, "package.module:factory", a torch.nn.Module, or what `find` found of one, with its task. task: e.g. text-classification; told
     from the model where None. max_length: the longest text in tokens. Of language models: adapter, a folder with a LoRA adapter to
     merge; hidden_states, whether the states that the logits come from are a second output; uniform_steps, the form for kernels that
-    take as many new tokens of every row that has a past (CUDA's). For a module: example_inputs, a tuple of
+    take as many new tokens of every row that has a past (CUDA's). Of other text models: emit_experts, whether mixtures of experts become
+    ONNX Runtime's operator, which CPUs have, where they can. For a module: example_inputs, a tuple of
     tensors in the order of forward's parameters or a dict by their names, and dynamic_axes, {input: {axis: name}}
     (without them axis 0 is taken for the batch, and tried). instead: a module of the same call to export in the place of the one
     that the source gives, whose tokenizer, options and example stay: a pruned one (`resized`).
@@ -129,7 +131,7 @@ def export(
     elif hidden_states:
         raise SourceError(f"hidden_states goes with text-generation; the task {wanted.name} was asked for.")
     else:
-        exporter = partial(export_encoder, emit_experts=not uniform_steps)  # CUDA's operator has not been tried
+        exporter = partial(export_encoder, emit_experts=emit_experts)
     result = exporter(
         found.folder,
         wanted,

@@ -392,13 +392,15 @@ def _export(recipe: Recipe, found: Found | None, instead: torch.nn.Module | None
     if found is None:
         samples = recipe.quality.file or recipe.quality.calibration
         return open_onnx(Path(model.source), task=model.task, samples=None if samples is None else Path(samples))
+    facts = find_target(recipe.build.target)
     return export(
         found,
         max_length=model.max_length,
         trust_remote_code=model.trust_remote_code,
         adapter=model.adapter,
         hidden_states=model.hidden_states,
-        uniform_steps=find_target(recipe.build.target).uniform_steps,
+        uniform_steps=facts.uniform_steps,
+        emit_experts=facts.providers == ("cpu",),
         instead=instead,
     )
 

@@ -196,7 +196,7 @@ def test_a_classifier_of_experts(name: str, on_cuda: bool, tmp_path: Path) -> No
     model.save_pretrained(tmp_path)
     save_byte_tokenizer(tmp_path)
     before = model.config._experts_implementation
-    found = export(tmp_path, uniform_steps=on_cuda)
+    found = export(tmp_path, emit_experts=not on_cuda)
     ParityCheck(found).check(OnnxRunner(found.graph.model, tmp_path))
     assert found.graph.operators().get(MOE, 0) == (0 if on_cuda else 2)
     assert [
