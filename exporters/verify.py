@@ -150,7 +150,7 @@ def drawn_like(
     """Random numbers as the example's are, of a shape that differs in its sizes alone.
 
     Where it holds two numbers (a mask): rows of it, so that none hides everything, their last numbers repeated where more are asked for;
-    where it is all 1 and the name says mask: so many ones in each row, and zeros.
+    where it is all 1 and its name ends with mask: some ones in each row and zeros behind them.
     Floats: normal, of its mean and spread; where it repeats numbers those that it has; where all have one sign (logarithms are taken of
     some inputs) between its own, or around it where each row is the same single number. Integers lie within bounds, or the example's;
     where it holds one alone, those of 8 bits are of any size if it can be an image. Booleans of one value: both, where a row is one.
@@ -162,9 +162,10 @@ def drawn_like(
         rows = random.integers(0, len(example), shape[0])
         others = zip(shape[1:], example.shape[1:], strict=True)
         return np.asarray(example[np.ix_(rows, *(np.minimum(np.arange(size), known - 1) for size, known in others))])
-    long = [axis for axis, size in enumerate(shape) if axis and size > 1]
-    if "mask" in name.lower() and long and example.dtype != np.bool_ and (own == 1).all():
-        axis = long[-1]
+    if name.lower().rstrip("s_0123456789").endswith("mask") and example.dtype != np.bool_ and (own == 1).all():
+        axis = max((axis for axis, size in enumerate(shape) if axis and size > 1), default=None)
+        if axis is None:
+            return np.ones(shape, example.dtype)
         lengths = random.integers(1, shape[axis] + 1, [*shape[:axis], *shape[axis + 1 :]])
         return np.moveaxis(np.arange(shape[axis]) < lengths[..., None], -1, axis).astype(example.dtype)
     if example.dtype == np.bool_:

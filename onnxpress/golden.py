@@ -4,7 +4,8 @@ File format: safetensors, keys "input.CASE.NAME" and "output.CASE.NAME". The tol
 kernels: 1e-3 of an output's largest value for float graphs, 5e-2 for quantized ones, where one activation that rounds
 the other way moves an answer by a quantization step, and all behind it; of integers and booleans, the same share may
 differ. A quantized graph may elsewhere be as far from its answers here as these are from those of the graph in float:
-of that size are the roundings that another kernel makes another way. The size of masked numbers (masked.py) would allow the
+of that size are the roundings that another kernel makes another way; but no farther than half of the largest value, which would prove nothing
+(a token that goes to another expert is another token). The size of masked numbers (masked.py) would allow the
 others anything: each may differ by as large a share of itself as the largest other number may. Half precision may not hold them: beyond
 what it holds they are written as the infinity of their sign, which a number of any size passes for.
 """
@@ -24,7 +25,7 @@ from onnxpress.masked import HALF_LARGEST, mask_size
 from onnxpress.runtime.loading import golden_difference
 from onnxpress.runtime.session import Session
 
-_EXACT, _QUANTIZED = 1e-3, 5e-2
+_EXACT, _QUANTIZED, _MOST = 1e-3, 5e-2, 0.5
 _LEAST = 1e-3  # of numbers that are smaller than this, a share would ask for more than float32 has
 _OF_A_MASK = 0.7  # so large a share of a mask is masked as well: scores are added to it, and half precision rounds it
 
@@ -73,7 +74,7 @@ def write_golden(
             tensors[f"output.{case}.{name}"] = answer
             if name in in_float[case] and in_float[case][name].shape == answer.shape:
                 rounding = golden_difference(in_float[case][name], answer, allowed.sizes.get(name, math.inf))
-                tolerance = max(tolerance, rounding if math.isfinite(rounding) else 0.0)
+                tolerance = max(tolerance, min(rounding, _MOST * size) if math.isfinite(rounding) else 0.0)
         allowed.tolerances[name] = float(f"{tolerance:.3g}")
     path.write_bytes(
         save({key: np.asarray(array, order="C") for key, array in tensors.items()})

@@ -87,7 +87,7 @@ def masks_of(answers: Sequence[npt.NDArray[Any]]) -> Masks:
 
 
 def _may_be_masked(answers: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.bool_] | None:
-    """Which numbers could be masks for some samples: not those that are large for all and vary, as quantities do. None where all are small."""
+    """Which numbers could be masks for some samples: not those that are large for all, or nearly, and vary, as quantities do. None where all are small."""
     if all(array.size == 0 or (array.min() > -MASKS_FROM and array.max() < MASKS_FROM) for array in answers):
         return None
     dtype = answers[0].dtype
@@ -96,5 +96,5 @@ def _may_be_masked(answers: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.bool_]
         sizes = np.where(np.isfinite(array), np.abs(array), 0)
         np.minimum(least, sizes, out=least)
         np.maximum(most, sizes, out=most)
-    varies = (least > most / 2) & (least < (1 - 1e-6) * most)
-    return np.asarray(~((most >= MASKS_FROM) & varies))
+    large = (most >= MASKS_FROM) & (least > np.minimum(most / 2, MASKS_FROM))
+    return np.asarray(~(large & (least < (1 - 1e-6) * most)))

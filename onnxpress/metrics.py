@@ -136,7 +136,10 @@ def _held(masks: Array) -> tuple[float, float]:
     finite = masks[np.isfinite(masks)]
     if (np.abs(finite) <= HALF_LARGEST).all() and (finite.astype(np.float16) == finite).all():
         return HALF_LARGEST, _HALF_ROUNDS
-    return 1e100, _FLOAT_ROUNDS
+    with np.errstate(over="ignore"):
+        single = finite.astype(np.float32)
+    bfloat16 = (single == finite) & (single.view(np.uint32) & 0xFFFF == 0)  # the upper half of a float32
+    return 1e100, _HALF_ROUNDS if bfloat16.all() else _FLOAT_ROUNDS
 
 
 def _infinite(array: Array, *, but: Array) -> Array:

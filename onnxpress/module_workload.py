@@ -186,7 +186,9 @@ class ModuleWorkload:
     def _pairs_rows(self) -> bool:
         """Whether an output holds a number for each two rows, as the likeness of texts and images does."""
         batches = set(self._first_axes())
-        return None not in batches and any(batches & set(spec.shape[1:]) for spec in self._signature.outputs)
+        return None not in batches and any(
+            sum(axis in batches for axis in spec.shape) > 1 for spec in self._signature.outputs
+        )
 
     def _first_axes(self) -> list[str | None]:
         """The name of each input's first axis; None where it has none, or one of a fixed size."""
@@ -201,6 +203,11 @@ class ModuleWorkload:
                 f"({', '.join(map(str, shape))}). Leave the labels out: outputs are then compared with the original's."
             )
         classes = shape[1]
+        if classes in self._first_axes():
+            raise RecipeError(
+                f"Labels go with scores of classes; {self._signature.outputs[0].name} has one for each sample of a call. Leave the labels out: "
+                "outputs are then compared with the original's."
+            )
         if labels.min() < 0 or (isinstance(classes, int) and labels.max() >= classes):
             raise RecipeError(
                 f"The labels go from {labels.min()} to {labels.max()}; {self._signature.outputs[0].name} has scores for the classes 0 to "

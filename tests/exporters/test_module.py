@@ -542,9 +542,9 @@ def test_inputs_are_drawn_like_the_example():
         rows = shown.reshape(50, 6)
         assert set(rows.sum(1)) == {1, 2, 3, 4, 5, 6}, "no row is hidden, few are whole"
         assert (np.diff(rows, axis=1) <= 0).all(), "ones, and zeros behind them"
-    assert drawn_like(np.ones(2, np.float32), (50,), None, random, name="mask_scale").min() > 0.4, (
-        "no mask: one number a row"
-    )
+    assert (drawn_like(np.ones((2, 1), np.float32), (50, 1), None, random, name="mask") == 1).all(), "of one place"
+    scale = drawn_like(np.ones((2, 1), np.float32), (50, 1), None, random, name="mask_scale")
+    assert (scale.min() > 0.4, scale.std() > 0.1) == (True, True), "no mask"
 
 
 def test_padding_in_torchs_fast_path_is_no_difference(tmp_path):

@@ -402,6 +402,38 @@ def test_likenesses_are_judged_on_several_rows(axes: Any, tmp_path: Path) -> Non
         )
 
 
+def test_states_by_layer_do_not_pair_rows(tmp_path: Path) -> None:
+    built = onnxpress.build(
+        torch.nn.LSTM(16, 8, batch_first=True),
+        example_inputs=torch.randn(1, 5, 16),
+        out=tmp_path / "out",
+        precision="fp32",
+        **QUICK,
+    )
+    assert built.manifest.signature.outputs[1].shape == (1, "batch", 8)
+    assert "batch-mates" not in str(built.manifest.ledger)
+    assert read_tensors(built.path / "golden.safetensors")["input.first.input"].shape == (1, 5, 16)
+
+
+def test_labels_beside_likenesses(tmp_path: Path) -> None:
+    np.savez(
+        tmp_path / "pairs.npz",
+        texts=np.ones((9, 64), np.float32),
+        images=np.ones((9, 64), np.float32),
+        labels=np.arange(9),
+    )
+    inputs = (torch.randn(2, 64), torch.randn(2, 64))
+    with pytest.raises(RecipeError, match="has one for each sample of a call"):
+        onnxpress.build(
+            Likeness(),
+            example_inputs=inputs,
+            out=tmp_path / "out",
+            file=str(tmp_path / "pairs.npz"),
+            precision="int8",
+            measure=False,
+        )
+
+
 def test_a_network_that_wants_several_rows_is_judged_on_them(tmp_path: Path) -> None:
     torch.manual_seed(0)
     layers = (torch.nn.Linear(64, 64), torch.nn.BatchNorm1d(64, track_running_stats=False), torch.nn.Linear(64, 8))

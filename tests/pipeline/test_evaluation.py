@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import scipy.stats
@@ -188,6 +189,22 @@ def test_what_is_added_to_masks_counts_but_for_its_rounding(mean: float) -> None
     assert kept(random.normal(0.3, 1e-4 * abs(mean), (40, 6)), np.float32) < 0.2, "others"
     with np.errstate(over="ignore"):
         assert kept(scores, np.float16) == 1
+
+
+@pytest.mark.parametrize("mask", [-7e4, -1e6, -1e9])
+def test_bfloat16_rounds_what_is_added_to_masks(mask: float) -> None:
+    random = np.random.default_rng(0)
+    scores, hidden = random.normal(0, 3, (40, 6)), random.random((40, 6)) < 0.4
+    given = [{"logits": row} for row in (scores + mask * hidden).astype(np.float32)]
+    rounded = [{"logits": row} for row in (scores + mask * hidden).astype(ml_dtypes.bfloat16).astype(np.float32)]
+    assert agreement("module", given, rounded)["variance_kept"] > 0.999
+
+
+def test_boxes_do_not_hide_scores() -> None:
+    random = np.random.default_rng(0)
+    given = [{"y": np.append(random.uniform(520, 4000, 4), random.random(2)).astype(np.float32)} for _ in range(50)]
+    other = [{"y": np.append(answer["y"][:4], [0.5, 0.5])} for answer in given]
+    assert agreement("module", given, other)["variance_kept"] < 0.1
 
 
 def test_large_quantities_do_not_hide_small_ones() -> None:

@@ -42,6 +42,7 @@ def test_the_allowed_difference(tmp_path: Path) -> None:
     assert allowed(tmp_path, moved(tmp_path, 0.001)) == pytest.approx(5e-2 * largest, rel=1e-2), "rounded by little"
     assert allowed(tmp_path, moved(tmp_path, 0.3)) == pytest.approx(0.3, rel=1e-2), "rounded by as much"
     assert largest < 3, "so that the last is more than the least"
+    assert allowed(tmp_path, moved(tmp_path, 9.0)) == pytest.approx(largest / 2, rel=1e-2), "which would prove nothing"
 
 
 def test_a_graph_of_other_inputs_is_not_asked(tmp_path: Path) -> None:
