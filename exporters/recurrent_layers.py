@@ -36,14 +36,15 @@ def _set(operator: Any, key: DispatchKey, kernel: Any) -> None:
 
 def _unless_projected(kernel: Any) -> Any:
     def answer(given: torch.Tensor, past: Any, *others: Any) -> Any:
-        """given: (batch, steps, …) or (steps, batch, …). past: one tensor (layers · directions, batch, size), or two of an LSTM."""
+        """given: (batch, steps, …) or (steps, batch, …). past: one tensor (layers · directions, batch, size), or two of an LSTM. others: as
+        torch's operators have them; the last two are bidirectional and batch_first.
+        """
         states = (past,) if isinstance(past, torch.Tensor) else tuple(past)
         if states[0].shape[2] != states[-1].shape[2]:  # an LSTM with projections (proj_size), which ONNX does not have
             return kernel(given, past, *others)
-        directions = (
-            2 if others[5] else 1
-        )  # of (weights, has_biases, num_layers, dropout, train, bidirectional, batch_first)
-        output = given.new_empty((*given.shape[:2], directions * states[0].shape[2]))
+        *_, bidirectional, _ = others
+        size = states[0].shape[2] * (2 if bidirectional else 1)
+        output = given.new_empty((*given.shape[:2], size))
         return output, *(torch.empty_like(state) for state in states)
 
     return answer

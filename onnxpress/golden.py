@@ -76,9 +76,8 @@ def write_golden(
                 rounding = golden_difference(in_float[case][name], answer, allowed.sizes.get(name, math.inf))
                 tolerance = max(tolerance, min(rounding, _MOST * size) if math.isfinite(rounding) else 0.0)
         allowed.tolerances[name] = float(f"{tolerance:.3g}")
-    path.write_bytes(
-        save({key: np.asarray(array, order="C") for key, array in tensors.items()})
-    )  # save_file has errors of its own for a full disk
+    contiguous = {key: np.asarray(array, order="C") for key, array in tensors.items()}
+    path.write_bytes(save(contiguous))  # save_file has errors of its own for a full disk
     return allowed
 
 
