@@ -39,10 +39,10 @@ class QuestionAnswerer(TextRunner):
         one answer and their scores add up; of the windows that find an answer the surest counts.
         """
         check_count(top_k)
-        for index, pair in enumerate(pairs):
-            if not isinstance(pair, tuple | list) or len(pair) != 2:
-                raise InputError(f"Item {index} is not a pair (question, context).")
         check_samples(pairs)
+        for index, pair in enumerate(pairs):
+            if not isinstance(pair, tuple | list):
+                raise InputError(f"Item {index} is not a pair (question, context).")
         stride = min(_STRIDE, self.tokenizer.max_length // 4)
         windows = [self.tokenizer.windows(pair, stride=stride) for pair in pairs]
         answers = iter(self.run_encodings([window for several in windows for window in several]))

@@ -40,9 +40,9 @@ class TokenClassifier(TextRunner):
         """
         if aggregation not in get_args(Aggregation):
             raise InputError(f"aggregation={aggregation!r}; it can be {', '.join(get_args(Aggregation))}.")
+        encodings = self.encode(texts)
         if any(isinstance(text, tuple | list) for text in texts):
             raise InputError("Entities are found in single texts; pairs were given.")
-        encodings = self.encode(texts)
         answers = self.run_encodings(encodings)
         return [
             _spans(self._words(encoding, answer, aggregation), text)

@@ -185,6 +185,7 @@ def test_several_pairs_keep_their_order(tokenizer: Tokenizer) -> None:
         ([(QUESTION, "a dog"), (QUESTION, "")], "Text 1 is empty"),
         ([("", "a dog")], "Text 0 is empty"),
         (["the cat"], "Item 0 is not a pair"),
+        (None, "A NoneType was given where a list"),
         ([(QUESTION, "a dog"), (QUESTION, 3)], "Item 1 is a int"),
         ([("the cat " * 20, "a dog")], "first text has 40 tokens"),
     ],

@@ -185,6 +185,8 @@ def test_token_classification_refuses(tokenizer: Tokenizer) -> None:
         runner.predict(["the cat"], aggregation="simple")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="pairs were given"):
         runner.predict([("the cat", "a dog")])  # type: ignore[list-item]
+    with pytest.raises(InputError, match="A NoneType was given where a list"):
+        runner.predict(None)  # type: ignore[arg-type]
 
 
 def test_fill_mask(tokenizer: Tokenizer, fast: Callable[[], Any]) -> None:
