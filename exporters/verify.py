@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from onnxpress.errors import ParityError, SourceError
 from onnxpress.exporters.exported import Exported
 from onnxpress.manifest import Arrays, Runnable, Signature, TensorSpec
-from onnxpress.masked import mask_size
+from onnxpress.masked import largest_unmasked, mask_size
 
 Array = npt.NDArray[Any]
 
@@ -60,13 +61,11 @@ class ParityCheck:
         self.notes: tuple[str, ...] = ()
         self._signature = signature
         self._answered: list[tuple[Case, Arrays]] = []
-        self._masks: dict[str, float] = {}
         if signature.task != "module":
             cases = text_cases(signature, pad_token_id=exported.options["pad_token_id"])
             self._answered = [(case, reference.run(case.feeds)) for case in cases]
             if signature.axes["length"][1] > LONGEST_CASE:
                 self.notes = (f"lengths over {LONGEST_CASE} were not compared with the original",)
-            self._masks = self._mask_sizes()
             return
         first, *others = module_cases(signature, exported.example)
         self._answered.append((first, reference.run(first.feeds)))
@@ -75,12 +74,12 @@ class ParityCheck:
                 self._answered.append((case, reference.run(case.feeds)))
             except Exception as error:  # whatever a module raises when a shape does not suit it
                 self.notes += (f"the original refuses {case.name} ({type(error).__name__})",)
-        self._masks = self._mask_sizes()
 
-    def _mask_sizes(self) -> dict[str, float]:
-        """From which size on numbers of an output are masks: distances between few points are large too, and each is there twice."""
+    @cached_property
+    def _masks(self) -> dict[str, float]:
+        """From which size on numbers of an output are masks, by all cases."""
         return {
-            name: mask_size([answer[name] for _, answer in self._answered], repeated=3)
+            name: mask_size([answer[name] for _, answer in self._answered])
             for name, first in self._answered[0][1].items()
             if np.issubdtype(first.dtype, np.floating)
         }
@@ -243,7 +242,7 @@ def _compare(case: Case, output: TensorSpec, expected: Array, found: Array, mask
     one[infinite] = other[infinite] = 0
     sizes, half = np.abs(one), expected.dtype == np.float16
     masked = (sizes >= masks) & np.isfinite(one)
-    largest = float(sizes.max(initial=0.0, where=~masked & np.isfinite(one)))
+    largest = largest_unmasked(one, masks)
     difference = np.abs(one - other)
     # What is masked has to be as near by its own size, and hides nothing.
     difference[masked] *= max(_FLOOR, largest) / sizes[masked]

@@ -98,7 +98,7 @@ class Gate:
         if self.workload.task != "module":
             return None
         return {
-            name: mask_size([answer[name] for answer in self._answers], repeated=3)
+            name: mask_size([answer[name] for answer in self._answers])
             for name, first in self._answers[0].items()
             if np.issubdtype(first.dtype, np.floating)
         }

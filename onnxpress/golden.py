@@ -21,13 +21,12 @@ import numpy as np
 from safetensors.numpy import save
 
 from onnxpress.manifest import Arrays
-from onnxpress.masked import HALF_LARGEST, mask_size
+from onnxpress.masked import HALF_LARGEST, OF_A_MASK, largest_unmasked, mask_size
 from onnxpress.runtime.loading import golden_difference
 from onnxpress.runtime.session import Session
 
 _EXACT, _QUANTIZED, _MOST = 1e-3, 5e-2, 0.5
 _LEAST = 1e-3  # of numbers that are smaller than this, a share would ask for more than float32 has
-_OF_A_MASK = 0.7  # so large a share of a mask is masked as well: scores are added to it, and half precision rounds it
 
 
 @dataclass(frozen=True)
@@ -61,15 +60,15 @@ def write_golden(
         outputs = {case: given[name] for case, given in answers.items()}
         size, masks = 1.0, math.inf  # of other numbers than floats the difference is a share
         if np.issubdtype(first.dtype, np.floating):
-            found = mask_size(list(outputs.values()), repeated=3) if masks_from is None else masks_from[name]
-            masks = _OF_A_MASK * min(found, HALF_LARGEST if half and found < math.inf else math.inf)
-            size = max(_LEAST, *(_largest(array, masks) for array in outputs.values()))
+            found = mask_size(list(outputs.values())) if masks_from is None else masks_from[name]
+            masks = OF_A_MASK * min(found, HALF_LARGEST if half and found < math.inf else math.inf)
+            size = max(_LEAST, *(largest_unmasked(array, masks) for array in outputs.values()))
         if masks < math.inf:
             allowed.sizes[name] = size
         tolerance = share * size
         for case, answer in outputs.items():
             if half and masks < math.inf:
-                beyond = np.abs(answer) >= _OF_A_MASK * HALF_LARGEST
+                beyond = np.abs(answer) >= OF_A_MASK * HALF_LARGEST
                 answer = np.where(beyond, np.copysign(answer.dtype.type(np.inf), answer), answer)
             tensors[f"output.{case}.{name}"] = answer
             if name in in_float[case] and in_float[case][name].shape == answer.shape:
@@ -79,9 +78,3 @@ def write_golden(
     contiguous = {key: np.asarray(array, order="C") for key, array in tensors.items()}
     path.write_bytes(save(contiguous))  # save_file has errors of its own for a full disk
     return allowed
-
-
-def _largest(array: np.ndarray, masks: float) -> float:
-    """The largest finite size of what is no mask."""
-    sizes = np.abs(array.astype(np.float64))
-    return float(sizes.max(initial=0.0, where=np.isfinite(sizes) & (sizes < masks)))

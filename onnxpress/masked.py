@@ -12,17 +12,18 @@ import numpy.typing as npt
 
 MASKS_FROM = 512.0
 HALF_LARGEST = 65504.0  # float16's, which larger masks become there
+OF_A_MASK = 0.7  # so large a share of a mask is masked as well: scores are added to it, and half precision rounds it
 _LEAST = math.frexp(MASKS_FROM)[1]
 _OFFSET = 1100  # float64's least exponent is -1073
 _MOST_LEVELS = 16
 _NARROW = 2.0**-8  # a level's width as a share of it: bfloat16 rounds so
 
 
-def mask_size(arrays: Sequence[npt.NDArray[Any]], *, repeated: int = 1) -> float:
+def mask_size(arrays: Sequence[npt.NDArray[Any]], *, repeated: int = 3) -> float:
     """The size from which finite numbers are masks; infinity where none are.
 
     Masks are few numbers, perhaps with scores added to them that are no larger than the unmasked are; between both at least a factor of
-    two is empty. repeated: how often each of the few is there at least, in the mean.
+    two is empty. repeated: how often each of the few is there at least, in the mean; distances between few points are there twice.
     """
     counts = np.zeros(2 * _OFFSET, np.int64)
     for array in arrays:
@@ -38,10 +39,11 @@ def mask_size(arrays: Sequence[npt.NDArray[Any]], *, repeated: int = 1) -> float
     return math.inf
 
 
-def largest_unmasked(array: npt.NDArray[Any]) -> float:
-    """The largest size of what is neither infinite nor a mask; 0 where nothing is."""
+def largest_unmasked(array: npt.NDArray[Any], masks: float | None = None) -> float:
+    """The largest size of what is neither infinite nor a mask; 0 where nothing is. masks: from which size on numbers are; else the array tells."""
     sizes = np.abs(array.astype(np.float64))
-    return float(sizes.max(initial=0.0, where=np.isfinite(sizes) & (sizes < mask_size([sizes]))))
+    masks = mask_size([sizes], repeated=1) if masks is None else masks
+    return float(sizes.max(initial=0.0, where=np.isfinite(sizes) & (sizes < masks)))
 
 
 def _are_levels(arrays: Sequence[npt.NDArray[Any]], size: float, repeated: int) -> bool:
@@ -67,7 +69,7 @@ class Masks:
     places: npt.NDArray[np.bool_] | None
     size: float
 
-    def among(self, answer: npt.NDArray[Any], places: slice = slice(None)) -> npt.NDArray[np.bool_]:
+    def among(self, answer: npt.NDArray[Any], places: slice) -> npt.NDArray[np.bool_]:
         """Which numbers are masks, of a part of an answer, flat along the last axis."""
         if self.places is None:
             return np.zeros(answer.shape, np.bool_)
@@ -81,9 +83,7 @@ class Masks:
 def masks_of(answers: Sequence[npt.NDArray[Any]]) -> Masks:
     """What tells the masks of an output by its answers to many samples, flat, all of one size."""
     possible = _may_be_masked(answers)
-    return Masks(
-        possible, math.inf if possible is None else mask_size([array[possible] for array in answers], repeated=3)
-    )
+    return Masks(possible, math.inf if possible is None else mask_size([array[possible] for array in answers]))
 
 
 def _may_be_masked(answers: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.bool_] | None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxpress.errors import RecipeError
-from onnxpress.masked import HALF_LARGEST, masks_of
+from onnxpress.masked import HALF_LARGEST, OF_A_MASK, masks_of
 
 Array = npt.NDArray[Any]
 Answers = Sequence[Mapping[str, Array]]
@@ -104,7 +104,7 @@ def _variance_kept(reference: list[Array], candidate: list[Array]) -> tuple[floa
         masked = masks.among(ours, part)
         if not np.array_equal(_infinite(ours, but=masked), _infinite(theirs, but=masked), equal_nan=True):
             return 0.0, math.inf
-        if not (np.sign(ours) * theirs >= 0.7 * min(masks.size, HALF_LARGEST))[masked].all():  # less than masked
+        if not (np.sign(ours) * theirs >= OF_A_MASK * min(masks.size, HALF_LARGEST))[masked].all():  # less than masked
             return 0.0, math.inf
         held, rounds = _held(theirs[masked])
         ours, theirs = (
