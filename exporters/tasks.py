@@ -29,11 +29,13 @@ class Task:
     outputs: tuple[str, ...]
     synonyms: tuple[str, ...] = ()
 
-    @property
-    def auto_class(self) -> type:
-        """The transformers class that loads a model with this task's head."""
-        found: type = TasksManager.get_model_class_for_task(self.name, framework="pt")
-        return found
+    def auto_class(self, config: Any) -> Any:
+        """The transformers class that loads a model with this task's head; without one, T5's encoder alone, which AutoModel does not load."""
+        from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoModelForTextEncoding
+
+        if self.name == "feature-extraction" and type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
+            return AutoModelForTextEncoding
+        return TasksManager.get_model_class_for_task(self.name, framework="pt")
 
 
 TASKS: dict[str, Task] = {

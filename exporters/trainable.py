@@ -95,7 +95,7 @@ def load_trainable(folder: Path, head: Head, *, seed: int, max_length: int | Non
     try:
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(seed)
-            model, report = task.auto_class.from_pretrained(  # type: ignore[attr-defined]
+            model, report = task.auto_class(config).from_pretrained(
                 folder,
                 config=config,
                 dtype=torch.float32,

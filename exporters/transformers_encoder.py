@@ -26,6 +26,7 @@ from onnxpress.exporters.experts import (
     has_experts,
     recorded_experts,
 )
+from onnxpress.exporters.last_token import LastOfEachRow
 from onnxpress.exporters.pooling import SentencePooling, has_classifier, read_json, read_pooling
 from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.reference import TorchReference
@@ -56,7 +57,9 @@ def export_encoder(
     )
     model, wrapped, names, tokenizer = opened.model, opened.wrapped, opened.names, opened.tokenizer
     axes = {"batch": (1, LARGEST_BATCH), "length": (1, opened.limit)}
-    ir_model, notes = _trace(wrapped, model, names, axes, opened.outputs, emit_experts=emit_experts)
+    last = LastOfEachRow()
+    with last:
+        ir_model, notes = _trace(wrapped, model, names, axes, opened.outputs, emit_experts=emit_experts)
     signature = Signature(
         task=wanted.name,
         inputs=tuple(_input_spec(name, model.config) for name in names),
@@ -64,6 +67,8 @@ def export_encoder(
         axes=axes,
     )
     options = opened.options
+    if last.found:  # random tokens have to end with it, for the original to answer them
+        options |= {"closing_token_id": model.config.eos_token_id}
     if wanted.name == "feature-extraction":
         options |= {"dim": signature.outputs[0].shape[-1]}
     return TextExport(
@@ -134,6 +139,8 @@ def _trace(
 ) -> tuple[ir.Model, tuple[str, ...]]:
     """The graph with fused attention, or without where that is not possible, and a note that says which."""
     length = min(7, axes["length"][1])
+    # The tracer does not believe that what is one shorter may be 1; texts of 1 and 2 tokens are compared with the original.
+    traced_axes = {**axes, "length": (min(3, length), axes["length"][1])}
     # A tensor of its own for every input: torch.export takes one given twice for one input.
     example = {name: torch.full((2, length), name != "token_type_ids", dtype=torch.int64) for name in names}
     experts: dict[torch.nn.Module, ExpertsForm | None] = {}
@@ -147,7 +154,9 @@ def _trace(
         with quiet(), attention, emitted_experts(model, experts):
             shapes = dict.fromkeys(names, ("batch", "length"))
             name = type(model).__name__
-            result, _ = trace(wrapped, example, shapes=shapes, axes=axes, outputs=outputs, prefix="model.", name=name)
+            result, _ = trace(
+                wrapped, example, shapes=shapes, axes=traced_axes, outputs=outputs, prefix="model.", name=name
+            )
         arrange_experts(result)
         return result
 

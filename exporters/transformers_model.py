@@ -46,8 +46,7 @@ class TextModel(torch.nn.Module):
         self.outputs = task.outputs
         self.pooling = pooling
         # A decoder would return its cache, which nobody asked for.
-        takes_cache = "use_cache" in inspect.signature(model.forward).parameters
-        self.options: dict[str, bool] = {"use_cache": False} if takes_cache else {}
+        self.options: dict[str, bool] = {"use_cache": False} if _takes(model, "use_cache") else {}
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """input_ids, attention_mask and, where the model has them, token_type_ids, in the order of `names`."""
@@ -55,6 +54,13 @@ class TextModel(torch.nn.Module):
         answer = self.model(**named, **self.options, return_dict=True)
         outputs = tuple(answer[name] for name in self.outputs)
         return outputs if self.pooling is None else (self.pooling(outputs[0], named["attention_mask"]),)
+
+
+def _takes(model: PreTrainedModel, option: str) -> bool:
+    """Whether its forward has this parameter, or passes on to the model in it what it does not know."""
+    parameters = inspect.signature(model.forward).parameters
+    passes_on = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    return option in parameters or (passes_on and option in inspect.signature(model.base_model.forward).parameters)
 
 
 def load_config(folder: Path, *, trust_remote_code: bool) -> Any:
@@ -79,7 +85,7 @@ def load_model(folder: Path, task: Task, config: Any, *, trust_remote_code: bool
         config.quantization_config = {**stored, "dequantize": True}
     try:
         with quiet():
-            model, report = task.auto_class.from_pretrained(  # type: ignore[attr-defined]
+            model, report = task.auto_class(config).from_pretrained(
                 folder,
                 config=config,
                 dtype=torch.float32,
@@ -130,7 +136,7 @@ def check_length(folder: Path, task: Task, config: Any, wanted: int | None, *, t
         return
     try:
         with quiet(), torch.device("meta"):
-            model = task.auto_class.from_config(config, trust_remote_code=trust_remote_code)  # type: ignore[attr-defined]
+            model = task.auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     # A config without such a head, code that computes with its weights: said where the model is loaded.
     except Exception:
         return
@@ -161,8 +167,9 @@ def _used(model: PreTrainedModel, task: Task, missing: Any) -> list[str]:
     if not parameters:
         return []
     ids = torch.ones(1, 4, dtype=torch.int64)
+    ids[:, -1] = getattr(model.config, "eos_token_id", None) or 1  # without which some heads refuse a text
     with torch.enable_grad():
-        outputs = TextModel(model, ("input_ids", "attention_mask"), task, None)(ids, ids)
+        outputs = TextModel(model, ("input_ids", "attention_mask"), task, None)(ids, torch.ones_like(ids))
         total = torch.stack([output.sum() for output in outputs]).sum()
         gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     return sorted(name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None)

@@ -62,7 +62,10 @@ class ParityCheck:
         self._signature = signature
         self._answered: list[tuple[Case, Arrays]] = []
         if signature.task != "module":
-            cases = text_cases(signature, pad_token_id=exported.options["pad_token_id"])
+            options = exported.options
+            cases = text_cases(
+                signature, pad_token_id=options["pad_token_id"], closing_token_id=options.get("closing_token_id")
+            )
             self._answered = [(case, reference.run(case.feeds)) for case in cases]
             if signature.axes["length"][1] > LONGEST_CASE:
                 self.notes = (f"lengths over {LONGEST_CASE} were not compared with the original",)
@@ -104,18 +107,19 @@ def allowed_difference(largest: float, *, half: bool = False) -> float:
     return (_RELATIVE_HALF if half else _RELATIVE) * max(_FLOOR, largest)
 
 
-def text_cases(signature: Signature, *, pad_token_id: int) -> list[Case]:
-    """Random tokens: one text and three, of one token, of a middle length and of the longest, padded and not.
+def text_cases(signature: Signature, *, pad_token_id: int, closing_token_id: int | None = None) -> list[Case]:
+    """Random tokens: one text and three, of one token, of two, of a middle length and of the longest, padded and not.
 
     The longest come as one text and as a padded three, or pair where each token is answered with a vocabulary: that
-    would be gigabytes.
+    would be gigabytes. closing_token_id: at the end of each text, and nowhere else.
     """
     longest = min(signature.axes["length"][1], LONGEST_CASE)
     middle = min(64, (longest + 1) // 2)
     shapes = {(batch, length): _SEEDS for batch in (1, 3) for length in (1, middle)}
+    shapes |= {(1, 2): _SEEDS[:1]} if longest > 2 else {}
     shapes |= {(1, longest): _SEEDS[:1], (2 if signature.task == "fill-mask" else 3, longest): _SEEDS[-1:]}
     return [
-        _text_case(signature, batch, length, padded=padded, pad_token_id=pad_token_id, seed=seed)
+        _text_case(signature, batch, length, padded, pad_token_id, closing_token_id, seed)
         for (batch, length), tried in shapes.items()
         for seed, padded in itertools.product(tried, (False, True))
         if not padded or (batch > 1 and length > 1)  # a text alone has no padding
@@ -188,7 +192,9 @@ def drawn_like(
     return np.asarray(drawn).astype(example.dtype)
 
 
-def _text_case(signature: Signature, batch: int, length: int, *, padded: bool, pad_token_id: int, seed: int) -> Case:
+def _text_case(
+    signature: Signature, batch: int, length: int, padded: bool, pad_token_id: int, closing: int | None, seed: int
+) -> Case:
     rng = np.random.default_rng((seed, batch, length))
     lengths = np.full(batch, length)
     if padded:
@@ -202,8 +208,12 @@ def _text_case(signature: Signature, batch: int, length: int, *, padded: bool, p
         tokens = rng.integers(spec.bounds[0], spec.bounds[1] + 1, (batch, length))
         if spec.name == "input_ids":
             # A real token is never the padding token: some models count positions by comparing with it.
-            other = spec.bounds[0] if pad_token_id != spec.bounds[0] else spec.bounds[0] + 1
-            tokens[tokens == pad_token_id] = other
+            apart = [pad_token_id] if closing is None else [pad_token_id, closing]
+            tokens[np.isin(tokens, apart)] = next(
+                token for token in itertools.count(spec.bounds[0]) if token not in apart
+            )
+            if closing is not None:
+                tokens[np.arange(batch), lengths - 1] = closing
             tokens[mask == 0] = pad_token_id
         else:
             tokens[mask == 0] = 0

@@ -21,7 +21,7 @@ from onnxpress import machine
 from onnxpress.artifact import Artifact
 from onnxpress.errors import OutputError, UsageError
 from onnxpress.inspection import say_fallback
-from onnxpress.manifest import Arrays, Json, Manifest, Signature
+from onnxpress.manifest import Arrays, Json, Manifest
 from onnxpress.runtime.generator import MOST_ROWS, Generator
 from onnxpress.runtime.loading import load_artifact
 from onnxpress.runtime.text_runner import TextRunner
@@ -49,8 +49,8 @@ def bench(
     two not for language models. batches, lengths: of the inputs, or of the prompts; None is a choice that suits the task.
     Raises UsageError and InputError.
     """
-    signature = Artifact.open(path).manifest.signature
-    if signature.task == Generator.task:
+    first = Artifact.open(path)
+    if first.manifest.task == Generator.task:
         rows = _time_generators((str(path), *against), batches, lengths, rounds, providers, allow_fallback)
         _write(json_file, rows)
         return 0
@@ -58,11 +58,12 @@ def bench(
         systems: dict[str, System] = {}
         for item in (str(path), *against):
             if item in ("torch", "onnx"):
-                systems[item] = _original(item, Artifact.open(path).manifest, Path(scratch))
+                systems[item] = _original(item, first.manifest, Path(scratch))
             else:
-                label, system = _artifact(Path(item), providers, allow_fallback)
+                artifact = first if item == str(path) else Artifact.open(Path(item))
+                label, system = _artifact(artifact, providers, allow_fallback)
                 systems[label if label not in systems else item] = system
-        rows = _time(systems, signature, batches or _BATCHES, lengths or _LENGTHS, rounds)
+        rows = _time(systems, first.manifest, batches or _BATCHES, lengths or _LENGTHS, rounds)
     _write(json_file, rows)
     return 0
 
@@ -147,12 +148,13 @@ def _tokens_a_second(runner: Generator, prompts: list[list[int]]) -> tuple[float
 
 
 def _time(
-    systems: dict[str, System], signature: Signature, batches: Sequence[int], lengths: Sequence[int], rounds: int
+    systems: dict[str, System], manifest: Manifest, batches: Sequence[int], lengths: Sequence[int], rounds: int
 ) -> list[dict[str, Json]]:
+    closing = manifest.options.get("closing_token_id")
     rows: list[dict[str, Json]] = []
     for batch in batches:
         for length in lengths:
-            feeds = random_tokens(signature, batch, length)
+            feeds = random_tokens(manifest.signature, batch, length, closing_token_id=closing)
             times = alternate({label: partial(system, feeds) for label, system in systems.items()}, rounds=rounds)
             for label, milliseconds in times.items():
                 rows.append({"system": label, "batch": batch, "length": length, "median_ms": round(milliseconds, 3)})
@@ -160,14 +162,13 @@ def _time(
     return rows
 
 
-def _artifact(folder: Path, providers: Sequence[str] | None, allow_fallback: bool) -> tuple[str, System]:
-    artifact = Artifact.open(folder)
+def _artifact(artifact: Artifact, providers: Sequence[str] | None, allow_fallback: bool) -> tuple[str, System]:
     runner = load_artifact(artifact, providers=providers, allow_fallback=allow_fallback)
     say_fallback(runner.session)
     if isinstance(runner, Generator):
-        raise UsageError(f"{folder} is a language model; it can be timed beside other language models only.")
+        raise UsageError(f"{artifact.path} is a language model; it can be timed beside other language models only.")
     if not isinstance(runner, TextRunner):
-        raise UsageError(f"{folder} takes named arrays of any shape; bench times models that read token ids.")
+        raise UsageError(f"{artifact.path} takes named arrays of any shape; bench times models that read token ids.")
     return f"{artifact.manifest.name} {artifact.manifest.precision}", runner.run_rows
 
 

@@ -189,9 +189,10 @@ def _build(
         except OnnxpressError:
             raise
         except Exception as error:  # whatever a module raises
+            inputs = "arrays" if exported.graph.signature.task == "module" else "texts"
             raise RecipeError(
-                f"{exported.name} fails on the inputs that it is to be judged by ({type(error).__name__}: {error}): give arrays that it "
-                "takes with --eval, and with --calibration."
+                f"{exported.name} fails on the {inputs} that it is to be judged by ({type(error).__name__}: {error}): give {inputs} that "
+                "it takes with --eval, and with --calibration."
             ) from error
 
         notes = None if resume is None else Resume(resume, _about(recipe, workload, bench))

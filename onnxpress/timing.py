@@ -35,14 +35,21 @@ def alternate(tasks: Mapping[str, Callable[[], object]], *, rounds: int = 5, sec
     return {name: 1000 * statistics.median(values) for name, values in medians.items()}
 
 
-def random_tokens(signature: Signature, batch: int, length: int) -> Arrays:
-    """Random ids in the inputs' bounds, int64 (batch, length); masks are all ones, token types zeros."""
+def random_tokens(signature: Signature, batch: int, length: int, *, closing_token_id: int | None = None) -> Arrays:
+    """Random ids in the inputs' bounds, int64 (batch, length); masks are all ones, token types zeros.
+
+    closing_token_id: the last of each text, and nowhere else.
+    """
     random = np.random.default_rng(0)
     feeds = {}
     for spec in signature.inputs:
         if spec.name == "input_ids":
             low, high = spec.bounds or (0, 1000)
-            feeds[spec.name] = random.integers(low, high + 1, (batch, length))
+            tokens = random.integers(low, high + 1, (batch, length))
+            if closing_token_id is not None:
+                tokens[tokens == closing_token_id] = low if closing_token_id != low else low + 1
+                tokens[:, -1] = closing_token_id
+            feeds[spec.name] = tokens
         else:
             feeds[spec.name] = np.full((batch, length), 1 if spec.name == "attention_mask" else 0, np.int64)
     return feeds

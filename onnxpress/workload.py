@@ -176,7 +176,8 @@ class TextWorkload:
         """Token ids of a few batches and lengths, no padding, as far as the model's maximum allows."""
         longest = min(int(self._options["max_length"]), self._signature.axes["length"][1])
         shapes = dict.fromkeys((batch, min(length, longest)) for batch, length in _SHAPES)
-        return {shape: random_tokens(self._signature, *shape) for shape in shapes}
+        closing = self._options.get("closing_token_id")
+        return {shape: random_tokens(self._signature, *shape, closing_token_id=closing) for shape in shapes}
 
     def golden(self, runnable: Runnable) -> dict[str, Arrays]:
         """One sample alone, and the next four, of unequal lengths, in a padded batch."""

@@ -53,6 +53,9 @@ CONFIGS: dict[str, Callable[..., Any]] = {
     "nomic-bert": lambda **more: tf.NomicBertConfig(**_BERT, **more),
     "qwen3": lambda **more: tf.Qwen3Config(**_DECODER, **more),
     "gemma2": lambda **more: tf.Gemma2Config(**_DECODER, query_pre_attn_scalar=8, sliding_window=8, **more),
+    "mistral": lambda **more: tf.MistralConfig(**_DECODER, sliding_window=8, **more),
+    "bart": lambda **more: tf.BartConfig(**_BART, **more),
+    "t5": lambda **more: tf.T5Config(**_T5, **more),
     "granite-swa": lambda **more: tf.GraniteSWAConfig(**_DECODER, sliding_window=8, **more),
 }
 _MODERNBERT: dict[str, Any] = {
@@ -67,6 +70,32 @@ _MODERNBERT: dict[str, Any] = {
     "eos_token_id": 3,
     "cls_token_id": 2,
     "sep_token_id": 3,
+}
+_BART: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": MAX_POSITIONS,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "decoder_start_token_id": 3,
+}
+_T5: dict[str, Any] = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": VOCAB,
+    "pad_token_id": 0,
+    "eos_token_id": 3,
+    "decoder_start_token_id": 0,
 }
 _DECODER: dict[str, Any] = {
     **_COMMON,

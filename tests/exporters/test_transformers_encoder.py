@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 import transformers as tf
 from tiny_models import MAX_POSITIONS, VOCAB, OnnxRunner, load_text_model, save_model
 
@@ -21,6 +22,14 @@ HEADS = (
     ("deberta-v2", tf.AutoModelForTokenClassification, "token-classification", {"num_labels": 5}),
     ("electra", tf.AutoModelForQuestionAnswering, "question-answering", {}),
     ("albert", tf.AutoModelForMaskedLM, "fill-mask", {}),
+    # A sliding window of 8, and no parameter to do without a cache.
+    ("mistral", tf.AutoModelForQuestionAnswering, "question-answering", {}),
+    # Encoders with decoders: texts of one token are one shorter in the decoder.
+    ("bart", tf.AutoModelForSequenceClassification, "text-classification", {"num_labels": 3}),
+    ("bart", tf.AutoModelForQuestionAnswering, "question-answering", {"num_labels": 2}),
+    ("bart", tf.AutoModel, "feature-extraction", {}),
+    ("t5", tf.AutoModelForSequenceClassification, "text-classification", {"num_labels": 3}),
+    ("t5", tf.AutoModelForTextEncoding, "feature-extraction", {}),
 )
 
 
@@ -55,6 +64,19 @@ def test_heads(name, auto_class, task, more, tmp_path):
     exported = export(save_model(tmp_path / "model", name, auto_class, **more))
     assert exported.graph.signature.task == task
     _check(exported, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_the_last_end_token_is_read_of_single_texts_and_pairs_in_one_batch(name, tmp_path):
+    folder = save_model(tmp_path / "model", name, tf.AutoModelForSequenceClassification, num_labels=3)
+    runner = OnnxRunner(export(folder).graph.model, tmp_path)
+    model = load_text_model(folder, tf.AutoModelForSequenceClassification)
+    ids = np.array([[20, 3, 3, 21, 3, 0], [22, 23, 3, 0, 0, 0], [24, 3, 25, 3, 0, 0]])  # 3, 1 and 2 end tokens
+    found = runner.run({"input_ids": ids, "attention_mask": (ids != 0).astype(np.int64)})["logits"]
+    for row, tokens, length in zip(found, ids, (5, 3, 4), strict=True):
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor(tokens[None, :length])).logits[0].numpy()
+        np.testing.assert_allclose(row, expected, atol=2e-5)
 
 
 def test_signature_and_options_of_a_classifier(tmp_path):
@@ -140,15 +162,16 @@ def test_maximum_length(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("saved", "task", "heads"),
+    ("name", "saved", "task", "heads"),
     [
-        (tf.AutoModelForMaskedLM, "text-classification", "feature-extraction, fill-mask"),
-        (tf.AutoModel, "question-answering", "feature-extraction"),
-        (tf.AutoModelForSequenceClassification, "fill-mask", "feature-extraction, text-classification"),
+        ("bert", tf.AutoModelForMaskedLM, "text-classification", "feature-extraction, fill-mask"),
+        ("bert", tf.AutoModel, "question-answering", "feature-extraction"),
+        ("bert", tf.AutoModelForSequenceClassification, "fill-mask", "feature-extraction, text-classification"),
+        ("bart", tf.AutoModel, "text-classification", "feature-extraction"),
     ],
 )
-def test_task_without_trained_head_is_refused(saved, task, heads, tmp_path):
-    folder = save_model(tmp_path / "model", "bert", saved)
+def test_task_without_trained_head_is_refused(name, saved, task, heads, tmp_path):
+    folder = save_model(tmp_path / "model", name, saved)
     with pytest.raises(SourceError, match=rf"no trained weights for {task}.*It has heads for {heads}\."):
         export(folder, task=task)
 
@@ -162,5 +185,5 @@ def test_missing_pooler_that_nobody_reads_is_no_reason_to_refuse(tmp_path):
 
 def _check(exported, folder) -> None:
     rows = ParityCheck(exported).check(OnnxRunner(exported.graph.model, folder))
-    assert len(rows) == 13 * len(exported.graph.signature.outputs)
+    assert len(rows) == 14 * len(exported.graph.signature.outputs)
     assert max(row.max_rel for row in rows) < 2e-5

@@ -38,8 +38,9 @@ def test_text_cases_cover_lengths_batches_and_padding():
         task="feature-extraction", inputs=(ids, mask), outputs=(), axes={"batch": (1, 8), "length": (1, 40)}
     )
     cases = text_cases(signature, pad_token_id=1)
-    assert {case.feeds["input_ids"].shape for case in cases} == {(1, 1), (3, 1), (1, 20), (3, 20), (1, 40), (3, 40)}
-    assert len({case.name for case in cases}) == len(cases) == 13
+    shapes = {(1, 1), (3, 1), (1, 2), (1, 20), (3, 20), (1, 40), (3, 40)}
+    assert {case.feeds["input_ids"].shape for case in cases} == shapes
+    assert len({case.name for case in cases}) == len(cases) == 14
     assert any((case.feeds["attention_mask"] == 0).any() for case in cases)
     for case in cases:
         tokens, real = case.feeds["input_ids"], case.feeds["attention_mask"].astype(bool)
@@ -47,6 +48,19 @@ def test_text_cases_cover_lengths_batches_and_padding():
         assert (tokens[~real] == 1).all()
         assert real[:, 0].all()
         assert (np.diff(real.astype(int), axis=1) <= 0).all()  # padding on the right
+
+
+def test_text_cases_close_with_the_token_that_the_original_wants():
+    ids = TensorSpec(name="input_ids", dtype="int64", shape=("batch", "length"), bounds=(0, 9))
+    mask = TensorSpec(name="attention_mask", dtype="int64", shape=("batch", "length"), bounds=(0, 1))
+    axes = {"batch": (1, 8), "length": (1, 40)}
+    signature = Signature(task="text-classification", inputs=(ids, mask), outputs=(), axes=axes)
+    for case in text_cases(signature, pad_token_id=1, closing_token_id=0):
+        tokens, real = case.feeds["input_ids"], case.feeds["attention_mask"].astype(bool)
+        ends = real.sum(axis=1) - 1
+        assert ((tokens == 0).sum(axis=1) == 1).all()
+        assert (tokens[np.arange(len(tokens)), ends] == 0).all()
+        assert (tokens[real] != 1).all()
 
 
 def test_a_small_error_is_named_with_output_case_and_numbers(exported, tmp_path):

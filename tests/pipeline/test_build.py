@@ -18,6 +18,8 @@ import pytest
 import torch
 import transformers as tf
 from tiny_models import add_pooling, load_text_model, save_model
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import onnxpress
 from onnxpress import artifact as artifact_module
@@ -97,6 +99,23 @@ def test_every_task_builds_at_int8_and_loads(auto_class: type, task: str, runner
     assert built.manifest.precision == "int8"
     assert built.manifest.operators["com.microsoft::MatMulIntegerToFloat"] >= 12
     assert isinstance(onnxpress.load(built.path), runner_class)
+
+
+def test_a_classifier_that_reads_the_last_end_token_of_a_text(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "bart", tf.AutoModelForSequenceClassification, num_labels=3)
+    with pytest.raises(RecipeError, match=r"fails on the texts .*at least one <eos> token.*: give texts that it takes"):
+        onnxpress.build(folder, out=tmp_path / "out", precision="fp32", **QUICK)
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(
+        single="$A [SEP]", pair="$A [SEP] [SEP] $B [SEP]", special_tokens=[("[SEP]", 3)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    built = onnxpress.build(folder, out=tmp_path / "out", precision="int8", keep_all=True)  # PyTorch is timed too
+    classifier = onnxpress.load(built.path)
+    texts = ["the cat sat", ("a dog ran", "a red house"), "the mat"]
+    for together, text in zip(classifier.predict(texts), texts, strict=True):
+        assert together["score"] == pytest.approx(classifier.predict([text])[0]["score"], abs=1e-5)
 
 
 def test_the_same_recipe_gives_the_same_bytes(encoder: Path, tmp_path: Path) -> None:
