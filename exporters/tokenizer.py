@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.normalizers import Lowercase, Sequence
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from onnxpress.errors import SourceError
 from onnxpress.exporters.pooling import read_json
@@ -27,13 +27,14 @@ _NO_LIMIT = 10**6  # transformers writes 1e30 for "none"
 class Tokenizer:
     """Files to copy into an artifact (tokenizer.json always among them), and facts.
 
-    max_length is None where the tokenizer sets no limit.
+    max_length is None where the tokenizer sets no limit. token_types: whether a model is told which of two texts a token is of.
     """
 
     files: tuple[Path, ...]
     pad_token_id: int
     mask_token: str | None
     max_length: int | None
+    token_types: bool
     notes: tuple[str, ...] = ()
 
 
@@ -88,8 +89,15 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
         pad_token_id=int(pad if pad is not None else tokenizer.eos_token_id or 0),
         mask_token=tokenizer.mask_token,
         max_length=limit if limit < _NO_LIMIT else None,
+        token_types=_gives_token_types(tokenizer),
         notes=tuple(notes),
     )
+
+
+def _gives_token_types(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """What its class or its file says. transformers 4 took the class for any model to give them, for which it was made; 5 does not."""
+    says_nothing = type(tokenizer) is PreTrainedTokenizerFast and "model_input_names" not in tokenizer.init_kwargs
+    return says_nothing or "token_type_ids" in tokenizer.model_input_names
 
 
 def _wants_lowercase(folder: Path) -> bool:

@@ -181,7 +181,7 @@ def _trainable(
     return Trainable(
         model=model,
         tokenizer=tokenizer,
-        names=token_inputs(model),
+        names=token_inputs(model, tokenizer),
         max_length=longest_input(folder, tokenizer, limit=limit, wanted=max_length),
         pooling=pooling,
     )

@@ -112,7 +112,7 @@ def open_encoder(
     pooling = read_pooling(folder) if loaded.name == "feature-extraction" else None
     tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
     limit = input_limit(model, tokenizer, max_length)
-    names = token_inputs(model)
+    names = token_inputs(model, tokenizer)
     return OpenedEncoder(
         model=model,
         wrapped=TextModel(model, names, loaded, pooling).eval(),
@@ -171,9 +171,9 @@ def _trace(
     return traced(nullcontext()), (f"attention: unfused ({reason})", *experts_notes(experts))
 
 
-def token_inputs(model: PreTrainedModel) -> tuple[str, ...]:
+def token_inputs(model: PreTrainedModel, tokenizer: Tokenizer) -> tuple[str, ...]:
     """The names of a text model's inputs."""
-    takes = "token_type_ids" in inspect.signature(model.forward).parameters
+    takes = tokenizer.token_types and "token_type_ids" in inspect.signature(model.forward).parameters
     types = takes and int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
     return ("input_ids", "attention_mask", *(("token_type_ids",) if types else ()))
 

@@ -1,5 +1,7 @@
 """Text models of many architectures, exported by code that knows none of them, against PyTorch's eager attention."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -110,6 +112,24 @@ def test_signature_and_options_of_a_classifier(tmp_path):
 def test_problem_type(more, kind, tmp_path):
     exported = export(save_model(tmp_path / "model", "bert", tf.AutoModelForSequenceClassification, **more))
     assert exported.options["problem_type"] == kind
+
+
+@pytest.mark.parametrize(
+    ("declared", "inputs"),
+    [
+        (None, ["input_ids", "attention_mask", "token_type_ids"]),  # as transformers 4 took a class that says nothing
+        (["input_ids", "attention_mask"], ["input_ids", "attention_mask"]),
+        (["input_ids", "token_type_ids", "attention_mask"], ["input_ids", "attention_mask", "token_type_ids"]),
+    ],
+)
+def test_token_types_are_an_input_where_the_tokenizer_gives_them(declared, inputs, tmp_path):
+    folder = save_model(tmp_path / "model", "bert")
+    path = folder / "tokenizer_config.json"
+    if declared is not None:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "model_input_names": declared}))
+    exported = export(folder)
+    assert [spec.name for spec in exported.graph.signature.inputs] == inputs
+    _check(exported, tmp_path)
 
 
 def test_options_of_fill_mask_and_shapes_of_question_answering(tmp_path):
