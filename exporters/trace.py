@@ -89,10 +89,20 @@ def _translated(program: ExportedProgram, example: Mapping[str, torch.Tensor], o
         opset_version=OPSET,
         optimize=False,
         verbose=False,
-        custom_translation_table={torch.ops.aten.erfinv.default: _erfinv},
+        custom_translation_table={
+            torch.ops.aten.erfinv.default: _erfinv,
+            torch.ops.aten._is_all_true.default: _is_all_true,
+        },
     )
     assert translated is not None
     return translated.model
+
+
+def _is_all_true(x: Any) -> Any:
+    """What is left of checks of values, which torch does not translate."""
+    from onnxscript import opset18 as op
+
+    return op.Cast(op.ReduceMin(op.Cast(x, to=ir.DataType.INT32), keepdims=0), to=ir.DataType.BOOL)
 
 
 def _erfinv(x: Any) -> Any:

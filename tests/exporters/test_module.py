@@ -427,6 +427,17 @@ def test_an_operator_that_torch_does_not_translate(tmp_path):
     torch.testing.assert_close(torch.from_numpy(answer.reshape(-1)), torch.erfinv(x), rtol=2e-6, atol=0)
 
 
+def test_checks_of_values_are_left_out(tmp_path):
+    class Checked(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch._check_tensor_all(x > -100, lambda: "below -100")
+            return x + 1
+
+    exported = export(Checked(), example_inputs=torch.randn(2, 4))
+    assert exported.graph.operators() == {"Add": 1}
+    ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
+
+
 def test_answers_that_come_as_they_went_in_or_twice(tmp_path):
     """Inputs, parameters and one tensor twice; a key that is an input's name too."""
 
