@@ -58,7 +58,7 @@ def export_encoder(
     model, wrapped, names, tokenizer = opened.model, opened.wrapped, opened.names, opened.tokenizer
     axes = {"batch": (1, LARGEST_BATCH), "length": (1, opened.limit)}
     last = LastOfEachRow()
-    with last:
+    with last if model.config.is_encoder_decoder else nullcontext():
         ir_model, notes = _trace(wrapped, model, names, axes, opened.outputs, emit_experts=emit_experts)
     signature = Signature(
         task=wanted.name,
