@@ -105,6 +105,11 @@ def infer_task(folder: Path, architectures: tuple[str, ...], config: Any = None)
     if config is not None and reads_more_than_text(config):
         return TASKS["text-generation"]
     found = f"was saved as {', '.join(architectures)}" if architectures else "does not say what it was saved as"
+    if config is not None and config.is_encoder_decoder:
+        raise SourceError(
+            f"The model in {folder} {found}. Models that write a text from a text or from sound (translation, summarization, "
+            "transcription) are not exported; what one makes of a text can be, with --task feature-extraction."
+        )
     raise SourceError(
         f"The model in {folder} {found}, from which onnxpress cannot tell the task. Say which it is with --task: "
         f"{', '.join(TASKS)}."

@@ -166,6 +166,8 @@ def test_task_names(tmp_path):
         infer_task(tmp_path, ("PatchTSTForPrediction",))
     with pytest.raises(SourceError, match="does not say what it was saved as"):
         infer_task(tmp_path, ())
+    with pytest.raises(SourceError, match=r"T5ForConditionalGeneration. Models that write a text .* are not exported"):
+        infer_task(tmp_path, ("T5ForConditionalGeneration",), tf.T5Config())
 
 
 def test_model_without_such_a_class(tmp_path):
