@@ -33,7 +33,9 @@ class Task:
         """The transformers class that loads a model with this task's head; without one, T5's encoder alone, which AutoModel does not load."""
         from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoModelForTextEncoding
 
-        if self.name == "feature-extraction" and type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
+        encoder = getattr(MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None), "__name__", "")
+        own = "AutoModel" in (getattr(config, "auto_map", None) or {})
+        if self.name == "feature-extraction" and encoder.endswith("EncoderModel") and not own:
             return AutoModelForTextEncoding
         return TasksManager.get_model_class_for_task(self.name, framework="pt")
 

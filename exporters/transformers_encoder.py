@@ -26,10 +26,10 @@ from onnxpress.exporters.experts import (
     has_experts,
     recorded_experts,
 )
-from onnxpress.exporters.last_token import LastOfEachRow
 from onnxpress.exporters.pooling import SentencePooling, has_classifier, read_json, read_pooling
 from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.reference import TorchReference
+from onnxpress.exporters.row_by_row import RowByRow
 from onnxpress.exporters.tasks import TASKS, Task
 from onnxpress.exporters.tokenizer import Tokenizer, read_tokenizer
 from onnxpress.exporters.trace import LARGEST_BATCH, tensor_spec, trace
@@ -57,8 +57,8 @@ def export_encoder(
     )
     model, wrapped, names, tokenizer = opened.model, opened.wrapped, opened.names, opened.tokenizer
     axes = {"batch": (1, LARGEST_BATCH), "length": (1, opened.limit)}
-    last = LastOfEachRow()
-    with last if model.config.is_encoder_decoder else nullcontext():
+    row_by_row = RowByRow()
+    with row_by_row if model.config.is_encoder_decoder else nullcontext():
         ir_model, notes = _trace(wrapped, model, names, axes, opened.outputs, emit_experts=emit_experts)
     signature = Signature(
         task=wanted.name,
@@ -67,7 +67,7 @@ def export_encoder(
         axes=axes,
     )
     options = opened.options
-    if last.found:  # random tokens have to end with it, for the original to answer them
+    if row_by_row.reads_last_end:  # random tokens have to end with it, for the original to answer them
         options |= {"closing_token_id": model.config.eos_token_id}
     if wanted.name == "feature-extraction":
         options |= {"dim": signature.outputs[0].shape[-1]}

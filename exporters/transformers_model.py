@@ -57,9 +57,10 @@ class TextModel(torch.nn.Module):
 
 
 def _takes(model: PreTrainedModel, option: str) -> bool:
-    """Whether its forward has this parameter, or passes on to the model in it what it does not know."""
+    """Whether its forward has this parameter, or passes on to the model in it what it does not know, as transformers' own do."""
     parameters = inspect.signature(model.forward).parameters
-    passes_on = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    own = type(model).__module__.startswith("transformers.")
+    passes_on = own and any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
     return option in parameters or (passes_on and option in inspect.signature(model.base_model.forward).parameters)
 
 
@@ -167,7 +168,8 @@ def _used(model: PreTrainedModel, task: Task, missing: Any) -> list[str]:
     if not parameters:
         return []
     ids = torch.ones(1, 4, dtype=torch.int64)
-    ids[:, -1] = getattr(model.config, "eos_token_id", None) or 1  # without which some heads refuse a text
+    if model.config.is_encoder_decoder and isinstance(model.config.eos_token_id, int):
+        ids[:, -1] = model.config.eos_token_id  # without which their classifiers refuse a text
     with torch.enable_grad():
         outputs = TextModel(model, ("input_ids", "attention_mask"), task, None)(ids, torch.ones_like(ids))
         total = torch.stack([output.sum() for output in outputs]).sum()

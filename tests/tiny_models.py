@@ -55,6 +55,7 @@ CONFIGS: dict[str, Callable[..., Any]] = {
     "gemma2": lambda **more: tf.Gemma2Config(**_DECODER, query_pre_attn_scalar=8, sliding_window=8, **more),
     "mistral": lambda **more: tf.MistralConfig(**_DECODER, sliding_window=8, **more),
     "bart": lambda **more: tf.BartConfig(**_BART, **more),
+    "mbart": lambda **more: tf.MBartConfig(**_BART, **more),
     "t5": lambda **more: tf.T5Config(**_T5, **more),
     "granite-swa": lambda **more: tf.GraniteSWAConfig(**_DECODER, sliding_window=8, **more),
 }

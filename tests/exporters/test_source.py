@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
-from tiny_models import save_model, save_tokenizer
+from tiny_models import OnnxRunner, load_text_model, save_model, save_tokenizer
 
 from onnxpress.errors import SourceError
 from onnxpress.exporters import export, find
@@ -168,6 +168,29 @@ def test_task_names(tmp_path):
         infer_task(tmp_path, ())
     with pytest.raises(SourceError, match=r"T5ForConditionalGeneration. Models that write a text .* are not exported"):
         infer_task(tmp_path, ("T5ForConditionalGeneration",), tf.T5Config())
+
+
+def test_code_that_a_model_brings_for_an_architecture_of_transformers(tmp_path):
+    folder = save_model(tmp_path / "model", "bert")
+    plain = load_text_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoModel": "custom.Doubled"}, "architectures": ["Doubled"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "custom.py").write_text(
+        "from transformers import BertModel\n"
+        "class Doubled(BertModel):\n"
+        "    def forward(self, input_ids, attention_mask=None, **more):\n"
+        "        answer = super().forward(input_ids, attention_mask=attention_mask)\n"
+        "        answer.last_hidden_state = 2 * answer.last_hidden_state\n"
+        "        return answer\n"
+    )
+    exported = export(folder, task="feature-extraction", trust_remote_code=True)
+    ids = torch.tensor([[5, 6, 7]])
+    feeds = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+    found = OnnxRunner(exported.graph.model, tmp_path).run(feeds)["last_hidden_state"]
+    with torch.no_grad():
+        expected = 2 * plain(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(torch.from_numpy(found), expected, atol=2e-5, rtol=0)
 
 
 def test_model_without_such_a_class(tmp_path):

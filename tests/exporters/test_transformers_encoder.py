@@ -30,6 +30,7 @@ HEADS = (
     ("bart", tf.AutoModelForSequenceClassification, "text-classification", {"num_labels": 3}),
     ("bart", tf.AutoModelForQuestionAnswering, "question-answering", {"num_labels": 2}),
     ("bart", tf.AutoModel, "feature-extraction", {}),
+    ("mbart", tf.AutoModelForQuestionAnswering, "question-answering", {"num_labels": 2}),  # squeezes a batch of one
     ("t5", tf.AutoModelForSequenceClassification, "text-classification", {"num_labels": 3}),
     ("t5", tf.AutoModelForTextEncoding, "feature-extraction", {}),
 )
