@@ -42,11 +42,11 @@ def trace(
     to take off the weights' names. name: the model's, for errors. The weights are not copied: they share the module's
     memory. Returns the graph and the ranges. Raises ConversionError.
     """
-    dynamic = tuple(
-        {index: _dimension(axis, axes) for index, axis in enumerate(shapes[name]) if isinstance(axis, str)}
-        for name in example
-    )
     try:
+        dynamic = tuple(
+            {index: _dimension(axis, axes) for index, axis in enumerate(shapes[name]) if isinstance(axis, str)}
+            for name in example
+        )
         with quiet(), torch.no_grad(), whole_recurrent_layers():
             program = _exported(module, example, dynamic, given=axes is not None)
             ranges = _ranges(program, shapes) if axes is None else axes

@@ -138,9 +138,10 @@ def _trace(
     emit_experts: bool,
 ) -> tuple[ir.Model, tuple[str, ...]]:
     """The graph with fused attention, or without where that is not possible, and a note that says which."""
-    length = min(7, axes["length"][1])
+    longest = axes["length"][1]
+    length = min(7, longest)
     # The tracer does not believe that what is one shorter may be 1; texts of 1 and 2 tokens are compared with the original.
-    traced_axes = {**axes, "length": (min(3, length), axes["length"][1])}
+    traced_axes = {**axes, "length": (3 if longest > 3 else 1, longest)}
     # A tensor of its own for every input: torch.export takes one given twice for one input.
     example = {name: torch.full((2, length), name != "token_type_ids", dtype=torch.int64) for name in names}
     experts: dict[torch.nn.Module, ExpertsForm | None] = {}

@@ -1,5 +1,7 @@
 """The comparison with PyTorch: what it looks at, and that it sees mistakes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,17 @@ def test_text_cases_close_with_the_token_that_the_original_wants():
         assert ((tokens == 0).sum(axis=1) == 1).all()
         assert (tokens[np.arange(len(tokens)), ends] == 0).all()
         assert (tokens[real] != 1).all()
+
+
+def test_an_original_that_refuses_random_tokens(exported):
+    class Refusing:
+        input_names = ("input_ids", "attention_mask", "token_type_ids")
+
+        def run(self, feeds):
+            raise ValueError("not these")
+
+    with pytest.raises(ParityError, match=r"model0 itself refuses random tokens.*ValueError: not these"):
+        ParityCheck(replace(exported, reference=Refusing()))
 
 
 def test_a_small_error_is_named_with_output_case_and_numbers(exported, tmp_path):
