@@ -114,7 +114,13 @@ def read_text(path: Path) -> str:
     """A file's content, whose lines end at \\n alone. Raises RecipeError."""
     try:
         return path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise RecipeError(
+            f"{path} cannot be read as UTF-8 text: line {line} holds the byte 0x{error.object[error.start]:02x} where none like it "
+            "may be. Save the file in UTF-8."
+        ) from None
+    except OSError as error:
         raise RecipeError(f"{path} cannot be read as UTF-8 text: {error}.") from None
 
 
@@ -177,7 +183,10 @@ def _read_rows(path: Path, *, numbered: bool) -> list[_Row]:
         raise RecipeError(f"{path}: the header names the column {twice[0]!r} twice.")
     for line, row in rows[1:]:
         if len(row) != len(header):
-            raise RecipeError(f"{path}, line {line} has {len(row)} columns; the header has {len(header)}.")
+            parted = "tabs" if suffix(path) == ".tsv" else "commas, and a text with a comma stands in quotes"
+            raise RecipeError(
+                f"{path}, line {line} has {len(row)} columns; the header has {len(header)}. Columns are parted by {parted}."
+            )
     return [_Row(line=line, values=dict(zip(header, row, strict=True))) for line, row in rows[1:]]
 
 
