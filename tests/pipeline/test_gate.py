@@ -52,6 +52,25 @@ def test_probabilities_that_collapse_break_the_budget() -> None:
     assert "nats are allowed, whatever the budget)" in collapsed.sentence()
 
 
+def test_a_budget_that_is_less_than_one_sample_is_noted() -> None:
+    class Many(OneAnswer):
+        def __init__(self, count: int) -> None:
+            self.count = count
+
+        def answers(self, runnable: Runnable) -> Answers:
+            return self.count * super().answers(runnable)
+
+    few, enough = (
+        Gate(Many(count), Constant(4.0, -4.0), BUDGETS["text-classification"])  # type: ignore[arg-type]
+        for count in (49, 50)
+    )
+    assert few.notes == (
+        "the budget allows 0.02 of top1_agreement, and one of 49 evaluation samples is 0.0204: not one may get worse. "
+        "More samples would judge finer",
+    )
+    assert enough.notes == ()
+
+
 def test_answers_of_the_original_that_are_no_numbers_are_noted() -> None:
     """A graph that answers so in the same places is as good as the original."""
 
