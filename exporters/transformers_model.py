@@ -105,7 +105,12 @@ def load_model(folder: Path, task: Task, config: Any, *, trust_remote_code: bool
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise SourceError(f"The weights in {folder} are damaged: {name} holds numbers that are not finite.")
-    missing = _used(model, task, report["missing_keys"])
+    try:
+        missing = _used(model, task, report["missing_keys"])
+    except Exception as error:  # whatever a model asks for beside a text
+        raise SourceError(
+            f"The model in {folder} does not answer a text alone ({type(model).__name__}: {_one_line(error)})."
+        ) from error
     if missing:
         raise SourceError(
             f"The model in {folder} has no trained weights for {task.name}: {len(missing)} are missing, the first is "

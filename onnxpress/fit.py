@@ -164,7 +164,9 @@ def fit_samples(
             )
         if len(samples) < given:
             left = given - len(samples)
-            notes.append(f"{left} training texts are evaluation texts too, and are left out of the training")
+            notes.append(
+                f"{left} training texts are evaluation texts too, and long enough to be left out of the training"
+            )
     labels = find_labels(samples, kind, trainable.known_labels(source))
     learned = normalized(samples, labels.kind)
     notes += filter(None, [told(labels) if kind is None else None, None if balanced else imbalance(learned, labels)])

@@ -218,7 +218,7 @@ def seen(judged: Sequence[Sample], learned: Sequence[Sample]) -> str | None:
     texts = {(sample.text, sample.text_pair) for sample in learned}
     both = sum((sample.text, sample.text_pair) in texts for sample in judged)
     return (
-        f"{both} of {len(judged)} evaluation texts, short ones, were learned from too: they prove little"
+        f"{both} of {len(judged)} evaluation texts, of less than {LONG} characters, were learned from too: they prove little"
         if both
         else None
     )

@@ -400,7 +400,7 @@ def test_texts_that_judge_are_not_learned_from(sentence_model: Path, tmp_path: P
     samples, more = labelled_samples(texts, labels), dict[str, Any](frozen_encoder=True, training=TrainingOptions())
     facts = fit_samples(sentence_model, samples[4:], samples[:8], folder=tmp_path / "some", **more)
     assert (facts["training_samples"], facts["evaluation_samples"]) == (12, 8)
-    assert "4 training texts are evaluation texts too, and are left out of the training" in facts["notes"]
+    assert "4 training texts are evaluation texts too, and long enough to be left out of the training" in facts["notes"]
     with pytest.raises(InputError, match="All training texts are evaluation texts too"):
         fit_samples(sentence_model, samples, samples, folder=tmp_path / "all", **more)
     first = [sample for sample in samples if sample.label == samples[0].label]
@@ -413,7 +413,10 @@ def test_texts_that_judge_are_not_learned_from(sentence_model: Path, tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["some"]
     short = labelled_samples([f"cat {index}" for index in range(20)], labels)
     facts = fit_samples(sentence_model, short[:10], short[5:], folder=tmp_path / "short", **more)
-    assert "5 of 15 evaluation texts, short ones, were learned from too: they prove little" in facts["notes"]
+    assert (
+        "5 of 15 evaluation texts, of less than 30 characters, were learned from too: they prove little"
+        in facts["notes"]
+    )
 
 
 def test_arrays_are_taken_for_lists(sentence_model: Path) -> None:
