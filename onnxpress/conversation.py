@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from onnxpress.manifest import Json
 from onnxpress.runtime import Generation, Generator, load
 from onnxpress.runtime.generator import Piece
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _HELP = "/reset forgets the conversation, /undo the last exchange, /exit or Ctrl-D ends; Ctrl-C stops an answer"
 
 
@@ -36,7 +38,7 @@ def generate(runner: Generator, prompts: list[str], *, as_json: bool, **options:
             print(json.dumps([_described(item) for item in generations], ensure_ascii=False, indent=1))
         else:
             for index, item in enumerate(generations):
-                print(f"== {prompts[index // options.get('n', 1)]!r}\n{item.text}")
+                print(f"== {prompts[index // options.get('n', 1)]!r}\n{_visible(item.text)}")
             tokens = sum(len(item.token_ids) for item in generations)
             print(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s", file=sys.stderr)
         return 0
@@ -65,6 +67,9 @@ def chat(runner: Generator, *, system: str | None, **options: Any) -> int:
         if line in ("/reset", "/undo"):
             messages = list(first) if line == "/reset" else messages[: max(len(first), len(messages) - 2)]
             continue
+        if re.fullmatch(r"/[a-z]+", line):
+            print(f"There is no {line}: {_HELP}", file=sys.stderr)
+            continue
         if not line:
             continue
         messages.append({"role": "user", "content": line})
@@ -89,7 +94,7 @@ def _show(pieces: Iterator[Piece], started: float) -> str:
             first = first or time.perf_counter()
             count += 1
             text += piece.text
-            print(piece.text, end="", flush=True)
+            print(_visible(piece.text), end="", flush=True)
             generation = piece.generation
     except KeyboardInterrupt:
         pass
@@ -105,6 +110,11 @@ def _show(pieces: Iterator[Piece], started: float) -> str:
             file=sys.stderr,
         )
     return text
+
+
+def _visible(text: str) -> str:
+    """On a terminal, which does what control characters say, a sign in the place of each but ends of lines and tabs."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if sys.stdout.isatty() else text
 
 
 def _described(generation: Generation) -> Json:

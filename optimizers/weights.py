@@ -143,7 +143,9 @@ class _WeightOnly:
         drop_unused_constants(graph)
         graph.model.graph.opset_imports.setdefault("com.microsoft", 1)
         others = f" and {finer} at {self.kept_bits}" if finer else ""
-        summary = f"{count} linear layers at {self.bits} bits{others}, {tied.tables} embedding tables at {self.table_bits or self.bits}"
+        tables = f"{tied.tables - tied.kept} embedding tables at {self.table_bits or self.bits}"
+        tables += f" and {tied.kept} at {self.kept_bits}" if tied.kept else ""
+        summary = f"{count} linear layers at {self.bits} bits{others}, {tables}"
         kept_as = "in float" if self.kept_bits is None else f"at {self.kept_bits} bits"
         return PassResult(graph=graph, changes=len(touched), notes=(summary, *notes), touched=touched, kept_as=kept_as)
 
@@ -253,9 +255,10 @@ class Weights8Bit:
 
 @dataclass(frozen=True, kw_only=True)
 class TiedTables:
-    """How many tables were quantized, and remarks."""
+    """How many tables were quantized, how many of them to `kept_bits`, and remarks."""
 
     tables: int
+    kept: int
     notes: tuple[str, ...]
 
 
@@ -325,7 +328,8 @@ def quantize_embeddings(
         notes.append(f"{layer.name} shares its weight with an embedding table: stored once")
     if stored:
         graph.model.graph.opset_imports.setdefault("com.microsoft", 1)
-    return TiedTables(tables=len(stored), notes=tuple(notes)), tuple(touched)
+    kept = sum(wanted == kept_bits != bits for *_, wanted in stored.values())
+    return TiedTables(tables=len(stored), kept=kept, notes=tuple(notes)), tuple(touched)
 
 
 def _name_of(value: ir.Value | None) -> str:

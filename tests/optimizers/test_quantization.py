@@ -414,6 +414,7 @@ def test_a_tied_table_that_is_kept_has_eight_bits_for_all_who_read_it(kept: str)
     result = make_pass("int4-weights").apply(graph, PassContext(target=CPU, keep=frozenset({kept})))
     bits = {node.name: node.attributes["bits"].value for node in result.graph.model.graph if "bits" in node.attributes}
     assert bits == {"embed": 8, "output": 8, "first": 4, "second": 4}
+    assert result.notes[0].endswith("0 embedding tables at 4 and 1 at 8")
 
 
 def linear_graph(weight: np.ndarray) -> Graph:

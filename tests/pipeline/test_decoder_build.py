@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import pytest
 from tiny_decoders import CONTEXT, save_decoder
 
 import onnxpress
+from onnxpress import conversation
 from onnxpress.artifact import Artifact
 from onnxpress.cli import main
 from onnxpress.decoder_workload import DecoderWorkload
@@ -24,6 +26,7 @@ from onnxpress.errors import RecipeError, SourceError
 from onnxpress.exporters import Exported, export
 from onnxpress.optimizers.targets import target
 from onnxpress.runtime import Generator
+from onnxpress.runtime.generator import Piece
 
 pytestmark = pytest.mark.newest
 
@@ -116,12 +119,27 @@ def test_generate_on_the_command_line(artifact: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(("terminal", "shown"), [(True, "a\ufffd[2J\n\tb\n"), (False, "a\x1b[2J\n\tb\n")])
+def test_control_characters_do_not_reach_a_terminal(
+    terminal: bool, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Output(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    output = Output()
+    monkeypatch.setattr("sys.stdout", output)
+    assert conversation._show(iter([Piece(index=0, text="a\x1b[2J\n\tb")]), 0.0) == "a\x1b[2J\n\tb"
+    assert output.getvalue() == shown
+
+
 def test_chat_keeps_the_conversation_and_survives_what_is_refused(artifact: Path) -> None:
-    given = "the man\n\nand then?\n/undo\n" + "x" * CONTEXT + "\n/reset\nagain\n/exit\n"
+    given = "the man\n\nand then?\n/undo\n/forget\n" + "x" * CONTEXT + "\n/reset\nagain\n/exit\n"
     done = command("chat", artifact, "--max-new-tokens", 4, given=given)
     assert done.returncode == 1, done.stderr  # a piped message got no answer
     assert done.stderr.count("tokens/s]") == 3
     assert "the model's context is" in done.stderr
+    assert "There is no /forget: /reset forgets" in done.stderr
     knew = [int(part.split(" of them known")[0].split()[-1]) for part in done.stderr.splitlines() if "known" in part]
     assert knew[0] == 0
     assert knew[1] > 5
