@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 class RowByRow(TorchFunctionMode):
     """While it lasts, two operations treat each row of a batch alike.
 
-    hidden[is_end], which classifiers count off as a batch to read the last end token of each text, gives that alone. They refuse batches
-    whose texts have different numbers of end tokens, as single texts and pairs do; a graph refuses nothing, and would mix the texts up.
+    hidden[is_end], which transformers' classifiers count off as a batch to read the last end token of each text, gives that alone. They
+    refuse batches whose texts have different numbers of end tokens, as single texts and pairs do; a graph refuses nothing, and would mix the texts up.
     squeeze() keeps the first axis, which in a batch of one it would take too (mBART's).
 
     reads_last_end: whether there was such a choice.

@@ -33,7 +33,14 @@ from onnxpress.exporters.row_by_row import RowByRow
 from onnxpress.exporters.tasks import TASKS, Task
 from onnxpress.exporters.tokenizer import Tokenizer, read_tokenizer
 from onnxpress.exporters.trace import LARGEST_BATCH, tensor_spec, trace
-from onnxpress.exporters.transformers_model import TextExport, TextModel, input_limit, load_model, longest_input
+from onnxpress.exporters.transformers_model import (
+    TextExport,
+    TextModel,
+    input_limit,
+    is_transformers_own,
+    load_model,
+    longest_input,
+)
 from onnxpress.graph import Graph
 from onnxpress.manifest import Json, Signature, TensorSpec
 
@@ -58,7 +65,7 @@ def export_encoder(
     model, wrapped, names, tokenizer = opened.model, opened.wrapped, opened.names, opened.tokenizer
     axes = {"batch": (1, LARGEST_BATCH), "length": (1, opened.limit)}
     row_by_row = RowByRow()
-    with row_by_row if model.config.is_encoder_decoder else nullcontext():
+    with row_by_row if model.config.is_encoder_decoder and is_transformers_own(model) else nullcontext():
         ir_model, notes = _trace(wrapped, model, names, axes, opened.outputs, emit_experts=emit_experts)
     signature = Signature(
         task=wanted.name,

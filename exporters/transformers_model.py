@@ -56,11 +56,16 @@ class TextModel(torch.nn.Module):
         return outputs if self.pooling is None else (self.pooling(outputs[0], named["attention_mask"]),)
 
 
+def is_transformers_own(model: PreTrainedModel) -> bool:
+    """Whether its code is transformers', and not what a folder brings or a caller wrote."""
+    return type(model).__module__.startswith("transformers.")
+
+
 def _takes(model: PreTrainedModel, option: str) -> bool:
     """Whether its forward has this parameter, or passes on to the model in it what it does not know, as transformers' own do."""
     parameters = inspect.signature(model.forward).parameters
-    own = type(model).__module__.startswith("transformers.")
-    passes_on = own and any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    passes_on = open_ended and is_transformers_own(model)
     return option in parameters or (passes_on and option in inspect.signature(model.base_model.forward).parameters)
 
 
@@ -122,13 +127,13 @@ def load_model(folder: Path, task: Task, config: Any, *, trust_remote_code: bool
 
 def position_limit(model: PreTrainedModel) -> int | None:
     """The longest input that the positions of a model allow; None where they allow any, or there are none (Mamba 2)."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = max(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0, 0)  # XLNet's is -1
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding) and name.endswith("position_embeddings"):
             # A table with a padding row (RoBERTa's and its kin's) counts positions from the row after it.
             first = 0 if module.padding_idx is None else module.padding_idx + 1
             limit = min(limit or module.num_embeddings, module.num_embeddings - first)
-    return int(limit) if limit else None
+    return int(limit) or None
 
 
 def input_limit(model: PreTrainedModel, tokenizer: Tokenizer, wanted: int | None) -> int:

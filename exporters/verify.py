@@ -117,7 +117,7 @@ def text_cases(signature: Signature, *, pad_token_id: int, closing_token_id: int
     """Random tokens: one text and three, of one token, of two, of a middle length and of the longest, padded and not.
 
     The longest come as one text and as a padded three, or pair where each token is answered with a vocabulary: that
-    would be gigabytes. closing_token_id: at the end of each text, and nowhere else.
+    would be gigabytes. closing_token_id: at the end of each text; where none is padded, at its beginning too; and nowhere else.
     """
     longest = min(signature.axes["length"][1], LONGEST_CASE)
     middle = min(64, (longest + 1) // 2)
@@ -220,6 +220,7 @@ def _text_case(
             )
             if closing is not None:
                 tokens[np.arange(batch), lengths - 1] = closing
+                tokens[:, 0] = tokens[:, 0] if padded else closing
             tokens[mask == 0] = pad_token_id
         else:
             tokens[mask == 0] = 0

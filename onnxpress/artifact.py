@@ -139,7 +139,8 @@ class ArtifactWriter:
             self.folder.mkdir()
         except OSError as error:
             raise OutputError(
-                f"The output folder {self.destination} cannot be written: {error.strerror or error}. Choose another --out."
+                f"The output folder {self.destination} cannot be written: {error.strerror or error}"
+                f"{f' ({error.filename})' if error.filename else ''}. Choose another --out."
             ) from None
         return self
 

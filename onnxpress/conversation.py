@@ -76,7 +76,7 @@ def chat(runner: Generator, *, system: str | None, **options: Any) -> int:
         try:
             answer = _show(runner.stream(messages=messages, **options), time.perf_counter())
         except InputError as error:  # too long for the context, or refused by the template: the conversation goes on
-            print(f"onnxpress: {error}", file=sys.stderr)
+            print(f"onnxpress: {error} /undo and /reset go back in the conversation.", file=sys.stderr)
             messages.pop()
             failed = int(not sys.stdin.isatty())
             continue

@@ -21,6 +21,7 @@ from onnxpress.search import search
 from onnxpress.trials import Times, Trials, not_run
 
 TIE = 1.05  # plans count as equally fast up to this share of the fastest one's time: as much is the clock's
+NOTHING = "nothing to change"
 _ALL: frozenset[str] = frozenset()  # nothing stays
 
 
@@ -124,7 +125,7 @@ def choose(plans: Sequence[Plan], *, by_size: bool) -> Plan:
 class Outcome:
     """What became of one candidate: "kept" or "repaired" is the chosen one, "lost" keeps the budget too, "undone" does not.
 
-    plan is None where it cannot be tried at all.
+    plan is None where it cannot be tried at all, or ("unchanged") finds nothing to change.
     """
 
     name: str
@@ -172,7 +173,7 @@ def choose_automatically(
             continue
         with _left_out(name, why_not):
             if trials.measure(_ALL).changes == 0:
-                why_not[name] = "nothing to change"
+                why_not[name] = NOTHING
             else:
                 alone = gate.workload.rows_can_run_alone
                 plans[name] = whole_plan(name, trials, can_run_alone=alone, timed=timed)
@@ -244,7 +245,7 @@ def curve(choice: Choice) -> list[dict[str, Json]]:
 def _outcome(name: str, plan: Plan | None, why_not: str, chosen: Plan, by_size: bool) -> Outcome:
     """Reasons have no times in them, for the manifest does not hang on the clock more than the choice itself does."""
     if plan is None or not plan.holds:
-        return Outcome(name=name, plan=plan, status="undone", reason=why_not)
+        return Outcome(name=name, plan=plan, status="unchanged" if why_not == NOTHING else "undone", reason=why_not)
     if plan is chosen:
         most = "smallest" if by_size else "fastest"
         reason = f"the {most} that keeps the budget: {plan.sentence(named=True)}"

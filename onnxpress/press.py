@@ -20,7 +20,7 @@ from onnxpress.manifest import Json, Runnable
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import Pass, PassContext
 from onnxpress.optimizers.targets import target as find_target
-from onnxpress.plan import Plan, choose_automatically, curve, mixed_plan, proven, whole_plan
+from onnxpress.plan import NOTHING, Plan, choose_automatically, curve, mixed_plan, proven, whole_plan
 from onnxpress.pruning import Smaller
 from onnxpress.recipe import Recipe
 from onnxpress.runtime.cache import KeyValueCache
@@ -110,7 +110,7 @@ class Press:
         result = step.apply(self.graph.clone(), PassContext(target=self._target))
         row = self._row(step.name, result.changes, result.notes)
         if result.changes == 0:
-            self._record(row, status="unchanged", reason="nothing to change")
+            self._record(row, status="unchanged", reason=NOTHING)
             return
         try:
             session = self._bench.open(result.graph)
@@ -135,7 +135,7 @@ class Press:
         whole = trials.measure(frozenset())
         row = self._row(step.name, whole.changes, whole.notes)
         if whole.changes == 0:
-            self._record(row, status="undone", reason="nothing to change")
+            self._record(row, status="unchanged", reason=NOTHING)
             if self._by_name(step):
                 raise BudgetError(
                     f"The pass {step.name} was asked for and finds nothing to change: {'; '.join(whole.notes)}. {self._instead(step)}."

@@ -178,6 +178,10 @@ def _read_rows(path: Path, *, numbered: bool) -> list[_Row]:
     if not rows:
         return []
     header = [name.strip() for name in rows[0][1]]
+    if len(header) == 1 and re.search("[;\t|]", header[0]):
+        raise RecipeError(
+            f"{path} has the header {header[0]!r}: columns of .csv are parted by commas, of .tsv by tabs."
+        )
     twice = [name for name in header if header.count(name) > 1]
     if twice:
         raise RecipeError(f"{path}: the header names the column {twice[0]!r} twice.")

@@ -246,7 +246,10 @@ class _Trainer(Trainer):  # type: ignore[misc]
         if self.own_loss is not None:
             loss, outputs = self.own_loss(model, inputs)
         else:
-            outputs = model(**inputs)
+            try:
+                outputs = model(**inputs)
+            except ValueError as error:  # BART's and T5's, for texts with different numbers of end tokens
+                raise InputError(f"The model refuses a batch of these texts: {error}") from error
             loss = outputs["loss"]
         return (loss, {"logits": outputs["logits"]}) if return_outputs else loss
 

@@ -131,6 +131,7 @@ def test_lines_of_a_label_and_a_text_judge_as_they_teach(tmp_path: Path) -> None
         ("a.jsonl", "\n\n", "fill-mask", "holds no samples"),
         ("a.csv", "body,label\nx,y\n", "text-classification", "no column of texts; it has: body, label.*--column text="),
         ("a.csv", "text,label\nx,y\nz\n", "text-classification", "line 3 has 1 columns; the header has 2.*by commas, and"),
+        ("a.csv", "text;label\nx;y\n", "text-classification", "header 'text;label': columns of .csv are parted by commas"),
         ("a.tsv", "text\tlabel\nx\ty\nz\n", "text-classification", "line 3 has 1 columns; the header has 2.*by tabs"),
         ("a.csv", "text,text\nx,y\n", "text-classification", "names the column 'text' twice"),
         ("a.csv", 'text,label\n"open,y\nz,y\n', "text-classification", "line 3: .*its own quotes doubled"),
