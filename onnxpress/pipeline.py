@@ -29,6 +29,7 @@ from onnxpress.errors import (
     GoldenError,
     InputError,
     OnnxpressError,
+    OutputError,
     ParityError,
     RecipeError,
     SourceError,
@@ -115,7 +116,7 @@ def build(
         module = source
         name = f"python:{type(source).__module__}.{type(source).__qualname__}"
         recipe = with_options(make_recipe({"model": {"source": name}}), options)
-    folder = Path(out) if out is not None else Path("artifacts") / _name(recipe)
+    folder = Path(out) if out is not None else _free_folder(recipe)
     report = terminal.Progress(enabled=not quiet)
     with report:
         given = _Given(module, example_inputs, dynamic_axes)
@@ -346,6 +347,21 @@ def _measured(exported: Exported, gate: Gate, press: Press, bench: Workbench) ->
         "budget": {"metric": gate.budget.metric, "limit": gate.budget.limit_value(gate.reference_value)},
         "note": " ".join(filter(None, [bench.note, _stand_in(press.graph, bench)])),
     }
+
+
+def _free_folder(recipe: Recipe) -> Path:
+    """Where an artifact goes that was given no folder. Raises OutputError where another model's is."""
+    folder, source = Path("artifacts") / _name(recipe), recipe.model.source
+    try:
+        held = str(Artifact.open(folder, verify=False).manifest.recipe["model"]["source"])
+    except (ArtifactError, KeyError):
+        return folder
+    same = Path(held).exists() and Path(source).exists() and Path(held).samefile(source)
+    if held != source and not same:
+        raise OutputError(
+            f"{folder} holds an artifact of {held}, not of {source}: choose --out or another --name, or remove it."
+        )
+    return folder
 
 
 def _name(recipe: Recipe) -> str:

@@ -23,6 +23,7 @@ from tokenizers.processors import TemplateProcessing
 
 import onnxpress
 from onnxpress import artifact as artifact_module
+from onnxpress import pipeline
 from onnxpress.cli import main
 from onnxpress.errors import (
     BudgetError,
@@ -37,6 +38,7 @@ from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.linear import add_constant
 from onnxpress.optimizers.select_early import SelectEarly
+from onnxpress.recipe import recipe_of
 from onnxpress.runtime import Embedder, FillMask, ModuleRunner, QuestionAnswerer, TextClassifier, TokenClassifier
 from onnxpress.runtime.tensor_file import read_tensors
 
@@ -539,6 +541,10 @@ def test_names_of_artifacts(encoder: Path, tmp_path: Path, monkeypatch: pytest.M
     built = onnxpress.build("tiny-v1.5", precision="fp32", **QUICK)
     assert built.manifest.name == "tiny-v1.5"
     assert built.path == tmp_path / "artifacts" / "tiny-v1.5"
+    assert pipeline._free_folder(recipe_of("./tiny-v1.5/", {})) == Path("artifacts/tiny-v1.5")
+    shutil.copytree(encoder, tmp_path / "other" / "tiny-v1.5")
+    with pytest.raises(OutputError, match=r"holds an artifact of tiny-v1\.5, not of other/tiny-v1\.5: choose --out"):
+        onnxpress.build("other/tiny-v1.5", precision="fp32", **QUICK)
     shutil.copytree(encoder, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     assert onnxpress.build(".", precision="fp32", **QUICK).path == tmp_path / "here" / "artifacts" / "here"
