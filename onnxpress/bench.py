@@ -1,7 +1,7 @@
-"""Times artifacts side by side on random token ids: taking turns, medians of several rounds.
+"""Times artifacts side by side: taking turns, medians of several rounds.
 
-Models that answer a text are timed in milliseconds a batch, language models in tokens a second: those of the prompts until every
-answer has begun, then new tokens. Needs only the runtime, but for --against torch and onnx, which take the original from the artifact's recipe.
+Models that answer a text are timed in milliseconds a batch of random token ids, modules on their golden inputs, repeated to a batch;
+language models in tokens a second: those of the prompts until every answer has begun, then new tokens. Needs only the runtime, but for --against torch and onnx, which take the original from the artifact's recipe.
 For comparisons with other tools see the benchmarks folder of the repository.
 """
 
@@ -11,7 +11,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,11 +23,13 @@ from onnxpress.errors import OutputError, UsageError
 from onnxpress.inspection import say_fallback
 from onnxpress.manifest import Arrays, Json, Manifest
 from onnxpress.runtime.generator import MOST_ROWS, Generator
-from onnxpress.runtime.loading import load_artifact
+from onnxpress.runtime.loading import golden_cases, load_artifact
+from onnxpress.runtime.module_runner import ModuleRunner
 from onnxpress.runtime.text_runner import TextRunner
 from onnxpress.timing import alternate, random_tokens
 
 System = Callable[[Arrays], object]
+Case = tuple[dict[str, Json], Arrays]  # sizes to show, and inputs of them
 _BATCHES, _LENGTHS = (1, 32), (32, 128)
 _PROMPT_BATCHES, _PROMPT_LENGTHS, _NEW_TOKENS = (1, 4), (128, 1024), 64
 
@@ -45,8 +47,8 @@ def bench(
 ) -> int:
     """Print a table of medians; returns the exit code.
 
-    against: folders of other artifacts, "torch" (the original in float32), "onnx" (its plain export on ONNX Runtime), the latter
-    two not for language models. batches, lengths: of the inputs, or of the prompts; None is a choice that suits the task.
+    against: folders of other artifacts; of models that answer a text also "torch" (the original in float32) and "onnx" (its plain
+    export on ONNX Runtime). batches, lengths: of the inputs, or of the prompts; None is a choice that suits the task.
     Raises UsageError and InputError.
     """
     first = Artifact.open(path)
@@ -54,6 +56,9 @@ def bench(
         rows = _time_generators((str(path), *against), batches, lengths, rounds, providers, allow_fallback)
         _write(json_file, rows)
         return 0
+    of_arrays = first.manifest.task == ModuleRunner.task
+    if of_arrays and lengths is not None:
+        raise UsageError(f"{path} takes named arrays, which have no --length.")
     with tempfile.TemporaryDirectory(prefix="onnxpress-bench-") as scratch:
         systems: dict[str, System] = {}
         for item in (str(path), *against):
@@ -63,7 +68,8 @@ def bench(
                 artifact = first if item == str(path) else Artifact.open(Path(item))
                 label, system = _artifact(artifact, providers, allow_fallback)
                 systems[label if label not in systems else item] = system
-        rows = _time(systems, first.manifest, batches or _BATCHES, lengths or _LENGTHS, rounds)
+        cases = _module_cases(first, batches) if of_arrays else _text_cases(first, batches, lengths)
+        rows = _time(systems, cases, rounds)
     _write(json_file, rows)
     return 0
 
@@ -147,18 +153,41 @@ def _tokens_a_second(runner: Generator, prompts: list[list[int]]) -> tuple[float
     return sum(map(len, prompts)) / (first - start), tokens / (time.perf_counter() - first)
 
 
-def _time(
-    systems: dict[str, System], manifest: Manifest, batches: Sequence[int], lengths: Sequence[int], rounds: int
-) -> list[dict[str, Json]]:
+def _text_cases(artifact: Artifact, batches: Sequence[int] | None, lengths: Sequence[int] | None) -> Iterator[Case]:
+    manifest = artifact.manifest
     closing = manifest.options.get("closing_token_id")
-    rows: list[dict[str, Json]] = []
-    for batch in batches:
-        for length in lengths:
+    for batch in batches or _BATCHES:
+        for length in lengths or _LENGTHS:
             feeds = random_tokens(manifest.signature, batch, length, closing_token_id=closing)
-            times = alternate({label: partial(system, feeds) for label, system in systems.items()}, rounds=rounds)
-            for label, milliseconds in times.items():
-                rows.append({"system": label, "batch": batch, "length": length, "median_ms": round(milliseconds, 3)})
-                print(f"{label:40} batch {batch:4} length {length:5} {milliseconds:10.2f} ms", flush=True)
+            yield {"batch": batch, "length": length}, feeds
+
+
+def _module_cases(artifact: Artifact, batches: Sequence[int] | None) -> Iterator[Case]:
+    """Golden inputs, repeated along the first axis where that may have any size."""
+    inputs = artifact.manifest.signature.inputs
+    golden = next(iter(golden_cases(artifact).values()))["input"]
+    axis = next((spec.shape[0] for spec in inputs if spec.shape), None)
+    if not isinstance(axis, str):
+        if batches is not None:
+            raise UsageError(f"{artifact.path} takes arrays of one size: leave --batch out.")
+        yield {}, golden
+        return
+    for batch in batches or _BATCHES:
+        repeated = {
+            spec.name: np.resize(array, (batch, *array.shape[1:])) if spec.shape[:1] == (axis,) else array
+            for spec, array in ((spec, golden[spec.name]) for spec in inputs)
+        }
+        yield {"batch": batch}, repeated
+
+
+def _time(systems: dict[str, System], cases: Iterable[Case], rounds: int) -> list[dict[str, Json]]:
+    rows: list[dict[str, Json]] = []
+    for sizes, feeds in cases:
+        times = alternate({label: partial(system, feeds) for label, system in systems.items()}, rounds=rounds)
+        for label, milliseconds in times.items():
+            rows.append({"system": label, **sizes, "median_ms": round(milliseconds, 3)})
+            shown = " ".join(f"{name} {size:5}" for name, size in sizes.items())
+            print(f"{label:40} {shown} {milliseconds:10.2f} ms", flush=True)
     return rows
 
 
@@ -167,9 +196,8 @@ def _artifact(artifact: Artifact, providers: Sequence[str] | None, allow_fallbac
     say_fallback(runner.session)
     if isinstance(runner, Generator):
         raise UsageError(f"{artifact.path} is a language model; it can be timed beside other language models only.")
-    if not isinstance(runner, TextRunner):
-        raise UsageError(f"{artifact.path} takes named arrays of any shape; bench times models that read token ids.")
-    return f"{artifact.manifest.name} {artifact.manifest.precision}", runner.run_rows
+    run = runner.run_rows if isinstance(runner, TextRunner) else runner.run
+    return f"{artifact.manifest.name} {artifact.manifest.precision}", run
 
 
 def _original(kind: str, manifest: Manifest, scratch: Path) -> System:
@@ -179,7 +207,9 @@ def _original(kind: str, manifest: Manifest, scratch: Path) -> System:
     from onnxpress.runtime.session import Session
 
     model = manifest.recipe["model"]
-    if is_factory(str(model["source"])):
+    if kind == "onnx" and model["source"].endswith(".onnx"):
+        return Session(model["source"]).run
+    if is_factory(model["source"]) or manifest.task == ModuleRunner.task:
         raise UsageError(
             f"The original of {manifest.name} is made by {model['source']}, and no function is called because an artifact names it: "
             f"build it with --precision fp32, and give --against that artifact."

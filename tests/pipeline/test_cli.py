@@ -175,7 +175,10 @@ def test_a_module_is_no_matter_of_text(tmp_path: Path) -> None:
     signature = dataclasses.replace(SIGNATURE, task="module")
     path = save_artifact(tmp_path / "module", signature=signature).path
     refused(onnxpress("run", path, "--text", "the cat"), "takes named arrays, not text")
-    refused(onnxpress("bench", path), "takes named arrays of any shape")
+    refused(onnxpress("bench", path, "--length", 4), "takes named arrays, which have no --length")
+    done = onnxpress("bench", path, "--batch", "1,5", "--rounds", 1)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split()[2:4] for line in done.stdout.splitlines()] == [["batch", "1"], ["batch", "5"]]
     assert onnxpress("verify", path).returncode == 0
 
 
