@@ -26,7 +26,7 @@ from onnxpress.runtime.generator import MOST_ROWS, Generator
 from onnxpress.runtime.loading import golden_cases, load_artifact
 from onnxpress.runtime.module_runner import ModuleRunner
 from onnxpress.runtime.text_runner import TextRunner
-from onnxpress.timing import alternate, random_tokens
+from onnxpress.timing import random_tokens, rounds_of
 
 System = Callable[[Arrays], object]
 Case = tuple[dict[str, Json], Arrays]  # sizes to show, and inputs of them
@@ -45,7 +45,7 @@ def bench(
     providers: Sequence[str] | None,
     allow_fallback: bool,
 ) -> int:
-    """Print a table of medians; returns the exit code.
+    """Print a table of medians, each with its fastest and slowest round; returns the exit code.
 
     against: folders of other artifacts; of models that answer a text also "torch" (the original in float32) and "onnx" (its plain
     export on ONNX Runtime). batches, lengths: of the inputs, or of the prompts; None is a choice that suits the task.
@@ -128,10 +128,14 @@ def _time_generators(
                     if number:  # the first is not counted
                         speeds[label].append(speed)
             for label, found in speeds.items():
-                prompt, new = (round(statistics.median(values), 2) for values in zip(*found, strict=True))
-                rows.append({"system": label, "batch": batch, "length": length, "prompt": prompt, "new": new})
+                (prompt, prompts_of), (new, news_of) = map(_median_and_rounds, zip(*found, strict=True))
+                rows.append({
+                    "system": label, "batch": batch, "length": length,
+                    "prompt": prompt, "new": new, "prompt_rounds": prompts_of, "new_rounds": news_of,
+                })  # fmt: skip
                 print(
-                    f"{label:40} batch {batch:4} length {length:5} {prompt:10.1f} prompt tokens/s {new:10.1f} new tokens/s",
+                    f"{label:40} batch {batch:4} length {length:5} {prompt:10.1f} prompt tokens/s {_spread(prompts_of)} "
+                    f"{new:10.1f} new tokens/s {_spread(news_of)}",
                     flush=True,
                 )
     return rows
@@ -183,12 +187,21 @@ def _module_cases(artifact: Artifact, batches: Sequence[int] | None) -> Iterator
 def _time(systems: dict[str, System], cases: Iterable[Case], rounds: int) -> list[dict[str, Json]]:
     rows: list[dict[str, Json]] = []
     for sizes, feeds in cases:
-        times = alternate({label: partial(system, feeds) for label, system in systems.items()}, rounds=rounds)
-        for label, milliseconds in times.items():
-            rows.append({"system": label, **sizes, "median_ms": round(milliseconds, 3)})
+        times = rounds_of({label: partial(system, feeds) for label, system in systems.items()}, rounds=rounds)
+        for label, found in times.items():
+            median, of_rounds = _median_and_rounds(found)
+            rows.append({"system": label, **sizes, "median_ms": median, "rounds_ms": of_rounds})
             shown = " ".join(f"{name} {size:5}" for name, size in sizes.items())
-            print(f"{label:40} {shown} {milliseconds:10.2f} ms", flush=True)
+            print(f"{label:40} {shown} {median:10.2f} ms {_spread(of_rounds)}", flush=True)
     return rows
+
+
+def _median_and_rounds(found: Sequence[float]) -> tuple[float, list[float]]:
+    return round(statistics.median(found), 3), [round(value, 3) for value in found]
+
+
+def _spread(of_rounds: Sequence[float]) -> str:
+    return f"({min(of_rounds):.4g}–{max(of_rounds):.4g})"
 
 
 def _artifact(artifact: Artifact, providers: Sequence[str] | None, allow_fallback: bool) -> tuple[str, System]:

@@ -14,11 +14,18 @@ _PAUSE = 0.1  # seconds in which the threads of the task before, which spin for 
 
 
 def alternate(tasks: Mapping[str, Callable[[], object]], *, rounds: int = 5, seconds: float = 0.05) -> dict[str, float]:
-    """Median milliseconds of each task.
+    """Median milliseconds of each task: the median of `rounds_of` it."""
+    found = rounds_of(tasks, rounds=rounds, seconds=seconds)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def rounds_of(
+    tasks: Mapping[str, Callable[[], object]], *, rounds: int = 5, seconds: float = 0.05
+) -> dict[str, list[float]]:
+    """Milliseconds of each task in each round, of which each is a median.
 
     The tasks take turns, with a pause between them; in each of `rounds` rounds a task runs for about `seconds` and at
     least once, after one call that is not counted. Calls that take as long as that by themselves need none but the first.
-    A round's figure is its median; the result is the median of the rounds.
     """
     medians: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(rounds):
@@ -32,7 +39,7 @@ def alternate(tasks: Mapping[str, Callable[[], object]], *, rounds: int = 5, sec
                 task()
                 durations.append(time.perf_counter() - start)
             medians[name].append(statistics.median(durations))
-    return {name: 1000 * statistics.median(values) for name, values in medians.items()}
+    return {name: [1000 * value for value in values] for name, values in medians.items()}
 
 
 def random_tokens(signature: Signature, batch: int, length: int, *, closing_token_id: int | None = None) -> Arrays:

@@ -234,7 +234,7 @@ def test_bench(artifact: Path, tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) == 2
     rows = json.loads((tmp_path / "times.json").read_text())["rows"]
     assert [(row["batch"], row["length"]) for row in rows] == [(1, 4), (2, 4)]
-    assert all(row["median_ms"] > 0 for row in rows)
+    assert all(row["rounds_ms"] == [row["median_ms"]] and row["median_ms"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize(
