@@ -74,7 +74,7 @@ def find(
     config = load_config(found.folder, trust_remote_code=trust_remote_code)
     wanted = infer_task(found.folder, tuple(config.architectures or ()), config) if task is None else find_task(task)
     check_length(found.folder, wanted, config, max_length, trust_remote_code=trust_remote_code)
-    return Found(source=found, task=wanted.name, config=config, options=label_options(wanted, config))
+    return Found(source=found, task=wanted.name, config=config, options=label_options(found.folder, wanted, config))
 
 
 def export(

@@ -47,6 +47,29 @@ def has_classifier(folder: Path) -> bool:
     return _declared_steps(folder)[-1][0].endswith(".Dense")
 
 
+def is_headed(folder: Path) -> bool:
+    """Whether a folder's only step is a transformers model with a head of its own: a cross-encoder, for instance."""
+    if len(_declared_steps(folder)) > 1 or not (folder / "sentence_bert_config.json").is_file():
+        return False
+    wanted = read_json(folder / "sentence_bert_config.json").get("transformer_task", "feature-extraction")
+    return bool(wanted != "feature-extraction")
+
+
+def declared_activation(folder: Path, config: Any) -> str | None:
+    """What sentence-transformers applies to a cross-encoder's answers, as a class of torch.nn; None where nothing is declared.
+
+    config: transformers', where it was declared before sentence-transformers 6.
+    """
+    path = folder / "config_sentence_transformers.json"
+    older = getattr(config, "sentence_transformers", None) or {}
+    declared = (
+        (read_json(path).get("activation_fn") if path.is_file() else None)
+        or older.get("activation_fn")
+        or getattr(config, "sbert_ce_default_activation_function", None)
+    )
+    return None if declared is None else str(declared)
+
+
 def _declared_steps(folder: Path) -> list[tuple[str, str]]:
     """Type and folder of each step of modules.json. Raises SourceError."""
     path = folder / "modules.json"

@@ -13,7 +13,7 @@ from typing import Any
 from optimum.exporters.tasks import TasksManager
 
 from onnxpress.errors import SourceError
-from onnxpress.exporters.pooling import has_classifier
+from onnxpress.exporters.pooling import has_classifier, is_headed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ def infer_task(folder: Path, architectures: tuple[str, ...], config: Any = None)
 
     Of a model that answers to images or sound too, its text is what is meant.
     """
-    if (folder / "modules.json").is_file():
+    if (folder / "modules.json").is_file() and not is_headed(folder):
         return TASKS["text-classification" if has_classifier(folder) else "feature-extraction"]
     for task in reversed(TASKS.values()):  # heads first: feature-extraction's ending is the least specific
         if any(name.endswith(task.architectures) for name in architectures):

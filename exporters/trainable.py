@@ -195,6 +195,9 @@ def _declare(config: Any, head: Head) -> None:
     config.id2label = dict(enumerate(head.labels))
     config.label2id = {label: index for index, label in enumerate(head.labels)}
     config.problem_type = head.problem_type
+    for name in ("sentence_transformers", "sbert_ce_default_activation_function"):  # of the head that goes
+        if hasattr(config, name):
+            delattr(config, name)
 
 
 def _copy_tokenizer(trained: Trainable, out: Path) -> None:

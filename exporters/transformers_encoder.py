@@ -26,7 +26,7 @@ from onnxpress.exporters.experts import (
     has_experts,
     recorded_experts,
 )
-from onnxpress.exporters.pooling import SentencePooling, has_classifier, read_json, read_pooling
+from onnxpress.exporters.pooling import SentencePooling, declared_activation, has_classifier, read_json, read_pooling
 from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.reference import TorchReference
 from onnxpress.exporters.row_by_row import RowByRow
@@ -129,7 +129,7 @@ def open_encoder(
         options={
             "max_length": longest_input(folder, tokenizer, limit=limit, wanted=max_length),
             "pad_token_id": tokenizer.pad_token_id,
-            **_task_options(wanted, model.config, tokenizer, pooling),
+            **_task_options(folder, wanted, model.config, tokenizer, pooling),
         },
         tokenizer=tokenizer,
     )
@@ -195,7 +195,9 @@ def _input_spec(name: str, config: Any) -> TensorSpec:
     return TensorSpec(name=name, dtype="int64", shape=("batch", "length"), bounds=(0, highest[name]))
 
 
-def _task_options(task: Task, config: Any, tokenizer: Tokenizer, pooling: SentencePooling | None) -> dict[str, Json]:
+def _task_options(
+    folder: Path, task: Task, config: Any, tokenizer: Tokenizer, pooling: SentencePooling | None
+) -> dict[str, Json]:
     if task.name == "feature-extraction":
         normalized = pooling is not None and pooling.normalized
         return {"pooled": pooling is not None, "normalized": normalized}
@@ -205,18 +207,32 @@ def _task_options(task: Task, config: Any, tokenizer: Tokenizer, pooling: Senten
                 "The tokenizer has no mask token, so that the model cannot fill masks. Choose another task."
             )
         return {"mask_token": tokenizer.mask_token}
-    return label_options(task, config)
+    return label_options(folder, task, config)
 
 
-def label_options(task: Task, config: Any) -> dict[str, Json]:
-    """The labels of a model that has some, and, of a classifier of texts, what kind of labels they are."""
+def label_options(folder: Path, task: Task, config: Any) -> dict[str, Json]:
+    """The labels of a model that has some, and, of a classifier of texts, what kind of labels they are.
+
+    One label that is not said to be a regression's gets a sigmoid, as in transformers' pipeline and in sentence-transformers'
+    CrossEncoder, which may declare another activation. Raises ConversionError for one that is not known.
+    """
     if task.name not in ("text-classification", "token-classification"):
         return {}
     labels = [config.id2label[index] for index in range(config.num_labels)]
     if task.name == "token-classification":
         return {"labels": labels}
     kind = config.problem_type or ("regression" if len(labels) == 1 else "single_label_classification")
-    return {"labels": labels, "problem_type": kind}
+    options: dict[str, Json] = {"labels": labels, "problem_type": kind}
+    if kind == "regression":
+        declared = declared_activation(folder, config)
+        activation = (declared or ("Identity" if config.problem_type else "Sigmoid")).rpartition(".")[2]
+        if activation not in ("Identity", "Sigmoid"):
+            raise ConversionError(
+                f"The model in {folder} declares the activation {declared} for its scores; onnxpress knows Sigmoid and Identity."
+            )
+        if activation == "Sigmoid":
+            options["activation"] = "sigmoid"
+    return options
 
 
 def _prompt_notes(folder: Path) -> tuple[str, ...]:

@@ -13,7 +13,10 @@ from onnxpress.runtime.tokenization import Sample
 
 
 class TextClassifier(TextRunner):
-    """Probabilities of labels: softmax for one label a text, a sigmoid each for several, the number for regression."""
+    """Probabilities of labels: softmax for one label a text, a sigmoid each for several, the number for regression.
+
+    The one number of a reranker goes through a sigmoid where transformers and sentence-transformers put it through one.
+    """
 
     task = "text-classification"
 
@@ -38,9 +41,9 @@ class TextClassifier(TextRunner):
     def _judged(self, answer: Answer) -> dict[str, Json]:
         logits = answer["logits"].astype(np.float64)  # (labels,)
         kind = self.options["problem_type"]
-        if kind == "regression":
+        if kind == "regression" and self.options.get("activation") is None:
             scores = logits
-        elif kind == "multi_label_classification":
+        elif kind in ("regression", "multi_label_classification"):
             scores = np.exp(-np.logaddexp(0, -logits))  # the sigmoid, which does not overflow this way
         else:
             scores = softmax(logits)

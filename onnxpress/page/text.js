@@ -58,10 +58,11 @@ export function cosine(one, other) {
   return dot(one, other) / Math.sqrt(dot(one, one) * dot(other, other));
 }
 
-// [[label, score]]: softmax for one label a text, a sigmoid each for several, the numbers themselves for a regression.
-export function scores(outputs, { labels, problem_type: kind }) {
+// [[label, score]]: softmax for one label a text, a sigmoid each for several, and for a reranker's; a regression's numbers as they are.
+export function scores(outputs, { labels, problem_type: kind, activation }) {
   const logits = Array.from(outputs.logits.data);
-  return labels.map((label, index) => [label, SCORES[kind](logits, index)]);
+  const score = activation === "sigmoid" ? SCORES.multi_label_classification : SCORES[kind];
+  return labels.map((label, index) => [label, score(logits, index)]);
 }
 
 const SCORES = {

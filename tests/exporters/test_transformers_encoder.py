@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from tiny_models import MAX_POSITIONS, VOCAB, OnnxRunner, load_text_model, save_model
+from tiny_models import MAX_POSITIONS, VOCAB, OnnxRunner, add_pooling, load_text_model, save_model
 
-from onnxpress.errors import SourceError
+from onnxpress.errors import ConversionError, SourceError
 from onnxpress.exporters import ParityCheck, export
 
 # Absolute positions: the fused graph needs no Transpose at all. Rotary ones turn queries and keys by head.
@@ -113,6 +113,42 @@ def test_signature_and_options_of_a_classifier(tmp_path):
 def test_problem_type(more, kind, tmp_path):
     exported = export(save_model(tmp_path / "model", "bert", tf.AutoModelForSequenceClassification, **more))
     assert exported.options["problem_type"] == kind
+
+
+@pytest.mark.parametrize(
+    ("more", "declared", "activation"),
+    [
+        ({}, None, "sigmoid"),  # transformers' pipeline and sentence-transformers do so where nothing is said
+        ({"problem_type": "regression"}, None, None),
+        ({"problem_type": "regression"}, "Sigmoid", "sigmoid"),
+        ({}, "Identity", None),
+        ({"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}, None, None),
+        ({"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}, None, None),
+    ],
+)
+def test_cross_encoders_of_sentence_transformers(more, declared, activation, tmp_path):
+    folder = _cross_encoder(tmp_path / "model", declared, **more)
+    exported = export(folder)
+    assert exported.graph.signature.task == "text-classification"
+    assert exported.options.get("activation") == activation
+    _check(exported, tmp_path)
+
+
+def test_an_activation_that_is_not_known_is_refused(tmp_path):
+    with pytest.raises(ConversionError, match=r"declares the activation torch\.nn\.Tanh for its scores"):
+        export(_cross_encoder(tmp_path / "model", "Tanh"))
+
+
+def _cross_encoder(folder, declared, **more):
+    """As sentence-transformers 6 saves one: modules.json has one step."""
+    save_model(folder, "bert", tf.AutoModelForSequenceClassification, num_labels=1, **more)
+    add_pooling(folder)
+    (folder / "sentence_bert_config.json").write_text('{"transformer_task": "sequence-classification"}')
+    activation = {} if declared is None else {"activation_fn": f"torch.nn.{declared}"}
+    (folder / "config_sentence_transformers.json").write_text(
+        json.dumps({"model_type": "CrossEncoder", **activation})
+    )
+    return folder
 
 
 @pytest.mark.parametrize(

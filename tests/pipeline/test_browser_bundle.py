@@ -57,10 +57,10 @@ def saved(folder: Path, task: str, save: Callable[[Path], object], output: Tenso
         return writer.publish().path
 
 
-def classifier(folder: Path, kind: str) -> Path:
+def classifier(folder: Path, kind: str, **options: Any) -> Path:
     output = TensorSpec(name="logits", dtype="float32", shape=("batch", len(LABELS)))
     save = lambda path: save_per_text(path, len(LABELS))  # noqa: E731
-    return saved(folder, "text-classification", save, output, labels=LABELS, problem_type=kind)
+    return saved(folder, "text-classification", save, output, labels=LABELS, problem_type=kind, **options)
 
 
 def unpacked(artifact: Path, folder: Path) -> Path:
@@ -280,9 +280,19 @@ class TestPage:
             lines = check(page, address.replace("127.0.0.1", "elsewhere.test"))
         assert "Open it over https, or on the machine that serves it" in lines["failed"][0]
 
-    @pytest.mark.parametrize("kind", ["single_label_classification", "multi_label_classification", "regression"])
-    def test_labels_have_the_scores_of_python(self, kind: str, page: Page, tmp_path: Path) -> None:
-        artifact = classifier(tmp_path / "tiny", kind)
+    @pytest.mark.parametrize(
+        ("kind", "more"),
+        [
+            ("single_label_classification", {}),
+            ("multi_label_classification", {}),
+            ("regression", {}),
+            ("regression", {"activation": "sigmoid"}),
+        ],
+    )
+    def test_labels_have_the_scores_of_python(
+        self, kind: str, more: dict[str, str], page: Page, tmp_path: Path
+    ) -> None:
+        artifact = classifier(tmp_path / "tiny", kind, **more)
         runner: Any = load(artifact)
         with served(unpacked(artifact, tmp_path)) as address:
             assert check(page, address)["verdict"][1]

@@ -99,6 +99,14 @@ def test_text_classification(tokenizer: Tokenizer, fast: Callable[[], Any], prob
         assert answer["truncated"] is False
 
 
+def test_a_rerankers_one_number_goes_through_a_sigmoid(tokenizer: Tokenizer, fast: Callable[[], Any]) -> None:
+    runnable = PyTorch(tf.AutoModelForSequenceClassification, num_labels=1)
+    pipeline = tf.pipeline("text-classification", model=runnable.model, tokenizer=fast(), device="cpu")
+    options = {"labels": ["LABEL_0"], "problem_type": "regression", "activation": "sigmoid"}
+    found = TextClassifier(runnable, tokenizer, options).predict(TEXTS)
+    assert [answer["score"] for answer in found] == pytest.approx([row["score"] for row in pipeline(TEXTS)], abs=2e-6)
+
+
 def test_pairs_are_classified(tokenizer: Tokenizer, fast: Callable[[], Any]) -> None:
     runnable = PyTorch(tf.AutoModelForSequenceClassification, num_labels=2)
     pipeline = tf.pipeline("text-classification", model=runnable.model, tokenizer=fast(), device="cpu")
