@@ -160,8 +160,12 @@ def _tokens_a_second(runner: Generator, prompts: list[list[int]]) -> tuple[float
 def _text_cases(artifact: Artifact, batches: Sequence[int] | None, lengths: Sequence[int] | None) -> Iterator[Case]:
     manifest = artifact.manifest
     closing = manifest.options.get("closing_token_id")
+    longest = manifest.signature.axes["length"][1]
+    chosen = lengths or sorted({min(length, longest) for length in _LENGTHS})
+    if max(chosen) > longest:
+        raise UsageError(f"--length {max(chosen)}: {artifact.path} takes texts of at most {longest} tokens.")
     for batch in batches or _BATCHES:
-        for length in lengths or _LENGTHS:
+        for length in chosen:
             feeds = random_tokens(manifest.signature, batch, length, closing_token_id=closing)
             yield {"batch": batch, "length": length}, feeds
 

@@ -145,9 +145,7 @@ def _cross_encoder(folder, declared, **more):
     add_pooling(folder)
     (folder / "sentence_bert_config.json").write_text('{"transformer_task": "sequence-classification"}')
     activation = {} if declared is None else {"activation_fn": f"torch.nn.{declared}"}
-    (folder / "config_sentence_transformers.json").write_text(
-        json.dumps({"model_type": "CrossEncoder", **activation})
-    )
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"model_type": "CrossEncoder", **activation}))
     return folder
 
 

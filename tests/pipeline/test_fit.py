@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -169,11 +170,16 @@ def test_numbers(model: Path, tmp_path: Path) -> None:
     assert fitted.artifact.manifest.ledger[0]["quality"] > 80
     texts, names = animals(128)
     samples = labelled_samples(texts, [0.5 if name == "canine" else 2.5 for name in names])
+    reranker = Path(shutil.copytree(model, tmp_path / "reranker"))
+    config = json.loads((reranker / "config.json").read_text())
+    declared = {"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"}}
+    (reranker / "config.json").write_text(json.dumps(config | declared))
     facts = fit_samples(
-        model, samples, None, folder=tmp_path / "full",
+        reranker, samples, None, folder=tmp_path / "full",
         training=TrainingOptions(epochs=8, batch_size=8, learning_rate=2e-3),
     )  # fmt: skip
     assert max(entry["r2"] for entry in facts["evaluations"]) > 0.5
+    assert "sentence_transformers" not in json.loads((tmp_path / "full" / "config.json").read_text())
     with pytest.raises(InputError, match="All samples that judge have the same score"):
         Engine.load(model).fit(texts[:9], [0.5, 2.5, 1.5] * 3, evaluation=(texts[9:11], [1.5, 1.5]))
     with pytest.raises(InputError, match=r"keeps no checkpoints, so that there is no resume; `onnxpress fit"):
