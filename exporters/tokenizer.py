@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import transformers
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.normalizers import Lowercase, Sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -20,6 +21,12 @@ from onnxpress.exporters.source import stays_inside
 # Older forms, which transformers can convert.
 _VOCABULARIES = ("vocab.txt", "vocab.json", "*.model")
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_PROBES = (
+    *("The quick brown fox, 12345 + 67.89!", " leading,  double  and trailing spaces ", "lines\n\n\tand tabs", "don't, can't, I'LL"),
+    *("naïve café: “quotes” – 3½ €…", "Привет, мир", "你好,世界。", "こんにちは", "안녕하세요", "مرحبا", "नमस्ते", "👍🏽 👨‍👩‍👧"),
+    "def f(x):\n    return x[0]  # CamelCase, snake_case",
+)  # fmt: skip
+_MOST_ADDED = 100  # tokens that are tried
 _NO_LIMIT = 10**6  # transformers writes 1e30 for "none"
 
 
@@ -69,7 +76,9 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
             f"{outside} is a link that leads out of its folder, and artifacts get no copies of what lies elsewhere: put the file itself there."
         )
     lowercase = _wants_lowercase(folder)
-    if lowercase or not (folder / "tokenizer.json").is_file():
+    converted = not (folder / "tokenizer.json").is_file()
+    otherwise = None if lowercase or converted else _read_otherwise(folder, tokenizer)
+    if lowercase or converted or otherwise is not None:
         saved = Path(tempfile.mkdtemp(prefix="onnxpress-tokenizer-"))
         atexit.register(shutil.rmtree, saved, ignore_errors=True)
         with quiet():
@@ -77,11 +86,10 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
         if lowercase:
             _lowercase_first(saved / "tokenizer.json")
         files = [saved / name for name in _COPIED if (saved / name).is_file()]
-        notes.append(
-            "tokenizer: lower-cases first, as sentence_bert_config.json says"
-            if lowercase
-            else "tokenizer: converted to tokenizer.json"
-        )
+        if lowercase:
+            notes.append("tokenizer: lower-cases first, as sentence_bert_config.json says")
+        else:
+            notes.append(f"tokenizer: {otherwise or 'converted to tokenizer.json'}")
     limit = int(tokenizer.model_max_length)
     pad = tokenizer.pad_token_id
     return Tokenizer(
@@ -97,6 +105,30 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
 def _gives_token_types(tokenizer: PreTrainedTokenizerFast) -> bool:
     """What its file says. Its class is not asked: ALBERT's, and others', gave them in transformers 4, and do not in 5."""
     return "token_type_ids" in tokenizer.init_kwargs.get("model_input_names", ("token_type_ids",))
+
+
+def _read_otherwise(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """In what transformers' tokenizer of a folder is another than the files alone say; None where it is the same.
+
+    transformers 5 builds those of some classes (LlamaTokenizer) anew, and adds tokens that other files than tokenizer.json name.
+    """
+    files = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+    own = FastTokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    for each in (files, own):
+        each.no_truncation()
+        each.no_padding()
+    added = [str(token) for token in own.get_added_tokens_decoder().values()][:_MOST_ADDED]
+    for text in (*_PROBES, *(f"a {token} b{token}c" for token in added)):
+        found, said = own.encode(text).ids, files.encode(text).ids
+        if found != said or own.decode(found) != files.decode(found):
+            return f"as transformers {transformers.__version__} makes it of the folder; tokenizer.json alone reads {text!r} otherwise"
+    config = folder / "tokenizer_config.json"
+    declared = read_json(config) if config.is_file() else {}
+    for name, token in tokenizer.special_tokens_map.items() if tokenizer.chat_template else ():  # which may name them
+        said = declared.get(name)
+        if isinstance(token, str) and token != (said.get("content") if isinstance(said, dict) else said):
+            return f"as transformers {transformers.__version__} makes it of the folder, whose tokenizer_config.json names no {name}"
+    return None
 
 
 def _wants_lowercase(folder: Path) -> bool:

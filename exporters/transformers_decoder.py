@@ -72,9 +72,11 @@ def export_decoder(
     max_length: the longest context in tokens, prompt and answer together. adapter: a LoRA folder, merged first.
     hidden_states: whether they are an output. uniform_steps: the form for CUDA. instead: the model to export in the place of the folder's.
     """
-    model: Any = instead or load_model(folder, wanted, config, trust_remote_code=trust_remote_code)
     tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
+    model: Any = instead
     notes: tuple[str, ...] = ()
+    if instead is None:
+        model, notes = load_model(folder, wanted, config, trust_remote_code=trust_remote_code)
     if adapter is not None and instead is None:
         notes += (merge_adapter(model, Path(adapter)),)
     if reads_more_than_text(config):

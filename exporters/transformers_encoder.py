@@ -83,7 +83,7 @@ def export_encoder(
         reference=TorchReference(wrapped, names, opened.outputs),
         options=options,
         tokenizer=tokenizer,
-        notes=(*notes, *tokenizer.notes, *_prompt_notes(folder)),
+        notes=(*opened.notes, *notes, *tokenizer.notes, *_prompt_notes(folder)),
     )
 
 
@@ -98,6 +98,7 @@ class OpenedEncoder:
     limit: int
     options: dict[str, Json]
     tokenizer: Tokenizer
+    notes: tuple[str, ...]
 
 
 def open_encoder(
@@ -115,7 +116,10 @@ def open_encoder(
     """
     pooled_head = wanted.name == "text-classification" and has_classifier(folder)
     loaded = TASKS["feature-extraction"] if pooled_head else wanted
-    model: Any = instead or load_model(folder, loaded, config, trust_remote_code=trust_remote_code)
+    model: Any = instead
+    notes: tuple[str, ...] = ()
+    if instead is None:
+        model, notes = load_model(folder, loaded, config, trust_remote_code=trust_remote_code)
     pooling = read_pooling(folder) if loaded.name == "feature-extraction" else None
     tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
     limit = input_limit(model, tokenizer, max_length)
@@ -132,6 +136,7 @@ def open_encoder(
             **_task_options(folder, wanted, model.config, tokenizer, pooling),
         },
         tokenizer=tokenizer,
+        notes=notes,
     )
 
 

@@ -14,13 +14,13 @@ from transformers import AutoConfig, PreTrainedModel
 from onnxpress.errors import SourceError
 from onnxpress.exporters.pooling import SentencePooling, read_json
 from onnxpress.exporters.quiet import quiet
+from onnxpress.exporters.stored_weights import left_out, unfold
 from onnxpress.exporters.tasks import Task, heads
 from onnxpress.exporters.tokenizer import Tokenizer
 from onnxpress.graph import Graph
 from onnxpress.manifest import Json, Runnable
 
 _LENGTH_WITHOUT_LIMIT = 512  # for models whose positions have no limit and whose tokenizer has none either
-_UNFOLDED = frozenset({"mxfp4", "fp8"})  # forms of stored weights that transformers turns into numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,25 +70,23 @@ def _takes(model: PreTrainedModel, option: str) -> bool:
 
 
 def load_config(folder: Path, *, trust_remote_code: bool) -> Any:
-    """config.json as transformers reads it. Raises SourceError."""
+    """config.json as transformers reads it. Raises SourceError, also for weights in a form that is not read."""
     try:
         with quiet():
-            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # transformers raises ValueError, OSError, KeyError, ImportError… for bad configs
         raise SourceError(
             f"{folder / 'config.json'} is not one that transformers understands: {_one_line(error)}"
             f"{_remote_code_hint(folder, trust_remote_code)}"
         ) from error
+    unfold(folder, config)
+    return config
 
 
-def load_model(folder: Path, task: Task, config: Any, *, trust_remote_code: bool) -> PreTrainedModel:
-    """The model in float32, in evaluation mode, with its own attention. Raises SourceError.
-
-    Weights that are stored in fewer bits (MXFP4, FP8) are unfolded, whatever this machine could compute with.
-    """
-    stored = getattr(config, "quantization_config", None)
-    if isinstance(stored, dict) and stored.get("quant_method") in _UNFOLDED:
-        config.quantization_config = {**stored, "dequantize": True}
+def load_model(
+    folder: Path, task: Task, config: Any, *, trust_remote_code: bool
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The model in float32, in evaluation mode, with its own attention, and remarks on its weights. Raises SourceError."""
     try:
         with quiet():
             model, report = task.auto_class(config).from_pretrained(
@@ -99,14 +97,23 @@ def load_model(folder: Path, task: Task, config: Any, *, trust_remote_code: bool
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except Exception as error:  # corrupt files, shapes that do not fit, a config without such a head…
+    except Exception as error:  # corrupt files, a config without such a head…
+        found = heads(tuple(config.architectures or ()))
+        trained = "" if task.name in found else f" This model has heads for {', '.join(found)}."
         raise SourceError(
-            f"The weights in {folder} do not load as a model for {task.name}: {_one_line(error)} This model has heads "
-            f"for {', '.join(heads(tuple(config.architectures or ())))}.{_remote_code_hint(folder, trust_remote_code)}"
+            f"The weights in {folder} do not load as a model for {task.name}: {_one_line(error)}{trained}"
+            f"{_remote_code_hint(folder, trust_remote_code)}"
         ) from error
     model.eval()
+    notes = left_out(folder, report["unexpected_keys"])
+    for name, in_files, in_model in sorted(report["mismatched_keys"]):
+        raise SourceError(
+            f"The weights in {folder} are not those that its config.json describes: {name} is {tuple(in_files)} in the files and "
+            f"{tuple(in_model)} in the model."
+        )
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise SourceError(f"The weights in {folder} are damaged: {name} holds numbers that are not finite.")
@@ -122,7 +129,7 @@ def load_model(folder: Path, task: Task, config: Any, *, trust_remote_code: bool
             f"{missing[0]}. It has heads for {', '.join(heads(tuple(config.architectures or ())))}. Choose one of "
             f"these tasks, or a model that was trained for {task.name}."
         )
-    return model
+    return model, notes
 
 
 def position_limit(model: PreTrainedModel) -> int | None:

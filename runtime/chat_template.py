@@ -21,6 +21,7 @@ from onnxpress.manifest import Json
 FILES = _FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 _RESERVED = frozenset({"messages", "add_generation_prompt", "self", "raise_exception", "strftime_now"})
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 _LONGEST = 10_000_000  # characters, items, or bits of a number
 _MOST_TURNS = 1_000_000  # of all loops and calls of one rendering
 _TURNS: ContextVar[Iterator[int]] = ContextVar("turns")
@@ -95,7 +96,7 @@ class ChatTemplate:
                     "tools": None,
                     "documents": None,
                     **variables,
-                    "messages": [dict(message) for message in messages],
+                    "messages": [_as_templates_know_it(message) for message in messages],
                     "add_generation_prompt": True,
                 }
             )
@@ -104,6 +105,13 @@ class ChatTemplate:
         except Exception as error:  # a template may fail in any way a program may
             raise InputError(f"The chat template refuses these messages: {error}") from None
         return text
+
+
+def _as_templates_know_it(message: Mapping[str, Json]) -> dict[str, Json]:
+    """As transformers hands a message on: nothing that is None (the content beside tool calls), and reasoning by all of its names."""
+    said = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((said[name] for name in _REASONING if name in said), None)
+    return said if reasoning is None else {"thinking": reasoning, **said, "reasoning_content": reasoning}
 
 
 def check_messages(messages: Any) -> None:

@@ -7,11 +7,16 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 from tiny_models import OnnxRunner, load_text_model, save_model, save_tokenizer
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import models, normalizers
+from transformers import AutoTokenizer
 
 from onnxpress.errors import SourceError
 from onnxpress.exporters import export, find
 from onnxpress.exporters.source import FolderSource, resolve
 from onnxpress.exporters.tasks import find_task, infer_task
+from onnxpress.exporters.tokenizer import read_tokenizer
+from onnxpress.runtime.chat_template import ChatTemplate
 
 
 @pytest.fixture
@@ -92,7 +97,7 @@ def test_weights_of_other_shapes(folder):
     weights = load_file(folder / "model.safetensors")
     name = "transformer.layer.0.ffn.lin1.weight"
     save_file({**weights, name: torch.ones(7, 7)}, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SourceError, match="do not load as a model for feature-extraction"):
+    with pytest.raises(SourceError, match=r"lin1\.weight is \(7, 7\) in the files and \(\d+, 32\) in the model"):
         export(folder)
 
 
@@ -139,6 +144,52 @@ def test_older_tokenizer_is_converted(tmp_path):
     assert written.parent != folder
     assert json.loads(written.read_text())["model"]["vocab"] == {word: index for index, word in enumerate(words)}
     assert exported.notes[1] == "tokenizer: converted to tokenizer.json"
+
+
+def test_the_tokenizer_is_transformers_own_where_the_files_alone_read_otherwise(folder):
+    """A token that another file names; a class that is built anew, as LlamaTokenizer is by transformers 5."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    token = {"content": "<extra>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    path.write_text(
+        json.dumps(
+            {
+                **config,
+                "added_tokens_decoder": {str(len(AutoTokenizer.from_pretrained(folder))): {**token, "special": True}},
+            }
+        )
+    )
+    found = read_tokenizer(folder, trust_remote_code=False)
+    _reads_alike(found, folder, "the <extra> cat")
+    assert "tokenizer.json alone reads 'a <extra> b<extra>c' otherwise" in found.notes[0]
+
+    inner = FastTokenizer(
+        models.BPE(vocab={"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "b": 5}, merges=[], unk_token="<unk>")
+    )
+    inner.add_special_tokens(["<unk>", "<s>", "</s>"])
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.save(str(folder / "tokenizer.json"))
+    path.write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
+    )
+    _reads_alike(read_tokenizer(folder, trust_remote_code=False), folder, "a<s>b a")
+
+
+def test_special_tokens_that_templates_name_are_in_the_tokenizers_config(folder):
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["cls_token"]
+    path.write_text(json.dumps({**config, "chat_template": "{{ cls_token }}"}))
+    (folder / "special_tokens_map.json").write_text('{"cls_token": "[CLS]"}')
+    found = read_tokenizer(folder, trust_remote_code=False)
+    template = ChatTemplate.from_folder(found.files[0].parent)
+    assert template.render([{"role": "user", "content": ""}]) == "[CLS]"
+    assert "whose tokenizer_config.json names no cls_token" in found.notes[0]
+
+
+def _reads_alike(found, folder, text):
+    path = next(path for path in found.files if path.name == "tokenizer.json")
+    assert FastTokenizer.from_file(str(path)).encode(text).ids == AutoTokenizer.from_pretrained(folder)(text).input_ids
 
 
 def test_declared_lower_casing_goes_into_the_tokenizer(folder):

@@ -11,27 +11,29 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_decoders import make_model
-from transformers import AutoConfig
 
 from onnxpress.errors import SourceError
 from onnxpress.exporters.tasks import TASKS
-from onnxpress.exporters.transformers_model import load_model
+from onnxpress.exporters.transformers_model import load_config, load_model
 
 pytestmark = pytest.mark.newest
 
 FOUR_BITS = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])  # E2M1; the fourth bit is the sign
 
 
-def save(model: Any, state: dict[str, torch.Tensor], stored: dict[str, Any], folder: Path) -> None:
+def save(model: Any, state: dict[str, torch.Tensor], stored: dict[str, Any] | None, folder: Path) -> None:
     model.config.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+    more = {} if stored is None else {"quantization_config": stored}
+    (folder / "config.json").write_text(json.dumps({**config, **more}))
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def load(folder: Path) -> Any:
-    config = AutoConfig.from_pretrained(folder)
-    return load_model(folder, TASKS["text-generation"], config, trust_remote_code=False)
+    config = load_config(folder, trust_remote_code=False)
+    model, notes = load_model(folder, TASKS["text-generation"], config, trust_remote_code=False)
+    assert notes == ()
+    return model
 
 
 def test_mxfp4(tmp_path: Path) -> None:
@@ -66,6 +68,46 @@ def test_fp8_in_blocks(tmp_path: Path) -> None:
     stored = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
     save(model, state, stored, tmp_path)
     assert_alike(load(tmp_path), model)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "modelopt", "not-heard-of"])
+def test_other_forms_are_refused_before_any_weight_is_read(method: str, tmp_path: Path) -> None:
+    save(make_model("llama"), {}, {"quant_method": method}, tmp_path)
+    with pytest.raises(SourceError, match=rf"quantized \(form: {method}\); of such forms, mxfp4 and fp8 are read"):
+        load(tmp_path)
+
+
+def test_scales_that_nothing_reads_are_no_numbers_to_leave_out(tmp_path: Path) -> None:
+    model = make_model("llama")
+    state = {**model.state_dict(), "model.layers.0.mlp.up_proj.weight_scale": torch.ones(())}
+    save(model, state, None, tmp_path)
+    with pytest.raises(
+        SourceError, match=r"up_proj\.weight_scale is among them, and config\.json does not say in which form"
+    ):
+        load(tmp_path)
+    (tmp_path / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(SourceError, match="form: ModelOpt's"):
+        load(tmp_path)
+
+
+def test_weights_that_the_model_does_not_have_are_said(tmp_path: Path) -> None:
+    model = make_model("llama")
+    more = {f"model.layers.0.self_attn.{name}_proj.bias": torch.ones(8) for name in "qkv"}
+    save(model, model.state_dict() | more, None, tmp_path)
+    config = load_config(tmp_path, trust_remote_code=False)
+    _, notes = load_model(tmp_path, TASKS["text-generation"], config, trust_remote_code=False)
+    assert notes == (
+        "not of this model, and left out: 3 weights of the files (model.layers.0.self_attn.k_proj.bias, …)",
+    )
+
+
+def test_a_weight_of_another_shape_is_named(tmp_path: Path) -> None:
+    model = make_model("llama")
+    shape = tuple(model.model.norm.weight.shape)
+    save(model, model.state_dict() | {"model.norm.weight": torch.ones(3)}, None, tmp_path)
+    with pytest.raises(SourceError) as caught:
+        load(tmp_path)
+    assert f"model.norm.weight is (3,) in the files and {shape} in the model" in str(caught.value)
 
 
 def assert_alike(found: Any, expected: Any) -> None:

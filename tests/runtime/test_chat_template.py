@@ -53,6 +53,19 @@ def test_a_template_in_the_tokenizers_config_is_found(tmp_path: Path) -> None:
     assert template.render([{"role": "user", "content": "hi"}]) == "yes"
 
 
+def test_what_is_none_is_not_there_and_reasoning_has_all_of_its_names() -> None:
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.content }}|{{ m.reasoning_content }}|{{ m.thinking }}{% if m.tool_calls %}!{% endif %}{% endfor %}",
+        {},
+    )
+    messages: list[dict[str, Any]] = [
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}], "reasoning": "hm"},
+        {"role": "user", "content": "so?", "tool_calls": None},
+    ]
+    assert template.render(messages) == "|hm|hm!so?||"
+    assert messages[0]["content"] is None
+
+
 def test_a_folder_without_a_template_has_none(tmp_path: Path) -> None:
     assert ChatTemplate.from_folder(tmp_path) is None
     save_byte_tokenizer(tmp_path)
