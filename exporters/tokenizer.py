@@ -119,8 +119,8 @@ def _read_otherwise(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str | N
         each.no_padding()
     added = [str(token) for token in own.get_added_tokens_decoder().values()][:_MOST_ADDED]
     for text in (*_PROBES, *(f"a {token} b{token}c" for token in added)):
-        found, said = own.encode(text).ids, files.encode(text).ids
-        if found != said or own.decode(found) != files.decode(found):
+        found, alone = own.encode(text).ids, files.encode(text).ids
+        if found != alone or own.decode(found) != files.decode(found):
             return f"as transformers {transformers.__version__} makes it of the folder; tokenizer.json alone reads {text!r} otherwise"
     config = folder / "tokenizer_config.json"
     declared = read_json(config) if config.is_file() else {}

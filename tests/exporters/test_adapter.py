@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_decoders import make_model, save_decoder
 
 from onnxpress.errors import SourceError
@@ -18,13 +18,22 @@ from onnxpress.exporters.adapter import merge_adapter
 LAYER = "model.layers.1.self_attn.q_proj"
 
 
-def save_adapter(folder: Path, layer: str = LAYER, *, width: int = 64, rank: int = 4, **config: Any) -> Path:
+def save_adapter(
+    folder: Path,
+    more: dict[str, torch.Tensor] | None = None,
+    *,
+    layer: str = LAYER,
+    width: int = 64,
+    rank: int = 4,
+    **config: Any,
+) -> Path:
     folder.mkdir(exist_ok=True)
     generator = torch.Generator().manual_seed(1)
     weights = {
         f"base_model.model.{layer}.lora_A.weight": torch.randn(rank, width, generator=generator),
         f"base_model.model.{layer}.lora_B.weight": torch.randn(64, rank, generator=generator),
     }
+    weights |= {f"base_model.model.{name}": tensor for name, tensor in (more or {}).items()}
     save_file(weights, folder / "adapter_model.safetensors")
     content = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "bias": "none", **config}
     (folder / "adapter_config.json").write_text(json.dumps(content))
@@ -40,8 +49,6 @@ def test_the_merged_model_answers_as_base_and_adapter_side_by_side(
     note = merge_adapter(merged, adapter)
     assert note == "LoRA adapter of rank 4 merged into 1 layers"
 
-    from safetensors.torch import load_file
-
     down, up = load_file(adapter / "adapter_model.safetensors").values()
 
     def beside(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
@@ -56,13 +63,71 @@ def test_the_merged_model_answers_as_base_and_adapter_side_by_side(
         assert not torch.allclose(make_model("llama")(input_ids=ids).logits, expected, atol=1e-2)
 
 
+def test_layers_may_have_ranks_and_scales_of_their_own(tmp_path: Path) -> None:
+    adapter = save_adapter(
+        tmp_path / "adapter", r=16, rank_pattern={"v_proj": 2, "q_proj": 4}, alpha_pattern={f"^{LAYER}": 12}
+    )
+    base, merged = make_model("llama"), make_model("llama")
+    assert merge_adapter(merged, adapter) == "LoRA adapter of rank 4 merged into 1 layers"
+    down, up = load_file(adapter / "adapter_model.safetensors").values()
+    expected = base.get_submodule(LAYER).weight + 12 / 4 * up @ down
+    torch.testing.assert_close(merged.get_submodule(LAYER).weight, expected)
+
+
+def test_magnitudes_are_the_lengths_of_rows(tmp_path: Path) -> None:
+    magnitudes = torch.rand(64, generator=torch.Generator().manual_seed(2)) + 0.5
+    adapter = save_adapter(tmp_path / "adapter", {f"{LAYER}.lora_magnitude_vector": magnitudes}, use_dora=True)
+    merged = make_model("llama")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    down, up = (tensors[f"base_model.model.{LAYER}.lora_{part}.weight"] for part in "AB")
+    turned = make_model("llama").get_submodule(LAYER).weight + 2 * up @ down
+    merge_adapter(merged, adapter)
+    found = merged.get_submodule(LAYER).weight
+    torch.testing.assert_close(found.norm(dim=1), magnitudes)
+    assert torch.nn.functional.cosine_similarity(found, turned).min() > 0.99999
+
+
+def test_embeddings_and_whole_weights(tmp_path: Path) -> None:
+    """As peft saves them: the weight below a LoRA of an embedding, biases that were trained, modules_to_save."""
+    base, merged = make_model("llama", attention_bias=True), make_model("llama", attention_bias=True)
+    words, width = base.model.embed_tokens.weight.shape
+    random = torch.Generator().manual_seed(3)
+    more = {
+        "model.embed_tokens.base_layer.weight": base.model.embed_tokens.weight.detach().clone(),
+        "model.embed_tokens.lora_embedding_A": torch.randn(4, words, generator=random),
+        "model.embed_tokens.lora_embedding_B": torch.randn(width, 4, generator=random),
+        f"{LAYER}.base_layer.bias": torch.randn(64, generator=random),
+        "lm_head.weight": torch.randn(words, width, generator=random),
+    }
+    note = merge_adapter(merged, save_adapter(tmp_path / "adapter", more, bias="all", modules_to_save=["lm_head"]))
+    assert note == "LoRA adapter of rank 4 merged into 2 layers, 3 whole weights taken from it"
+    delta = 2 * (more["model.embed_tokens.lora_embedding_B"] @ more["model.embed_tokens.lora_embedding_A"]).T
+    torch.testing.assert_close(merged.model.embed_tokens.weight, base.model.embed_tokens.weight + delta)
+    assert torch.equal(merged.get_submodule(LAYER).bias, more[f"{LAYER}.base_layer.bias"])
+    assert torch.equal(merged.lm_head.weight, more["lm_head.weight"])
+
+
+def test_whole_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    wide = save_adapter(tmp_path / "wide", {"lm_head.weight": torch.ones(999, 64)})
+    with pytest.raises(SourceError, match=r"a weight 'lm_head\.weight' of \(999, 64\), LlamaForCausalLM has one of \("):
+        merge_adapter(make_model("llama"), wide)
+    model = make_model("llama", tie_word_embeddings=True, vocab_size=64)
+    same = save_adapter(tmp_path / "same", {"lm_head.weight": model.lm_head.weight.detach().clone()})
+    assert merge_adapter(model, same).endswith("1 whole weights taken from it")
+    other = save_adapter(tmp_path / "other", {"lm_head.weight": torch.ones(64, 64)})
+    with pytest.raises(SourceError, match="changes 'lm_head', whose weight is tied to another layer's"):
+        merge_adapter(model, other)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"layer": "model.layers.7.self_attn.q_proj"}, "LlamaForCausalLM has no layer 'model.layers.7.self_attn.q_proj'"),
         ({"width": 32}, r"has a weight of \(64, 64\), the adapter adds \(64, 32\)"),
-        ({"use_dora": True}, "asks for use_dora, which is not merged here"),
-        ({"bias": "all"}, "asks for bias"),
+        ({"lora_bias": True}, "asks for lora_bias, which is not merged here"),
+        ({"trainable_token_indices": [1]}, "asks for trainable_token_indices"),
+        ({"rank_pattern": {"(q|v)_proj": 8}}, "rank_pattern is .* numbers by names of layers, or by their ends"),
+        ({"alpha_pattern": {"q_proj": -1}}, "lora_alpha is -1; a positive number is expected"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
         ({"r": 8}, "says that its rank is 8"),
         ({"peft_type": "IA3"}, "of type 'IA3'; LORA is merged"),
@@ -80,7 +145,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, given: dict[str, Any], mes
 def test_a_tied_weight_is_not_changed_behind_the_other_layers_back(tmp_path: Path) -> None:
     model = make_model("llama", tie_word_embeddings=True, vocab_size=64)
     with pytest.raises(SourceError, match="tied to another layer's"):
-        merge_adapter(model, save_adapter(tmp_path / "adapter", "lm_head"))
+        merge_adapter(model, save_adapter(tmp_path / "adapter", layer="lm_head"))
 
 
 def test_folders_that_are_no_adapter_are_refused(tmp_path: Path) -> None:
