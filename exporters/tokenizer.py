@@ -59,8 +59,11 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # missing files, garbled JSON, missing optional packages…
+        reason = " ".join(str(error).split())[:300]
+        if not (folder / "tokenizer.json").is_file() and any(folder.glob("*.model")):
+            reason = "it is in SentencePiece's form alone, which the packages sentencepiece and protobuf read: pip install them."
         raise SourceError(
-            f"The tokenizer in {folder} cannot be read: {' '.join(str(error).split())[:300]} A text model needs "
+            f"The tokenizer in {folder} cannot be read: {reason} A text model needs "
             f"tokenizer.json beside its weights (tokenizer.save_pretrained(folder) writes it)."
         ) from error
     if not tokenizer.is_fast:

@@ -38,6 +38,7 @@ from onnxpress.exporters.adapter import merge_adapter
 from onnxpress.exporters.conventions import Conventions, learn
 from onnxpress.exporters.decoder_operators import Step, add_cache, decoder_operators
 from onnxpress.exporters.experts import arrange_experts, emitted_experts, experts_notes
+from onnxpress.exporters.pooling import read_json
 from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.recurrences import (
     PAST_STATES,
@@ -53,6 +54,12 @@ from onnxpress.exporters.trace import LARGEST_AXIS, LARGEST_BATCH, tensor_spec, 
 from onnxpress.exporters.transformers_model import TextExport, input_limit, load_model, position_limit, refuse_longer
 from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Json, Signature
+
+# Of generation_config.json, what changes which tokens transformers chooses.
+_SAMPLING = (
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "num_beams", "repetition_penalty", "no_repeat_ngram_size"),
+    *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id"),
+)  # fmt: skip
 
 
 def export_decoder(
@@ -88,6 +95,8 @@ def export_decoder(
         notes += (f"context: {limit} tokens; the model itself has no limit, and --max-length takes more",)
     context = max_length or limit
     name = type(model).__name__
+    if context < 2:
+        raise SourceError(f"A context of {context} leaves no room for an answer; ask for at least 2 tokens.")
     with quiet():
         conventions = learn(model, positions=context)
     if conventions.positions < context:
@@ -111,7 +120,7 @@ def export_decoder(
         reference=DecoderReference(model, conventions.first_position),
         options=options,
         tokenizer=tokenizer,
-        notes=(*notes, *_summary(conventions, uniform_steps=uniform_steps), *tokenizer.notes),
+        notes=(*notes, *_summary(conventions, uniform_steps=uniform_steps), *tokenizer.notes, *_own_sampling(folder)),
     )
 
 
@@ -346,6 +355,18 @@ def _special_tokens(model: PreTrainedModel) -> dict[str, Json]:
         "bos_token_id": begin,
         "eos_token_ids": sorted({ends} if isinstance(ends, int) else set(ends or ())),
     }
+
+
+def _own_sampling(folder: Path) -> tuple[str, ...]:
+    """A remark on how transformers would choose tokens by itself."""
+    path = folder / "generation_config.json"
+    declared = read_json(path) if path.is_file() else {}
+    given = ((name, declared[name]) for name in _SAMPLING if name in declared)
+    given = ((name, value) for name, value in given if value is True or value not in (None, False, [], 1, 0))
+    asked = [name if isinstance(value, list | bool) else f"{name} {value}" for name, value in given]
+    if not asked:
+        return ()
+    return (f"generation_config.json asks for {', '.join(asked)}; here choosing is greedy until it is told otherwise",)
 
 
 def _summary(conventions: Conventions, *, uniform_steps: bool) -> tuple[str, ...]:

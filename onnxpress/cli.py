@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 the artifact is not good enough, 2 wrong use or input.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from onnxpress import __version__
@@ -31,6 +33,9 @@ _BUILD_PACKAGES = frozenset((
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. Errors are one paragraph on stderr, a traceback only with --debug."""
     parser, options = _parser(), argparse.Namespace(debug=False)
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # it was closed
+            setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115  it is written to until the end
     warnings.showwarning = _print_warning
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_terminate)
@@ -58,13 +63,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         code, message = missing.exit_code, str(missing)
     except BrokenPipeError:  # the reader of our output went away, e.g. `onnxpress inspect … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()
         return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _print_no_more()
+        code, message = 2, f"Nothing more can be written: {error.strerror}."
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
     print(f"onnxpress: {message}", file=sys.stderr)
     return code
+
+
+def _print_no_more() -> None:
+    """What stdout still holds goes nowhere, so that nothing fails at the interpreter's exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -42,8 +43,8 @@ def generate(runner: Generator, prompts: list[str], *, as_json: bool, **options:
             tokens = sum(len(item.token_ids) for item in generations)
             print(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s", file=sys.stderr)
         return 0
-    _show(runner.stream(prompts, **options), started)
-    return 0
+    _, whole = _show(runner.stream(prompts, **options), started)
+    return 0 if whole else 130
 
 
 def chat(runner: Generator, *, system: str | None, **options: Any) -> int:
@@ -52,6 +53,10 @@ def chat(runner: Generator, *, system: str | None, **options: Any) -> int:
         raise InputError("This model has no chat template, so it cannot chat: use `onnxpress generate`.")
     first = [] if system is None else [{"role": "system", "content": system}]
     messages: list[dict[str, Json]] = list(first)
+    runner.stream([[0]], **options)  # which says now what is wrong with the options
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # lines can be edited where there is such a library
+            import readline  # noqa: F401
     print(_HELP, file=sys.stderr)
     failed = 0
     while True:
@@ -74,7 +79,7 @@ def chat(runner: Generator, *, system: str | None, **options: Any) -> int:
             continue
         messages.append({"role": "user", "content": line})
         try:
-            answer = _show(runner.stream(messages=messages, **options), time.perf_counter())
+            answer, _ = _show(runner.stream(messages=messages, **options), time.perf_counter())
         except InputError as error:  # too long for the context, or refused by the template: the conversation goes on
             print(f"onnxpress: {error} /undo and /reset go back in the conversation.", file=sys.stderr)
             messages.pop()
@@ -83,8 +88,8 @@ def chat(runner: Generator, *, system: str | None, **options: Any) -> int:
         messages.append({"role": "assistant", "content": answer})
 
 
-def _show(pieces: Iterator[Piece], started: float) -> str:
-    """Print an answer as it comes, then its speed; what was shown, also where Ctrl-C stopped it."""
+def _show(pieces: Iterator[Piece], started: float) -> tuple[str, bool]:
+    """Print an answer as it comes, then its speed; returns what was shown, and whether it is whole: Ctrl-C stops it."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character shows a question mark
         sys.stdout.reconfigure(errors="replace")
     text, count, first = "", 0, 0.0
@@ -109,7 +114,7 @@ def _show(pieces: Iterator[Piece], started: float) -> str:
             f"{first - started:.2f} s; {len(generation.token_ids)} tokens, {speed:.1f} tokens/s]",
             file=sys.stderr,
         )
-    return text
+    return text, generation is not None
 
 
 def _visible(text: str) -> str:

@@ -221,7 +221,7 @@ class Generator:
         _check_count("n", n)
         if max_new_tokens is not None:
             _check_count("max_new_tokens", max_new_tokens)
-        if logprobs is not None and (not isinstance(logprobs, int) or logprobs < 0):
+        if logprobs is not None and (not isinstance(logprobs, int | np.integer) or logprobs < 0):
             raise InputError(f"logprobs is {logprobs!r}; it takes a whole number from 0 on.")
         if type(prompt_lookup) is not int or not 0 <= prompt_lookup <= LONGEST_GUESS:
             raise InputError(f"prompt_lookup is {prompt_lookup!r}; it takes a whole number from 0 to {LONGEST_GUESS}.")
@@ -437,7 +437,9 @@ class Generator:
             raise InputError("template_variables go with messages.")
         if isinstance(prompts, str) or (_is_ids(prompts) and len(prompts)):
             prompts = [prompts]
-        if not isinstance(prompts, Sequence) or not prompts:
+        if not isinstance(prompts, Sequence):
+            raise InputError(f"The prompts are a {type(prompts).__name__}; texts or lists of token ids are expected.")
+        if not prompts:
             raise InputError("No prompt was given.")
         return [self._encode(index, prompt) for index, prompt in enumerate(prompts)]
 
@@ -493,5 +495,5 @@ def _is_ids(value: Any) -> bool:
 
 
 def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
         raise InputError(f"{name} is {value!r}; it takes a whole number from 1 on.")

@@ -42,7 +42,12 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, lambda value: value >= 0, "0 (greedy) or more")
-        _check("top_k", self.top_k, lambda value: isinstance(value, int) and value >= 0, "a whole number, 0 for all")
+        _check(
+            "top_k",
+            self.top_k,
+            lambda value: isinstance(value, int | np.integer) and value >= 0,
+            "a whole number, 0 for all",
+        )
         _check("top_p", self.top_p, lambda value: 0 < value <= 1, "over 0 and at most 1")
         _check("min_p", self.min_p, lambda value: 0 <= value < 1, "from 0 to under 1")
         _check("repetition_penalty", self.repetition_penalty, lambda value: value > 0, "over 0")
@@ -51,14 +56,14 @@ class Sampling:
         if not isinstance(self.logit_bias, Mapping):
             raise InputError(f"logit_bias is a {type(self.logit_bias).__name__}; it takes numbers by token id.")
         for token, bias in self.logit_bias.items():
-            if not isinstance(token, int) or isinstance(token, bool):
+            if not isinstance(token, int | np.integer) or isinstance(token, bool):
                 raise InputError(f"logit_bias names the token {token!r}; it takes numbers by token id.")
             _check(f"logit_bias of token {token}", bias, lambda value: abs(value) <= 1e6, "a number from -1e6 to 1e6")
         if self.seed is not None:
             _check(
                 "seed",
                 self.seed,
-                lambda value: isinstance(value, int) and 0 <= value <= _LARGEST_SEED,
+                lambda value: isinstance(value, int | np.integer) and 0 <= value <= _LARGEST_SEED,
                 f"a whole number from 0 to {_LARGEST_SEED}",
             )
 
@@ -146,6 +151,10 @@ def _largest(values: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int6
 
 
 def _check(name: str, value: Any, holds: Callable[[Any], bool], allowed: str) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = (
+        isinstance(value, int | float | np.integer | np.floating)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    )
     if not number or not holds(value):
         raise InputError(f"{name} is {value!r}; it takes {allowed}.")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +133,41 @@ def test_control_characters_do_not_reach_a_terminal(
 
     output = Output()
     monkeypatch.setattr("sys.stdout", output)
-    assert conversation._show(iter([Piece(index=0, text="a\x1b[2J\n\tb")]), 0.0) == "a\x1b[2J\n\tb"
+    assert conversation._show(iter([Piece(index=0, text="a\x1b[2J\n\tb")]), 0.0)[0] == "a\x1b[2J\n\tb"
     assert output.getvalue() == shown
+
+
+def test_half_an_answer_is_no_success(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = onnxpress.load(artifact)
+    assert isinstance(runner, Generator)
+
+    def stream(*arguments: Any, **options: Any) -> Iterator[Piece]:
+        yield from itertools.islice(Generator.stream(runner, *arguments, **options), 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "stream", stream)
+    assert conversation.generate(runner, ["the"], as_json=False, max_new_tokens=9, ignore_eos=True) == 130
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's /dev/full")
+def test_output_that_nobody_takes(artifact: Path) -> None:
+    line = [
+        sys.executable,
+        "-m",
+        "onnxpress",
+        "generate",
+        str(artifact),
+        "--prompt",
+        "the",
+        "--max-new-tokens",
+        "2",
+        "--json",
+    ]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "onnxpress: Nothing more can be written: No space left on device.\n")
+    done = subprocess.run(f"{shlex.join(line)} >&-", shell=True, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_chat_keeps_the_conversation_and_survives_what_is_refused(artifact: Path) -> None:
@@ -152,6 +189,7 @@ def test_chat_keeps_the_conversation_and_survives_what_is_refused(artifact: Path
         (["generate", "ARTIFACT", "--prompt", "x", "--temperature", "-1"], "temperature is -1.0"),
         (["generate", "ARTIFACT", "--prompt", "x" * 300], "the model's context is 128"),
         (["generate", "ARTIFACT", "--prompt", "x", "--cache-mb", "0"], "--cache-mb takes a positive"),
+        (["chat", "ARTIFACT", "--top-p", "7"], "top_p is 7.0"),
         (["run", "ARTIFACT", "--text", "x"], "use `onnxpress generate`"),
         (["generate", "ARTIFACT", "--prompt", "x", "--prompt-lookup", "17"], "from 0 to 16"),
         (["bench", "ARTIFACT", "--against", "torch"], "not for language models"),
@@ -181,9 +219,21 @@ def test_a_device_without_torch_generates(artifact: Path) -> None:
     assert json.loads(done.stdout)[0]["prompt_tokens"] == 1
 
 
+def test_what_transformers_would_sample_by_itself_is_said(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    asked = {"do_sample": True, "temperature": 0.6, "top_p": 1.0, "suppress_tokens": [5], "max_length": 99}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **asked}))
+    assert export(tmp_path / "model").notes[-1] == (
+        "generation_config.json asks for do_sample, temperature 0.6, suppress_tokens; here choosing is greedy until it is told otherwise"
+    )
+
+
 def test_a_context_beyond_the_models_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=f"takes 1 to {CONTEXT} tokens"):
         onnxpress.build(folder, max_length=CONTEXT + 1, out=tmp_path / "out")
+    with pytest.raises(SourceError, match="A context of 1 leaves no room for an answer"):
+        onnxpress.build(folder, max_length=1, out=tmp_path / "out")
     with pytest.raises(SourceError, match="is no adapter folder"):
         onnxpress.build(folder, adapter=str(tmp_path), out=tmp_path / "out")
 

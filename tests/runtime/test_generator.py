@@ -374,6 +374,8 @@ def test_threads_wait_for_each_other(generator: Generator) -> None:
         (("x",), {"stop_token_ids": 5}, "stop_token_ids takes a list"),
         (("x",), {"stop_token_ids": ["a"]}, "stop_token_ids takes a list"),
         ((b"hello",), {}, "Prompt 0 is a int"),
+        ((5,), {}, "The prompts are a int"),
+        ((np.zeros((2, 2), np.int64),), {}, "The prompts are a ndarray"),
         ((), {"messages": 5}, "Messages are a list"),
         ((), {"messages": []}, "Messages are a list"),
         ((), {"messages": [{"role": "user", "content": "\ud83d"}]}, "half a character"),
@@ -402,6 +404,13 @@ def test_an_artifact_without_a_tokenizer_says_so(artifact: Path, tmp_path: Path)
     (copy / "tokenizer.json").unlink()
     with pytest.raises(ArtifactError, match=r"tokenizer\.json is missing"):
         onnxpress.load(copy)
+
+
+def test_options_may_be_numpys_numbers(generator: Generator) -> None:
+    plain = {"max_new_tokens": 5, "temperature": 2.0, "top_k": 9, "seed": 3}
+    numpys = {"max_new_tokens": np.int64(5), "temperature": np.float32(2), "top_k": np.int32(9), "seed": np.uint64(3)}
+    one, other = (generator.generate("the end", **options)[0] for options in (plain, numpys))
+    assert one.token_ids == other.token_ids
 
 
 def test_ids_may_be_an_array(generator: Generator) -> None:
