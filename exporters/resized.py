@@ -35,6 +35,7 @@ def resized(module: torch.nn.Module, pruned: Pruned) -> torch.nn.Module:
     The graph's constants have the names of the module's parameters, and may stand transposed. Raises ConversionError where they
     do not, or where layers are gone that are no entries of one list of modules.
     """
+    _refuse_twins(module, pruned)
     smaller = copy.deepcopy(module)
     for name, change in pruned.changes.items():
         _set(smaller, name, change)
@@ -52,12 +53,26 @@ def resized(module: torch.nn.Module, pruned: Pruned) -> torch.nn.Module:
     return smaller
 
 
+def _refuse_twins(module: torch.nn.Module, pruned: Pruned) -> None:
+    """Raise ConversionError where a weight that was cut is another one's copy (a layer that was cloned and never trained): the graph
+    may hold both as one, and does not tell which was cut.
+    """
+    parameters = dict(module.named_parameters())
+    for name, weight in parameters.items():
+        if name not in pruned.changes or weight.dim() < 2:
+            continue
+        for other, candidate in parameters.items():
+            if other not in pruned.changes and candidate.shape == weight.shape and torch.equal(candidate, weight):
+                raise ConversionError(
+                    f"{name} and {other} of {type(module).__name__} hold the same numbers without being one parameter, so that what "
+                    "was cut cannot be told: prune the module when it has been trained."
+                )
+
+
 def _set(module: torch.nn.Module, name: str, change: Change) -> None:
     before, after = change.before, change.after
-    path, _, attribute = name.rpartition(".")
     try:
-        owner = module.get_submodule(path)
-        old = getattr(owner, attribute)
+        old: object = module.get_parameter(name)
     except AttributeError:
         old = None
     if not isinstance(old, torch.nn.Parameter):
@@ -72,13 +87,18 @@ def _set(module: torch.nn.Module, name: str, change: Change) -> None:
         new = after.T
     else:
         raise ConversionError(f"The graph's {name} is not the parameter of that name in {type(module).__name__}.")
-    setattr(owner, attribute, torch.nn.Parameter(torch.tensor(np.ascontiguousarray(new))))
-    if attribute == "weight" and new.ndim == 2:
-        # What the layer says of itself; Conv1D is transformers' name for a linear layer whose weight stands transposed.
-        if isinstance(owner, torch.nn.Linear):
-            owner.out_features, owner.in_features = new.shape
-        elif type(owner).__name__ == "Conv1D":
-            owner.nf = new.shape[1]
+    parameter = torch.nn.Parameter(torch.tensor(np.ascontiguousarray(new)))
+    for part in module.modules():  # of which several may hold it
+        for attribute in [
+            key for key, held_there in part.named_parameters(recurse=False, remove_duplicate=False) if held_there is old
+        ]:
+            setattr(part, attribute, parameter)
+            if attribute == "weight" and new.ndim == 2:
+                # What the layer says of itself; Conv1D is transformers' name for a linear layer whose weight stands transposed.
+                if isinstance(part, torch.nn.Linear):
+                    part.out_features, part.in_features = new.shape
+                elif type(part).__name__ == "Conv1D":
+                    part.nf = new.shape[1]
 
 
 def _fit_bias(module: torch.nn.Module, smaller: torch.nn.Module, name: str) -> None:

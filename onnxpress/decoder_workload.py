@@ -38,6 +38,7 @@ class DecoderWorkload:
 
     rows_can_run_alone = False
     task = "text-generation"
+    labelled_samples = 0  # texts have no labels
 
     def __init__(
         self,

@@ -127,10 +127,12 @@ def _check_scores(task: str, options: Mapping[str, Json], samples: Sequence[Samp
 
 
 def label_name(label: Json, names: Sequence[str]) -> str | None:
-    """A gold label as the model names it: by its name, or by its number; None where the model does not know it."""
+    """A gold label as the model names it: by its name, or by its number where names are no numbers; None where the model does not know it."""
     text = str(label)
     if text in names:
         return text
+    if all(str(name).isdecimal() for name in names):
+        return None
     return str(names[int(text)]) if text.isdecimal() and int(text) < len(names) else None
 
 

@@ -27,6 +27,7 @@ from onnxpress.artifact import Artifact, ArtifactWriter, check_outside
 from onnxpress.errors import InputError, OutputError
 from onnxpress.evaluation import check_spread
 from onnxpress.exporters import trainable
+from onnxpress.exporters.pooling import read_json
 from onnxpress.exporters.quiet import quiet as silenced
 from onnxpress.exporters.reference import TorchReference
 from onnxpress.exporters.tasks import find_task
@@ -56,6 +57,7 @@ from onnxpress.runtime.loading import RUNNERS
 from onnxpress.runtime.text_runner import TextRunner
 from onnxpress.runtime.tokenization import Encoding, Tokenizer
 from onnxpress.samples import Sample
+from onnxpress.trials import digest_of_files
 
 # A build has a precision of its own: what training computes in is called autocast here.
 _TRAINING = {field.name for field in dataclasses.fields(TrainingOptions)} - {"checkpoints", "precision"} | {"autocast"}
@@ -114,25 +116,45 @@ def fit(
         with ArtifactWriter(artifact_folder):
             pass  # an --out that cannot be written is said now
         check_outside(folder, artifact_folder, "--checkpoint")
-        _check_checkpoint_folder(folder, resume=training.resume)
+        asked = {
+            "source": Path(source).name,
+            "samples": [
+                digest_of_files([Path(file)])
+                for file in (train_file, evaluation)
+                if file is not None and Path(file).is_file()
+            ],
+            "options": {
+                "task": task,
+                "columns": dict(columns or {}),
+                "frozen_encoder": frozen_encoder,
+                "balanced": balanced,
+            },
+            "training": {
+                name: value for name, value in dataclasses.asdict(training).items() if name not in _PLACES[:3]
+            },
+            "max_length": options.get("max_length"),
+        }
+        facts = _check_checkpoint_folder(folder, asked, resume=training.resume)
         samples = read_labelled(Path(train_file), task, columns)
         others = None if evaluation is None else read_labelled(Path(evaluation), task, columns)
         labels = find_labels(samples, task)
         answers = {"labels": list(labels.names), "problem_type": labels.problem_type}
         preflight.check(recipe, labels.task, answers, labelled=True)  # said before training what is wrong
-        report.step("train the head" if frozen_encoder else "train")
-        facts = fit_samples(
-            trainable.find_folder(os.fspath(source), revision),
-            samples,
-            others,
-            folder=folder,
-            kind=task,
-            frozen_encoder=frozen_encoder,
-            balanced=balanced,
-            training=training,
-            max_length=options.get("max_length"),
-            progress=report.detail,
-        )
+        if facts is None:
+            report.step("train the head" if frozen_encoder else "train")
+            facts = fit_samples(
+                trainable.find_folder(os.fspath(source), revision),
+                samples,
+                others,
+                folder=folder,
+                kind=task,
+                frozen_encoder=frozen_encoder,
+                balanced=balanced,
+                training=training,
+                max_length=options.get("max_length"),
+                asked=asked,
+                progress=report.detail,
+            )
     judged_by = {"file": str(folder / _EVALUATION), "task": facts["task"], "max_length": facts["max_length"]}
     recipe = with_options(recipe, judged_by)
     return Fitted(artifact=build(recipe, out=artifact_folder, quiet=quiet), checkpoint=folder, facts=facts)
@@ -149,11 +171,12 @@ def fit_samples(
     balanced: bool = False,
     training: TrainingOptions,
     max_length: int | None = None,
+    asked: Mapping[str, Json] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Json]:
     """Train on samples and write the checkpoint to a folder, whole or not at all; returns what fit.json says.
 
-    Raises InputError, SourceError, QualityError.
+    asked: by what a later call knows that it asks for the same training. Raises InputError, SourceError, QualityError.
     """
     notes: list[str] = []
     if evaluation is not None:
@@ -191,6 +214,10 @@ def fit_samples(
     else:
         model = trainable.load_trainable(source, head, seed=training.seed, max_length=max_length)
         save, figures = _fine_tune(model, labels, learned, judged, balanced, training, progress)
+    if max((entry.get("r2", 0.0) for entry in figures.get("evaluations", ())), default=0.0) < 0:
+        notes.append(
+            "predictions are worse than the mean of the numbers (r2 below 0): scale the numbers to a few units, or train longer"
+        )
     cut = sum(
         encoding.truncated > 0 for encoding in _tokenizer(model).encode([sample.text_or_pair for sample in learned])
     )
@@ -210,6 +237,8 @@ def fit_samples(
         **figures,
         "notes": notes,
     }
+    if asked is not None:
+        facts["asked"] = asked
 
     def write(part: Path) -> None:
         save(part)
@@ -280,7 +309,7 @@ def _fine_tune(
     progress: Callable[[str], None],
 ) -> tuple[Saver, dict[str, Json]]:
     tokenizer = _tokenizer(model)
-    name, metric = _METRICS[labels.kind]
+    name, metric = ("balanced_accuracy", _balanced_accuracy) if balanced else _METRICS[labels.kind]
     learned_items = _items(tokenizer, learned, labels)
     with silenced():
         summary = train(
@@ -385,6 +414,12 @@ def _accuracy(logits: np.ndarray[Any, Any], gold: np.ndarray[Any, Any]) -> float
     return float((logits.argmax(-1) == gold).mean())
 
 
+def _balanced_accuracy(logits: np.ndarray[Any, Any], gold: np.ndarray[Any, Any]) -> float:
+    """The mean of the labels' own accuracies: what --balanced learns, and a rare label counts in."""
+    right = logits.argmax(-1) == gold
+    return float(np.mean([right[gold == label].mean() for label in np.unique(gold)]))
+
+
 def _micro_f1(logits: np.ndarray[Any, Any], gold: np.ndarray[Any, Any]) -> float:
     chosen, right = logits > 0, gold > 0.5
     return float(2 * (chosen & right).sum() / max(1, chosen.sum() + right.sum()))
@@ -429,11 +464,19 @@ def training_options(chosen: Mapping[str, Any], folder: Path | None, frozen_enco
     return training
 
 
-def _check_checkpoint_folder(folder: Path, *, resume: bool) -> None:
+def _check_checkpoint_folder(folder: Path, asked: Mapping[str, Json], *, resume: bool) -> dict[str, Json] | None:
+    """What fit.json says where a resume asks for the training that is done already; None where it is to be done.
+
+    Raises InputError and OutputError.
+    """
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if _FACTS in held:
+        facts: dict[str, Json] = read_json(folder / _FACTS)
+        if resume and facts.get("asked") == json.loads(json.dumps(asked)):
+            return facts
         done = (
-            f"{folder} holds a trained model: onnxpress build {folder} --eval {folder / _EVALUATION} makes its artifact"
+            f"{folder} holds a trained model{' of another training' if resume else ''}: onnxpress build {folder} "
+            f"--eval {folder / _EVALUATION} --max-length {facts.get('max_length')} makes its artifact"
         )
         raise (InputError if resume else OutputError)(
             f"{done}. To train anew, remove the folder, or name another with --checkpoint."
@@ -447,6 +490,7 @@ def _check_checkpoint_folder(folder: Path, *, resume: bool) -> None:
         raise OutputError(
             f"The folder for the checkpoint, {folder}, is there already. {resumable}, or name another with --checkpoint."
         )
+    return None
 
 
 def _tokenizer(model: Trainable) -> Tokenizer:

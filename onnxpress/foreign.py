@@ -214,7 +214,7 @@ def _spec(value: ir.Value) -> TensorSpec:
 def _first_samples(reference: Session, inputs: tuple[TensorSpec, ...], path: Path) -> Arrays:
     """Two samples of a file where the file's model takes any number, else as many as it takes. Raises RecipeError."""
     given = read_arrays(path, Signature(task="module", inputs=inputs, outputs=(), axes=_axes(inputs)))
-    any_number = all(isinstance(spec.shape[0], str) for spec in inputs)
+    any_number = not given.whole and all(isinstance(spec.shape[0], str) for spec in inputs)
     example = given.call(0, min(_EXAMPLE_BATCH, given.calls()) if any_number else 1)
     try:
         reference.run(example)

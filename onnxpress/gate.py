@@ -61,11 +61,15 @@ class Gate:
             )
         self._score = workload.score(reference)
         self.reference_metrics = workload.metrics(self._answers, self._answers) | self._score
-        one = (100 if budget.metric == "accuracy" else 1) / len(self._answers)
+        count = workload.labelled_samples if budget.metric == "accuracy" else len(self._answers)
+        one = (100 if budget.metric == "accuracy" else 1) / max(count, 1)
         allowed = self.reference_value - budget.limit_value(self.reference_value)
-        if workload.task == "text-classification" and budget.metric in ("accuracy", "top1_agreement") and allowed < one:
+        of_samples = budget.metric == "accuracy" or (
+            workload.task == "text-classification" and budget.metric == "top1_agreement"
+        )
+        if of_samples and allowed < one:
             self.notes += (
-                f"the budget allows {max(allowed, 0):.3g} of {budget.metric}, and one of {len(self._answers)} evaluation samples is "
+                f"the budget allows {max(allowed, 0):.3g} of {budget.metric}, and one of {count} evaluation samples is "
                 f"{one:.3g}: not one may get worse. More samples would judge finer",
             )
 

@@ -149,7 +149,9 @@ def find_labels(samples: Sequence[Sample], kind: str | None, known: Sequence[str
     counts = Counter(name for sample in normalized(samples, kind) for name in _names(sample, kind))
     names = sorted(counts, key=_order)
     if kind == "token-classification":
-        names = ["O", *(name for name in names if name != "O")]
+        # A token that the tokenizer cuts goes on inside, also where no entity of the samples has two tokens.
+        inside = {f"I-{name[2:]}" for name in names if name.startswith("B-")}
+        names = ["O", *sorted((set(names) | inside) - {"O"}, key=_order)]
     if len(names) < 2:
         which = f"the label {names[0]!r}" if names else "no label"
         raise InputError(f"All training samples have {which}; at least two are needed.")

@@ -73,6 +73,16 @@ class ModuleWorkload:
                 )
 
     @property
+    def random(self) -> bool:
+        """Whether no file of samples was given to judge by."""
+        return self._given is None
+
+    @property
+    def labelled_samples(self) -> int:
+        """How many samples the user gave with labels."""
+        return len(self._given) if self._given is not None and self.labelled else 0
+
+    @property
     def labelled(self) -> bool:
         """Whether the user gave samples with labels."""
         return self._given is not None and self._given.labels is not None
@@ -102,7 +112,8 @@ class ModuleWorkload:
             self._rows = 0
             alike = self.batch_dependence(runnable, found) if rows == 1 else None
             # A sample alone says little then: its share of the batch is 1.
-            if (alike is not None and alike < BATCH_COSINE) or (rows == 1 and self._pairs_rows()):
+            whole = self._given is not None and self._given.whole
+            if (alike is not None and alike < BATCH_COSINE) or (rows == 1 and not whole and self._pairs_rows()):
                 self._rows = min(_MIXED_ROWS, self._most_rows(runnable))
                 if self._given is not None:  # so that calls differ
                     self._rows = min(self._rows, max(2, self._given.calls() // 2))
@@ -178,6 +189,8 @@ class ModuleWorkload:
 
     def _batched_outputs(self) -> list[str]:
         """Outputs of a row a sample; none where the inputs do not share a batch axis, so that samples cannot share a call."""
+        if self._given is not None and self._given.whole:
+            return []
         inputs, batch = self._signature.inputs, self._first_axes()[0]
         if set(self._first_axes()) != {batch} or any(batch in spec.shape[1:] for spec in inputs):
             return []

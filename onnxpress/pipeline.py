@@ -238,6 +238,7 @@ def _build(
         )
         manifest = _manifest(recipe, facts, exported, press, ledger=ledger, allowed=allowed)
         measured = _measured(exported, gate, press, bench)
+        measured["budget"]["on_random_inputs"] = isinstance(workload, ModuleWorkload) and workload.random
         if bench.timed:
             report.step("measure")
             measured |= _times(workload, exported, bench, press)
@@ -489,7 +490,8 @@ def _times(workload: Workload, exported: Exported, bench: Workbench, press: Pres
     """Of the finished artifact beside its plain export and the original."""
     systems: dict[str, Runnable] = {"export": bench.open(exported.graph), "artifact": press.session}
     if not isinstance(workload, DecoderWorkload):  # a language model's original has no cache: its steps would mislead
-        systems = {"PyTorch": exported.reference, **systems}
+        original = "original" if isinstance(exported.reference, Session) else "PyTorch"
+        systems = {original: exported.reference, **systems}
     times: dict[str, Json] = {"latency": _latency(workload, systems)}
     if isinstance(workload, TextWorkload) and not press.rows_alone and press.session.on_cpu:
         times["tokens_per_chunk"] = _fastest_chunk(workload, press.session)

@@ -1,5 +1,7 @@
 """Reads a user's arrays for a module: .npz or .safetensors with one array an input, the first axis counting samples, and labels.
 
+A sample is a row of each input. Where inputs do not all begin with the batch (a state, a single number), it is a whole call: arrays
+have one axis more than the inputs.
 An array named `labels` (integers, (samples,)) says which class is right, where the first output is scores over classes. Nothing is ever
 unpickled.
 """
@@ -25,12 +27,16 @@ _LABELS = "labels"
 
 @dataclass(frozen=True, kw_only=True)
 class SampleArrays:
-    """inputs: by name, (samples, …). labels: int64 (samples,) or None. rows: samples in one call at least, where that is fixed."""
+    """inputs: by name, (samples, …). labels: int64 (samples,) or None. rows: samples in one call at least, where that is fixed.
+
+    whole: each sample is a call's whole inputs, and none can share one.
+    """
 
     path: Path
     inputs: Arrays
     labels: npt.NDArray[np.int64] | None
     rows: int
+    whole: bool = False
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
@@ -40,7 +46,9 @@ class SampleArrays:
         return len(self) // self.rows
 
     def call(self, index: int, calls: int = 1) -> dict[str, npt.NDArray[Any]]:
-        """Inputs of one call, or of several that follow each other, in one."""
+        """Inputs of one call, or of several that follow each other, in one, where these can share one."""
+        if self.whole:
+            return {name: np.asarray(array[index]) for name, array in self.inputs.items()}
         start = index * self.rows
         return {name: array[start : start + calls * self.rows] for name, array in self.inputs.items()}
 
@@ -55,8 +63,9 @@ def read_arrays(path: Path, signature: Signature) -> SampleArrays:
             f"{path} has {', '.join(sorted(arrays)) or 'no arrays'}; the model takes {', '.join(names)}: give one array for each "
             f"input by its name, and {_LABELS} if there are any."
         )
+    whole = all(arrays[spec.name].ndim == len(spec.shape) + 1 for spec in signature.inputs)
     for spec in signature.inputs:
-        _check(path, spec, arrays[spec.name], signature)
+        _check(path, spec, arrays[spec.name], signature, whole=whole)
     counts = {name: len(array) for name, array in arrays.items()}
     if labels is not None:
         counts[_LABELS] = len(labels) if labels.ndim else 0
@@ -70,6 +79,13 @@ def read_arrays(path: Path, signature: Signature) -> SampleArrays:
         raise RecipeError(
             f"{path}: {_LABELS} are {labels.dtype} of shape {labels.shape}; they are whole numbers, one class a sample."
         )
+    if whole:
+        if labels is not None:
+            raise RecipeError(
+                f"{path} has whole calls for samples, one axis more than the model's inputs have: {_LABELS} go with rows of inputs. Leave "
+                "them out, and outputs are compared with the original's."
+            )
+        return SampleArrays(path=path, inputs=arrays, labels=None, rows=1, whole=True)
     fixed = {spec.shape[0] for spec in signature.inputs if isinstance(spec.shape[0], int)}
     rows = int(max(fixed, default=1))
     if len(fixed) > 1 or sizes.pop() % rows:
@@ -136,18 +152,19 @@ def _native(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-def _check(path: Path, spec: TensorSpec, array: npt.NDArray[Any], signature: Signature) -> None:
-    if not spec.shape:
+def _check(path: Path, spec: TensorSpec, array: npt.NDArray[Any], signature: Signature, *, whole: bool) -> None:
+    if not spec.shape and not whole:
         raise RecipeError(
-            f"{path}: the model's {spec.name} is a single number, with no axis that counts samples, so that files of samples do not go with "
-            "it: leave the file out, and the build is judged on random inputs."
+            f"{path}: the model's {spec.name} is a single number, with no axis that counts samples: give each input one axis more than the "
+            "model takes, the first, which counts calls."
         )
-    fits = array.ndim == len(spec.shape) and array.dtype.name == host_dtype(spec.dtype)
-    for axis, size in zip(spec.shape[1:], array.shape[1:], strict=False):
+    rest = spec.shape if whole else spec.shape[1:]
+    fits = array.ndim == 1 + len(rest) and array.dtype.name == host_dtype(spec.dtype)
+    for axis, size in zip(rest, array.shape[1:], strict=False):
         low, high = signature.axes.get(axis, (1, size)) if isinstance(axis, str) else (axis, axis)
         fits = fits and low <= size <= high
     if not fits:
-        wanted = ", ".join(map(str, ("samples", *spec.shape[1:])))
+        wanted = ", ".join(map(str, ("samples", *rest)))
         raise RecipeError(
             f"{path}: {spec.name} is {array.dtype.name} of shape {array.shape}; the model takes {host_dtype(spec.dtype)} of shape ({wanted})."
         )

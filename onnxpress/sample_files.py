@@ -93,14 +93,15 @@ def read_conll(path: Path) -> list[Sample]:
 
 
 def read_label_and_text(path: Path) -> list[Sample]:
-    """Lines of a label, a space and a text (as the Stanford Sentiment Treebank's). Raises RecipeError naming file and line."""
+    """Lines of a label, a space or tab, and a text (as the Stanford Sentiment Treebank's). Raises RecipeError naming file and line."""
     if suffix(path) == ".json":
         raise RecipeError(f"{path}: of JSON, .jsonl is read, an object a line; write each sample on a line of its own.")
     samples = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        label, _, text = line.strip().partition(" ")
+        label, *rest = line.split(None, 1)
+        text = rest[0] if rest else ""
         if not text.strip():
             raise RecipeError(
                 f"{path}, line {number} has a label and no text. A file that does not end in {', '.join(TABLES)} has "

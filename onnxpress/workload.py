@@ -38,6 +38,11 @@ class Workload(Protocol):
     notes: tuple[str, ...]
     rows_can_run_alone: bool
 
+    @property
+    def labelled_samples(self) -> int:
+        """How many samples the user gave with labels."""
+        ...
+
     def calibration(self) -> Iterator[Arrays]:
         """Calibration inputs, one sample at a time."""
         ...
@@ -123,6 +128,11 @@ class TextWorkload:
             raise RecipeError(f"{where}: no text has a mask among its first {options['max_length']} tokens.")
         if cut := sum(encoding.truncated > 0 for encoding in encodings):
             self.notes += (f"{cut} of {len(judged)} evaluation texts are cut at {options['max_length']} tokens",)
+
+    @property
+    def labelled_samples(self) -> int:
+        """How many samples the user gave with labels."""
+        return len(self._labelled)
 
     @property
     def labelled(self) -> bool:

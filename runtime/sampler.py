@@ -150,7 +150,7 @@ def _largest(values: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int6
     return found[np.lexsort((found, -values[found]))]
 
 
-def _check(name: str, value: Any, holds: Callable[[Any], bool], allowed: str) -> None:
+def _check(name: str, value: Any, holds: Callable[[Any], object], allowed: str) -> None:
     number = (
         isinstance(value, int | float | np.integer | np.floating)
         and not isinstance(value, bool)

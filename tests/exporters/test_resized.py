@@ -173,3 +173,56 @@ def test_a_constant_that_is_no_parameter(tmp_path: Path) -> None:
         wrong = dataclasses.replace(result, changes={name: Change(before=array, after=array)})
         with pytest.raises(ConversionError, match=said):
             resized(module, wrong)
+
+
+class TwoBlocks(torch.nn.Module):
+    """Residual blocks, whose first weights may be one parameter, or copies."""
+
+    def __init__(self, *, tied: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = torch.nn.ModuleList([torch.nn.Linear(32, 64), torch.nn.Linear(32, 64)])
+        self.down = torch.nn.ModuleList([torch.nn.Linear(64, 32), torch.nn.Linear(64, 32)])
+        if tied:
+            self.up[1].weight, self.up[1].bias = self.up[0].weight, self.up[0].bias
+        else:
+            self.up[1].load_state_dict(self.up[0].state_dict())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(torch.relu(up(x)))
+        return x
+
+
+def test_a_weight_that_layers_share_is_cut_for_both(tmp_path: Path) -> None:
+    module = TwoBlocks(tied=True).eval()
+    exported = export(module, example_inputs=(torch.randn(4, 32),))
+    bench = Workbench(tmp_path, target("cpu"))
+    given = partial(rows_of, 32)
+    result = prune(
+        exported.graph, PruneOptions(ffn=0.5, multiple=1),
+        stream=partial(ActivationStream, open_session=bench.open, inputs=given),
+        activations=partial(activations, open_session=bench.open, inputs=given),
+    )  # fmt: skip
+    smaller: Any = resized(module, result)
+    assert smaller.up[0].weight is smaller.up[1].weight
+    assert smaller.up[1].out_features == 32
+    feeds = next(given())
+    (answer,) = bench.open(result.graph).run(feeds).values()
+    with torch.no_grad():
+        np.testing.assert_allclose(answer, smaller(torch.from_numpy(feeds["x"])).numpy(), rtol=0, atol=1e-5)
+
+
+def test_copies_are_refused(tmp_path: Path) -> None:
+    module = TwoBlocks(tied=False).eval()
+    before = module.up[0].weight.detach().numpy()
+    change = Change(before=before, after=before[:32])
+    graph = export(module, example_inputs=(torch.randn(4, 32),)).graph
+    result = Pruned(graph=graph, changes={"up.0.weight": change}, heads=(), layers=(), kept_layers=(), notes=())
+    with pytest.raises(ConversionError, match=r"up\.0\.weight and up\.1\.weight of TwoBlocks hold the same numbers"):
+        resized(module, result)
+
+
+def rows_of(width: int) -> Iterator[Arrays]:
+    for seed in range(8):
+        yield {"x": np.random.default_rng(seed).standard_normal((4, width)).astype(np.float32)}

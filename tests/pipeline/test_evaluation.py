@@ -325,6 +325,18 @@ def test_labels_by_name_and_by_number() -> None:
         score("text-classification", runner, [Sample(text="x", label=label) for label in ("d", "a", 3, "b", "d")])
 
 
+def test_numbers_that_are_names_are_no_places() -> None:
+    """A model of the labels 1, 2 and 3 knows no 0."""
+    runner = Runner(
+        [{"label": "1", "score": 1.0}] * 2, labels=["1", "2", "3"], problem_type="single_label_classification"
+    )
+    assert (
+        score("text-classification", runner, [Sample(text="x", label=1), Sample(text="x", label="2")])["accuracy"] == 50
+    )
+    with pytest.raises(InputError, match=r"does not know the labels '0'; it knows: 1, 2, 3\."):
+        score("text-classification", runner, [Sample(text="x", label=0), Sample(text="x", label=1)])
+
+
 def test_a_prediction_that_is_not_finite_is_wrong() -> None:
     runner = Runner(
         [{"label": "a", "score": math.nan}] * 2, labels=["a", "b"], problem_type="single_label_classification"

@@ -18,10 +18,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import onnxpress
+from onnxpress.artifact import Artifact
 from onnxpress.cli import main
 from onnxpress.engine import Engine
 from onnxpress.errors import InputError, OutputError, RecipeError, SourceError
-from onnxpress.fit import fit, fit_samples, torch_runner
+from onnxpress.fit import _accuracy, _balanced_accuracy, fit, fit_samples, torch_runner
 from onnxpress.labelled import find_labels, labelled_samples, normalized, read_labelled, split, told
 from onnxpress.optimizers.training import TrainingOptions
 
@@ -202,7 +203,10 @@ def test_tags_of_tokens(model: Path, tmp_path: Path) -> None:
     )
     assert fitted.facts["training"]["processes"] == processes
     manifest = fitted.artifact.manifest
-    assert (manifest.task, manifest.options["labels"]) == ("token-classification", ["O", "B-ANIMAL", "B-PLACE"])
+    assert (manifest.task, manifest.options["labels"]) == (
+        "token-classification",
+        ["O", "B-ANIMAL", "B-PLACE", "I-ANIMAL", "I-PLACE"],
+    )
     assert (manifest.ledger[0]["metric"], manifest.ledger[0]["quality"]) == ("entity_f1", 100.0)
     runner: Any = onnxpress.load(tmp_path / "out")
     assert [(item["entity"], item["text"]) for item in runner.predict(["a dog ran to the house"])[0]] == [
@@ -326,6 +330,29 @@ def test_balanced_weights_find_rare_labels(model: Path) -> None:
         assert tilt(Path(folder) / "balanced", True) > tilt(Path(folder) / "plain", False) + 0.1
 
 
+def test_tokens_that_the_tokenizer_cuts_are_learned_whole(model: Path, tmp_path: Path) -> None:
+    """E-mail addresses, dates: of several words to the tokenizer, and one token of the samples, which never have an I- tag."""
+    texts, _ = animals(100)
+    tokens = [[*text.split(), "cat.dog"] for text in texts]
+    tags = [[*("O" for _ in text.split()), "B-ODD"] for text in texts]
+    labels = find_labels(labelled_samples(tokens, tags), None)
+    assert labels.names == ("O", "B-ODD", "I-ODD")
+    engine = Engine.load(model)
+    engine.fit(tokens, tags, evaluation=(tokens[:20], tags[:20]), epochs=10, batch_size=8, learning_rate=3e-3)
+    assert engine.evaluate(tokens[:20], tags[:20])["entity_f1"] > 90  # 0 where only the first word is asked for
+
+
+def test_the_best_epoch_of_a_balanced_training_is_one_that_tells_the_rare_label() -> None:
+    logits = np.array([[2.0, 1.0]] * 20)
+    gold = np.array([0] * 19 + [1])
+    assert _accuracy(logits, gold) == 0.95
+    assert _balanced_accuracy(logits, gold) == 0.5
+    told = logits.copy()
+    told[10:] = told[10:, ::-1]
+    assert _accuracy(told, gold) < 0.95
+    assert _balanced_accuracy(told, gold) > 0.75
+
+
 def test_the_command_line_and_a_resume(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,9 +380,15 @@ def test_the_command_line_and_a_resume(
     shown = json.loads(capsys.readouterr().out)
     assert shown["training"]["labels"] == ["0", "1"]
     assert shown["manifest"]["ledger"][0]["metric"] == "accuracy"
-    for again in ([*command, "--resume"], command):  # as after a kill between the training and the artifact's end
+    for again in ([*command, "--resume", "--seed", "1"], command):
         assert main(again) == 2
-        assert "onnxpress build out-checkpoint --eval out-checkpoint/evaluation.jsonl" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "onnxpress build out-checkpoint --eval out-checkpoint/evaluation.jsonl --max-length 40 makes" in said
+    digests = Artifact.open(tmp_path / "out").manifest.files
+    shutil.rmtree(tmp_path / "out")  # as after a kill between the training and the artifact's end
+    assert main([*command, "--resume"]) == 0
+    assert json.loads(capsys.readouterr().out)["training"]["labels"] == ["0", "1"]
+    assert Artifact.open(tmp_path / "out").manifest.files == digests
     build = ["build", "out-checkpoint", "--eval", "out-checkpoint/evaluation.jsonl", "--budget", "50%"]
     assert main([*build, "--out", "again", "--precision", "fp32", "--no-measure"]) == 0
     assert main([*command, "--resume", "--checkpoint", "none"]) == 2

@@ -55,6 +55,52 @@ def test_an_onnx_file_of_an_encoder_is_judged_on_its_vocabulary(tmp_path: Path) 
     assert exported.graph.signature.axes == {"rows": (1, 1024), "seq": (1, 2**20)}
 
 
+def test_a_file_with_a_state_is_judged_on_whole_calls(tmp_path: Path) -> None:
+    """The state's batch is its second axis, and one input is a single number."""
+    random = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("ReduceSum", ["state", "first"], ["s"], keepdims=0),
+        helper.make_node("Add", ["h", "s"], ["a"]),
+        helper.make_node("Cast", ["rate"], ["r"], to=1),
+        helper.make_node("Div", ["a", "r"], ["y"]),
+        helper.make_node("Add", ["state", "a"], ["next"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [
+            helper.make_tensor_value_info("x", 1, ["batch", 8]),
+            helper.make_tensor_value_info("state", 1, [2, "batch", 16]),
+            helper.make_tensor_value_info("rate", 7, []),
+        ],
+        [
+            helper.make_tensor_value_info("y", 1, ["batch", 16]),
+            helper.make_tensor_value_info("next", 1, [2, "batch", 16]),
+        ],
+        [
+            numpy_helper.from_array(random.standard_normal((8, 16)).astype(np.float32), "w"),
+            numpy_helper.from_array(np.array([0]), "first"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, tmp_path / "state.onnx")
+    for name in ("dev", "calibration"):
+        x, state = (random.standard_normal(shape).astype(np.float32) for shape in ((30, 1, 8), (30, 2, 1, 16)))
+        np.savez(tmp_path / f"{name}.npz", x=x, state=state, rate=np.full(30, 4))
+    built = onnxpress.build(
+        tmp_path / "state.onnx", precision="int8-qdq", out=tmp_path / "artifact",
+        file=str(tmp_path / "dev.npz"), calibration=str(tmp_path / "calibration.npz"), budget=0.95, **QUICK,
+    )  # fmt: skip
+    first, last = built.manifest.ledger[0], built.manifest.ledger[-1]
+    assert "evaluated on 24 of 30 samples of dev.npz" in first["notes"]
+    assert (last["pass"], last["changes"], last["metric"]) == ("int8-qdq", 1, "variance_kept")
+    assert "batch_cosine" not in last
+    assert "on random inputs" not in (built.path / "report.html").read_text()
+    random_build = onnxpress.build(tmp_path / "state.onnx", precision="fp32", out=tmp_path / "random", **QUICK)
+    assert "within budget on random inputs" in (random_build.path / "report.html").read_text()
+
+
 def test_an_onnx_file(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Relu", ["x"], ["r"]),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 
-from onnxpress.budgets import BUDGETS
+from onnxpress.budgets import BUDGETS, budget_for
 from onnxpress.evaluation import agreement
 from onnxpress.gate import Gate
 from onnxpress.manifest import Arrays, Runnable
@@ -17,6 +18,7 @@ class OneAnswer:
     """A workload whose candidate has the same best choices as the original, and other probabilities."""
 
     task, notes, rows_can_run_alone = "text-classification", (), True
+    labelled_samples = 0
 
     def answers(self, runnable: Runnable) -> Answers:
         return [{"logits": runnable.run({})["logits"]}]
@@ -50,6 +52,29 @@ def test_probabilities_that_collapse_break_the_budget() -> None:
     assert collapsed.margin < 0
     assert len(collapsed.broken) == 1, "the limit that breaks is named, and no other"
     assert "nats are allowed, whatever the budget)" in collapsed.sentence()
+
+
+@pytest.mark.parametrize("task", ["text-classification", "module"])
+def test_of_labelled_samples_one_is_a_share_of_these(task: str) -> None:
+    class Labelled(OneAnswer):
+        def __init__(self, count: int) -> None:
+            self.labelled_samples, self.task = count, task
+
+        def metrics(self, reference: Answers, answers: Answers) -> dict[str, float]:
+            return agreement("text-classification", reference, answers)
+
+        def score(self, runnable: Runnable) -> dict[str, float]:
+            return {"accuracy": 80.0}
+
+    budget = budget_for("text-classification", "0.3%", labelled=True)
+    few, enough = (
+        Gate(Labelled(count), Constant(4.0, -4.0), budget)  # type: ignore[arg-type]
+        for count in (40, 872)
+    )
+    assert few.notes[0].startswith(
+        "the budget allows 0.24 of accuracy, and one of 40 evaluation samples is 2.5: not one"
+    )
+    assert enough.notes == ()
 
 
 def test_a_budget_that_is_less_than_one_sample_is_noted() -> None:

@@ -220,6 +220,10 @@ def test_a_result_below_the_budget_says_so() -> None:
     page = render_report(make_manifest(row("int8", "kept", 0.95, 23.0)), MEASURED)
     assert "below budget" in page
     assert "within budget" not in page
+    budget = {**MEASURED["budget"], "limit": 0.950000004}  # all digits of the quality that is said in six
+    assert "within budget" in render_report(
+        make_manifest(row("int8", "kept", 0.95, 23.0)), MEASURED | {"budget": budget}
+    )
     page = render_report(make_manifest(row("int8", "kept", float("nan"), 23.0)), MEASURED | {"rows": []})
     assert "below budget" in page
 

@@ -82,12 +82,29 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], said: str, tmp_pat
         read_arrays(path, SIGNATURE)
 
 
-@pytest.mark.parametrize("rates", [np.int64(16000), np.full(6, 16000)])
-def test_a_model_that_takes_a_single_number_takes_no_samples(rates: Any, tmp_path: Path) -> None:
+def test_samples_may_be_whole_calls_where_inputs_share_no_batch_axis(tmp_path: Path) -> None:
+    """Speech with a state whose batch is not its first axis, and the rate as a single number."""
     rate = TensorSpec(name="rate", dtype="int64", shape=())
-    np.savez(tmp_path / "samples.npz", **good(), rate=rates)
-    with pytest.raises(RecipeError, match="rate is a single number, with no axis that counts samples"):
-        read_arrays(tmp_path / "samples.npz", dataclasses.replace(SIGNATURE, inputs=(*SIGNATURE.inputs, rate)))
+    signature = dataclasses.replace(SIGNATURE, inputs=(*SIGNATURE.inputs, rate))
+    rows = {name: array for name, array in good().items() if name != "labels"}
+    for rates in (np.int64(16000), np.full(6, 16000)):
+        np.savez(tmp_path / "rows.npz", **rows, rate=rates)
+        with pytest.raises(RecipeError, match=r"rate is a single number, .* give each input one axis more"):
+            read_arrays(tmp_path / "rows.npz", signature)
+    whole = {name: np.stack([array, array]) for name, array in rows.items()}
+    np.savez(tmp_path / "whole.npz", **whole, rate=np.array([8000, 16000]))
+    found = read_arrays(tmp_path / "whole.npz", signature)
+    assert (len(found), found.calls(), found.whole) == (2, 2, True)
+    call = found.call(1, 5)
+    assert {name: array.shape for name, array in call.items()} == {"image": (6, 1, 8, 8), "kind": (6, 2), "rate": ()}
+    assert call["rate"] == 16000
+    np.savez(tmp_path / "labelled.npz", **whole, rate=np.array([8000, 16000]), labels=np.array([1, 2]))
+    with pytest.raises(RecipeError, match="labels go with rows of inputs"):
+        read_arrays(tmp_path / "labelled.npz", signature)
+    whole["kind"] = whole["kind"][..., [0, 0, 0, 0]]
+    np.savez(tmp_path / "long.npz", **whole, rate=np.array([8000, 16000]))
+    with pytest.raises(RecipeError, match=r"takes int64 of shape \(samples, batch, length\)"):
+        read_arrays(tmp_path / "long.npz", signature)
 
 
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:

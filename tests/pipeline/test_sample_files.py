@@ -106,7 +106,7 @@ def test_columns_of_tokens_and_tags_are_read_alike_to_train_and_to_judge(name: s
 
 def test_lines_of_a_label_and_a_text_judge_as_they_teach(tmp_path: Path) -> None:
     path = tmp_path / "stsa.binary.dev"
-    path.write_text("1 a fine film\n\n0 a bore\n")
+    path.write_text("1 a fine film\n\n0\ta bore\n")
     found = read_samples(path, "text-classification")
     assert found == [Sample(text="a fine film", label="1"), Sample(text="a bore", label="0")]
     assert read_labelled(path, None) == found
