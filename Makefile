@@ -129,8 +129,8 @@ bench-language: bench-peers ## language models side by side (DATA=folder with lm
 	@bash benchmarks/language.sh "$(BIN)/python" "$(OUT)" "$(ROUNDS)" "$(DATA)"
 
 gpu-bench: ## encoders and decoders beside torch on an NVIDIA card (PYTHON=… has torch and onnxruntime-gpu; GPU_BENCH_OPTIONS="--budget 240")
-	@python="$(BIN)/python"; "$$python" -c 'import importlib.metadata; importlib.metadata.version("onnxruntime-gpu")' 2>/dev/null || \
-		python="$(PYTHON)"; test -n "$$python" || { echo "Python is needed: name it with PYTHON=…"; exit 2; }; \
+	@for python in "$(BIN)/python" .venv-gpu/bin/python "$(PYTHON)"; do \
+		"$$python" -c 'import importlib.metadata; importlib.metadata.version("onnxruntime-gpu")' 2>/dev/null && break; done; test -n "$$python" || { echo "Python is needed: name it with PYTHON=…"; exit 2; }; \
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$$python" benchmarks/gpu/bench.py $(GPU_BENCH_OPTIONS)
 
 clean: ## remove environments, artifacts and caches

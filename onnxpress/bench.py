@@ -25,6 +25,7 @@ from onnxpress.manifest import Arrays, Json, Manifest
 from onnxpress.runtime.generator import MOST_ROWS, Generator
 from onnxpress.runtime.loading import golden_cases, load_artifact
 from onnxpress.runtime.module_runner import ModuleRunner
+from onnxpress.runtime.session import Session
 from onnxpress.runtime.text_runner import TextRunner
 from onnxpress.timing import random_tokens, rounds_of
 
@@ -61,12 +62,14 @@ def bench(
         raise UsageError(f"{path} takes named arrays, which have no --length.")
     with tempfile.TemporaryDirectory(prefix="onnxpress-bench-") as scratch:
         systems: dict[str, System] = {}
+        on_cpu = True  # all artifacts so far
         for item in (str(path), *against):
             if item in ("torch", "onnx"):
-                systems[item] = _original(item, first.manifest, Path(scratch))
+                systems[item if on_cpu else f"{item} (on the CPU)"] = _original(item, first.manifest, Path(scratch))
             else:
                 artifact = first if item == str(path) else Artifact.open(Path(item))
-                label, system = _artifact(artifact, providers, allow_fallback)
+                label, system, its_on_cpu = _artifact(artifact, providers, allow_fallback)
+                on_cpu = on_cpu and its_on_cpu
                 systems[label if label not in systems else item] = system
         cases = _module_cases(first, batches) if of_arrays else _text_cases(first, batches, lengths)
         rows = _time(systems, cases, rounds)
@@ -208,13 +211,15 @@ def _spread(of_rounds: Sequence[float]) -> str:
     return f"({min(of_rounds):.4g}–{max(of_rounds):.4g})"
 
 
-def _artifact(artifact: Artifact, providers: Sequence[str] | None, allow_fallback: bool) -> tuple[str, System]:
+def _artifact(artifact: Artifact, providers: Sequence[str] | None, allow_fallback: bool) -> tuple[str, System, bool]:
+    """Its name, what is timed, and whether that is on the CPU."""
     runner = load_artifact(artifact, providers=providers, allow_fallback=allow_fallback)
     say_fallback(runner.session)
     if isinstance(runner, Generator):
         raise UsageError(f"{artifact.path} is a language model; it can be timed beside other language models only.")
     run = runner.run_rows if isinstance(runner, TextRunner) else runner.run
-    return f"{artifact.manifest.name} {artifact.manifest.precision}", run
+    on_cpu = not isinstance(runner.session, Session) or runner.session.on_cpu
+    return f"{artifact.manifest.name} {artifact.manifest.precision}", run, on_cpu
 
 
 def _original(kind: str, manifest: Manifest, scratch: Path) -> System:

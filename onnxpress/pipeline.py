@@ -491,6 +491,7 @@ def _times(workload: Workload, exported: Exported, bench: Workbench, press: Pres
     systems: dict[str, Runnable] = {"export": bench.open(exported.graph), "artifact": press.session}
     if not isinstance(workload, DecoderWorkload):  # a language model's original has no cache: its steps would mislead
         original = "original" if isinstance(exported.reference, Session) else "PyTorch"
+        original += "" if press.session.on_cpu else " on the CPU"
         systems = {original: exported.reference, **systems}
     times: dict[str, Json] = {"latency": _latency(workload, systems)}
     if isinstance(workload, TextWorkload) and not press.rows_alone and press.session.on_cpu:

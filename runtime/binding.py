@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,7 +40,8 @@ class Binding:
             return
         check_bindable(name, array, self._session.input_names)
         self._inputs[name] = array
-        self._binding.bind_cpu_input(name, array)
+        with ON_CARD if self._copies else contextlib.nullcontext():
+            self._binding.bind_cpu_input(name, array)
 
     def bind_output(self, name: str, array: np.ndarray[Any, Any] | DeviceArray) -> None:
         """Bind a contiguous array that receives an output. Raises InputError."""

@@ -18,6 +18,7 @@ import numpy as np
 from onnxpress.errors import ArtifactError, OnnxpressError, ProviderError
 from onnxpress.manifest import Signature
 from onnxpress.runtime.cuda import CAPTURES, CUDA
+from onnxpress.runtime.device import ON_CARD
 from onnxpress.runtime.providers import CPU, Provider, one_line, refusal, usable_cores
 from onnxpress.runtime.saturation import products_saturate
 from onnxpress.runtime.tensorrt import NvTensorRtRtx
@@ -79,13 +80,14 @@ class Opening:
                 data = [np.frombuffer(content, np.uint8) for content in files.values()]
                 options.add_external_initializers_from_files_in_memory(list(files), data, [len(one) for one in data])
             inner = partial(self._inference_session, model, options)
-            try:
-                return inner(providers), CAPTURES in providers.get(CUDA.registered_as, {})
-            except Exception as error:
-                if self._cuda is None or self._cuda.graphs or _NO_CAPTURE not in str(error):
-                    raise
-                del providers[CUDA.registered_as][CAPTURES]  # it was not asked for by name
-                return inner(providers), False
+            with contextlib.nullcontext() if self._on_cpu_alone else ON_CARD:
+                try:
+                    return inner(providers), CAPTURES in providers.get(CUDA.registered_as, {})
+                except Exception as error:
+                    if self._cuda is None or self._cuda.graphs or _NO_CAPTURE not in str(error):
+                        raise
+                    del providers[CUDA.registered_as][CAPTURES]  # it was not asked for by name
+                    return inner(providers), False
         except Exception as error:  # ONNX Runtime's errors have no common base but Exception
             raise self._refused(error) from error
 
@@ -116,7 +118,7 @@ class Opening:
             options.add_session_config_entry("session.x64quantprecision", "1")
         if not self.prepacking:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        if record_placement or all(not isinstance(provider, CPU) for provider in self.providers):
+        if record_placement or not self._on_cpu_alone:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         return options
 

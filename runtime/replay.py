@@ -20,6 +20,8 @@ from onnxpress.runtime.device import ON_CARD, DeviceArray, DeviceMemory, item_by
 
 MOST_GRAPHS = 256  # of a session: ONNX Runtime never lets one go
 NO_GRAPH = "-1"  # gpu_graph_id that is not captured
+# How much they answer is read back in the middle of a run, which a graph cannot hold.
+_COUNT_AS_THEY_GO = frozenset(("NonZero", "Compress", "Unique", "NonMaxSuppression"))
 
 Key = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -39,10 +41,13 @@ def run_options(graph: str) -> Any:
 
 
 def can_be_replayed(inner: Any, signature: Signature) -> bool:
-    """Whether all inputs are read on the card, and the outputs' shapes hang on the inputs' alone.
+    """Whether all inputs are read on the card, and the shapes of outputs, and of all between, hang on the inputs' alone.
 
-    A shape, a position or a number of elements that is an input is read on the CPU, when it is bound.
+    A shape, a position or a number of elements that is an input is read on the CPU, when it is bound. inner: of a session that has
+    recorded its placement.
     """
+    if counts_as_it_goes(inner):
+        return False
     axes = {axis for spec in signature.inputs for axis in spec.shape}
     if not axes.issuperset(axis for spec in signature.outputs for axis in spec.shape if isinstance(axis, str)):
         return False
@@ -52,6 +57,12 @@ def can_be_replayed(inner: Any, signature: Signature) -> bool:
         return True
     places = [info.name.lower() for info in inner.get_input_memory_infos()]
     return not any("cpu" in place or "pinned" in place for place in places)
+
+
+def counts_as_it_goes(inner: Any) -> bool:
+    """Whether a session that has recorded its placement has operators whose answers' shapes hang on values."""
+    parts = inner.get_provider_graph_assignment_info()
+    return any(node.op_type in _COUNT_AS_THEY_GO for part in parts for node in part.get_nodes())
 
 
 def bytes_of(feeds: Arrays, signature: Signature) -> int:

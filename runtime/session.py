@@ -106,6 +106,7 @@ class Session:
         self.replays = self.captures and can_be_replayed(self._session, self.signature)
         self._graphs_made = 0
         self._seen: dict[Key, Buffers | None] = {}
+        self._too_large: set[Key] = set()
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -165,7 +166,10 @@ class Session:
         if self.captures:
             number = self.next_graph()
             graph = NO_GRAPH if number is None else str(number)
-        return Buffers(self._session, self.memory, feeds, self._outputs, graph)
+        try:
+            return Buffers(self._session, self.memory, feeds, self._outputs, graph)
+        except Exception as error:  # ONNX Runtime's errors have no common base but Exception
+            raise self.refused(error, _described(feeds)) from error
 
     def next_graph(self) -> int | None:
         """The number for a new CUDA graph; None where this session captures none, or no more."""
@@ -219,13 +223,18 @@ class Session:
         if not self.replays:
             return None
         key = shapes_of(feeds)
+        if key in self._too_large:
+            return None
         if key not in self._seen:
             if len(self._seen) < _MOST_SHAPES:
                 self._seen[key] = None
             return None
         buffers = self._seen[key]
         if buffers is None and self._graphs_made < MOST_GRAPHS and bytes_of(feeds, self.signature) <= _LARGEST_BUFFERS:
-            buffers = self._seen[key] = self.buffers(feeds)
+            try:
+                buffers = self._seen[key] = self.buffers(feeds)
+            except ProviderError:  # no memory for them: a plain run needs less
+                self._too_large.add(key)
         return buffers
 
     def _run(self, session: Any, feeds: Arrays, options: Any = None) -> dict[str, np.ndarray[Any, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import re
 from collections.abc import Mapping
@@ -95,6 +96,9 @@ class TensorRT:
                 options[f"trt_profile_{kind}_shapes"] = _profile(signature, sizes, index)
         if self.cache_folder is not None:
             here = f"onnxruntime-{onnxruntime_version()}-tensorrt-{tensorrt_version()}-{gpu_name(self.device_id)}"
+            here += f"-level-{self.builder_optimization_level}"
+            if self.raw_options:
+                here += f"-{hashlib.sha256(repr(sorted(self.raw_options.items())).encode()).hexdigest()[:12]}"
             folder = self.cache_folder / cache_key / here
             _make_folder(folder, "TensorRT's cache")  # TensorRT makes only the last folder of a path
             options |= {

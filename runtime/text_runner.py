@@ -48,6 +48,7 @@ class TextRunner(ABC):
         self.tokens_per_chunk = tokens_per_chunk or (TOKENS_PER_CHUNK_ON_CARD if on_card else TOKENS_PER_CHUNK)
         self._length_step = _STEP_ON_CARD if on_card else 1
         self._most_rows = session.largest("batch") if isinstance(session, Session) else None
+        self._longest = session.largest("length") if isinstance(session, Session) else None
 
     def outputs(self, samples: Sequence[Sample]) -> list[Answer]:
         """The raw outputs for each text or pair: no batch axis, no padding. Raises InputError."""
@@ -75,7 +76,8 @@ class TextRunner(ABC):
         names = self.session.input_names
 
         def chunk(rows: np.ndarray[Any, Any]) -> Arrays:
-            arrays = self.tokenizer.batch([encodings[row] for row in rows], multiple=self._length_step)
+            some = [encodings[row] for row in rows]
+            arrays = self.tokenizer.batch(some, multiple=self._length_step, most=self._longest)
             return {name: arrays[name] for name in names}
 
         step = self._length_step

@@ -101,13 +101,16 @@ class Tokenizer:
         whole = self._cutter(stride).encode(*sample)
         return [_encoding(window) for window in (whole, *whole.overflowing)]
 
-    def batch(self, encodings: Sequence[Encoding], *, multiple: int = 1) -> dict[str, np.ndarray[Any, Any]]:
+    def batch(
+        self, encodings: Sequence[Encoding], *, multiple: int = 1, most: int | None = None
+    ) -> dict[str, np.ndarray[Any, Any]]:
         """input_ids, attention_mask and token_type_ids, int64 (batch, longest), padded on the right.
 
-        multiple: to pad to, as far as the texts' maximum allows.
+        multiple: to pad to, as far as the texts' maximum allows, and `most`, if that is less.
         """
         longest = max(map(len, encodings))
-        shape = (len(encodings), max(longest, min(-(-longest // multiple) * multiple, self.max_length)))
+        padded = min(-(-longest // multiple) * multiple, self.max_length, most or self.max_length)
+        shape = (len(encodings), max(longest, padded))
         ids = np.full(shape, self.pad_token_id, np.int64)
         mask = np.zeros(shape, np.int64)
         types = np.zeros(shape, np.int64)

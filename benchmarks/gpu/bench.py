@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NOTHING = "no GPU: nothing measured"
 # The last takes longest to build.
 PARTS = ("encoder minilm-l6", "decoder qwen2.5-0.5b", "decoder qwen2.5-7b", "encoder bert-base")
+OVERTIME = 60  # seconds in which a part may end what it has begun
 PACKAGES = ("torch", "transformers", "onnxruntime-gpu", "onnxruntime", "onnx", "numpy")
 
 
@@ -119,13 +120,22 @@ def _each_alone(arguments: argparse.Namespace, parts: list[str]) -> int:
         if arguments.budget is not None:
             given += ["--budget", str(max(0.0, arguments.budget - (time.monotonic() - began)))]
         path.unlink(missing_ok=True)
-        status = subprocess.run([sys.executable, *given]).returncode or status
-        if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            for name in ("figures", "errors", "left_out"):
-                whole.setdefault(name, []).extend(found[name])
-            whole["about"] = found["about"]
-            arguments.json.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        left = None if arguments.budget is None else max(0.0, arguments.budget - (time.monotonic() - began)) + OVERTIME
+        try:
+            code = subprocess.run([sys.executable, *given], timeout=left).returncode
+            ended = f"its process ended with {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            code, ended = 1, f"it hung, and was ended {OVERTIME} s after the budget was spent"
+        status = code or status
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for name in ("figures", "errors", "left_out"):
+            whole.setdefault(name, []).extend(found.get(name, []))
+        if ended:
+            whole["errors"].append({"what": part, "error": ended})
+            print(f"failed: {part}: {ended}")
+        whole["about"] = found.get("about", whole.get("about"))
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"all of it: {arguments.json}")
     return status
 

@@ -81,6 +81,10 @@ def _measure_case(
         from_numpy["onnxpress"] = lambda: session.run(own)[output]
         with record.attempt(f"{of}, {case}, onnxpress, on the card"):
             on_card["onnxpress"] = session.buffers(own).run if encoders.card.real else from_numpy["onnxpress"]
+    if "onnxpress" in on_card and encoders.card.real:
+        # Once alone: a peer that fails on the card can take the whole process's use of it along.
+        for system, alone in record.take_turns(f"{of}, {case}, alone", on_card).items():
+            record.add(of, f"{case}, alone", system, **{"ms on the card": alone})
     with torch.inference_mode():
         reference = _Torch(encoders, feeds, attention="eager", precise=True).answer()
         for system, options in _peers(whole=whole, padded=not feeds["attention_mask"].all()).items():

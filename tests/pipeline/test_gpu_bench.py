@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "benchmarks" / "gpu" / "bench.py"
 
 sys.path.insert(0, str(BENCH.parent))
+import bench  # noqa: E402
 import record  # noqa: E402
 
 
@@ -84,6 +86,25 @@ def test_a_spent_budget_begins_nothing(tmp_path: Path) -> None:
     assert results["figures"] == []
     assert results["left_out"] == ["roof", "encoder minilm-l6, float16"]
     assert "left out for want of time: encoder minilm-l6, float16" in done.stdout
+
+
+def test_a_part_whose_process_ends_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.sys, "executable", "/bin/false")
+    options = argparse.Namespace(
+        json=tmp_path / "a" / "gpu.json",
+        folder=None,
+        provider="cpu",
+        tiny=True,
+        whole=False,
+        rounds=1,
+        seconds=0,
+        budget=5,
+    )
+    assert bench._each_alone(options, ["encoder minilm-l6", "encoder bert-base"]) == 1
+    errors = json.loads((tmp_path / "a" / "gpu.json").read_text())["errors"]
+    assert errors == [
+        {"what": f"encoder {name}", "error": "its process ended with 1"} for name in ("minilm-l6", "bert-base")
+    ]
 
 
 def test_one_that_fails_leaves_the_others_their_rounds(tmp_path: Path) -> None:

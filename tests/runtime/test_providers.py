@@ -281,11 +281,16 @@ def test_tensorrt_profiles_cover_the_signature(tmp_path: Path) -> None:
     assert options["trt_profile_min_shapes"] == "input_ids:1x1,attention_mask:1x1"
     assert options["trt_profile_opt_shapes"] == "input_ids:64x16,attention_mask:64x16"
     assert options["trt_profile_max_shapes"] == "input_ids:64x16,attention_mask:64x16"
-    here = f"onnxruntime-{onnxruntime_version()}-tensorrt-{tensorrt_version()}-{gpu_name(0)}"
+    here = f"onnxruntime-{onnxruntime_version()}-tensorrt-{tensorrt_version()}-{gpu_name(0)}-level-3"
     folder = tmp_path / "abc" / here
     assert folder.is_dir()
     assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(folder)
     assert not [name for name in options if "fp16" in name or "int8" in name]
+    others = ({"builder_optimization_level": 5}, {"raw_options": {"trt_build_heuristics_enable": "1"}})
+    paths = {
+        TensorRT(cache_folder=tmp_path, **more).options(SIGNATURE, "abc")["trt_engine_cache_path"] for more in others
+    }
+    assert len(paths | {str(folder)}) == 3, "an engine that was built otherwise is another one"
 
 
 def test_tensorrt_without_ranges_or_cache() -> None:

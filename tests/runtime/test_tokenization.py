@@ -48,6 +48,15 @@ def test_its_own_padding_and_truncation_are_ignored(tokenizer: Tokenizer) -> Non
     assert [len(encoding) for encoding in tokenizer.encode(["the cat", "the cat sat on a mat"])] == [4, 8]
 
 
+def test_padding_to_a_multiple_stays_within_what_is_taken(tokenizer: Tokenizer) -> None:
+    encodings = tokenizer.encode(["the cats sat on a mat"])
+    count = len(encodings[0])
+    assert count % 5
+    up = -(-count // 5) * 5
+    for most, length in ((None, up), (up, up), (up - 1, up - 1), (count, count)):
+        assert tokenizer.batch(encodings, multiple=5, most=most)["input_ids"].shape == (1, length)
+
+
 def test_pads_on_the_right(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(save_tokenizer(tmp_path), max_length=MAX_LENGTH, pad_token_id=1)
     arrays = tokenizer.batch(tokenizer.encode([("cat", "dog"), "cat"]))
