@@ -102,7 +102,7 @@ def _set(module: torch.nn.Module, name: str, change: Change) -> None:
 
 
 def _fit_bias(module: torch.nn.Module, smaller: torch.nn.Module, name: str) -> None:
-    """Shorten a bias that the graph holds under another name, because it equals another layer's, as its weight tells."""
+    """Cut a bias as its weight tells: the graph may hold it under another name, or another one under its own, where layers begin alike."""
     owner: Any = smaller.get_submodule(name.rpartition(".")[0])
     bias = getattr(owner, "bias", None)
     if not name.endswith(".weight") or bias is None or owner.weight.dim() != 2:
@@ -110,15 +110,19 @@ def _fit_bias(module: torch.nn.Module, smaller: torch.nn.Module, name: str) -> N
     before, after = module.get_parameter(name).detach(), owner.weight.detach()  # (out, in)
     if not isinstance(owner, torch.nn.Linear):
         before, after = before.T, after.T
-    if len(bias) == len(after):
+    if len(before) == len(after) == len(bias):
         return
     kept: list[int] = []
-    for index, row in enumerate(before):
-        if len(kept) < len(after) and torch.equal(row, after[len(kept)]):
-            kept.append(index)
-    if len(bias) != len(before) or len(kept) != len(after):
+    if before.shape[1] == after.shape[1]:
+        for index, row in enumerate(before):
+            if len(kept) < len(after) and torch.equal(row, after[len(kept)]):
+                kept.append(index)
+    if len(kept) == len(after):
+        right = module.get_parameter(f"{name.removesuffix('.weight')}.bias").detach()[kept]
+        if not torch.equal(bias, right):
+            owner.bias = torch.nn.Parameter(right.clone())
+    elif len(bias) != len(after):
         raise ConversionError(f"The bias beside {name} is not as long as the pruned graph's weight is wide.")
-    owner.bias = torch.nn.Parameter(bias.detach()[kept].clone())
 
 
 def _drop(module: torch.nn.Module, layers: Sequence[frozenset[str]]) -> None:

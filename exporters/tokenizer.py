@@ -34,13 +34,15 @@ _NO_LIMIT = 10**6  # transformers writes 1e30 for "none"
 class Tokenizer:
     """Files to copy into an artifact (tokenizer.json always among them), and facts.
 
-    max_length is None where the tokenizer sets no limit. token_types: whether a model is told which of two texts a token is of.
+    max_length is None where the tokenizer sets no limit. special_tokens: how many a text gets. token_types: whether a model is told
+    which of two texts a token is of.
     """
 
     files: tuple[Path, ...]
     pad_token_id: int
     mask_token: str | None
     max_length: int | None
+    special_tokens: int
     token_types: bool
     notes: tuple[str, ...] = ()
 
@@ -100,6 +102,7 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
         pad_token_id=int(pad if pad is not None else tokenizer.eos_token_id or 0),
         mask_token=tokenizer.mask_token,
         max_length=limit if limit < _NO_LIMIT else None,
+        special_tokens=int(tokenizer.num_special_tokens_to_add()),
         token_types=_gives_token_types(tokenizer),
         notes=tuple(notes),
     )

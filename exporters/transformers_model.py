@@ -173,6 +173,11 @@ def longest_input(folder: Path, tokenizer: Tokenizer, *, limit: int, wanted: int
     """How many tokens a text may have: the wanted number, or what the folder declares. Raises SourceError."""
     if wanted is not None:
         refuse_longer(folder, wanted, limit)
+        if wanted <= tokenizer.special_tokens:
+            raise SourceError(
+                f"A maximum length of {wanted} was asked for, and the tokenizer puts {tokenizer.special_tokens} special tokens around a text: "
+                "nothing of it would be left."
+            )
         return wanted
     declared = folder / "sentence_bert_config.json"
     sentence_length = read_json(declared).get("max_seq_length") if declared.is_file() else None

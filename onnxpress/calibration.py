@@ -19,7 +19,9 @@ from onnxpress.manifest import Arrays, Runnable, Signature, TensorSpec
 from onnxpress.optimizers.base import ChannelRange, Distribution
 from onnxpress.optimizers.rounding import Float
 
-_NO_INPUTS = "No calibration inputs are left beside the evaluation samples: give others with `calibration`."
+_NO_INPUTS = (
+    "No calibration inputs are left: the samples judge already, or are too short. Give others with `calibration`."
+)
 # Of large images, as many are walked along a graph as make so many bytes: what a layer answers to them can be 20 times that.
 _WALKED_BYTES, _LEAST_WALKED = 2**26, 8
 _BINS = 8192  # of a histogram; 255 steps of a one-sided range then have at least 8 bins each

@@ -226,3 +226,31 @@ def test_copies_are_refused(tmp_path: Path) -> None:
 def rows_of(width: int) -> Iterator[Arrays]:
     for seed in range(8):
         yield {"x": np.random.default_rng(seed).standard_normal((4, width)).astype(np.float32)}
+
+
+def test_layers_that_begin_alike_are_cut_each_in_its_own_way(tmp_path: Path) -> None:
+    """torch.nn.TransformerEncoder clones its layer: the graph holds biases of all once, and cut ones under whatever name."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    module = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    exported = export(module, example_inputs=(torch.randn(2, 10, 64),))
+    bench = Workbench(tmp_path, target("cpu"))
+    name = exported.graph.signature.inputs[0].name
+
+    def given() -> Iterator[Arrays]:
+        for seed in range(8):
+            yield {name: np.random.default_rng(seed).standard_normal((2, 10, 64)).astype(np.float32)}
+
+    graph = exported.graph.clone()
+    for step in ("fold", "fuse-gelu", "fuse-layer-norm", "fuse-attention"):
+        graph = make_pass(step).apply(graph, PassContext(target=target("cpu"))).graph
+    result = prune(
+        graph, PruneOptions(ffn=0.5),
+        stream=partial(ActivationStream, open_session=bench.open, inputs=given),
+        activations=partial(activations, open_session=bench.open, inputs=given),
+    )  # fmt: skip
+    smaller = resized(module, result)
+    feeds = next(given())
+    (answer,) = bench.open(result.graph).run(feeds).values()
+    with torch.no_grad():
+        np.testing.assert_allclose(answer, smaller(torch.from_numpy(feeds[name])).numpy(), rtol=0, atol=1e-5)

@@ -8,7 +8,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from tiny_models import OnnxRunner, load_text_model, save_model, save_tokenizer
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import models, normalizers
+from tokenizers import models, normalizers, processors
 from transformers import AutoTokenizer
 
 from onnxpress.errors import SourceError
@@ -282,6 +282,21 @@ def test_other_things_are_no_models(source):
 def test_example_inputs_with_a_folder(folder):
     with pytest.raises(SourceError, match=r"go with a torch\.nn\.Module"):
         export(folder, example_inputs=torch.ones(1))
+
+
+def test_a_length_that_special_tokens_fill_is_refused(tmp_path):
+    folder = save_model(tmp_path / "model", "bert")
+    path = folder / "tokenizer.json"
+    inner = FastTokenizer.from_file(str(path))
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    inner.save(str(path))
+    with pytest.raises(
+        SourceError, match="A maximum length of 2 was asked for, and the tokenizer puts 2 special tokens"
+    ):
+        export(folder, max_length=2)
+    assert export(folder, max_length=3).options["max_length"] == 3
 
 
 def test_tokenizer_with_pad_token_elsewhere(folder):
