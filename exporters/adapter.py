@@ -70,6 +70,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> str:
         if not torch.equal(tensor, before):  # peft saves an embedding that was not trained, too
             _check_alone(folder, name, before, parameters)
             changed[before] = tensor
+    whole = len(changed)
     ranks = set()
     for name, parts in content.layers.items():
         module = modules.get(name)
@@ -101,7 +102,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> str:
         for weight, merged in changed.items():
             weight.copy_(merged)
     said = f"LoRA adapter of rank {', '.join(map(str, sorted(ranks)))} merged into {len(content.layers)} layers"
-    return said + (f", {len(content.whole)} whole weights taken from it" if content.whole else "")
+    return said + (f", whole weights taken from it: {whole}" if whole else "")
 
 
 def _merged(base: torch.Tensor, parts: Mapping[str, torch.Tensor], scale: float) -> torch.Tensor | None:

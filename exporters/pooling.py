@@ -51,23 +51,23 @@ def is_headed(folder: Path) -> bool:
     """Whether a folder's only step is a transformers model with a head of its own: a cross-encoder, for instance."""
     if len(_declared_steps(folder)) > 1 or not (folder / "sentence_bert_config.json").is_file():
         return False
-    wanted = read_json(folder / "sentence_bert_config.json").get("transformer_task", "feature-extraction")
+    wanted = read_object(folder / "sentence_bert_config.json").get("transformer_task", "feature-extraction")
     return bool(wanted != "feature-extraction")
 
 
 def declared_activation(folder: Path, config: Any) -> str | None:
-    """What sentence-transformers applies to a cross-encoder's answers, as a class of torch.nn; None where nothing is declared.
+    """The class of torch.nn that sentence-transformers applies to a cross-encoder's answers; None where none is declared.
 
-    config: transformers', where it was declared before sentence-transformers 6.
+    config: transformers', where it was declared before sentence-transformers 6. Other code than torch's is not run there either.
     """
     path = folder / "config_sentence_transformers.json"
-    older = getattr(config, "sentence_transformers", None) or {}
+    older = getattr(config, "sentence_transformers", None)
     declared = (
-        (read_json(path).get("activation_fn") if path.is_file() else None)
-        or older.get("activation_fn")
+        (read_object(path).get("activation_fn") if path.is_file() else None)
+        or (older.get("activation_fn") if isinstance(older, dict) else None)
         or getattr(config, "sbert_ce_default_activation_function", None)
     )
-    return None if declared is None else str(declared)
+    return declared.rpartition(".")[2] if isinstance(declared, str) and declared.startswith("torch.") else None
 
 
 def _declared_steps(folder: Path) -> list[tuple[str, str]]:
@@ -91,6 +91,14 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path} cannot be read as JSON: {error}. Download the model again.") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder. Raises SourceError."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise SourceError(f"{path} holds no object, with fields by name. Download the model again.")
+    return content
 
 
 class SentencePooling(torch.nn.Module):

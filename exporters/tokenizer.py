@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -62,7 +63,9 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
             )
     except Exception as error:  # missing files, garbled JSON, missing optional packages…
         reason = " ".join(str(error).split())[:300]
-        if not (folder / "tokenizer.json").is_file() and any(folder.glob("*.model")):
+        packages = ("sentencepiece", "google.protobuf")
+        lacking = not all(_is_installed(name) for name in packages)
+        if lacking and not (folder / "tokenizer.json").is_file() and any(folder.glob("*.model")):
             reason = "it is in SentencePiece's form alone, which the packages sentencepiece and protobuf read: pip install them."
         raise SourceError(
             f"The tokenizer in {folder} cannot be read: {reason} A text model needs "
@@ -108,6 +111,13 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
     )
 
 
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of its package
+        return False
+
+
 def _gives_token_types(tokenizer: PreTrainedTokenizerFast) -> bool:
     """What its file says. Its class is not asked: ALBERT's, and others', gave them in transformers 4, and do not in 5."""
     return "token_type_ids" in tokenizer.init_kwargs.get("model_input_names", ("token_type_ids",))
@@ -123,18 +133,32 @@ def _read_otherwise(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str | N
     for each in (files, own):
         each.no_truncation()
         each.no_padding()
-    added = [str(token) for token in own.get_added_tokens_decoder().values()][:_MOST_ADDED]
-    for text in (*_PROBES, *(f"a {token} b{token}c" for token in added)):
-        found, alone = own.encode(text).ids, files.encode(text).ids
-        if found != alone or own.decode(found) != files.decode(found):
-            return f"as transformers {transformers.__version__} makes it of the folder; tokenizer.json alone reads {text!r} otherwise"
+    made = f"as transformers {transformers.__version__} makes it of the folder"
+    added, in_file = (
+        {str(token): number for number, token in each.get_added_tokens_decoder().items()} for each in (own, files)
+    )
+    others = [token for token, number in added.items() if in_file.get(token) != number]
+    for text in (*_PROBES, *(f"a {token} b{token}c" for token in (others + list(added))[:_MOST_ADDED])):
+        found, alone = _ids(own, text), _ids(files, text)
+        if found != alone:
+            return f"{made}; tokenizer.json alone reads {text!r} otherwise"
+        if own.decode(found) != files.decode(found):
+            return f"{made}; tokenizer.json alone writes the tokens of {text!r} otherwise"
     config = folder / "tokenizer_config.json"
     declared = read_json(config) if config.is_file() else {}
     for name, token in tokenizer.special_tokens_map.items() if tokenizer.chat_template else ():  # which may name them
         said = declared.get(name)
         if isinstance(token, str) and token != (said.get("content") if isinstance(said, dict) else said):
-            return f"as transformers {transformers.__version__} makes it of the folder, whose tokenizer_config.json names no {name}"
+            return f"{made}, whose tokenizer_config.json names no {name}"
     return None
+
+
+def _ids(tokenizer: FastTokenizer, text: str) -> list[int]:
+    """The tokens of a text; none where it has words that are unknown and the tokenizer has no token for these."""
+    try:
+        return list(tokenizer.encode(text).ids)
+    except Exception:  # the library's own error has no name
+        return []
 
 
 def _wants_lowercase(folder: Path) -> bool:

@@ -22,6 +22,7 @@ from onnxpress.exporters.pooling import Dense, Pooling, SentencePooling, has_cla
 from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.reference import TorchReference
 from onnxpress.exporters.source import FolderSource, resolve
+from onnxpress.exporters.stored_weights import is_unfolded, left_out, refuse_other_shapes
 from onnxpress.exporters.tasks import TASKS
 from onnxpress.exporters.tokenizer import Tokenizer, read_tokenizer
 from onnxpress.exporters.transformers_encoder import open_encoder, token_inputs
@@ -92,6 +93,7 @@ def load_trainable(folder: Path, head: Head, *, seed: int, max_length: int | Non
     _declare(config, head)
     task = TASKS[head.task]
     check_length(folder, task, config, max_length)
+    unfolded = is_unfolded(config)
     try:
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -109,6 +111,8 @@ def load_trainable(folder: Path, head: Head, *, seed: int, max_length: int | Non
             f"The model in {folder} cannot be trained for {head.task}: {' '.join(str(error).split())[:300]}"
         ) from error
     inside = f"{model.base_model_prefix}."
+    left_out(folder, report["unexpected_keys"], unfolded=unfolded)
+    refuse_other_shapes(folder, (found for found in report["mismatched_keys"] if found[0].startswith(inside)))
     missing = sorted(name for name in report["missing_keys"] if name.startswith(inside) and "pooler" not in name)
     if missing:
         raise SourceError(

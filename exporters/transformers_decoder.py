@@ -38,7 +38,7 @@ from onnxpress.exporters.adapter import merge_adapter
 from onnxpress.exporters.conventions import Conventions, learn
 from onnxpress.exporters.decoder_operators import Step, add_cache, decoder_operators
 from onnxpress.exporters.experts import arrange_experts, emitted_experts, experts_notes
-from onnxpress.exporters.pooling import read_json
+from onnxpress.exporters.pooling import read_object
 from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.recurrences import (
     PAST_STATES,
@@ -56,8 +56,9 @@ from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Json, Signature
 
 # Of generation_config.json, what changes which tokens transformers chooses.
+_OF_DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 _SAMPLING = (
-    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "num_beams", "repetition_penalty", "no_repeat_ngram_size"),
+    *("do_sample", *_OF_DRAWING, "num_beams", "repetition_penalty", "no_repeat_ngram_size"),
     *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id"),
 )  # fmt: skip
 
@@ -360,8 +361,9 @@ def _special_tokens(model: PreTrainedModel) -> dict[str, Json]:
 def _own_sampling(folder: Path) -> tuple[str, ...]:
     """A remark on how transformers would choose tokens by itself."""
     path = folder / "generation_config.json"
-    declared = read_json(path) if path.is_file() else {}
-    given = ((name, declared[name]) for name in _SAMPLING if name in declared)
+    declared = read_object(path) if path.is_file() else {}
+    draws = declared.get("do_sample") is True
+    given = ((name, declared[name]) for name in _SAMPLING if name in declared and (draws or name not in _OF_DRAWING))
     given = ((name, value) for name, value in given if value is True or value not in (None, False, [], 1, 0))
     asked = [name if isinstance(value, list | bool) else f"{name} {value}" for name, value in given]
     if not asked:

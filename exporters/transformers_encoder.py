@@ -26,7 +26,7 @@ from onnxpress.exporters.experts import (
     has_experts,
     recorded_experts,
 )
-from onnxpress.exporters.pooling import SentencePooling, declared_activation, has_classifier, read_json, read_pooling
+from onnxpress.exporters.pooling import SentencePooling, declared_activation, has_classifier, read_object, read_pooling
 from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.reference import TorchReference
 from onnxpress.exporters.row_by_row import RowByRow
@@ -83,7 +83,13 @@ def export_encoder(
         reference=TorchReference(wrapped, names, opened.outputs),
         options=options,
         tokenizer=tokenizer,
-        notes=(*opened.notes, *notes, *tokenizer.notes, *_prompt_notes(folder)),
+        notes=(
+            *opened.notes,
+            *notes,
+            *tokenizer.notes,
+            *_prompt_notes(folder),
+            *_activation_notes(folder, wanted.name, config),
+        ),
     )
 
 
@@ -219,7 +225,7 @@ def label_options(folder: Path, task: Task, config: Any) -> dict[str, Json]:
     """The labels of a model that has some, and, of a classifier of texts, what kind of labels they are.
 
     One label that is not said to be a regression's gets a sigmoid, as in transformers' pipeline and in sentence-transformers'
-    CrossEncoder, which may declare another activation. Raises ConversionError for one that is not known.
+    CrossEncoder, which may declare that it gets none; others are left to the user.
     """
     if task.name not in ("text-classification", "token-classification"):
         return {}
@@ -229,20 +235,22 @@ def label_options(folder: Path, task: Task, config: Any) -> dict[str, Json]:
     kind = config.problem_type or ("regression" if len(labels) == 1 else "single_label_classification")
     options: dict[str, Json] = {"labels": labels, "problem_type": kind}
     if kind == "regression":
-        declared = declared_activation(folder, config)
-        activation = (declared or ("Identity" if config.problem_type else "Sigmoid")).rpartition(".")[2]
-        if activation not in ("Identity", "Sigmoid"):
-            raise ConversionError(
-                f"The model in {folder} declares the activation {declared} for its scores; onnxpress knows Sigmoid and Identity."
-            )
+        activation = declared_activation(folder, config) or ("Identity" if config.problem_type else "Sigmoid")
         if activation == "Sigmoid":
             options["activation"] = "sigmoid"
     return options
 
 
+def _activation_notes(folder: Path, task: str, config: Any) -> tuple[str, ...]:
+    declared = declared_activation(folder, config) if task == "text-classification" else None
+    if declared in (None, "Identity", "Sigmoid"):
+        return ()
+    return (f"sentence-transformers applies {declared} to the scores; here it is yours to apply",)
+
+
 def _prompt_notes(folder: Path) -> tuple[str, ...]:
     declared = folder / "config_sentence_transformers.json"
-    config = read_json(declared) if declared.is_file() else {}
+    config = read_object(declared) if declared.is_file() else {}
     prompt = (config.get("prompts") or {}).get(config.get("default_prompt_name"))
     if not prompt:
         return ()

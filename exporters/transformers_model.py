@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from onnxpress.errors import SourceError
 from onnxpress.exporters.pooling import SentencePooling, read_json
 from onnxpress.exporters.quiet import quiet
-from onnxpress.exporters.stored_weights import left_out, unfold
+from onnxpress.exporters.stored_weights import is_unfolded, left_out, refuse_other_shapes, unfold
 from onnxpress.exporters.tasks import Task, heads
 from onnxpress.exporters.tokenizer import Tokenizer
 from onnxpress.graph import Graph
@@ -87,6 +87,7 @@ def load_model(
     folder: Path, task: Task, config: Any, *, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The model in float32, in evaluation mode, with its own attention, and remarks on its weights. Raises SourceError."""
+    unfolded = is_unfolded(config)
     try:
         with quiet():
             model, report = task.auto_class(config).from_pretrained(
@@ -108,12 +109,8 @@ def load_model(
             f"{_remote_code_hint(folder, trust_remote_code)}"
         ) from error
     model.eval()
-    notes = left_out(folder, report["unexpected_keys"])
-    for name, in_files, in_model in sorted(report["mismatched_keys"]):
-        raise SourceError(
-            f"The weights in {folder} are not those that its config.json describes: {name} is {tuple(in_files)} in the files and "
-            f"{tuple(in_model)} in the model."
-        )
+    notes = left_out(folder, report["unexpected_keys"], unfolded=unfolded)
+    refuse_other_shapes(folder, report["mismatched_keys"])
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise SourceError(f"The weights in {folder} are damaged: {name} holds numbers that are not finite.")

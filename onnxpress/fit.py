@@ -27,7 +27,7 @@ from onnxpress.artifact import Artifact, ArtifactWriter, check_outside
 from onnxpress.errors import InputError, OutputError
 from onnxpress.evaluation import check_spread
 from onnxpress.exporters import trainable
-from onnxpress.exporters.pooling import read_json
+from onnxpress.exporters.pooling import read_object
 from onnxpress.exporters.quiet import quiet as silenced
 from onnxpress.exporters.reference import TorchReference
 from onnxpress.exporters.tasks import find_task
@@ -116,34 +116,32 @@ def fit(
         with ArtifactWriter(artifact_folder):
             pass  # an --out that cannot be written is said now
         check_outside(folder, artifact_folder, "--checkpoint")
-        asked = {
-            "source": Path(source).name,
-            "samples": [
-                digest_of_files([Path(file)])
-                for file in (train_file, evaluation)
-                if file is not None and Path(file).is_file()
-            ],
-            "options": {
-                "task": task,
-                "columns": dict(columns or {}),
-                "frozen_encoder": frozen_encoder,
-                "balanced": balanced,
-            },
-            "training": {
-                name: value for name, value in dataclasses.asdict(training).items() if name not in _PLACES[:3]
-            },
-            "max_length": options.get("max_length"),
-        }
-        facts = _check_checkpoint_folder(folder, asked, resume=training.resume)
+        facts = _check_checkpoint_folder(folder, resume=training.resume)
         samples = read_labelled(Path(train_file), task, columns)
         others = None if evaluation is None else read_labelled(Path(evaluation), task, columns)
         labels = find_labels(samples, task)
         answers = {"labels": list(labels.names), "problem_type": labels.problem_type}
         preflight.check(recipe, labels.task, answers, labelled=True)  # said before training what is wrong
+        base = trainable.find_folder(os.fspath(source), revision)
+        asked: dict[str, Json] = {  # what the training hangs on
+            "model": digest_of_files([base / "config.json", *sorted(base.glob("*.safetensors"))]),
+            "samples": [digest_of_files([Path(file)]) for file in (train_file, evaluation) if file is not None],
+            "options": {
+                "task": task,
+                "columns": {} if columns is None else dict(columns),
+                "frozen_encoder": frozen_encoder,
+                "balanced": balanced,
+            },
+            "training": {key: value for key, value in dataclasses.asdict(training).items() if key not in _PLACES},
+            "seed": training.seed,
+            "max_length": options.get("max_length"),
+        }
+        if facts is not None and facts.get("asked") != json.loads(json.dumps(asked)):
+            raise InputError(_trained_already(folder, facts, ", by another training" if "asked" in facts else ""))
         if facts is None:
             report.step("train the head" if frozen_encoder else "train")
             facts = fit_samples(
-                trainable.find_folder(os.fspath(source), revision),
+                base,
                 samples,
                 others,
                 folder=folder,
@@ -464,23 +462,22 @@ def training_options(chosen: Mapping[str, Any], folder: Path | None, frozen_enco
     return training
 
 
-def _check_checkpoint_folder(folder: Path, asked: Mapping[str, Json], *, resume: bool) -> dict[str, Json] | None:
-    """What fit.json says where a resume asks for the training that is done already; None where it is to be done.
+def _trained_already(folder: Path, facts: Mapping[str, Json], how: str = "") -> str:
+    length = f" --max-length {facts['max_length']}" if facts.get("max_length") else ""
+    return (
+        f"{folder} holds a trained model{how}: onnxpress build {folder} --eval {folder / _EVALUATION}{length} makes its artifact. To "
+        "train anew, remove the folder, or name another with --checkpoint."
+    )
 
-    Raises InputError and OutputError.
-    """
+
+def _check_checkpoint_folder(folder: Path, *, resume: bool) -> dict[str, Json] | None:
+    """What fit.json says where a resume finds a training that is done; None where it is to be done. Raises InputError and OutputError."""
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if _FACTS in held:
-        facts: dict[str, Json] = read_json(folder / _FACTS)
-        if resume and facts.get("asked") == json.loads(json.dumps(asked)):
+        facts = read_object(folder / _FACTS)
+        if resume:
             return facts
-        done = (
-            f"{folder} holds a trained model{' of another training' if resume else ''}: onnxpress build {folder} "
-            f"--eval {folder / _EVALUATION} --max-length {facts.get('max_length')} makes its artifact"
-        )
-        raise (InputError if resume else OutputError)(
-            f"{done}. To train anew, remove the folder, or name another with --checkpoint."
-        )
+        raise OutputError(_trained_already(folder, facts))
     if resume and held != {_PROGRESS}:
         raise InputError(
             f"There is no interrupted training in {folder}; begin without --resume, or name its --checkpoint."

@@ -147,7 +147,7 @@ def find_labels(samples: Sequence[Sample], kind: str | None, known: Sequence[str
             raise InputError("All training numbers are the same; there is nothing to learn.")
         return Labels(kind=kind, names=("value",))
     counts = Counter(name for sample in normalized(samples, kind) for name in _names(sample, kind))
-    names = sorted(counts, key=_order)
+    names = found = sorted(counts, key=_order)
     if kind == "token-classification":
         # A token that the tokenizer cuts goes on inside, also where no entity of the samples has two tokens.
         inside = {f"I-{name[2:]}" for name in names if name.startswith("B-")}
@@ -160,7 +160,7 @@ def find_labels(samples: Sequence[Sample], kind: str | None, known: Sequence[str
             f"{len(samples)} samples have {len(names)} different labels. Is this the column of labels (--column label=NAME), "
             f"or are they numbers to predict (--task regression)?"
         )
-    if set(known) == set(names):
+    if set(known) in (set(names), set(found)):  # a trained head is kept, also one without inner tags
         names = list(known)
     return Labels(kind=kind, names=tuple(names))
 

@@ -101,7 +101,10 @@ def _unknown_shares(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> 
     identifier = None if unknown is None else tokenizer.inner.token_to_id(unknown)
     counts: dict[str, tuple[int, int]] = {}
     for row in rows:
-        ids = tokenizer.inner.encode(row.get("text") or row["context"], add_special_tokens=False).ids
+        try:
+            ids = tokenizer.inner.encode(row.get("text") or row["context"], add_special_tokens=False).ids
+        except Exception:  # nothing stands for what is unknown: none of it can be read
+            ids = [identifier]
         seen, missing = counts.get(row["language"], (0, 0))
         counts[row["language"]] = (seen + len(ids), missing + ids.count(identifier))
     return {language: missing / max(1, seen) for language, (seen, missing) in counts.items()}

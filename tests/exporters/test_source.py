@@ -175,6 +175,24 @@ def test_the_tokenizer_is_transformers_own_where_the_files_alone_read_otherwise(
     _reads_alike(read_tokenizer(folder, trust_remote_code=False), folder, "a<s>b a")
 
 
+def test_a_token_that_another_file_adds_to_many_is_found(folder):
+    path = folder / "tokenizer.json"
+    inner = FastTokenizer.from_file(str(path))
+    inner.add_special_tokens([f"<reserved_{number}>" for number in range(120)])
+    inner.save(str(path))
+    (folder / "added_tokens.json").write_text(json.dumps({"<extra>": inner.get_vocab_size()}))
+    _reads_alike(read_tokenizer(folder, trust_remote_code=False), folder, "the <extra> cat")
+
+
+def test_a_tokenizer_without_an_unknown_token_is_read(folder):
+    path = folder / "tokenizer.json"
+    FastTokenizer(models.WordLevel({"[PAD]": 0, "a": 1, "c": 2}, unk_token="[UNK]")).save(str(path))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]"})
+    )
+    assert read_tokenizer(folder, trust_remote_code=False).pad_token_id == 0
+
+
 def test_special_tokens_that_templates_name_are_in_the_tokenizers_config(folder):
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())

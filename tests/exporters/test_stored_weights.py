@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_decoders import make_model
+from tiny_models import save_model
 
 from onnxpress.errors import SourceError
 from onnxpress.exporters.tasks import TASKS
+from onnxpress.exporters.trainable import Head, load_trainable
 from onnxpress.exporters.transformers_model import load_config, load_model
 
 pytestmark = pytest.mark.newest
@@ -90,6 +92,45 @@ def test_scales_that_nothing_reads_are_no_numbers_to_leave_out(tmp_path: Path) -
         load(tmp_path)
 
 
+def test_scales_of_activations_beside_numbers_that_were_unfolded_are_left_out(tmp_path: Path) -> None:
+    model = make_model("qwen3")
+    name = "model.layers.0.mlp.up_proj.weight"
+    state = {key: value.clone() for key, value in model.state_dict().items() if key != "lm_head.weight"}
+    state[name] = state[name].to(torch.float8_e4m3fn)
+    state |= {f"{name}_scale_inv": torch.ones(-(-state[name].shape[0] // 32), -(-state[name].shape[1] // 32))}
+    state |= {"model.layers.0.mlp.up_proj.input_scale": torch.ones(())}
+    stored = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic",
+              "modules_to_not_convert": [key.removesuffix(".weight") for key in state if key.endswith("proj.weight") and key != name]}  # fmt: skip
+    save(model, state, stored, tmp_path)
+    config = load_config(tmp_path, trust_remote_code=False)
+    found, notes = load_model(tmp_path, TASKS["text-generation"], config, trust_remote_code=False)
+    assert torch.equal(found.get_parameter(name), state[name].float())
+    assert notes == (
+        "not of this model, and left out: 1 of the files' weights (model.layers.0.mlp.up_proj.input_scale)",
+    )
+
+
+def test_a_parameter_that_is_called_scales_is_no_sign_of_quantized_weights(tmp_path: Path) -> None:
+    model = make_model("llama")
+    save(model, model.state_dict() | {"model.adapter.scales": torch.ones(3)}, None, tmp_path)
+    config = load_config(tmp_path, trust_remote_code=False)
+    assert load_model(tmp_path, TASKS["text-generation"], config, trust_remote_code=False)[1]
+
+
+def test_training_refuses_what_a_build_refuses(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "bert")
+    head = Head(task="text-classification", labels=("a", "b"), problem_type="single_label_classification")
+    weights = load_file(folder / "model.safetensors")
+    name = "encoder.layer.0.output.dense.weight"
+    for change, said in (
+        ({f"{name}_scale": torch.ones(())}, "are quantized: .*weight_scale is among them"),
+        ({name: torch.ones(7, 7)}, r"dense\.weight is \(7, 7\) in the files and \("),
+    ):
+        save_file(weights | change, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(SourceError, match=said):
+            load_trainable(folder, head, seed=0)
+
+
 def test_weights_that_the_model_does_not_have_are_said(tmp_path: Path) -> None:
     model = make_model("llama")
     more = {f"model.layers.0.self_attn.{name}_proj.bias": torch.ones(8) for name in "qkv"}
@@ -97,7 +138,7 @@ def test_weights_that_the_model_does_not_have_are_said(tmp_path: Path) -> None:
     config = load_config(tmp_path, trust_remote_code=False)
     _, notes = load_model(tmp_path, TASKS["text-generation"], config, trust_remote_code=False)
     assert notes == (
-        "not of this model, and left out: 3 weights of the files (model.layers.0.self_attn.k_proj.bias, …)",
+        "not of this model, and left out: 3 of the files' weights (model.layers.0.self_attn.k_proj.bias, …)",
     )
 
 

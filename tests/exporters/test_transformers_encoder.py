@@ -8,7 +8,7 @@ import torch
 import transformers as tf
 from tiny_models import MAX_POSITIONS, VOCAB, OnnxRunner, add_pooling, load_text_model, save_model
 
-from onnxpress.errors import ConversionError, SourceError
+from onnxpress.errors import SourceError
 from onnxpress.exporters import ParityCheck, export
 
 # Absolute positions: the fused graph needs no Transpose at all. Rotary ones turn queries and keys by head.
@@ -134,9 +134,17 @@ def test_cross_encoders_of_sentence_transformers(more, declared, activation, tmp
     _check(exported, tmp_path)
 
 
-def test_an_activation_that_is_not_known_is_refused(tmp_path):
-    with pytest.raises(ConversionError, match=r"declares the activation torch\.nn\.Tanh for its scores"):
-        export(_cross_encoder(tmp_path / "model", "Tanh"))
+def test_other_activations_are_left_to_the_user(tmp_path):
+    exported = export(_cross_encoder(tmp_path / "tanh", "Tanh"))
+    assert "activation" not in exported.options
+    assert exported.notes[-1] == "sentence-transformers applies Tanh to the scores; here it is yours to apply"
+    folder = _cross_encoder(tmp_path / "own", None, sentence_transformers={"activation_fn": "my_module.Scaled"})
+    assert (
+        export(folder).options["activation"] == "sigmoid"
+    )  # code of a stranger's, which sentence-transformers does not run either
+    (folder / "config_sentence_transformers.json").write_text("[]")
+    with pytest.raises(SourceError, match="holds no object"):
+        export(folder)
 
 
 def _cross_encoder(folder, declared, **more):
