@@ -15,7 +15,7 @@ class Exported:
     """An exported model.
 
     reference: the original, answering the same signature. options: the manifest's (labels, max_length…).
-    example: for plain modules, the inputs that it was exported with. files: to copy into the artifact: tokenizer.json
+    example: for plain modules, the inputs that it was exported with; sizes: of their axes, others to compare with the original. files: to copy into the artifact: tokenizer.json
     and what belongs to it for text tasks, the model's licence. notes: for the ledger.
     """
 
@@ -24,5 +24,6 @@ class Exported:
     reference: Runnable
     options: Mapping[str, Json]
     example: Arrays = field(default_factory=dict)
+    sizes: tuple[Mapping[str, int], ...] = ()
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()

@@ -16,11 +16,12 @@ import onnx_ir as ir
 import torch
 
 from onnxpress.errors import ConversionError, SourceError
+from onnxpress.exporters.asked_sizes import sizes_that_break
 from onnxpress.exporters.bounds import index_bounds
 from onnxpress.exporters.exported import Exported
 from onnxpress.exporters.reference import TorchReference, evaluation_mode, version_of
 from onnxpress.exporters.source import ModuleSource
-from onnxpress.exporters.trace import Shape, tensor_spec, trace
+from onnxpress.exporters.trace import Shape, Traced, tensor_spec, trace
 from onnxpress.graph import Graph
 from onnxpress.manifest import Signature
 from onnxpress.masked import largest_unmasked
@@ -28,12 +29,12 @@ from onnxpress.masked import largest_unmasked
 
 def export_module(source: ModuleSource) -> Exported:
     """Export a module. Raises SourceError and ConversionError."""
-    # Copies: torch.export takes one tensor that is given twice for one input.
-    example = {name: tensor.detach().clone() for name, tensor in _named(source).items()}
     if any(isinstance(part, torch.jit.ScriptModule) for part in source.module.modules()):
         raise SourceError(
             f"{source.name} is a scripted module, whose code torch.export does not see: give the module itself."
         )
+    # Copies: torch.export takes one tensor that is given twice for one input.
+    example = {name: tensor.detach().clone() for name, tensor in _named(source).items()}
     _check_device(source)
     for name, tensor in example.items():
         if tensor.is_complex():
@@ -93,19 +94,21 @@ def export_module(source: ModuleSource) -> Exported:
         )
     if source.dynamic_axes is not None:
         shapes = _declared_shapes(source, example)
-        model, axes = _trace(module, example, shapes, outputs)
+        traced = _trace(module, example, shapes, outputs)
+        _refuse_merged(source.name, traced.model, shapes)
     else:
         shapes, problem = _batch_shapes(module, example)
         try:
-            model, axes = _trace(module, example, shapes, outputs)
+            traced = _trace(module, example, shapes, outputs)
         except ConversionError as error:
             if not _is_dynamic(shapes):
                 raise
             problem = str(error)
             shapes = {name: tuple(tensor.shape) for name, tensor in example.items()}
-            model, axes = _trace(module, example, shapes, outputs)
+            traced = _trace(module, example, shapes, outputs)
         if problem is not None:
             notes.append(f"batch: fixed as in the example inputs ({problem})")
+    model, axes = traced.model, traced.axes
     for value, (_, tensor) in zip(model.graph.outputs, _tensors(answer), strict=True):
         _mend_rank(value, tensor)
     signature = Signature(
@@ -124,6 +127,7 @@ def export_module(source: ModuleSource) -> Exported:
         reference=TorchReference(module, tuple(example), outputs),
         options={},
         example={name: tensor.detach().cpu().numpy() for name, tensor in example.items()},
+        sizes=_asked(traced, example, shapes),
         notes=tuple(notes),
     )
 
@@ -175,12 +179,38 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _trace(
     module: PlainModule, example: Mapping[str, torch.Tensor], shapes: Mapping[str, Shape], outputs: tuple[str, ...]
-) -> Any:
+) -> Traced:
     # A trace takes an axis of size 1 for a constant, so a dynamic axis needs at least 2.
     wide = {name: _widened(tensor, shapes[name]) for name, tensor in example.items()}
     with evaluation_mode(module):
         name = type(module.module).__name__
         return trace(module, wide, shapes=shapes, axes=None, outputs=outputs, prefix="module.", name=name)
+
+
+def _refuse_merged(name: str, model: Any, shapes: Mapping[str, Shape]) -> None:
+    """Raise ConversionError where axes that were declared apart have one size in the trace, or a fixed one."""
+    for value, shape in zip(model.graph.inputs, shapes.values(), strict=True):
+        for axis, found in zip(shape, value.shape, strict=True):
+            if isinstance(axis, str) and str(getattr(found, "value", found)) != axis:
+                got = f"has always the size of {found}" if not isinstance(found, int) else f"is always {found}"
+                raise ConversionError(
+                    f"The axis {axis} of {value.name} is declared as dynamic, and in the trace of {name} it {got}: forward asks for that, or "
+                    "the example inputs have it so by chance. Give an example of unlike sizes, one name for axes that are always alike, or leave "
+                    "the axis out of dynamic_axes."
+                )
+
+
+def _asked(
+    traced: Traced, example: Mapping[str, torch.Tensor], shapes: Mapping[str, Shape]
+) -> tuple[Mapping[str, int], ...]:
+    """Sizes for which forward may go another way than for the example's."""
+    own = {
+        axis: size
+        for name, shape in shapes.items()
+        for axis, size in zip(shape, example[name].shape, strict=True)
+        if isinstance(axis, str)
+    }
+    return tuple(sizes_that_break(traced.guards, list(shapes.values()), own, traced.axes)) if own else ()
 
 
 def _widened(tensor: torch.Tensor, shape: Shape) -> torch.Tensor:

@@ -37,6 +37,10 @@ def read_pooling(folder: Path) -> SentencePooling | None:
                 f"(a copy of the folder without modules.json)."
             )
         steps.append(_STEPS[kind](folder / path))
+    declared = folder / "config_sentence_transformers.json"
+    dim = read_object(declared).get("truncate_dim") if declared.is_file() else None
+    if isinstance(dim, int) and steps:
+        steps.append(Truncate(dim))
     return SentencePooling(steps) if steps else None
 
 
@@ -161,6 +165,18 @@ class Normalize(torch.nn.Module):
         return torch.nn.functional.normalize(embeddings, p=2.0, dim=-1)
 
 
+class Truncate(torch.nn.Module):
+    """The first numbers of an embedding (arXiv 2205.13147), as they are: sentence-transformers does not scale them again."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(batch, dim) → (batch, at most self.dim)."""
+        return embeddings[:, : self.dim]
+
+
 def _mean(hidden: Tensor, weights: Tensor) -> Tensor:
     return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
 
@@ -226,9 +242,12 @@ def _read_pooling_step(folder: Path) -> torch.nn.Module:
     return Pooling(modes)
 
 
+_DENSE_DEFAULT = "torch.nn.modules.activation.Tanh"  # where a Dense step's file names none
+
+
 def _read_dense_step(folder: Path) -> torch.nn.Module:
     config = read_json(folder / "config.json")
-    if config.get("use_residual") or config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
+    if config.get("use_residual") or not _on_the_embedding(config):
         raise ConversionError(
             f"{folder / 'config.json'} is a Dense step with a residual or on single tokens, which onnxpress does not "
             f"put into the graph; it takes Dense steps on the pooled embedding."
@@ -248,7 +267,22 @@ def _read_dense_step(folder: Path) -> torch.nn.Module:
             f"The weights in {folder} are not those that its config.json describes: {' '.join(str(error).split())}. "
             f"Download the model again."
         ) from None
-    return Dense(linear, _activation(folder, config.get("activation_function")))
+    return Dense(linear, _activation(folder, config.get("activation_function", _DENSE_DEFAULT)))
+
+
+def _on_the_embedding(config: dict[str, Any]) -> bool:
+    """Whether a step reads and writes the pooled embedding."""
+    names = (config.get("module_input_name"), config.get("module_output_name"))
+    return all(name in (None, "sentence_embedding") for name in names)
+
+
+def _read_normalize_step(folder: Path) -> torch.nn.Module:
+    path = folder / "config.json"
+    if path.is_file() and not _on_the_embedding(read_object(path)):
+        raise ConversionError(
+            f"{path} is a Normalize step on something else than the pooled embedding, which onnxpress does not put into the graph."
+        )
+    return Normalize()
 
 
 def _activation(folder: Path, name: str | None) -> torch.nn.Module:
@@ -268,5 +302,5 @@ def _activation(folder: Path, name: str | None) -> torch.nn.Module:
 _STEPS: dict[str, Callable[[Path], torch.nn.Module]] = {
     "Pooling": _read_pooling_step,
     "Dense": _read_dense_step,
-    "Normalize": lambda _: Normalize(),
+    "Normalize": _read_normalize_step,
 }

@@ -86,7 +86,8 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
     lowercase = _wants_lowercase(folder)
     converted = not (folder / "tokenizer.json").is_file()
     otherwise = None if lowercase or converted else _read_otherwise(folder, tokenizer)
-    if lowercase or converted or otherwise is not None:
+    turned = not converted and tokenizer.truncation_side != _truncation_side(folder / "tokenizer.json")
+    if lowercase or converted or turned or otherwise is not None:
         saved = Path(tempfile.mkdtemp(prefix="onnxpress-tokenizer-"))
         atexit.register(shutil.rmtree, saved, ignore_errors=True)
         with quiet():
@@ -94,10 +95,13 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
         if lowercase:
             _lowercase_first(saved / "tokenizer.json")
         files = [saved / name for name in _COPIED if (saved / name).is_file()]
+        _set_truncation_side(saved / "tokenizer.json", tokenizer.truncation_side)
         if lowercase:
             notes.append("tokenizer: lower-cases first, as sentence_bert_config.json says")
-        else:
+        elif converted or otherwise is not None:
             notes.append(f"tokenizer: {otherwise or 'converted to tokenizer.json'}")
+        if tokenizer.truncation_side == "left":
+            notes.append("tokenizer: of texts that are too long the end is read, as tokenizer_config.json says")
     limit = int(tokenizer.model_max_length)
     pad = tokenizer.pad_token_id
     return Tokenizer(
@@ -109,6 +113,22 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
         token_types=_gives_token_types(tokenizer),
         notes=tuple(notes),
     )
+
+
+def _truncation_side(path: Path) -> str:
+    """Where a tokenizer.json, or what reads it, cuts texts that are too long."""
+    truncation = FastTokenizer.from_file(str(path)).truncation or {}
+    return str(truncation.get("direction", "right"))
+
+
+def _set_truncation_side(path: Path, side: str) -> None:
+    """The runtime reads it there; the length is its own."""
+    tokenizer = FastTokenizer.from_file(str(path))
+    if side == "right":
+        tokenizer.no_truncation()
+    else:
+        tokenizer.enable_truncation(512, direction=side)
+    tokenizer.save(str(path))
 
 
 def _is_installed(module: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 import torch
@@ -26,6 +26,14 @@ Shape = Sequence[int | str]  # symbolic axes by name
 Axes = Mapping[str, tuple[int, int]]  # symbolic axis: inclusive (minimum, maximum)
 
 
+class Traced(NamedTuple):
+    """A graph, the ranges of its symbolic axes, and what forward asked of sizes: expressions over L["inputs"][i].size()."""
+
+    model: ir.Model
+    axes: Axes
+    guards: tuple[str, ...]
+
+
 def trace(
     module: torch.nn.Module,
     example: Mapping[str, torch.Tensor],
@@ -35,12 +43,12 @@ def trace(
     outputs: Sequence[str],
     prefix: str,
     name: str,
-) -> tuple[ir.Model, Axes]:
+) -> Traced:
     """The graph of `module`, which takes the example's tensors in their order and answers a tuple of tensors.
 
     shapes: of each input. axes: the ranges of the symbolic axes; where None they are found in the trace. prefix: what
     to take off the weights' names. name: the model's, for errors. The weights are not copied: they share the module's
-    memory. Returns the graph and the ranges. Raises ConversionError.
+    memory. Raises ConversionError.
     """
     try:
         dynamic = tuple(
@@ -50,6 +58,7 @@ def trace(
         with quiet(), torch.no_grad(), whole_recurrent_layers():
             program = _exported(module, example, dynamic, given=axes is not None)
             ranges = _ranges(program, shapes) if axes is None else axes
+            guards = tuple(getattr(program, "_guards_code", None) or ())
             try:
                 spare_decomposition(program)
                 model = _translated(program, example, outputs)
@@ -62,7 +71,7 @@ def trace(
         raise
     except Exception as error:  # torch.export raises errors of every kind, and so do models while they are traced
         raise ConversionError(f"{name} does not convert to ONNX: {_first_lines(error)}") from error
-    return model, ranges
+    return Traced(model, ranges, guards)
 
 
 def _exported(

@@ -167,7 +167,7 @@ def export_causal_lm(
         *state_names(conventions.states, PRESENT_STATES),
     ]
     with wrapped.emitting():
-        ir_model, _ = trace(
+        ir_model, *_ = trace(
             wrapped, example, shapes=shapes, axes=axes, outputs=outputs, prefix="model.", name=type(model).__name__
         )
     add_cache(ir_model, conventions)

@@ -173,7 +173,7 @@ def _trace(
         with quiet(), attention, emitted_experts(model, experts):
             shapes = dict.fromkeys(names, ("batch", "length"))
             name = type(model).__name__
-            result, _ = trace(
+            result, *_ = trace(
                 wrapped, example, shapes=shapes, axes=traced_axes, outputs=outputs, prefix="model.", name=name
             )
         arrange_experts(result)

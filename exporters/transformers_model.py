@@ -178,7 +178,8 @@ def longest_input(folder: Path, tokenizer: Tokenizer, *, limit: int, wanted: int
         return wanted
     declared = folder / "sentence_bert_config.json"
     sentence_length = read_json(declared).get("max_seq_length") if declared.is_file() else None
-    return int(min(length for length in (limit, tokenizer.max_length, sentence_length) if length))
+    # sentence-transformers' own number counts before the tokenizer's.
+    return int(min(limit, sentence_length or tokenizer.max_length or limit))
 
 
 def _used(model: PreTrainedModel, task: Task, missing: Any) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -83,6 +84,11 @@ class ParityCheck:
                 self._answered.append((case, reference.run(case.feeds)))
             except Exception as error:  # whatever a module raises when a shape does not suit it
                 self.notes += (f"the original refuses {case.name} ({type(error).__name__})",)
+        for sizes in exported.sizes:
+            case = _module_case(signature, exported.example, sizes, _SEEDS[0])
+            case = replace(case, name=f"{case.name}, for which forward may go another way")
+            with suppress(Exception):  # of sizes that do not suit it there is nothing to compare
+                self._answered.append((case, reference.run(case.feeds)))
 
     @cached_property
     def _masks(self) -> dict[str, float]:

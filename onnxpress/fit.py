@@ -55,7 +55,7 @@ from onnxpress.recipe import make_recipe, with_options
 from onnxpress.runtime.embedder import Embedder
 from onnxpress.runtime.loading import RUNNERS
 from onnxpress.runtime.text_runner import TextRunner
-from onnxpress.runtime.tokenization import Encoding, Tokenizer
+from onnxpress.runtime.tokenization import Encoding, Tokenizer, split_words
 from onnxpress.samples import Sample
 from onnxpress.trials import digest_of_files
 
@@ -362,8 +362,9 @@ def _token_targets(encoding: Encoding, sample: Sample, tags: Sequence[int], labe
     for token in sample.label[0]:
         starts.append(starts[-1] + len(token) + 1)
     targets: list[int] = []
-    for place, word in enumerate(encoding.words):
-        if word is None or (place and encoding.words[place - 1] == word):
+    words = split_words(encoding, (sample.text,))
+    for place, word in enumerate(words):
+        if word is None or (place and words[place - 1] == word):
             targets.append(-100)
             continue
         start, end = encoding.offsets[place]

@@ -262,8 +262,8 @@ def _fixed_axes(found: Found | None, exported: Exported) -> str:
     if found is None or exported.graph.signature.task != "module" or not exported.graph.signature.axes:
         return ""
     return (
-        " PyTorch may have traced a batch of any size wrongly: with dynamic_axes={} (in Python, or as the third part of what a factory "
-        "returns) the graph takes the shapes of the example inputs and no others."
+        " Where forward asks for sizes, or loops over them, its trace holds for the example's alone: leave such axes out of dynamic_axes (in "
+        "Python, or the third part of what a factory returns); with dynamic_axes={} the graph takes the example's shapes and no others."
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from onnxpress.errors import InputError
 from onnxpress.manifest import Json
 from onnxpress.runtime.text_runner import Answer, TextRunner, check_count, softmax
-from onnxpress.runtime.tokenization import Encoding, Sample, check_samples, trimmed
+from onnxpress.runtime.tokenization import Encoding, Sample, check_samples, split_words, trimmed
 
 _STRIDE = 128  # tokens that two windows of a long context share, at most half a window
 
@@ -47,10 +47,11 @@ class QuestionAnswerer(TextRunner):
         windows = [self.tokenizer.windows(pair, stride=stride) for pair in pairs]
         answers = iter(self.run_encodings([window for several in windows for window in several]))
         found = []
-        for (_, context), several in zip(pairs, windows, strict=True):
+        for pair, several in zip(pairs, windows, strict=True):
+            context = pair[1]
             spans: dict[tuple[int, int], float] = {}
             for window in several:
-                for span, score in _best_spans(window, next(answers), 2 * top_k + 10, max_answer_tokens).items():
+                for span, score in _best_spans(window, pair, next(answers), 2 * top_k + 10, max_answer_tokens).items():
                     spans[span] = max(score, spans.get(span, 0.0))
             ranked = [
                 {"answer": context[start:end], "score": score, "start": start, "end": end}
@@ -68,7 +69,9 @@ class QuestionAnswerer(TextRunner):
         return list(self.predict(list(samples), top_k=1 if top_k is None else top_k))  # type: ignore[arg-type]
 
 
-def _best_spans(window: Encoding, answer: Answer, count: int, longest: int) -> dict[tuple[int, int], float]:
+def _best_spans(
+    window: Encoding, sample: tuple[str, str], answer: Answer, count: int, longest: int
+) -> dict[tuple[int, int], float]:
     """{(start, end): score} in characters of the context, from the `count` best spans of tokens."""
     inside = np.array([sequence == 1 for sequence in window.sequences])
     if not inside.any():
@@ -81,7 +84,7 @@ def _best_spans(window: Encoding, answer: Answer, count: int, longest: int) -> d
         for name in ("start_logits", "end_logits")
     )
     scores = np.tril(np.triu(np.outer(starts, ends)), longest - 1)  # (first token, last token)
-    words = _word_bounds(window)
+    words = _word_bounds(window, sample)
     spans: dict[tuple[int, int], float] = {}
     for flat in np.argsort(scores, axis=None)[::-1][:count]:
         first, last = divmod(int(flat), len(ends))
@@ -91,13 +94,14 @@ def _best_spans(window: Encoding, answer: Answer, count: int, longest: int) -> d
     return spans
 
 
-def _word_bounds(window: Encoding) -> list[tuple[int, int]]:
+def _word_bounds(window: Encoding, sample: tuple[str, str]) -> list[tuple[int, int]]:
     """For each token the characters (start, end) of its word, as far as the window has it."""
     bounds: dict[int, tuple[int, int]] = {}
-    for word, sequence, (start, end) in zip(window.words, window.sequences, window.offsets, strict=True):
+    numbers = split_words(window, sample)
+    for word, sequence, (start, end) in zip(numbers, window.sequences, window.offsets, strict=True):
         if sequence == 1 and word is not None:
             bounds[word] = (bounds.get(word, (start, end))[0], end)
     return [
         bounds[word] if sequence == 1 and word is not None else offset
-        for word, sequence, offset in zip(window.words, window.sequences, window.offsets, strict=True)
+        for word, sequence, offset in zip(numbers, window.sequences, window.offsets, strict=True)
     ]

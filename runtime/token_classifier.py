@@ -11,7 +11,7 @@ import numpy as np
 from onnxpress.errors import InputError
 from onnxpress.manifest import Json
 from onnxpress.runtime.text_runner import Answer, TextRunner, softmax
-from onnxpress.runtime.tokenization import Encoding, Sample, trimmed
+from onnxpress.runtime.tokenization import Encoding, Sample, split_words, trimmed
 
 Aggregation = Literal["first", "average", "max"]
 
@@ -45,7 +45,7 @@ class TokenClassifier(TextRunner):
             raise InputError("Entities are found in single texts; pairs were given.")
         answers = self.run_encodings(encodings)
         return [
-            _spans(self._words(encoding, answer, aggregation), text)
+            _spans(self._words(encoding, text, answer, aggregation), text)
             for text, encoding, answer in zip(texts, encodings, answers, strict=True)
         ]
 
@@ -55,10 +55,10 @@ class TokenClassifier(TextRunner):
             raise InputError("Entities are all those found; leave top_k out.")
         return list(self.predict(samples))  # type: ignore[arg-type]
 
-    def _words(self, encoding: Encoding, answer: Answer, aggregation: Aggregation) -> list[_Word]:
+    def _words(self, encoding: Encoding, text: str, answer: Answer, aggregation: Aggregation) -> list[_Word]:
         probabilities = softmax(answer["logits"].astype(np.float64))  # (tokens, labels)
         groups: dict[int, list[int]] = {}
-        for token, word in enumerate(encoding.words):
+        for token, word in enumerate(split_words(encoding, (text,))):
             if word is not None:
                 groups.setdefault(word, []).append(token)
         words = []

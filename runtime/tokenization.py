@@ -43,10 +43,14 @@ class Encoding:
 
 
 class Tokenizer:
-    """A tokenizer.json with our own truncation and padding: on the right, to the longest of a batch."""
+    """A tokenizer.json with our own padding, on the right to the longest of a batch, and truncation, on the side that the file says.
 
-    def __init__(self, inner: Any, *, max_length: int, pad_token_id: int) -> None:
+    side: where texts that are too long are cut, other than the file says.
+    """
+
+    def __init__(self, inner: Any, *, max_length: int, pad_token_id: int, side: str | None = None) -> None:
         self.inner = inner
+        self.side = side or (inner.truncation or {}).get("direction", "right")
         self.max_length = max_length
         self.pad_token_id = pad_token_id
         inner.no_truncation()
@@ -56,7 +60,8 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled for another process, without the lock."""
-        return partial(Tokenizer, max_length=self.max_length, pad_token_id=self.pad_token_id), (self.inner,)
+        again = partial(Tokenizer, max_length=self.max_length, pad_token_id=self.pad_token_id, side=self.side)
+        return again, (self.inner,)
 
     @classmethod
     def from_folder(cls, folder: Path, *, max_length: int, pad_token_id: int = 0) -> Tokenizer:
@@ -139,7 +144,7 @@ class Tokenizer:
             if stride not in self._cutters:
                 copy = tokenizers.Tokenizer.from_str(self.inner.to_str())
                 if stride is None:
-                    copy.enable_truncation(self.max_length)
+                    copy.enable_truncation(self.max_length, direction=self.side)
                 else:
                     copy.enable_truncation(self.max_length, stride=stride, strategy="only_second")
                 self._cutters[stride] = copy
@@ -162,6 +167,27 @@ def check_samples(samples: Sequence[Any]) -> None:
                 text.encode()
             except UnicodeEncodeError:
                 raise InputError(f"Text {index} holds half a character (a lone surrogate); decode it again.") from None
+
+
+def split_words(encoding: Encoding, texts: Sequence[str]) -> list[int | None]:
+    """As `words`, but that white space ends a word: tokenizers of SentencePiece's kind may take a whole text for one.
+
+    texts: the text, or both of a pair.
+    """
+    found: list[int | None] = []
+    number = -1
+    before: tuple[int, int] | None = None  # the text and the word of the token before
+    for word, sequence, (start, end) in zip(encoding.words, encoding.sequences, encoding.offsets, strict=True):
+        if word is None or sequence is None:
+            found.append(None)
+            continue
+        text = texts[sequence]
+        begins = text[start : start + 1].isspace() or text[max(0, start - 1) : start].isspace()
+        if (sequence, word) != before or (begins and not text[start:end].isspace()):
+            number += 1
+        before = (sequence, word)
+        found.append(number)
+    return found
 
 
 def trimmed(text: str, start: int, end: int) -> tuple[int, int]:

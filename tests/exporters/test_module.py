@@ -753,3 +753,46 @@ def test_attention_with_a_mask_of_padding(mask, tmp_path):
     exported = export(Encoder(), example_inputs=(torch.randn(2, mask.shape[1], 32), mask))
     assert exported.graph.operators()["Attention"] == 1
     ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
+
+
+class Orient(torch.nn.Module):
+    """Portraits are turned: what is asked of sizes is answered once, when it is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Conv2d(3, 8, (3, 5), padding=(1, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[2] > x.shape[3]:
+            x = x.transpose(2, 3)
+        return self.layer(x).relu().mean((2, 3))
+
+
+class Parity(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        blocks = x.shape[1] // 8
+        return x[:, : blocks * 8].mean(1) if blocks % 2 == 0 else x[:, : blocks * 8].amax(1)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "axes"),
+    [(Orient(), (2, 3, 16, 24), {2: "h", 3: "w"}), (Parity(), (2, 17, 4), {1: "length"})],
+)
+def test_sizes_at_which_forward_goes_another_way_are_compared(module, shape, axes, tmp_path):
+    exported = export(module.eval(), example_inputs={"x": torch.randn(shape)}, dynamic_axes={"x": {0: "batch", **axes}})
+    assert exported.sizes
+    runner = OnnxRunner(exported.graph.model, tmp_path)
+    with pytest.raises(ParityError, match="for which forward may go another way"):
+        ParityCheck(exported).check(runner)
+
+
+def test_axes_that_are_alike_by_chance_are_refused():
+    class Square(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ x
+
+    with pytest.raises(
+        ConversionError, match="is declared as dynamic, and in the trace of Square it has always the size of"
+    ):
+        export(Square(), example_inputs={"x": torch.randn(2, 4, 4)}, dynamic_axes={"x": {1: "h", 2: "w"}})

@@ -141,3 +141,42 @@ def _embed(folder, scratch):
     with torch.no_grad():
         answer = load_text_model(folder)(input_ids=torch.from_numpy(IDS), attention_mask=torch.from_numpy(MASK))
     return found, answer.last_hidden_state.numpy()
+
+
+def test_truncate_dim_keeps_the_first_numbers(tmp_path):
+    folder = save_model(tmp_path / "model", "distilbert")
+    add_pooling(folder, ("Pooling", {"pooling_mode": "mean"}), ("Normalize", {}))
+    whole, _ = _embed(folder, tmp_path)
+    (folder / "config_sentence_transformers.json").write_text('{"truncate_dim": 8}')
+    exported = export(folder)
+    assert (exported.options["dim"], exported.options["normalized"]) == (8, False)
+    found, _ = _embed(folder, tmp_path)
+    np.testing.assert_allclose(found, whole[:, :8], rtol=0, atol=1e-6)
+
+
+def test_a_dense_step_that_names_no_activation_has_tanh(tmp_path):
+    folder = save_model(tmp_path / "model", "distilbert")
+    dense = {"in_features": 32, "out_features": 8, "bias": False}
+    add_pooling(folder, ("Pooling", {"pooling_mode": "mean"}), ("Dense", dense))
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    save_file({"linear.weight": weight}, folder / "2_Dense" / "model.safetensors")
+    found, hidden = _embed(folder, tmp_path)
+    expected = [np.tanh(rows[:length].mean(0) @ weight.numpy().T) for rows, length in zip(hidden, LENGTHS, strict=True)]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (
+            ("Dense", {"in_features": 32, "out_features": 8, "module_output_name": "scores"}),
+            "a residual or on single tokens",
+        ),
+        (("Normalize", {"module_input_name": "token_embeddings"}), "a Normalize step on something else"),
+    ],
+)
+def test_steps_on_something_else_are_refused(step, said, tmp_path):
+    folder = save_model(tmp_path / "model", "distilbert")
+    add_pooling(folder, ("Pooling", {"pooling_mode": "mean"}), step)
+    with pytest.raises(ConversionError, match=said):
+        export(folder)

@@ -1,6 +1,7 @@
 """What can be named as a model, and what is said about what cannot."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from onnxpress.exporters.source import FolderSource, resolve
 from onnxpress.exporters.tasks import find_task, infer_task
 from onnxpress.exporters.tokenizer import read_tokenizer
 from onnxpress.runtime.chat_template import ChatTemplate
+from onnxpress.runtime.tokenization import Tokenizer as RuntimeTokenizer
 
 
 @pytest.fixture
@@ -191,6 +193,17 @@ def test_a_tokenizer_without_an_unknown_token_is_read(folder):
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]"})
     )
     assert read_tokenizer(folder, trust_remote_code=False).pad_token_id == 0
+
+
+def test_texts_are_cut_on_the_tokenizers_side(folder):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "truncation_side": "left"}))
+    found = read_tokenizer(folder, trust_remote_code=False)
+    assert "of texts that are too long the end is read" in found.notes[0]
+    expected = AutoTokenizer.from_pretrained(folder)("the cat sat on a mat", truncation=True, max_length=4).input_ids
+    runtime = RuntimeTokenizer.from_folder(found.files[0].parent, max_length=4)
+    assert runtime.encode(["the cat sat on a mat"])[0].ids == expected
+    assert pickle.loads(pickle.dumps(runtime)).encode(["the cat sat on a mat"])[0].ids == expected
 
 
 def test_special_tokens_that_templates_name_are_in_the_tokenizers_config(folder):

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from tiny_artifacts import MAX_LENGTH, VOCABULARY, save_tokenizer
 from tokenizers import Tokenizer as HuggingFaceTokenizer
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from onnxpress.errors import ArtifactError, InputError
-from onnxpress.runtime.tokenization import Tokenizer, trimmed
+from onnxpress.runtime.tokenization import Tokenizer, split_words, trimmed
 
 LONG = "the cats sat on a red mat . " * 10
 
@@ -152,3 +152,23 @@ def test_trimmed(start: int, end: int, expected: str) -> None:
     text = "the  \ncat\t "
     start, end = trimmed(text, start, end)
     assert text[start:end] == expected
+
+
+def test_white_space_ends_a_word_where_the_tokenizer_takes_a_text_for_one() -> None:
+    """Llama's form: no splitting before, blanks are part of tokens."""
+    vocabulary = {"<unk>": 0, "▁": 1, "▁the": 2, "▁cat": 3, "s": 4, "t": 5, "h": 6, "e": 7, "c": 8, "a": 9}
+    vocabulary |= {"th": 10, "the": 11, "ca": 12, "cat": 13}
+    merges = [("t", "h"), ("th", "e"), ("c", "a"), ("ca", "t"), ("▁", "the"), ("▁", "cat")]
+    inner = HuggingFaceTokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = Tokenizer(inner, max_length=20, pad_token_id=0)
+    (encoding,) = tokenizer.encode(["the cats the"])
+    assert encoding.words == [0, 0, 0, 0]
+    assert split_words(encoding, ["the cats the"]) == [0, 1, 1, 2]
+    (pair,) = tokenizer.encode([("the cats", "cats the")])
+    assert split_words(pair, ("the cats", "cats the")) == [0, 1, 1, 2, 2, 3]
+
+
+def test_words_of_a_tokenizer_that_splits_are_as_they_were(tokenizer: Tokenizer) -> None:
+    (encoding,) = tokenizer.encode(["the cats sat , on a mat ."])
+    assert split_words(encoding, ["the cats sat , on a mat ."]) == encoding.words
