@@ -39,7 +39,7 @@ def read_pooling(folder: Path) -> SentencePooling | None:
         steps.append(_STEPS[kind](folder / path))
     declared = folder / "config_sentence_transformers.json"
     dim = read_object(declared).get("truncate_dim") if declared.is_file() else None
-    if isinstance(dim, int) and steps:
+    if isinstance(dim, int) and steps and not has_classifier(folder):
         steps.append(Truncate(dim))
     return SentencePooling(steps) if steps else None
 
@@ -122,6 +122,11 @@ class SentencePooling(torch.nn.Module):
     def normalized(self) -> bool:
         """Whether the embeddings have length 1."""
         return len(self.after) > 0 and isinstance(self.after[-1], Normalize)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the embeddings are the first numbers of longer ones."""
+        return len(self.after) > 0 and isinstance(self.after[-1], Truncate)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """(batch, length, hidden), (batch, length) → (batch, dim)."""

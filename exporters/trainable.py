@@ -123,14 +123,14 @@ def load_trainable(folder: Path, head: Head, *, seed: int, max_length: int | Non
 
 
 def load_frozen(folder: Path, *, max_length: int | None = None) -> Trainable:
-    """An encoder and its pooling: what modules.json says, without a last scaling to length 1; else the mean of all tokens.
+    """An encoder and its pooling: what modules.json says, whole and without a last scaling to length 1; else the mean of all tokens.
 
     Raises SourceError, ConversionError.
     """
     config = load_config(folder, trust_remote_code=False)
     check_length(folder, TASKS["feature-extraction"], config, max_length)
     pooling = read_pooling(folder) or SentencePooling([Pooling(("mean",))])
-    if has_classifier(folder):
+    if has_classifier(folder) or pooling.truncated:
         pooling = _without_last(pooling)
     if pooling.normalized:
         pooling = _without_last(pooling)

@@ -132,6 +132,23 @@ def test_a_frozen_encoder_gives_an_ordinary_classifier(
     assert rebuilt.manifest.options["labels"] == ["canine", "feline"]
 
 
+def test_a_frozen_head_reads_whole_embeddings(sentence_model: Path, tmp_path: Path) -> None:
+    """Also where the folder keeps their first numbers alone, and scales them before."""
+    folder = Path(shutil.copytree(sentence_model, tmp_path / "model"))
+    (folder / "config_sentence_transformers.json").write_text('{"truncate_dim": 8}')
+    texts, names = animals(128)
+    facts = [
+        fit_samples(
+            source, labelled_samples(texts, names), None, folder=tmp_path / name, frozen_encoder=True,
+            training=TrainingOptions(),
+        )
+        for name, source in (("whole", sentence_model), ("cut", folder))
+    ]  # fmt: skip
+    assert facts[0]["evaluation_loss"] == facts[1]["evaluation_loss"]
+    one, other = (torch_runner(tmp_path / name, "text-classification", max_length=16) for name in ("whole", "cut"))
+    assert one.answer_texts(texts[:5]) == other.answer_texts(texts[:5])
+
+
 def test_a_frozen_head_on_a_trained_head_takes_its_place(sentence_model: Path, tmp_path: Path) -> None:
     texts, labels = animals(40)
     samples = labelled_samples(texts, labels)
