@@ -24,7 +24,7 @@ unequal and padded. It reads the longest row's length on the CPU; computed in th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,29 @@ from onnxpress.exporters.transformers_model import TextExport, input_limit, load
 from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Json, Signature
 
-# Of generation_config.json, what changes which tokens transformers chooses.
-_OF_DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
-_SAMPLING = (
-    *("do_sample", *_OF_DRAWING, "num_beams", "repetition_penalty", "no_repeat_ngram_size"),
-    *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id"),
-)  # fmt: skip
+# Of generation_config.json, what changes which tokens are chosen: what is taken of it, where its value means something, and what is
+# not; and the values that change nothing.
+_TAKEN: Mapping[str, Callable[[float], bool]] = {
+    "temperature": lambda value: value > 0,
+    "top_k": lambda value: isinstance(value, int) and value > 0,
+    "top_p": lambda value: 0 < value < 1,
+    "min_p": lambda value: 0 < value < 1,
+    "repetition_penalty": lambda value: value > 0,
+}
+_LEFT = (
+    *("typical_p", "num_beams", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
+    *("forced_bos_token_id", "forced_eos_token_id"),
+)
+_IDLE = {
+    "top_k": 0,
+    "top_p": 1,
+    "min_p": 0,
+    "repetition_penalty": 1,
+    "typical_p": 1,
+    "num_beams": 1,
+    "no_repeat_ngram_size": 0,
+}
+_OF_DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # where do_sample is true
 
 
 def export_decoder(
@@ -111,17 +128,19 @@ def export_decoder(
     graph = export_causal_lm(
         model, conventions, context=context, hidden_states=hidden_states, uniform_steps=uniform_steps
     )
+    sampling, remarks = _own_sampling(folder)
     options: dict[str, Json] = {
         "max_length": context,
         "pad_token_id": tokenizer.pad_token_id,
         **_special_tokens(model),
+        **({"sampling": sampling} if sampling else {}),
     }
     return TextExport(
         graph=graph,
         reference=DecoderReference(model, conventions.first_position),
         options=options,
         tokenizer=tokenizer,
-        notes=(*notes, *_summary(conventions, uniform_steps=uniform_steps), *tokenizer.notes, *_own_sampling(folder)),
+        notes=(*notes, *_summary(conventions, uniform_steps=uniform_steps), *tokenizer.notes, *remarks),
     )
 
 
@@ -358,17 +377,28 @@ def _special_tokens(model: PreTrainedModel) -> dict[str, Json]:
     }
 
 
-def _own_sampling(folder: Path) -> tuple[str, ...]:
-    """A remark on how transformers would choose tokens by itself."""
+def _own_sampling(folder: Path) -> tuple[dict[str, Json], tuple[str, ...]]:
+    """How generation_config.json wants tokens to be chosen, as far as it is taken, and remarks on it."""
     path = folder / "generation_config.json"
     declared = read_object(path) if path.is_file() else {}
     draws = declared.get("do_sample") is True
-    given = ((name, declared[name]) for name in _SAMPLING if name in declared and (draws or name not in _OF_DRAWING))
-    given = ((name, value) for name, value in given if value is True or value not in (None, False, [], 1, 0))
-    asked = [name if isinstance(value, list | bool) else f"{name} {value}" for name, value in given]
-    if not asked:
-        return ()
-    return (f"generation_config.json asks for {', '.join(asked)}; here choosing is greedy until it is told otherwise",)
+    asked = {"temperature": 1.0, **declared} if draws else declared
+    sampling: dict[str, Json] = {}
+    left = []
+    for name in (*_TAKEN, *_LEFT):
+        value = asked.get(name)
+        if value in (None, [], _IDLE.get(name)) or (name in _OF_DRAWING and not draws):
+            continue
+        if name in _TAKEN and type(value) in (int, float) and _TAKEN[name](value):
+            sampling[name] = value
+        else:
+            left.append(name if isinstance(value, list) else f"{name} {value}")
+    chosen = ", ".join(f"{name} {value}" for name, value in sampling.items())
+    taken = f"tokens are chosen by generation_config.json: {chosen}; with a temperature of 0 the likeliest"
+    return sampling, (
+        *((taken,) if sampling else ()),
+        *((f"generation_config.json asks for {', '.join(left)}, which is not applied",) if left else ()),
+    )
 
 
 def _summary(conventions: Conventions, *, uniform_steps: bool) -> tuple[str, ...]:

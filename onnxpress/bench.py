@@ -151,7 +151,7 @@ def _tokens_a_second(runner: Generator, prompts: list[list[int]]) -> tuple[float
     runner.reset()
     start = time.perf_counter()
     first, tokens = start, 0
-    for piece in runner.stream(prompts, max_new_tokens=count, ignore_eos=True):
+    for piece in runner.stream(prompts, max_new_tokens=count, ignore_eos=True, temperature=0, repetition_penalty=1):
         if len(begun) == len(prompts):
             tokens += 1
         elif piece.index not in begun:

@@ -276,7 +276,7 @@ def _normal(label: Json, kind: str) -> Json:
         raise InputError(f"Samples of tokens and tags go with the task token-classification, not with {kind}.")
     if kind == "multi-label-classification":
         items = label if isinstance(label, list) else str(label).split(_SEPARATOR)
-        return [_name(item) for item in items]
+        return [_name(item) for item in items if not isinstance(item, str) or item.strip()]  # a lone | is none
     if isinstance(label, list):
         raise InputError(
             f"A label is the list {label!r}, and {kind} has one label a text; several go with multi-label-classification."

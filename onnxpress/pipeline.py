@@ -176,7 +176,10 @@ def _build(
         try:
             plain = bench.open(exported.graph)
         except ArtifactError as error:
-            raise ConversionError(f"{exported.name} does not run on ONNX Runtime: {error.__cause__ or error}") from None
+            why = str(error.__cause__ or error).rstrip(". ")
+            raise ConversionError(
+                f"{exported.name} does not run on ONNX Runtime: {why}.{_in_float32(exported)}"
+            ) from None
         try:
             parity_rows = parity.check(plain)
         except InputError as error:
@@ -184,7 +187,8 @@ def _build(
                 f"The graph of {exported.name} does not take what the original takes: {str(error).rstrip('.')}.{_fixed_axes(found, exported)}"
             ) from None
         except ParityError as error:
-            raise ParityError(f"{error}{_fixed_axes(found, exported)}") from None
+            advice = _in_float32(exported) or _fixed_axes(found, exported)
+            raise ParityError(f"{error}{advice}") from None
         try:
             gate = Gate(workload, exported.reference, budget)
         except OnnxpressError:
@@ -265,6 +269,15 @@ def _fixed_axes(found: Found | None, exported: Exported) -> str:
         " Where forward asks for sizes, or loops over them, its trace holds for the example's alone: leave such axes out of dynamic_axes (in "
         "Python, or the third part of what a factory returns); with dynamic_axes={} the graph takes the example's shapes and no others."
     )
+
+
+def _in_float32(exported: Exported) -> str:
+    """Advice for a module that answers float32 and has layers in half precision, which PyTorch and ONNX Runtime round differently."""
+    graph = exported.graph
+    halved = any(spec.dtype == "float16" for spec in graph.signature.outputs)
+    if graph.signature.task != "module" or halved or not holds_half(graph):
+        return ""
+    return " Some of its layers are in half precision: give it in float32, as module.float() makes it."
 
 
 def _run_passes(press: Press, recipe: Recipe, task: str) -> None:

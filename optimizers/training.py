@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import re
 import tempfile
@@ -390,8 +391,21 @@ def _folder(checkpoints: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="onnxpress-training-") as folder:
             yield Path(folder)
         return
+    import fcntl  # of POSIX systems, where models are built
+
     make_folder(checkpoints)
-    yield checkpoints
+    place = os.open(checkpoints, os.O_RDONLY)
+    try:  # a lock of the system: whoever dies lets go of it
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(place)
+        raise OutputError(
+            f"Another training is at work in {checkpoints}: let it end, or choose another folder."
+        ) from None
+    try:
+        yield checkpoints
+    finally:
+        os.close(place)
 
 
 def make_folder(checkpoints: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -128,7 +128,8 @@ class _Sequence:
 class Generator:
     """Generates text. cache_bytes: the most memory for keys and values. One call at a time; others wait.
 
-    Greedy unless a temperature is given. A sequence's random numbers are its own, so that the same seed gives the same text in
+    Tokens are chosen as `sampling` says, the model's own way where its generation_config.json had one, else greedily; what a call
+    is given goes before it. A sequence's random numbers are its own, so that the same seed gives the same text in
     other company too; but quantized kernels round a little differently for one row than for several, which can tip a choice
     between tokens that are nearly as likely.
     """
@@ -150,6 +151,7 @@ class Generator:
         self.options = options
         self.template = template
         self.context = int(options["max_length"])
+        self.sampling = Sampling(**options.get("sampling", {}))
         self._cache = KeyValueCache(
             session.signature.inputs, context=self.context, budget=cache_bytes, memory=session.memory
         )
@@ -212,7 +214,8 @@ class Generator:
         stop_token_ids: beside the model's own end tokens, which ignore_eos switches off. n: answers to each prompt. logprobs: how
         many of the likeliest tokens to name beside the chosen one. prompt_lookup: how many tokens to guess at a time from what the
         text holds already, 0 for none; while a single answer is generated. template_variables: for the chat template. sampling:
-        the fields of `Sampling`. Raises InputError at once, before anything is generated.
+        fields of `Sampling`, in the place of the model's own: temperature=0 is greedy. Raises InputError at once, before anything
+        is generated.
         """
         known = set(Sampling.__dataclass_fields__)
         if unknown := sorted(set(sampling) - known):
@@ -232,7 +235,7 @@ class Generator:
         stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Sequence) else (stop,)
         if not all(isinstance(item, str) and item for item in stops):
             raise InputError("stop takes strings that are not empty.")
-        chosen = Sampling(**sampling)
+        chosen = replace(self.sampling, **sampling)
         if not _is_ids(stop_token_ids):
             raise InputError("stop_token_ids takes a list of token ids.")
         ends = frozenset(stop_token_ids) | (frozenset() if ignore_eos else self._ends)

@@ -83,8 +83,7 @@ def _generate(options: argparse.Namespace) -> int:
         raise InputError('No prompt was given: use --prompt "…", or --file FILE (- for standard input).')
     if options.logprobs is not None and not options.json:
         raise UsageError("--logprobs are shown with --json; give it too.")
-    chosen = others(options, *_OPENING, "prompt", "file", "json")
-    return generate(_generator(options), prompts, as_json=options.json, **chosen)
+    return generate(_generator(options), prompts, as_json=options.json, **_chosen(options, "prompt", "file", "json"))
 
 
 def add_chat(commands: Any) -> None:
@@ -98,19 +97,22 @@ def add_chat(commands: Any) -> None:
 def _chat(options: argparse.Namespace) -> int:
     from onnxpress.conversation import chat
 
-    chosen = others(options, *_OPENING, "system")
-    return chat(_generator(options), system=options.system, **chosen)
+    return chat(_generator(options), system=options.system, **_chosen(options, "system"))
+
+
+def _chosen(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """What was given for the Generator."""
+    return {name: value for name, value in others(options, *_OPENING, *names).items() if value is not None}
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, help="tokens of an answer at most (default 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this probability")
-    parser.add_argument("--min-p", type=float, default=0.0, help="no token below this share of the likeliest one's")
-    parser.add_argument(
-        "--repetition-penalty", type=float, default=1.0, help="divides what was there already (default 1: off)"
-    )
+    own = "default: as the model's generation_config.json says, else"
+    parser.add_argument("--temperature", type=float, help=f"0: always the likeliest token ({own} 0)")
+    parser.add_argument("--top-k", type=int, help=f"draw from the k likeliest tokens, 0: from all ({own} 0)")
+    parser.add_argument("--top-p", type=float, help=f"draw from the likeliest tokens of this probability ({own} 1)")
+    parser.add_argument("--min-p", type=float, help=f"no token below this share of the likeliest one's ({own} 0)")
+    parser.add_argument("--repetition-penalty", type=float, help=f"divides what was there already ({own} 1: off)")
     parser.add_argument(
         "--presence-penalty", type=float, default=0.0, help="taken off the logit of what the answer has (default 0)"
     )
@@ -146,6 +148,12 @@ def _generator(options: argparse.Namespace) -> Generator:
         cache_bytes=options.cache_mb * 2**20,
     )
     say_fallback(runner.session)
+    if own := runner.options.get("sampling"):
+        said = ", ".join(f"{name} {value}" for name, value in own.items())
+        print(
+            f"tokens are chosen by the model's generation_config.json ({said}) where nothing else is given",
+            file=sys.stderr,
+        )
     return runner
 
 

@@ -166,6 +166,18 @@ def test_a_kill_and_a_resume_give_the_weights_of_an_uninterrupted_run(tmp_path: 
     assert not list(tmp_path.rglob("training_args.bin"))
 
 
+def test_two_trainings_in_one_folder_are_refused(tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, checkpoints=tmp_path / "run")
+    again = dataclasses.replace(options, resume=True)
+
+    def another(text: str) -> None:
+        with pytest.raises(OutputError, match="Another training is at work in"):
+            train(small_model(), examples(), options=again, collate=collate)
+
+    train(small_model(), examples(), options=options, collate=collate, progress=another)
+    train(small_model(), examples(), options=again, collate=collate)
+
+
 @pytest.mark.parametrize("file", ["trainer_state.json", "model.safetensors"])
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path, file: str) -> None:
     straight = small_model()

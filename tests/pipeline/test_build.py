@@ -504,6 +504,23 @@ def test_a_batch_that_is_traced_wrongly_can_be_fixed(tmp_path: Path) -> None:
     np.testing.assert_array_equal(onnxpress.load(artifact.path).run({"x": x})["output_0"], 2 * x)
 
 
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_layers_in_half_precision_are_to_be_given_in_float(tmp_path: Path, half: torch.dtype) -> None:
+    class Mixed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(64, 8).to(half)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x.to(self.layer.weight.dtype)).float()
+
+    torch.manual_seed(0)
+    options = {"example_inputs": (torch.randn(4, 64),), "precision": "fp32", **QUICK}
+    with pytest.raises((ParityError, ConversionError), match=r"\. Some of its layers are in half precision.*float\(\)"):
+        onnxpress.build(Mixed(), out=tmp_path / "out", **options)
+    onnxpress.build(Mixed().float(), out=tmp_path / "out", **options)
+
+
 def test_dynamic_axes_and_indices_of_a_module(tmp_path: Path) -> None:
     """More positions and larger ids than the example has, up to what the module takes."""
 

@@ -28,6 +28,7 @@ from onnxpress.cli import main
 from onnxpress.decoder_workload import DecoderWorkload
 from onnxpress.errors import RecipeError, SourceError
 from onnxpress.exporters import Exported, export
+from onnxpress.exporters.transformers_decoder import _own_sampling
 from onnxpress.optimizers.targets import target
 from onnxpress.runtime import Generator
 from onnxpress.runtime.generator import Piece
@@ -219,14 +220,76 @@ def test_a_device_without_torch_generates(artifact: Path) -> None:
     assert json.loads(done.stdout)[0]["prompt_tokens"] == 1
 
 
-def test_what_transformers_would_sample_by_itself_is_said(folder: Path, tmp_path: Path) -> None:
+def test_tokens_are_chosen_by_generation_config(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(folder, tmp_path / "model")
     path = tmp_path / "model" / "generation_config.json"
-    asked = {"do_sample": True, "temperature": 0.6, "top_p": 1.0, "suppress_tokens": [5], "max_length": 99}
+    asked = {
+        "do_sample": True,
+        "top_k": 7,
+        "top_p": 1.0,
+        "repetition_penalty": 1.2,
+        "suppress_tokens": [5],
+        "max_length": 99,
+    }
     path.write_text(json.dumps({**json.loads(path.read_text()), **asked}))
-    assert export(tmp_path / "model").notes[-1] == (
-        "generation_config.json asks for do_sample, temperature 0.6, suppress_tokens; here choosing is greedy until it is told otherwise"
-    )
+    built = onnxpress.build(tmp_path / "model", out=tmp_path / "out", precision="fp32", measure=False)
+    own = {"temperature": 1.0, "top_k": 7, "repetition_penalty": 1.2}
+    assert built.manifest.options["sampling"] == own
+    assert "generation_config.json asks for suppress_tokens, which is not applied" in built.manifest.ledger[0]["notes"]
+    generator: Any = onnxpress.load(built.path)
+    options = {"max_new_tokens": 12, "ignore_eos": True}
+
+    def ids(**sampling: Any) -> list[int]:
+        generator.reset()
+        found: list[int] = generator.generate(["the"], **options, **sampling)[0].token_ids
+        return found
+
+    plain: Any = onnxpress.build(folder, out=tmp_path / "plain", precision="fp32", measure=False)
+    plain = onnxpress.load(plain.path)
+    for seed in range(3):
+        assert ids(seed=seed) == plain.generate(["the"], seed=seed, **own, **options)[0].token_ids
+        assert (
+            ids(seed=seed, top_k=0, temperature=2.0)
+            == plain.generate(["the"], seed=seed, **options, temperature=2.0, repetition_penalty=1.2)[0].token_ids
+        )
+    assert ids(temperature=0, repetition_penalty=1) == plain.generate(["the"], **options)[0].token_ids
+    line = [
+        "generate",
+        str(built.path),
+        "--prompt",
+        "the",
+        "--max-new-tokens",
+        "12",
+        "--ignore-eos",
+        "--json",
+        "--seed",
+        "1",
+    ]
+    assert main(line) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)[0]["token_ids"] == ids(seed=1)
+    assert "(repetition_penalty 1.2, temperature 1.0, top_k 7)" in said.err
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken", "left"),
+    [
+        ({"temperature": 0.6, "top_k": 20}, {}, ""),
+        ({"do_sample": True, "temperature": 0.0, "top_p": 0.8}, {"top_p": 0.8}, "temperature 0.0"),
+        ({"do_sample": True, "top_k": -1, "min_p": "x"}, {"temperature": 1.0}, "top_k -1, min_p x"),
+        ({"do_sample": False, "repetition_penalty": 1.1, "num_beams": 4}, {"repetition_penalty": 1.1}, "num_beams 4"),
+        ({"do_sample": True, "temperature": True, "top_p": None, "typical_p": 1.0}, {}, "temperature True"),
+    ],
+)
+def test_what_is_taken_of_generation_config(
+    tmp_path: Path, asked: dict[str, Any], taken: dict[str, Any], left: str
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(asked))
+    sampling, remarks = _own_sampling(tmp_path)
+    assert sampling == taken
+    assert (f"asks for {left}, which is not applied" in " ".join(remarks)) == bool(left)
 
 
 def test_a_context_beyond_the_models_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -179,6 +179,15 @@ def test_several_labels_a_text(model: Path, tmp_path: Path) -> None:
     assert min(scores["cat"], scores["mat"]) > 0.5 > scores["ran"]
 
 
+def test_several_labels_in_a_column(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text("text,label\na cat on a mat,cat|mat\nnothing,|\na mat,mat\n")
+    kind = "multi-label-classification"
+    samples = normalized(read_labelled(path, kind), kind)
+    assert [sample.label for sample in samples] == [["cat", "mat"], [], ["mat"]]
+    assert find_labels(samples, kind).names == ("cat", "mat")
+
+
 def test_numbers(model: Path, tmp_path: Path) -> None:
     texts, _ = animals(120)
     train = write(tmp_path / "train.jsonl", texts, [len(text.split()) + 0.5 for text in texts])
