@@ -37,6 +37,7 @@ _HARMLESS = frozenset(
     {"is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"}
     | {"return_dict", "position_embeddings", "past_key_values", "cache", "layer_idx", "output_router_logits"}
 )
+ROTARY_CHANGES = "the rotary embeddings change with the length of the text"  # a reason of Conventions.limited_by
 _TOLERANCE = 1e-5  # relative and absolute
 _DEAF = 1e-3  # of the largest number: what a token hears that should hear nothing, experts that meet others in a batch aside
 _ROTARY_STEP = 8  # ONNX Runtime's kernel rotates vectors of so many numbers
@@ -103,20 +104,21 @@ class Conventions:
     limited_by: str
 
 
-def learn(model: PreTrainedModel, *, positions: int) -> Conventions:
+def learn(model: PreTrainedModel, *, positions: int, rotary_of_longest: bool = False) -> Conventions:
     """Run `model` once and say how it computes. positions: the longest context, for which tables are made.
 
+    rotary_of_longest: whether rotary embeddings that change with the length of the text are those of the longest in all texts.
     Raises ConversionError where its attention is not causal, or not what GroupQueryAttention computes.
     """
     try:
-        return _learned(model, positions)
+        return _learned(model, positions, rotary_of_longest)
     except ConversionError:
         raise
     except Exception as error:  # whatever a model raises that needs more
         raise ConversionError(f"{type(model).__name__} does not run on tokens and positions alone: {error}") from error
 
 
-def _learned(model: PreTrainedModel, positions: int) -> Conventions:
+def _learned(model: PreTrainedModel, positions: int, rotary_of_longest: bool) -> Conventions:
     first = _first_position(model)
     ids = torch.arange(2 * _LENGTH).reshape(2, _LENGTH) % min(64, _vocabulary(model))
     recorder = _recorded(model, positions, ids, first)
@@ -128,7 +130,7 @@ def _learned(model: PreTrainedModel, positions: int) -> Conventions:
     if not uses_interface(model):
         recorder.attentions = _own_attentions(model, positions, first)
     with torch.no_grad():
-        tables = recorder.tables()
+        tables = recorder.tables(of_longest=rotary_of_longest)
     if not recorder.attentions and not recorder.states:
         raise ConversionError(
             f"{type(model).__name__} computes attention by itself, not through transformers' attention interface."
@@ -339,11 +341,13 @@ class _Recorder:
         if positions < self.positions:
             self.positions, self.limited_by = positions, why
 
-    def tables(self) -> tuple[_Table, ...]:
-        """Of the rotary embeddings that fit operators, as they number them, for the whole context."""
-        for table in self._whole.values():
-            stable = _stable_length(table, self.positions)
-            self.limit(stable, "the rotary embeddings change with the length of the text")
+    def tables(self, *, of_longest: bool) -> tuple[_Table, ...]:
+        """Of the rotary embeddings that fit operators, as they number them, for the whole context.
+
+        of_longest: whether shorter texts may have them too; those that fit no operator are as the model computes them.
+        """
+        for table in self._whole.values() if not of_longest or None in self.rotaries else ():
+            self.limit(_stable_length(table, self.positions), ROTARY_CHANGES)
         found = []
         for source, layout in self._table_of:
             cos, sin = (_LAYOUTS[layout](part)[0].float().contiguous() for part in self._whole[source](self.positions))

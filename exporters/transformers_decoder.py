@@ -35,7 +35,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from onnxpress.errors import ConversionError, SourceError
 from onnxpress.exporters.adapter import merge_adapter
-from onnxpress.exporters.conventions import Conventions, learn
+from onnxpress.exporters.conventions import ROTARY_CHANGES, Conventions, learn, rotary_modules
 from onnxpress.exporters.decoder_operators import Step, add_cache, decoder_operators
 from onnxpress.exporters.experts import arrange_experts, emitted_experts, experts_notes
 from onnxpress.exporters.pooling import read_object
@@ -117,13 +117,21 @@ def export_decoder(
         raise SourceError(f"A context of {context} leaves no room for an answer; ask for at least 2 tokens.")
     with quiet():
         conventions = learn(model, positions=context)
+    of_longest = False
+    if conventions.positions < context and max_length is not None and conventions.limited_by == ROTARY_CHANGES:
+        shorter = conventions.positions
+        with quiet():
+            conventions = learn(model, positions=context, rotary_of_longest=True)
+        of_longest = conventions.positions == context
+        notes += (f"rotary embeddings of texts over {shorter} tokens in all texts, as {context} were asked for",)
     if conventions.positions < context:
         if max_length is not None:
             raise SourceError(
                 f"A context of {max_length} was asked for; in {name}, beyond {conventions.positions} tokens, {conventions.limited_by}, "
                 f"which is not exported. Ask for at most {conventions.positions}."
             )
-        notes += (f"context: {conventions.positions} of {context} tokens; beyond, {conventions.limited_by}",)
+        more = "; --max-length takes more" if conventions.limited_by == ROTARY_CHANGES else ""
+        notes += (f"context: {conventions.positions} of {context} tokens; beyond, {conventions.limited_by}{more}",)
         context = conventions.positions
     graph = export_causal_lm(
         model, conventions, context=context, hidden_states=hidden_states, uniform_steps=uniform_steps
@@ -137,7 +145,7 @@ def export_decoder(
     }
     return TextExport(
         graph=graph,
-        reference=DecoderReference(model, conventions.first_position),
+        reference=DecoderReference(model, conventions.first_position, rotary_of=context if of_longest else None),
         options=options,
         tokenizer=tokenizer,
         notes=(*notes, *_summary(conventions, uniform_steps=uniform_steps), *tokenizer.notes, *remarks),
@@ -325,14 +333,16 @@ class DecoderReference:
     """The original language model, answering the graph's inputs with logits: row by row, its own attention, no cache.
 
     Takes no past: `past_lengths` has to be zero and the cache is not looked at. first_position: where it is not 0, positions are
-    told; the model alone leaves padding tokens inside of a text out when it counts.
+    told; the model alone leaves padding tokens inside of a text out when it counts. rotary_of: the length of the texts whose rotary
+    embeddings all have, where these change with it.
     """
 
     input_names: tuple[str, ...] = ("input_ids", "past_lengths", "lengths", "logit_indices")
 
-    def __init__(self, model: PreTrainedModel, first_position: int = 0) -> None:
+    def __init__(self, model: PreTrainedModel, first_position: int = 0, *, rotary_of: int | None = None) -> None:
         self.module = model
         self._first_position = first_position
+        self._rotary_of = rotary_of
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """{"logits": float32 (answers, vocabulary)} of one batch."""
@@ -349,7 +359,7 @@ class DecoderReference:
 
     def logits(self, ids: np.ndarray[Any, Any], columns: list[int]) -> np.ndarray[Any, Any]:
         """float32 (columns, vocabulary): what follows the tokens at `columns` of one text."""
-        with torch.inference_mode():
+        with torch.inference_mode(), self._rotary():
             keep = torch.tensor(columns)
             first = self._first_position
             told = {"position_ids": torch.arange(first, first + len(ids))[None]} if first else {}
@@ -363,6 +373,24 @@ class DecoderReference:
             ).logits[0]
             found: np.ndarray[Any, Any] = answer.float().numpy()
         return found
+
+    @contextmanager
+    def _rotary(self) -> Iterator[None]:
+        """Let the model's rotary modules answer as in a text of `rotary_of` tokens."""
+        if self._rotary_of is None:
+            yield
+            return
+        last = self._rotary_of - 1
+
+        def longest(
+            _: torch.nn.Module, original: Callable[..., Any], x: Any, position_ids: Any, *more: Any, **others: Any
+        ) -> Any:
+            ended = torch.cat((position_ids, torch.full_like(position_ids[..., :1], last)), -1)
+            answer = original(x, ended, *more, **others)
+            return tuple(table[:, :-1] for table in answer) if isinstance(answer, tuple) else answer[:, :-1]
+
+        with rotary_modules(self.module, longest):
+            yield
 
 
 def _special_tokens(model: PreTrainedModel) -> dict[str, Json]:

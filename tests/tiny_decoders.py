@@ -184,7 +184,7 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
             layer_types=["sliding_attention", "full_attention"] * 2,
         )
     ),
-    "phi3": lambda **more: tf.Phi3Config(**BASE),
+    "phi3": lambda **more: tf.Phi3Config(**{**BASE, **more}),
     "phi4-partial-rotary": lambda **more: tf.Phi3Config(**BASE, partial_rotary_factor=0.5),
     "smollm3-nope": lambda **more: tf.SmolLM3Config(**BASE, no_rope_layers=[1, 0]),
     "olmo2": lambda **more: tf.Olmo2Config(**BASE),
@@ -281,7 +281,7 @@ ARCHITECTURES: dict[str, Callable[..., Any]] = {
 
 
 def make_model(name: str, **more: Any) -> Any:
-    """A model with weights large enough that all of them count; `more` changes Llama's config, and GPT-Neo's window."""
+    """A model with weights large enough that all of them count; `more` changes Llama's and Phi-3's config, and GPT-Neo's window."""
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(ARCHITECTURES[name](**more), attn_implementation="eager").eval()
     spread_weights(model)

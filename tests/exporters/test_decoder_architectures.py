@@ -130,6 +130,34 @@ def test_a_context_beyond_what_an_indexer_keeps_is_refused(tmp_path: Path) -> No
         export(folder, max_length=65)
 
 
+def test_longrope_has_the_long_factors_on_demand(tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    short = {"original_max_position_embeddings": 64}
+    folder = save_decoder(tmp_path / "tiny", "phi3", rope_parameters={**rope, **short}, **short)
+    plain = export(folder)
+    assert plain.options["max_length"] == 64
+    assert any("of the text; --max-length takes more" in note for note in plain.notes)
+    exported = export(folder, max_length=CONTEXT)
+    assert "rotary embeddings of texts over 64 tokens in all texts, as 128 were asked for" in exported.notes
+    DecoderParityCheck(exported).check(lambda: step_on(exported.graph, tmp_path))
+    assert isinstance(exported.reference, DecoderReference)
+    model = exported.reference.module
+    ids = np.random.default_rng(0).integers(2, 250, CONTEXT)
+    step = step_on(exported.graph, tmp_path)
+
+    def alone(count: int) -> np.ndarray[Any, Any]:
+        with torch.no_grad():
+            answer: np.ndarray[Any, Any] = model(input_ids=torch.tensor(ids[:count])[None]).logits[0, -1].numpy()
+        return answer
+
+    for count in [100, *range(101, CONTEXT + 1)]:
+        found = step.run(0, [ids[:100].tolist() if count == 100 else [int(ids[count - 1])]])[0]
+        expected = alone(count)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5 * np.abs(expected).max())
+    step = step_on(exported.graph, tmp_path)
+    assert np.abs(step.run(0, [ids[:40].tolist()])[0] - alone(40)).max() > 1e-3
+
+
 def test_positions_that_begin_after_the_padding_token_are_learned(tmp_path: Path) -> None:
     exported = export(save_decoder(tmp_path / "tiny", "roberta"))
     assert exported.options["max_length"] == CONTEXT
