@@ -77,7 +77,7 @@ def export_encoder(
     if row_by_row.reads_last_end:  # random tokens have to end with it, for the original to answer them
         options |= {"closing_token_id": model.config.eos_token_id}
     if wanted.name == "feature-extraction":
-        options |= {"dim": signature.outputs[0].shape[-1]}
+        options |= {"dim": signature.outputs[0].shape[-1], **_prompts(folder)}
     return TextExport(
         graph=Graph(model=ir_model, signature=signature),
         reference=TorchReference(wrapped, names, opened.outputs),
@@ -87,7 +87,7 @@ def export_encoder(
             *opened.notes,
             *notes,
             *tokenizer.notes,
-            *_prompt_notes(folder),
+            *_prompt_notes(options),
             *_activation_notes(folder, wanted.name, config),
         ),
     )
@@ -248,10 +248,19 @@ def _activation_notes(folder: Path, task: str, config: Any) -> tuple[str, ...]:
     return (f"sentence-transformers applies {declared} to the scores; here it is yours to apply",)
 
 
-def _prompt_notes(folder: Path) -> tuple[str, ...]:
+def _prompts(folder: Path) -> dict[str, Json]:
+    """What sentence-transformers puts before texts, by names, and the one that it takes where none is named."""
     declared = folder / "config_sentence_transformers.json"
     config = read_object(declared) if declared.is_file() else {}
-    prompt = (config.get("prompts") or {}).get(config.get("default_prompt_name"))
-    if not prompt:
+    found = config.get("prompts")
+    prompts = {name: text for name, text in (found or {}).items() if text and isinstance(text, str)}
+    default = config.get("default_prompt_name")
+    return {**({"prompts": prompts} if prompts else {}), **({"default_prompt": default} if default in prompts else {})}
+
+
+def _prompt_notes(prompts: Mapping[str, Json]) -> tuple[str, ...]:
+    if "prompts" not in prompts:
         return ()
-    return (f"sentence-transformers puts {prompt!r} before every text by itself; here it is yours to put there",)
+    default = prompts.get("default_prompt")
+    always = f"; {default} is there where none is named" if default else ""
+    return (f"prompts of the model, put before texts where they are named: {', '.join(prompts['prompts'])}{always}",)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from onnxpress.errors import InputError
 from onnxpress.manifest import Json, Runnable
 from onnxpress.runtime.text_runner import TextRunner
-from onnxpress.runtime.tokenization import Sample, Tokenizer
+from onnxpress.runtime.tokenization import Encoding, Sample, Tokenizer
 
 
 class Embedder(TextRunner):
@@ -35,18 +35,39 @@ class Embedder(TextRunner):
         """Width of a vector."""
         return int(self.options["dim"])
 
-    def embed(self, texts: Sequence[Sample]) -> npt.NDArray[np.float32]:
-        """Embeddings, float32 (texts, dim). Raises InputError for what is no text, or empty."""
-        answers = self.outputs(texts)
+    def encode(self, samples: Sequence[Sample], *, prompt: str | None = None) -> list[Encoding]:
+        """Tokenize as TextRunner.encode does, with a prompt of the model (see embed) before each text; pairs have none."""
+        before = self._prompt(prompt)
+        if before and not isinstance(samples, str):
+            samples = [before + item if isinstance(item, str) and item.strip() else item for item in samples]
+        return super().encode(samples)
+
+    def embed(self, texts: Sequence[Sample], *, prompt: str | None = None) -> npt.NDArray[np.float32]:
+        """Embeddings, float32 (texts, dim). Raises InputError for what is no text, or empty.
+
+        prompt: the name of one of the model's prompts ("query", "document"), which is put before each text; "" is none, None the one that
+        the model declares for texts of which nothing is said, if any.
+        """
+        answers = self.run_encodings(self.encode(texts, prompt=prompt))
         if not answers:
             return np.zeros((0, self.dim), np.float32)
         return np.stack([self._vector(answer) for answer in answers])
 
-    def answer_texts(self, samples: Sequence[Sample], *, top_k: int | None = None) -> list[Json]:
-        """A list of numbers a text."""
+    def answer_texts(
+        self, samples: Sequence[Sample], *, top_k: int | None = None, prompt: str | None = None
+    ) -> list[Json]:
+        """A list of numbers a text. prompt: as of embed."""
         if top_k is not None:
             raise InputError("An embedding model has one answer a text; leave top_k out.")
-        return [[float(number) for number in vector] for vector in self.embed(samples)]
+        return [[float(number) for number in vector] for vector in self.embed(samples, prompt=prompt)]
+
+    def _prompt(self, name: str | None) -> str:
+        name = self.options.get("default_prompt", "") if name is None else name
+        prompts: Mapping[str, str] = self.options.get("prompts", {})
+        if name and name not in prompts:
+            known = f"they are: {', '.join(prompts)}" if prompts else "it has none"
+            raise InputError(f"The model has no prompt {name!r}; {known}.")
+        return prompts[name] if name else ""
 
     def _vector(self, answer: dict[str, np.ndarray[Any, Any]]) -> npt.NDArray[np.float32]:
         if self.options["pooled"]:

@@ -25,6 +25,9 @@ def add_run(commands: Any) -> None:
     )
     parser.add_argument("--file", type=Path, help="a file with one text a line; - for standard input")
     parser.add_argument("--top-k", type=int, help="how many answers (question-answering, fill-mask)")
+    parser.add_argument(
+        "--prompt-name", help="a prompt of an embedding model, put before each text: query, document, …"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document")
     add_providers(parser)
     add_key(parser)
@@ -32,7 +35,7 @@ def add_run(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from onnxpress.inspection import say_fallback
-    from onnxpress.runtime import Generator, ModuleRunner, load
+    from onnxpress.runtime import Embedder, Generator, ModuleRunner, load
 
     runner = load(options.artifact, providers=options.provider, allow_fallback=options.allow_fallback, key=options.key)
     say_fallback(runner.session)
@@ -52,7 +55,12 @@ def _run(options: argparse.Namespace) -> int:
         if len(options.pair) != len(texts):
             raise InputError(f"{len(texts)} texts and {len(options.pair)} --pair were given; each text needs one pair.")
         samples = list(zip(texts, options.pair, strict=True))
-    answers = runner.answer_texts(samples, top_k=options.top_k)
+    if options.prompt_name is None:
+        answers = runner.answer_texts(samples, top_k=options.top_k)
+    elif isinstance(runner, Embedder):
+        answers = runner.answer_texts(samples, top_k=options.top_k, prompt=options.prompt_name)
+    else:
+        raise UsageError(f"--prompt-name goes with embedding models; this artifact is for {runner.task}.")
     if options.json:
         print_json({"artifact": str(options.artifact), "task": runner.task, "answers": answers})
     else:

@@ -154,7 +154,8 @@ async function answerClassification(model) {
 
 // One text through the model: its outputs, and a note of tokens and time.
 async function runText({ manifest, run, makeTensor, tokenizer }, text) {
-  const { ids, types, truncated } = encode(tokenizer, text, manifest.options.max_length);
+  const { max_length: limit, prompts = {}, default_prompt: prompt } = manifest.options;
+  const { ids, types, truncated } = encode(tokenizer, (prompts[prompt] ?? "") + text, limit);
   const made = { input_ids: ids, attention_mask: ids.map(() => 1), token_type_ids: types };
   const feeds = {};
   for (const { name } of manifest.signature.inputs) {

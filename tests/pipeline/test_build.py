@@ -34,6 +34,7 @@ from onnxpress.errors import (
     RecipeError,
     SourceError,
 )
+from onnxpress.exporters import export
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.linear import add_constant
@@ -486,6 +487,37 @@ def test_half_precision_does_not_end_the_process(tmp_path: Path) -> None:
     assert (
         artifact_module.Artifact.open(tmp_path / "artifacts" / "model").manifest.signature.inputs[0].dtype == "float32"
     )
+
+
+def test_prompts_of_sentence_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_model(tmp_path / "model", "distilbert")
+    add_pooling(folder, ("Pooling", {"pooling_mode": "mean"}))
+    prompts = {"query": "the cat ", "document": "", "passage": "on "}
+    declared = folder / "config_sentence_transformers.json"
+    declared.write_text(json.dumps({"prompts": prompts, "default_prompt_name": "query"}))
+    built = onnxpress.build(folder, out=tmp_path / "out", precision="fp32", **QUICK)
+    assert built.manifest.options["prompts"] == {"query": "the cat ", "passage": "on "}
+    assert any("query, passage; query is there where none" in note for note in built.manifest.ledger[0]["notes"])
+    runner: Any = onnxpress.load(built.path)
+
+    def vectors(*texts: Any, **more: Any) -> list[list[float]]:
+        found: list[list[float]] = runner.embed(list(texts), **more).tolist()
+        return found
+
+    texts = ["sat", "ran on a mat"]
+    asked = vectors(*("the cat " + text for text in texts), prompt="")
+    assert vectors(*texts) == vectors(*texts, prompt="query") == asked
+    assert vectors(*texts, prompt="passage") == vectors(*("on " + text for text in texts), prompt="") != asked
+    assert vectors(("sat", "ran")) == vectors(("sat", "ran"), prompt="")
+    with pytest.raises(InputError, match="no prompt 'document'; they are: passage, query"):
+        vectors("sat", prompt="document")
+    with pytest.raises(InputError, match="Text 0 is empty"):
+        vectors(" ")
+    capsys.readouterr()
+    assert main(["run", str(built.path), "--text", "sat", "--prompt-name", "passage", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["answers"] == vectors("on sat", prompt="")
+    declared.write_text(json.dumps({"prompts": prompts, "default_prompt_name": "document"}))
+    assert "default_prompt" not in export(folder).options
 
 
 def test_a_batch_that_is_traced_wrongly_can_be_fixed(tmp_path: Path) -> None:
