@@ -19,6 +19,11 @@ from onnxpress.errors import ConversionError, SourceError
 
 Tensor = torch.Tensor
 
+_OWN = "sentence_transformers."  # how the types of its own steps begin
+# What its Transformer step takes of a model, and what it calls that, where it says so.
+_OUTPUTS = (None, "last_hidden_state", "logits")
+_GIVEN_ON = (None, "token_embeddings", "scores", "causal_logits")
+
 
 def read_pooling(folder: Path) -> SentencePooling | None:
     """The pooling of a folder, None where it declares none.
@@ -30,7 +35,7 @@ def read_pooling(folder: Path) -> SentencePooling | None:
     steps: list[torch.nn.Module] = []
     for name, path in _declared_steps(folder)[1:]:
         kind = name.rpartition(".")[2]
-        if kind not in _STEPS:
+        if kind not in _STEPS or not name.startswith(_OWN):
             raise ConversionError(
                 f"{folder / 'modules.json'} has a step of type {name}, which onnxpress cannot put into the "
                 f"graph. It knows Pooling, Dense and Normalize. Remove the step, or export the encoder alone "
@@ -44,6 +49,42 @@ def read_pooling(folder: Path) -> SentencePooling | None:
     return SentencePooling(steps) if steps else None
 
 
+def check_first_step(folder: Path) -> None:
+    """Raise ConversionError where sentence-transformers reads texts in another way than the tokenizer and the model in a folder do."""
+    if not (folder / "modules.json").is_file():
+        return
+    name, _ = _declared_steps(folder)[0]
+    declared = transformer_config(folder)
+    ways = declared.get("modality_config") or {}
+    text = ways.get("text") or {}
+    asked = {
+        one: value
+        for part in ("common", "text")
+        for one, value in (declared.get("processing_kwargs") or {}).get(part, {}).items()
+    }
+    if not name.startswith(_OWN) or name.rpartition(".")[2] != "Transformer":
+        wrong = f"begins with a step of type {name}"
+    elif "message" in ways:
+        wrong = "makes a message of each text, by the tokenizer's chat template"
+    elif text.get("method_output_name") not in _OUTPUTS or declared.get("module_output_name") not in _GIVEN_ON:
+        wrong = f"takes {text.get('method_output_name')} of the model for {declared.get('module_output_name')}"
+    elif asked:
+        wrong = f"has the tokenizer called with {', '.join(asked)}"
+    else:
+        return
+    raise ConversionError(
+        f"sentence-transformers' model in {folder} {wrong}, which onnxpress does not; export the encoder alone (a copy of the folder without "
+        "modules.json) if that is what you want."
+    )
+
+
+def transformer_config(folder: Path) -> dict[str, Any]:
+    """What sentence-transformers' file says of a folder's first step; nothing where there is none. Raises SourceError."""
+    kinds = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+    paths = (folder / f"sentence_{kind}_config.json" for kind in kinds)
+    return next((read_object(path) for path in paths if path.is_file()), {})
+
+
 def has_classifier(folder: Path) -> bool:
     """Whether the folder's last step is a classifier's: a Dense one, with a config.json that says what its numbers mean."""
     if not (folder / "modules.json").is_file() or read_json(folder / "config.json").get("problem_type") is None:
@@ -53,10 +94,8 @@ def has_classifier(folder: Path) -> bool:
 
 def is_headed(folder: Path) -> bool:
     """Whether a folder's only step is a transformers model with a head of its own: a cross-encoder, for instance."""
-    if len(_declared_steps(folder)) > 1 or not (folder / "sentence_bert_config.json").is_file():
-        return False
-    wanted = read_object(folder / "sentence_bert_config.json").get("transformer_task", "feature-extraction")
-    return bool(wanted != "feature-extraction")
+    wanted = transformer_config(folder).get("transformer_task", "feature-extraction")
+    return len(_declared_steps(folder)) == 1 and bool(wanted != "feature-extraction")
 
 
 def declared_activation(folder: Path, config: Any) -> str | None:

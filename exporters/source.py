@@ -21,6 +21,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WANTED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
 _WANTED_FILES += ["LICENSE*", "LICENCE*", "COPYING*", "NOTICE*"]
 _UNWANTED_FILES = ["onnx/*", "openvino/*", "*checkpoint-*"]
+_UNWANTED_FILES += ["original/*", "consolidated*"]  # the weights once more, in forms of their makers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ def resolve(
         raise SourceError("example_inputs and dynamic_axes go with a torch.nn.Module, not with a model that is named.")
     if isinstance(source, Path):
         _refuse_revision(source, revision)
-        return _folder(source, name=source.resolve().name)
+        return _folder(source, name=_name(source))
     if not isinstance(source, str):
         raise SourceError(
             f"A {type(source).__name__} was given as model; give a folder, a hub id, 'package.module:factory', or "
@@ -76,12 +77,19 @@ def resolve(
     path = Path(source).expanduser()
     if path.exists():
         _refuse_revision(source, revision)
-        return _folder(path, name=path.resolve().name)
+        return _folder(path, name=_name(path))
     if is_factory(source):
         return _module(_call(source), name=source.rpartition(":")[2])
     if _HUB_ID.fullmatch(source) and ".." not in source:
         return _folder(_download(source, revision), name=source.rpartition("/")[2])
     raise SourceError(f"There is no folder {source}, and it is not a hub id either. Check the path.")
+
+
+def _name(folder: Path) -> str:
+    """A folder's; of one in the hub's cache (models--OWNER--NAME/snapshots/REVISION), the model's."""
+    resolved = folder.resolve()
+    kept = resolved.parent.parent.name if resolved.parent.name == "snapshots" else ""
+    return kept.rpartition("--")[2] if kept.startswith("models--") else resolved.name
 
 
 def is_factory(source: str) -> bool:
@@ -112,7 +120,11 @@ def _folder(folder: Path, *, name: str) -> FolderSource:
             f"model.save_pretrained(folder)."
         )
     if not any(folder.glob("*.safetensors")):
-        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+        pickled = [
+            path.name
+            for pattern in ("*model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt")
+            for path in sorted(folder.glob(pattern))
+        ]
         if pickled:
             raise SourceError(
                 f"The weights in {folder} are pickled ({pickled[0]}), and reading a pickle runs code from it. "

@@ -99,6 +99,7 @@ def infer_task(folder: Path, architectures: tuple[str, ...], config: Any = None)
     """
     if (folder / "modules.json").is_file() and not is_headed(folder):
         return TASKS["text-classification" if has_classifier(folder) else "feature-extraction"]
+    _refuse_other_inputs(folder, architectures, config)
     for task in reversed(TASKS.values()):  # heads first: feature-extraction's ending is the least specific
         if any(name.endswith(task.architectures) for name in architectures):
             return task
@@ -115,6 +116,22 @@ def infer_task(folder: Path, architectures: tuple[str, ...], config: Any = None)
     raise SourceError(
         f"The model in {folder} {found}, from which onnxpress cannot tell the task. Say which it is with --task: "
         f"{', '.join(TASKS)}."
+    )
+
+
+def _refuse_other_inputs(folder: Path, architectures: tuple[str, ...], config: Any) -> None:
+    """Raise SourceError for models of images or sound alone, and of texts and images side by side (CLIP)."""
+    import transformers
+
+    made_as = getattr(transformers, architectures[0], None) if architectures else None
+    read = getattr(made_as, "main_input_name", "input_ids")
+    apart = config is not None and not reads_more_than_text(config) and config.get_text_config() is not config
+    if config is None or config.is_encoder_decoder or (read == "input_ids" and not apart):
+        return
+    what = "reads texts and images apart" if read == "input_ids" else f"reads {read} and no text"
+    raise SourceError(
+        f"The model in {folder} ({architectures[0]}) {what}. Give it as a module: onnxpress build package.module:factory, where factory() "
+        f"returns the module that you want, or a part of it, and example inputs: (model, (pixel_values,)) of images."
     )
 
 

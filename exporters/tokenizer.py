@@ -15,7 +15,7 @@ from tokenizers.normalizers import Lowercase, Sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from onnxpress.errors import SourceError
-from onnxpress.exporters.pooling import read_json
+from onnxpress.exporters.pooling import read_json, read_object, transformer_config
 from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.source import stays_inside
 
@@ -36,7 +36,7 @@ class Tokenizer:
     """Files to copy into an artifact (tokenizer.json always among them), and facts.
 
     max_length is None where the tokenizer sets no limit. special_tokens: how many a text gets. token_types: whether a model is told
-    which of two texts a token is of.
+    which of two texts a token is of. chats: whether it has a chat template.
     """
 
     files: tuple[Path, ...]
@@ -45,6 +45,7 @@ class Tokenizer:
     max_length: int | None
     special_tokens: int
     token_types: bool
+    chats: bool
     notes: tuple[str, ...] = ()
 
 
@@ -78,6 +79,9 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
         )
     notes: list[str] = []
     files = [folder / name for name in _COPIED if (folder / name).is_file()]
+    if tokenizer.chat_template is None and (folder / "chat_template.json").is_file():
+        tokenizer.chat_template = read_object(folder / "chat_template.json").get("chat_template")  # of a processor
+        notes.append("tokenizer: the chat template is that of chat_template.json")
     outside = next((path for path in files if not stays_inside(path)), None)
     if outside is not None:
         raise SourceError(
@@ -87,7 +91,7 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
     converted = not (folder / "tokenizer.json").is_file()
     otherwise = None if lowercase or converted else _read_otherwise(folder, tokenizer)
     turned = not converted and tokenizer.truncation_side != _truncation_side(folder / "tokenizer.json")
-    if lowercase or converted or turned or otherwise is not None:
+    if lowercase or converted or turned or otherwise is not None or notes:
         saved = Path(tempfile.mkdtemp(prefix="onnxpress-tokenizer-"))
         atexit.register(shutil.rmtree, saved, ignore_errors=True)
         with quiet():
@@ -111,6 +115,7 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
         max_length=limit if limit < _NO_LIMIT else None,
         special_tokens=int(tokenizer.num_special_tokens_to_add()),
         token_types=_gives_token_types(tokenizer),
+        chats=bool(tokenizer.chat_template),
         notes=tuple(notes),
     )
 
@@ -182,8 +187,7 @@ def _ids(tokenizer: FastTokenizer, text: str) -> list[int]:
 
 
 def _wants_lowercase(folder: Path) -> bool:
-    declared = folder / "sentence_bert_config.json"
-    return declared.is_file() and bool(read_json(declared).get("do_lower_case"))
+    return bool(transformer_config(folder).get("do_lower_case"))
 
 
 def _lowercase_first(path: Path) -> None:

@@ -26,7 +26,15 @@ from onnxpress.exporters.experts import (
     has_experts,
     recorded_experts,
 )
-from onnxpress.exporters.pooling import SentencePooling, declared_activation, has_classifier, read_object, read_pooling
+from onnxpress.exporters.pooling import (
+    SentencePooling,
+    check_first_step,
+    declared_activation,
+    has_classifier,
+    read_object,
+    read_pooling,
+    transformer_config,
+)
 from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.reference import TorchReference
 from onnxpress.exporters.row_by_row import RowByRow
@@ -40,6 +48,7 @@ from onnxpress.exporters.transformers_model import (
     is_transformers_own,
     load_model,
     longest_input,
+    may_be_longer,
 )
 from onnxpress.graph import Graph
 from onnxpress.manifest import Json, Signature, TensorSpec
@@ -89,6 +98,7 @@ def export_encoder(
             *tokenizer.notes,
             *_prompt_notes(options),
             *_activation_notes(folder, wanted.name, config),
+            *_template_notes(folder, wanted.name, opened),
         ),
     )
 
@@ -120,6 +130,7 @@ def open_encoder(
 
     A text classifier is a model with transformers' own head, or an encoder whose last step in modules.json is the head.
     """
+    check_first_step(folder)
     pooled_head = wanted.name == "text-classification" and has_classifier(folder)
     loaded = TASKS["feature-extraction"] if pooled_head else wanted
     model: Any = instead
@@ -128,7 +139,12 @@ def open_encoder(
         model, notes = load_model(folder, loaded, config, trust_remote_code=trust_remote_code)
     pooling = read_pooling(folder) if loaded.name == "feature-extraction" else None
     tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
+    text = model.config.get_text_config()
+    if wanted.name == "text-classification" and getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = tokenizer.pad_token_id  # decoders answer at the last token that is another
     limit = input_limit(model, tokenizer, max_length)
+    if may_be_longer(model):
+        limit = max(limit, max_length or 0, transformer_config(folder).get("max_seq_length") or 0)
     names = token_inputs(model, tokenizer)
     return OpenedEncoder(
         model=model,
@@ -243,9 +259,22 @@ def label_options(folder: Path, task: Task, config: Any) -> dict[str, Json]:
 
 def _activation_notes(folder: Path, task: str, config: Any) -> tuple[str, ...]:
     declared = declared_activation(folder, config) if task == "text-classification" else None
+    if declared == "Identity" and config.num_labels > 1:
+        return ("sentence-transformers' CrossEncoder gives logits; predict gives probabilities, by a softmax",)
     if declared in (None, "Identity", "Sigmoid"):
         return ()
     return (f"sentence-transformers applies {declared} to the scores; here it is yours to apply",)
+
+
+def _template_notes(folder: Path, task: str, opened: OpenedEncoder) -> tuple[str, ...]:
+    """A remark on rerankers that were language models."""
+    scores = task == "text-classification" and opened.model.config.num_labels == 1
+    if not scores or not opened.tokenizer.chats or (folder / "modules.json").is_file():
+        return ()
+    return (
+        "sentence-transformers' CrossEncoder reads pairs through the tokenizer's chat template; here one text follows the other, as in "
+        "transformers' pipeline",
+    )
 
 
 def _prompts(folder: Path) -> dict[str, Json]:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from onnxpress.errors import SourceError
-from onnxpress.exporters.pooling import SentencePooling, read_json
+from onnxpress.exporters.pooling import SentencePooling, transformer_config
 from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.stored_weights import is_unfolded, left_out, refuse_other_shapes, unfold
 from onnxpress.exporters.tasks import Task, heads
@@ -106,10 +106,13 @@ def load_model(
         trained = "" if task.name in found else f" This model has heads for {', '.join(found)}."
         raise SourceError(
             f"The weights in {folder} do not load as a model for {task.name}: {_one_line(error)}{trained}"
-            f"{_remote_code_hint(folder, trust_remote_code)}"
+            f"{_remote_code_hint(folder, trust_remote_code, config)}"
         ) from error
     model.eval()
     notes = left_out(folder, report["unexpected_keys"], unfolded=unfolded)
+    if getattr(config, "auto_map", None) and not trust_remote_code:
+        name = type(model).__name__
+        notes += (f"config.json names code of its own (auto_map), which is not run: this is transformers' own {name}",)
     refuse_other_shapes(folder, report["mismatched_keys"])
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
@@ -124,7 +127,7 @@ def load_model(
         raise SourceError(
             f"The model in {folder} has no trained weights for {task.name}: {len(missing)} are missing, the first is "
             f"{missing[0]}. It has heads for {', '.join(heads(tuple(config.architectures or ())))}. Choose one of "
-            f"these tasks, or a model that was trained for {task.name}."
+            f"these tasks, or a model that was trained for {task.name}.{_remote_code_hint(folder, trust_remote_code, config)}"
         )
     return model, notes
 
@@ -138,6 +141,12 @@ def position_limit(model: PreTrainedModel) -> int | None:
             first = 0 if module.padding_idx is None else module.padding_idx + 1
             limit = min(limit or module.num_embeddings, module.num_embeddings - first)
     return int(limit) or None
+
+
+def may_be_longer(model: PreTrainedModel) -> bool:
+    """Whether an encoder takes longer texts than its config says: its positions are angles, and in no table."""
+    tables = any(name.endswith("position_embeddings") for name, _ in model.named_modules())
+    return not tables and any("RotaryEmbedding" in type(module).__name__ for module in model.modules())
 
 
 def input_limit(model: PreTrainedModel, tokenizer: Tokenizer, wanted: int | None) -> int:
@@ -155,7 +164,8 @@ def check_length(folder: Path, task: Task, config: Any, wanted: int | None, *, t
     # A config without such a head, code that computes with its weights: said where the model is loaded.
     except Exception:
         return
-    refuse_longer(folder, wanted, position_limit(model) or wanted)
+    longer = task.name != "text-generation" and may_be_longer(model)
+    refuse_longer(folder, wanted, wanted if longer else position_limit(model) or wanted)
 
 
 def refuse_longer(folder: Path, wanted: int, limit: int) -> None:
@@ -176,8 +186,7 @@ def longest_input(folder: Path, tokenizer: Tokenizer, *, limit: int, wanted: int
                 "nothing of it would be left."
             )
         return wanted
-    declared = folder / "sentence_bert_config.json"
-    sentence_length = read_json(declared).get("max_seq_length") if declared.is_file() else None
+    sentence_length = transformer_config(folder).get("max_seq_length")
     # sentence-transformers' own number counts before the tokenizer's.
     return int(min(limit, sentence_length or tokenizer.max_length or limit))
 
@@ -197,10 +206,10 @@ def _used(model: PreTrainedModel, task: Task, missing: Any) -> list[str]:
     return sorted(name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None)
 
 
-def _remote_code_hint(folder: Path, trust_remote_code: bool) -> str:
-    if trust_remote_code or not any(folder.glob("*.py")):
+def _remote_code_hint(folder: Path, trust_remote_code: bool, config: Any = None) -> str:
+    if trust_remote_code or not (getattr(config, "auto_map", None) or any(folder.glob("*.py"))):
         return ""
-    return " The folder brings Python code of its own; if you have read and trust it, pass trust_remote_code."
+    return " The folder brings or names Python code of its own; if you have read and trust it, pass trust_remote_code."
 
 
 def _one_line(error: Exception) -> str:

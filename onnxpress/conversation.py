@@ -81,7 +81,9 @@ def chat(runner: Generator, *, system: str | None, **options: Any) -> int:
         try:
             answer, _ = _show(runner.stream(messages=messages, **options), time.perf_counter())
         except InputError as error:  # too long for the context, or refused by the template: the conversation goes on
-            print(f"onnxpress: {error} /undo and /reset go back in the conversation.", file=sys.stderr)
+            print(
+                f"onnxpress: {str(error).rstrip('. ')}. /undo and /reset go back in the conversation.", file=sys.stderr
+            )
             messages.pop()
             failed = int(not sys.stdin.isatty())
             continue

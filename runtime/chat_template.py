@@ -28,9 +28,9 @@ _TURNS: ContextVar[Iterator[int]] = ContextVar("turns")
 
 
 class ChatTemplate:
-    """A template and the special tokens that it may name. Raises ArtifactError where it is not valid."""
+    """A template and the special tokens that it may name. for_tools: another, for calls with tools. Raises ArtifactError where one is not valid."""
 
-    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
+    def __init__(self, source: str, tokens: Mapping[str, str], *, for_tools: str | None = None) -> None:
         import jinja2
 
         environment = _environment()
@@ -40,6 +40,7 @@ class ChatTemplate:
         self._tokens = dict(tokens)
         try:
             self._template = environment.from_string(source)
+            self._for_tools = self._template if for_tools is None else environment.from_string(for_tools)
         except jinja2.TemplateError as error:
             raise ArtifactError(f"The chat template is not valid: {error}.") from None
 
@@ -61,14 +62,16 @@ class ChatTemplate:
                 source = files[_FILE].decode()
         except (ValueError, RecursionError, AttributeError) as error:
             raise ArtifactError(f"{where / _CONFIG} or {_FILE} is not valid: {error}.") from None
+        for_tools: Any = None
         if isinstance(source, list):  # several, by name
-            named = (item for item in source if isinstance(item, dict) and item.get("name") == "default")
-            source = next((item.get("template") for item in named), None)
+            named = {str(item.get("name")): item.get("template") for item in source if isinstance(item, dict)}
+            source, for_tools = named.get("default"), named.get("tool_use")
         if not isinstance(source, str):
             return None
         given = ((name, config.get(name)) for name in _TOKENS)
         tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in given}
-        return cls(source, {name: token for name, token in tokens.items() if isinstance(token, str)})
+        named_tokens = {name: token for name, token in tokens.items() if isinstance(token, str)}
+        return cls(source, named_tokens, for_tools=for_tools if isinstance(for_tools, str) else None)
 
     def render(
         self,
@@ -90,7 +93,8 @@ class ChatTemplate:
             raise InputError(f"template_variables cannot set {taken[0]!r}, which is the template's own.")
         _TURNS.set(itertools.count(1))
         try:
-            text: str = self._template.render(
+            template = self._template if variables.get("tools") is None else self._for_tools
+            text: str = template.render(
                 {
                     **self._tokens,
                     "tools": None,

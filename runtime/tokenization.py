@@ -177,15 +177,18 @@ def split_words(encoding: Encoding, texts: Sequence[str]) -> list[int | None]:
     found: list[int | None] = []
     number = -1
     before: tuple[int, int] | None = None  # the text and the word of the token before
+    # A lone sign for a space begins the word behind it; it is at the space, or at the first letter of a text.
+    is_sign, first = False, -1
     for word, sequence, (start, end) in zip(encoding.words, encoding.sequences, encoding.offsets, strict=True):
         if word is None or sequence is None:
             found.append(None)
             continue
         text = texts[sequence]
-        begins = text[start : start + 1].isspace() or text[max(0, start - 1) : start].isspace()
-        if (sequence, word) != before or (begins and not text[start:end].isspace()):
-            number += 1
-        before = (sequence, word)
+        blank = text[start:end].isspace()
+        after_space = text[start : start + 1].isspace() or text[max(0, start - 1) : start].isspace()
+        begins = (sequence, word) != before or (after_space and not blank and not is_sign and start != first)
+        number += begins
+        before, first, is_sign = (sequence, word), start, begins and blank
         found.append(number)
     return found
 

@@ -631,7 +631,7 @@ def test_modules_that_fail_or_answer_what_no_array_holds_are_named():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.bfloat16()
 
-    with pytest.raises(SourceError, match="Linear fails on its example inputs: RuntimeError: .*mat1 and mat2"):
+    with pytest.raises(SourceError, match=r"Linear fails on its example inputs: RuntimeError: .*mat1 and mat2"):
         export(nn.Linear(3, 4), example_inputs=torch.randn(2, 4))
     with pytest.raises(SourceError, match="example input input is complex"):
         export(nn.ReLU(), example_inputs=torch.zeros(2, 4, dtype=torch.complex64))

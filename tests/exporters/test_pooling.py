@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_models import OnnxRunner, add_pooling, load_text_model, save_model
+from tiny_models import MAX_POSITIONS, OnnxRunner, add_pooling, load_text_model, save_model
 
 from onnxpress.errors import ConversionError, SourceError
 from onnxpress.exporters import ParityCheck, export
@@ -107,6 +107,69 @@ def test_unknown_steps_are_refused(steps, message, tmp_path):
     add_pooling(folder, *steps)
     with pytest.raises(ConversionError, match=message):
         export(folder)
+
+
+_WAYS = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+_TYPE = "sentence_transformers.base.modules.transformer.Transformer"
+
+
+@pytest.mark.parametrize(
+    ("kind", "declared", "message"),
+    [
+        (_TYPE, {"modality_config": {**_WAYS, "message": {"format": "flat"}}}, "by the tokenizer's chat template"),
+        (_TYPE, {"modality_config": {"text": {"method_output_name": "pooler_output"}}}, "takes pooler_output of"),
+        (_TYPE, {"modality_config": {"text": {"method_output_name": ["hidden_states", 1]}}}, "takes .'hidden_states', 1"),
+        (_TYPE, {"module_output_name": "sentence_embedding"}, "for sentence_embedding"),
+        (_TYPE, {"processing_kwargs": {"text": {"max_length": 16}}}, "called with max_length"),
+        ("custom_st.Transformer", {}, "begins with a step of type custom_st.Transformer"),
+        ("sentence_transformers.models.Router", {}, "begins with a step of type sentence_transformers.models.Router"),
+        (_TYPE, {"modality_config": _WAYS, "module_output_name": "token_embeddings", "processing_kwargs": {"text": {}}}, ""),
+        (_TYPE, {}, ""),
+    ],
+)  # fmt: skip
+def test_other_ways_to_read_texts_are_refused(kind, declared, message, tmp_path):
+    folder = save_model(tmp_path / "model", "distilbert")
+    add_pooling(folder, ("Pooling", {"pooling_mode": "mean"}))
+    steps = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps([{**steps[0], "type": kind}, *steps[1:]]))
+    (folder / "sentence_bert_config.json").write_text(json.dumps(declared))
+    if not message:
+        assert export(folder).options["pooled"]
+        return
+    with pytest.raises(ConversionError, match=message):
+        export(folder)
+
+
+def test_steps_of_other_packages_are_refused(tmp_path):
+    folder = save_model(tmp_path / "model", "distilbert")
+    add_pooling(folder, ("Pooling", {"pooling_mode": "mean"}))
+    content = (folder / "modules.json").read_text()
+    (folder / "modules.json").write_text(content.replace("sentence_transformers.models.Pooling", "my_code.Pooling"))
+    with pytest.raises(ConversionError, match=r"a step of type my_code\.Pooling"):
+        export(folder)
+
+
+def test_older_names_of_the_file_are_read(tmp_path):
+    folder = save_model(tmp_path / "model", "distilbert")
+    add_pooling(folder, ("Pooling", {"pooling_mode": "mean"}))
+    (folder / "sentence_distilbert_config.json").write_text('{"max_seq_length": 20, "do_lower_case": true}')
+    exported = export(folder)
+    assert exported.options["max_length"] == 20
+    assert any("lower-cases first" in note for note in exported.notes)
+
+
+def test_models_whose_positions_are_angles_take_what_is_declared(tmp_path):
+    folder = save_model(tmp_path / "model", "nomic-bert")
+    add_pooling(folder, ("Pooling", {"pooling_mode": "mean"}))
+    assert export(folder).options["max_length"] == MAX_POSITIONS
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 4 * MAX_POSITIONS}))
+    for exported in (export(folder), export(folder, max_length=3 * MAX_POSITIONS)):
+        assert exported.options["max_length"] in (4 * MAX_POSITIONS, 3 * MAX_POSITIONS)
+        ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
+    table = save_model(tmp_path / "table", "bert")
+    add_pooling(table, ("Pooling", {"pooling_mode": "mean"}))
+    (table / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 4 * MAX_POSITIONS}))
+    assert export(table).options["max_length"] == MAX_POSITIONS
 
 
 def test_pickled_dense_weights_and_foreign_activations_are_refused(tmp_path):

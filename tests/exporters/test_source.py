@@ -3,6 +3,7 @@
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -13,7 +14,7 @@ from tokenizers import models, normalizers, processors
 from transformers import AutoTokenizer
 
 from onnxpress.errors import SourceError
-from onnxpress.exporters import export, find
+from onnxpress.exporters import ParityCheck, export, find
 from onnxpress.exporters.source import FolderSource, resolve
 from onnxpress.exporters.tasks import find_task, infer_task
 from onnxpress.exporters.tokenizer import read_tokenizer
@@ -83,6 +84,8 @@ def test_folder_without_weights(folder):
 
 def test_pickled_weights(folder):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    torch.save({}, folder / "colbert_linear.pt")
+    (folder / "optimizer.bin").write_bytes(b"")
     (folder / "model.safetensors").unlink()
     with pytest.raises(SourceError, match=r"pickled \(pytorch_model\.bin\).*convert it to safetensors"):
         export(folder)
@@ -128,11 +131,62 @@ def test_links_lead_into_the_hubs_cache_alone(folder, tmp_path):
     for path in folder.iterdir():
         (snapshot / path.name).symlink_to(path.rename(blobs / path.name))
     assert export(snapshot).files
+    assert export(snapshot).name == "1a2b"
+    named = (tmp_path / "hub").rename(tmp_path / "models--someone--tiny-model")
+    (folder, snapshot) = (named / "blobs", named / "snapshots" / "1a2b")
+    for path in snapshot.iterdir():
+        path.unlink()
+        path.symlink_to(folder / path.name)
+    assert export(snapshot).name == "tiny-model"
     (tmp_path / "secret").write_text("{}")
     (snapshot / "special_tokens_map.json").unlink(missing_ok=True)
     (snapshot / "special_tokens_map.json").symlink_to(tmp_path / "secret")
     with pytest.raises(SourceError, match=r"special_tokens_map\.json is a link that leads out of its folder"):
         export(snapshot)
+
+
+def test_code_that_is_named_and_not_run_is_said(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoModel": "someone/code--modeling.Model"}})
+    )
+    said = "config.json names code of its own (auto_map), which is not run: this is transformers' own DistilBertModel"
+    assert said in export(folder).notes
+    weights = load_file(folder / "model.safetensors")
+    del weights["transformer.layer.0.ffn.lin1.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceError, match=r"1 are missing, .* pass trust_remote_code"):
+        export(folder)
+
+
+def test_models_of_images_and_sound_are_to_be_given_as_modules(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vit = tf.ViTConfig(**sizes, image_size=16, patch_size=8, architectures=["ViTForImageClassification"])
+    clip = tf.CLIPConfig(text_config=sizes, vision_config=sizes, architectures=["CLIPModel"])
+    for config, said in ((vit, "reads pixel_values and no text"), (clip, "reads texts and images apart")):
+        config.save_pretrained(tmp_path)
+        save_file({}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(SourceError, match=rf"{said}\. Give it as a module: .*\(model, \(pixel_values,\)\)"):
+            find(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "mistral"])
+def test_classifiers_that_were_decoders_know_padding_from_the_tokenizer(kind, tmp_path):
+    folder = save_model(tmp_path / "model", kind, tf.AutoModelForSequenceClassification, num_labels=3)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
+    exported = export(folder)
+    ParityCheck(exported).check(OnnxRunner(exported.graph.model, tmp_path))
+    model = load_text_model(folder, tf.AutoModelForSequenceClassification)
+    ids = torch.tensor([[5, 9, 11, 4]])
+    with torch.no_grad():
+        alone = model(input_ids=ids).logits.numpy()
+    padded = {
+        "input_ids": np.array([[5, 9, 11, 4, 0, 0], [6, 7, 8, 9, 10, 11]]),
+        "attention_mask": np.array([[1] * 4 + [0] * 2, [1] * 6]),
+    }
+    found = OnnxRunner(exported.graph.model, tmp_path).run(padded)["logits"]
+    np.testing.assert_allclose(found[:1], alone, rtol=0, atol=2e-5)
 
 
 def test_older_tokenizer_is_converted(tmp_path):

@@ -31,6 +31,7 @@ from onnxpress.exporters import Exported, export
 from onnxpress.exporters.transformers_decoder import _own_sampling
 from onnxpress.optimizers.targets import target
 from onnxpress.runtime import Generator
+from onnxpress.runtime.chat_template import ChatTemplate
 from onnxpress.runtime.generator import Piece
 
 pytestmark = pytest.mark.newest
@@ -271,6 +272,18 @@ def test_tokens_are_chosen_by_generation_config(
     said = capsys.readouterr()
     assert json.loads(said.out)[0]["token_ids"] == ids(seed=1)
     assert "(repetition_penalty 1.2, temperature 1.0, top_k 7)" in said.err
+
+
+def test_the_chat_template_of_a_processor_is_read(tmp_path: Path) -> None:
+    folder = save_decoder(tmp_path / "model", "qwen2")
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    exported = export(folder)
+    assert "tokenizer: the chat template is that of chat_template.json" in exported.notes
+    for path in exported.files:
+        shutil.copy(path, tmp_path)
+    template = ChatTemplate.from_folder(tmp_path)
+    assert template is not None
+    assert template.render([{"role": "user", "content": "hi"}]) == "user: hi\nassistant:"
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,14 @@ def test_a_template_in_the_tokenizers_config_is_found(tmp_path: Path) -> None:
     template = ChatTemplate.from_folder(tmp_path)
     assert template is not None
     assert template.render([{"role": "user", "content": "hi"}]) == "yes"
+    assert template.render([{"role": "user", "content": "hi"}], variables={"tools": [{"name": "clock"}]}) == "yes"
+    named = [{"name": "tool_use", "template": "{{ tools[0].name }}"}, {"name": "default", "template": "yes"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    template = ChatTemplate.from_folder(tmp_path)
+    assert template is not None
+    assert template.render([{"role": "user", "content": "hi"}]) == "yes"
+    assert template.render([{"role": "user", "content": "hi"}], variables={"tools": None}) == "yes"
+    assert template.render([{"role": "user", "content": "hi"}], variables={"tools": [{"name": "clock"}]}) == "clock"
 
 
 def test_what_is_none_is_not_there_and_reasoning_has_all_of_its_names() -> None:

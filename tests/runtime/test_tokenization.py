@@ -169,6 +169,17 @@ def test_white_space_ends_a_word_where_the_tokenizer_takes_a_text_for_one() -> N
     assert split_words(pair, ("the cats", "cats the")) == [0, 1, 1, 2, 2, 3]
 
 
+def test_a_lone_sign_for_a_space_is_part_of_the_word_behind_it() -> None:
+    """Camembert's form: the sign has the place of the first letter."""
+    vocabulary = [("<unk>", 0.0), ("▁", -2.0), ("▁the", -2.0), ("York", -2.0)]
+    inner = HuggingFaceTokenizer(models.Unigram(vocabulary, 0, False))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = Tokenizer(inner, max_length=20, pad_token_id=0)
+    for text, words in (("York the York", [0, 0, 1, 2, 2]), ("the York", [0, 1, 1])):
+        (encoding,) = tokenizer.encode([text])
+        assert split_words(encoding, [text]) == words
+
+
 def test_words_of_a_tokenizer_that_splits_are_as_they_were(tokenizer: Tokenizer) -> None:
     (encoding,) = tokenizer.encode(["the cats sat , on a mat ."])
     assert split_words(encoding, ["the cats sat , on a mat ."]) == encoding.words
