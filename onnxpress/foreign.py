@@ -6,6 +6,7 @@ The original, against which everything is compared, is the file itself on ONNX R
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -20,6 +21,7 @@ from onnxpress.manifest import Arrays, Signature, TensorSpec
 from onnxpress.masked import largest_unmasked
 from onnxpress.optimizers.deduplicate import RANDOM
 from onnxpress.runtime.bfloat16 import host_dtype
+from onnxpress.runtime.feeds import is_name
 from onnxpress.runtime.session import Session
 from onnxpress.sample_arrays import read_arrays
 from onnxpress.workbench import fatal_optimizers
@@ -72,13 +74,15 @@ def open_onnx(path: Path, *, task: str | None = None, samples: Path | None = Non
         raise ConversionError(f"{path} takes no inputs, so that it always answers the same.")
     model.ir_version = max(model.ir_version, _WEIGHTS_ALONE)
     for value in (*model.graph.inputs, *model.graph.outputs, *(out for node in model.graph for out in node.outputs)):
-        if value.shape is not None and any(isinstance(axis, int) and axis < 0 for axis in value.shape):
-            # paddle2onnx writes -1 where others write a name or nothing.
-            value.shape = ir.Shape([None if isinstance(axis, int) and axis < 0 else axis for axis in value.shape])
+        if value.shape is not None and not all(map(_is_declared, value.shape)):
+            value.shape = ir.Shape([axis if _is_declared(axis) else None for axis in value.shape])
     inputs = tuple(_spec(value) for value in model.graph.inputs)
-    example = (
-        _random_example(reference, inputs, path) if samples is None else _first_samples(reference, inputs, samples)
-    )
+    found = _random_example(reference, inputs, path) if samples is None else _first_samples(reference, inputs, samples)
+    example = found.arrays
+    if found.alone:
+        for value in model.graph.inputs:
+            assert value.shape is not None
+            value.shape = ir.Shape([1, *list(value.shape)[1:]])
     answers = reference.run(example)
     _check_numbers(model, answers, path, samples)
     _check_repeats(model, answers, reference.run(example), path)
@@ -96,8 +100,16 @@ def open_onnx(path: Path, *, task: str | None = None, samples: Path | None = Non
         options={},
         example=example,
         name=path.stem,
-        notes=("the original is the ONNX file itself",),
+        notes=(
+            "the original is the ONNX file itself",
+            *(("batch: 1; the file declares any, and runs with no other",) if found.alone else ()),
+        ),
     )
+
+
+def _is_declared(axis: object) -> bool:
+    """Whether an axis has a size or a name; paddle2onnx writes -1 and "?" where others write nothing."""
+    return axis >= 0 if isinstance(axis, int) else is_name(getattr(axis, "value", None))
 
 
 def _signature(model: ir.Model) -> Signature:
@@ -211,36 +223,50 @@ def _spec(value: ir.Value) -> TensorSpec:
     return TensorSpec(name=str(value.name), dtype=value.dtype.numpy().name, shape=shape, bounds=index_bounds(value))
 
 
-def _first_samples(reference: Session, inputs: tuple[TensorSpec, ...], path: Path) -> Arrays:
+class _Found(NamedTuple):
+    """Inputs that the file runs with. alone: where it runs with one row and not with two, though its first axis is a name."""
+
+    arrays: Arrays
+    alone: bool
+
+
+def _first_samples(reference: Session, inputs: tuple[TensorSpec, ...], path: Path) -> _Found:
     """Two samples of a file where the file's model takes any number, else as many as it takes. Raises RecipeError."""
     given = read_arrays(path, Signature(task="module", inputs=inputs, outputs=(), axes=_axes(inputs)))
     any_number = not given.whole and all(isinstance(spec.shape[0], str) for spec in inputs)
-    example = given.call(0, min(_EXAMPLE_BATCH, given.calls()) if any_number else 1)
-    try:
-        reference.run(example)
-    except InputError as error:
-        raise RecipeError(f"The model does not run on the first samples of {path}: {error}") from None
-    return example
-
-
-def _random_example(reference: Session, inputs: tuple[TensorSpec, ...], path: Path) -> Arrays:
-    leading = _leading_axes(inputs)
-    refused: Exception | None = None
-    for size in _EXAMPLE_SIZES:
+    rows = min(_EXAMPLE_BATCH, given.calls()) if any_number else 1
+    refused: InputError | None = None
+    for count in dict.fromkeys((rows, 1)):
+        example = given.call(0, count)
         try:
-            example = {spec.name: _example(spec, leading, size) for spec in inputs}
             reference.run(example)
-        except (InputError, MemoryError) as error:
-            refused = error
+        except InputError as error:
+            refused = refused or error
         else:
-            return example
+            return _Found(example, count < rows)
+    raise RecipeError(f"The model does not run on the first samples of {path}: {refused}") from None
+
+
+def _random_example(reference: Session, inputs: tuple[TensorSpec, ...], path: Path) -> _Found:
+    leading = _leading_axes(inputs)
+    together = all(spec.shape and spec.shape[0] in leading and isinstance(spec.shape[0], str) for spec in inputs)
+    refused: Exception | None = None
+    for rows in (_EXAMPLE_BATCH, 1) if together else (_EXAMPLE_BATCH,):
+        for size in _EXAMPLE_SIZES:
+            try:
+                example = {spec.name: _example(spec, leading, rows, size) for spec in inputs}
+                reference.run(example)
+            except (InputError, MemoryError) as error:
+                refused = refused or error
+            else:
+                return _Found(example, rows < _EXAMPLE_BATCH)
     shapes = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in inputs)
     raise ConversionError(f"{path} does not run on inputs of the shapes that it declares ({shapes}): {refused}")
 
 
-def _example(spec: TensorSpec, leading: set[int | str], size: int) -> np.ndarray:
+def _example(spec: TensorSpec, leading: set[int | str], rows: int, size: int) -> np.ndarray:
     """Normal floats, ones in masks; row numbers of the table that is looked up; where there is none any integers of 8 bits, and ones of more."""
-    shape = [axis if isinstance(axis, int) else _EXAMPLE_BATCH if axis in leading else size for axis in spec.shape]
+    shape = [axis if isinstance(axis, int) else rows if axis in leading else size for axis in spec.shape]
     random = np.random.default_rng(0)
     dtype = np.dtype(host_dtype(spec.dtype))
     if np.issubdtype(dtype, np.floating) and "mask" not in spec.name.lower():

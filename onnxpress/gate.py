@@ -41,6 +41,8 @@ class Judgement:
     def sentence(self) -> str:
         """The verdict in a few words."""
         divergence = f", divergence {self.metrics['kl_mean']:.2g} nats" if "kl_mean" in self.metrics else ""
+        if self.metric == "variance_kept" and "top1_agreement" in self.metrics:
+            divergence = f", top1_agreement {self.metrics['top1_agreement']:.5g}"
         limits = f" ({', '.join(self.broken)})" if self.broken else ""
         batched = "" if self.batch_cosine is None else f", alone against batched {self.batch_cosine:.6f}"
         return f"{self.metric} {self.value:.5g}{divergence}{batched}{limits}"
@@ -128,6 +130,11 @@ class Gate:
         if math.isfinite(self.budget.divergence):
             limits[f"at most {self.budget.divergence:g} nats are allowed, whatever the budget"] = (
                 1 - metrics.get("kl_mean", 0.0) / self.budget.divergence
+            )
+        if self.budget.choices and "top1_agreement" in metrics:
+            least = min(self.budget.choices, self.budget.limit)
+            limits[f"top1_agreement of at least {least:.5g} is allowed"] = (metrics["top1_agreement"] - least) / (
+                1 - least or 1e-9
             )
         margins = list(limits.values())
         return Judgement(

@@ -21,6 +21,7 @@ Entity = tuple[int, int, str]
 _BLOCK = 2**15  # numbers of each answer that are compared at a time
 _HALF_ROUNDS = 2.0**-8  # as a share, how far bfloat16 rounds at most
 _FLOAT_ROUNDS = 2.0**-23
+_OF_ONE = 2e-3  # how far from 1 a sum of probabilities may be, in float16 too
 _CONSTANT = 1e-12  # numbers that vary by less than a millionth of their size: float32 has no more digits
 
 
@@ -63,6 +64,30 @@ def choice_metrics(reference: Answers, candidate: Answers, output: str) -> dict[
         "kl_mean": float(np.concatenate(divergences).mean()),
         "max_abs": float(max(differences)),
     }
+
+
+def probability_metrics(reference: Answers, candidate: Answers) -> dict[str, float]:
+    """Of outputs whose rows are probabilities (of two and more, in all of the original's answers): the share of equal best choices, of the
+    output where it is least; empty where there are none.
+    """
+    agreed = []
+    for name, first in reference[0].items():
+        if np.issubdtype(first.dtype, np.floating) and all(_are_probabilities(answer[name]) for answer in reference):
+            pairs = [(one[name], other[name]) for one, other in zip(reference, candidate, strict=True)]
+            same = [
+                (one.argmax(-1) == other.argmax(-1)) & np.isfinite(other).all(-1)
+                if one.shape == other.shape
+                else np.zeros(one.shape[:-1], bool)
+                for one, other in pairs
+            ]
+            agreed.append(float(np.concatenate([rows.ravel() for rows in same]).mean()))
+    return {"top1_agreement": min(agreed)} if agreed else {}
+
+
+def _are_probabilities(array: Array) -> bool:
+    if array.ndim < 2 or array.shape[-1] < 2 or not array.size:
+        return False
+    return bool((array >= 0).all() and (np.abs(array.sum(-1, dtype=np.float64) - 1) <= _OF_ONE).all())
 
 
 def number_metrics(reference: Answers, candidate: Answers) -> dict[str, float]:

@@ -11,7 +11,7 @@ from onnxpress import evaluation, metrics
 from onnxpress.errors import RecipeError
 from onnxpress.exporters.verify import drawn_like
 from onnxpress.gate import BATCH_COSINE
-from onnxpress.manifest import Arrays, Runnable, Signature
+from onnxpress.manifest import Arrays, Runnable, Signature, TensorSpec
 from onnxpress.sample_arrays import SampleArrays, refuse_overlap
 from onnxpress.samples import spread
 from onnxpress.workload import Answers
@@ -122,15 +122,16 @@ class ModuleWorkload:
         return found
 
     def metrics(self, reference: Answers, answers: Answers) -> dict[str, float]:
-        """Agreement with the original."""
-        return evaluation.agreement("module", reference, answers)
+        """Agreement with the original; of probabilities the share of equal choices too, but of random inputs, where choices are near ties."""
+        found = evaluation.agreement("module", reference, answers)
+        return found if self.random else found | metrics.probability_metrics(reference, answers)
 
     def score(self, runnable: Runnable) -> dict[str, float]:
-        """Accuracy of the first output over the labelled samples; empty where there are none."""
+        """Accuracy of the output of scores over the labelled samples; empty where there are none."""
         given = self._given
         if given is None or given.labels is None:
             return {}
-        output = self._signature.outputs[0].name
+        output = self._scores.name
         most = self._signature.axes.get(str(self._signature.inputs[0].shape[0]), (1, _ROWS_AT_ONCE))[1]
         at_once = min(_ROWS_AT_ONCE, most, self._rows_at_once(runnable)) if output in self._batched_outputs() else 1
         scores = np.concatenate(
@@ -208,22 +209,28 @@ class ModuleWorkload:
         first = [spec.shape[0] if spec.shape else None for spec in self._signature.inputs]
         return [axis if isinstance(axis, str) else None for axis in first]
 
+    @property
+    def _scores(self) -> TensorSpec:
+        """The output that labels are about: the first of floats (skl2onnx puts the class itself before them)."""
+        outputs = self._signature.outputs
+        return next((spec for spec in outputs if spec.dtype.startswith(("float", "bfloat"))), outputs[0])
+
     def _check_classes(self, labels: np.ndarray) -> None:
-        shape = self._signature.outputs[0].shape
+        name, shape = self._scores.name, self._scores.shape
         if len(shape) != 2 or shape[0] != self._signature.inputs[0].shape[0]:
             raise RecipeError(
-                f"Labels go with a first output of scores, (samples, classes); {self._signature.outputs[0].name} has the shape "
-                f"({', '.join(map(str, shape))}). Leave the labels out: outputs are then compared with the original's."
+                f"Labels go with an output of scores, (samples, classes); {name} has the shape ({', '.join(map(str, shape))}). Leave the "
+                "labels out: outputs are then compared with the original's."
             )
         classes = shape[1]
         if classes in self._first_axes():
             raise RecipeError(
-                f"Labels go with scores of classes; {self._signature.outputs[0].name} has one for each sample of a call. Leave the labels out: "
-                "outputs are then compared with the original's."
+                f"Labels go with scores of classes; {name} has one for each sample of a call. Leave the labels out: outputs are then "
+                "compared with the original's."
             )
         if labels.min() < 0 or (isinstance(classes, int) and labels.max() >= classes):
             raise RecipeError(
-                f"The labels go from {labels.min()} to {labels.max()}; {self._signature.outputs[0].name} has scores for the classes 0 to "
+                f"The labels go from {labels.min()} to {labels.max()}; {name} has scores for the classes 0 to "
                 f"{classes - 1 if isinstance(classes, int) else classes}."
             )
         if labels.min() == labels.max():

@@ -26,6 +26,7 @@ from onnxpress.optimizers.experts import quantize_experts, routers
 from onnxpress.optimizers.linear import (
     Linear,
     add_constant,
+    convolutions_left,
     drop_unused_constants,
     insert_behind,
     linears,
@@ -95,7 +96,10 @@ class Int8:
         touched += (*(layer.name for layer in layers), *experts.touched)
         notes = (f"{len(layers)} linear layers, {len(quantized)} activation scales, {tied.tables} embedding tables",)
         return PassResult(
-            graph=graph, changes=len(touched), notes=notes + tied.notes + experts.notes + smoothed, touched=touched
+            graph=graph,
+            changes=len(touched),
+            notes=notes + tied.notes + experts.notes + convolutions_left(graph) + smoothed,
+            touched=touched,
         )
 
     def _ranges(self, graph: Graph, names: list[str], context: PassContext) -> dict[str, tuple[float, float]]:

@@ -19,7 +19,14 @@ import onnx_ir as ir
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.experts import quantize_experts, routers
-from onnxpress.optimizers.linear import add_constant, drop_unused_constants, linears, replace, unused_name
+from onnxpress.optimizers.linear import (
+    add_constant,
+    convolutions_left,
+    drop_unused_constants,
+    linears,
+    replace,
+    unused_name,
+)
 from onnxpress.optimizers.rounding import blocks
 from onnxpress.optimizers.weights import Weights8Bit, quantize_embeddings
 
@@ -55,7 +62,12 @@ class Int8Dynamic:
         drop_unused_constants(graph)
         graph.model.graph.opset_imports.setdefault("com.microsoft", 1)
         notes = (f"{count} linear layers, {tied.tables} embedding tables",)
-        return PassResult(graph=graph, changes=len(touched), notes=notes + tied.notes + experts.notes, touched=touched)
+        return PassResult(
+            graph=graph,
+            changes=len(touched),
+            notes=notes + tied.notes + experts.notes + convolutions_left(graph),
+            touched=touched,
+        )
 
 
 def _zero_padding(graph: Graph) -> None:

@@ -64,6 +64,17 @@ def embeddings(graph: Graph, *, minimum_elements: int) -> Iterator[ir.Node]:
                 yield node
 
 
+def convolutions_left(graph: Graph) -> tuple[str, ...]:
+    """A remark where the larger part of a graph's weights is still convolutions' in float32."""
+    left = [
+        node for node in graph.model.graph.all_nodes() if node.op_type == "Conv" and _is_float_constant(node.inputs[1])
+    ]
+    size = sum(_elements(node.inputs[1]) * 4 for node in left if node.inputs[1] is not None)
+    if 2 * size <= graph.weight_bytes():
+        return ()
+    return (f"{len(left)} convolutions, which are most of the weights, stay in float: int8-qdq is for them",)
+
+
 def attribute(node: ir.Node, name: str, default: Any) -> Any:
     """Value of a node's attribute, or the default where it is absent."""
     found = node.attributes.get(name)

@@ -20,6 +20,11 @@ _NUMPY = {f"tensor({name})": name for name in _SAME} | {
 }
 
 
+def is_name(axis: str | None) -> bool:
+    """Whether an axis has a name: two that are called "?", as some exporters write it, need not be equally long."""
+    return axis is not None and any(map(str.isalnum, axis))
+
+
 def check_feeds(feeds: Arrays, signature: Signature) -> dict[str, int]:
     """The sizes of the inputs' axes. Raises InputError where names, dtypes, shapes or integer values do not fit."""
     if not isinstance(feeds, Mapping):
@@ -55,7 +60,7 @@ def declared_signature(inner: Any) -> Signature:
                 name=value.name,
                 dtype=_NUMPY.get(value.type, value.type),
                 shape=tuple(
-                    axis if isinstance(axis, int) else axis or f"{value.name}_{index}"
+                    axis if isinstance(axis, int) else axis if is_name(axis) else f"{value.name}_{index}"
                     for index, axis in enumerate(value.shape)
                 ),
             )

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
+from quantizable import residual
 from small_graphs import small_graph
 
 from onnxpress.errors import RecipeError
@@ -18,6 +19,7 @@ from onnxpress.graph import Graph
 from onnxpress.manifest import Signature
 from onnxpress.optimizers import PASSES, calibrates, make_pass
 from onnxpress.optimizers.base import ChannelRange, PassContext
+from onnxpress.optimizers.int8_dynamic import Int8Dynamic
 from onnxpress.optimizers.rounding import Blocks, activation_uint8, block_size_for, blocks, per_channel_8bit
 from onnxpress.optimizers.targets import target
 from onnxpress.runtime.saturation import products_saturate
@@ -245,6 +247,13 @@ def test_names_that_a_graph_already_has_are_left_alone(name: str, tmp_path: Path
 def test_int8_without_calibration_data_is_refused() -> None:
     with pytest.raises(RecipeError, match="int8-dynamic"):
         make_pass("int8").apply(feed_forward(), PassContext(target=CPU))
+
+
+def test_convolutions_that_stay_in_float_are_said() -> None:
+    said = "3 convolutions, which are most of the weights, stay in float: int8-qdq is for them"
+    assert said in Int8Dynamic(minimum_elements=1).apply(residual(), PassContext(target=CPU)).notes
+    result = Int8Dynamic(minimum_elements=1).apply(feed_forward(), PassContext(target=CPU))
+    assert not any("convolutions" in note for note in result.notes)
 
 
 def test_computed_weights_are_left_alone() -> None:

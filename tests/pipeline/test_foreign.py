@@ -176,6 +176,60 @@ def test_axes_of_minus_one_are_of_any_size(tmp_path: Path) -> None:
     assert signature.axes == {"x_0": (1, 1024)}
 
 
+def test_axes_that_are_called_by_a_question_mark_have_no_name(tmp_path: Path) -> None:
+    """As paddle2onnx writes them: two need not be equally long."""
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])],
+        "graph",
+        [helper.make_tensor_value_info("x", 1, [-1, 3, "?", "?"])],
+        [helper.make_tensor_value_info("y", 1, [-1, 3, "?", "?"])],
+    )
+    path = tmp_path / "file.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    built = onnxpress.build(path, out=tmp_path / "out", precision="fp32", **QUICK)
+    x = np.random.default_rng(0).standard_normal((2, 3, 4, 19)).astype(np.float32)
+    np.testing.assert_array_equal(onnxpress.load(built.path).run({"x": x})["y"], np.maximum(x, 0))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_batch_that_is_declared_and_runs_with_one_row_alone(given: bool, tmp_path: Path) -> None:
+    nodes = [helper.make_node("Reshape", ["x", "shape"], ["r"]), helper.make_node("MatMul", ["r", "v"], ["y"])]
+    weights = [
+        numpy_helper.from_array(np.array([1, 3]), "shape"),
+        numpy_helper.from_array(np.random.default_rng(0).standard_normal((3, 3)).astype(np.float32), "v"),
+    ]
+    path = saved(tmp_path / "file.onnx", nodes, [Y], *weights)
+    x = np.random.default_rng(1).standard_normal((20, 3)).astype(np.float32)
+    np.savez(tmp_path / "samples.npz", x=x)
+    file = {"file": str(tmp_path / "samples.npz")} if given else {}
+    built = onnxpress.build(path, out=tmp_path / "out", precision="fp32", **file, **QUICK)
+    assert built.manifest.signature.inputs[0].shape == (1, 3)
+    assert "batch: 1; the file declares any, and runs with no other" in built.manifest.ledger[0]["notes"]
+    assert onnxpress.load(built.path).run({"x": x[:1]})["y"].shape == (1, 3)
+
+
+def test_labels_are_about_the_scores_behind_the_class(tmp_path: Path) -> None:
+    """skl2onnx's classifiers answer the class first."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "v"], ["s"]),
+        helper.make_node("ArgMax", ["s"], ["label"], axis=1, keepdims=0),
+        helper.make_node("Softmax", ["s"], ["probabilities"], axis=1),
+    ]
+    outputs = [
+        helper.make_tensor_value_info("label", 7, ["batch"]),
+        helper.make_tensor_value_info("probabilities", 1, ["batch", 3]),
+    ]
+    weight = np.random.default_rng(0).standard_normal((3, 3)).astype(np.float32)
+    path = saved(tmp_path / "file.onnx", nodes, outputs, numpy_helper.from_array(weight, "v"))
+    x = np.random.default_rng(1).standard_normal((20, 3)).astype(np.float32)
+    labels = (x @ weight).argmax(1)
+    labels[:5] = (labels[:5] + 1) % 3
+    np.savez(tmp_path / "samples.npz", x=x, labels=labels)
+    file = str(tmp_path / "samples.npz")
+    built = onnxpress.build(path, out=tmp_path / "out", precision="fp32", file=file, **QUICK)
+    assert (built.manifest.ledger[0]["metric"], built.manifest.ledger[0]["quality"]) == ("accuracy", 75.0)
+
+
 def test_a_file_with_inputs_of_bfloat16_is_given_float32(tmp_path: Path) -> None:
     graph = helper.make_graph(
         [helper.make_node("Cast", ["x"], ["wide"], to=1), helper.make_node("MatMul", ["wide", "w"], ["y"])],

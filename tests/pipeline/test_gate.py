@@ -11,6 +11,7 @@ from onnxpress.budgets import BUDGETS, budget_for
 from onnxpress.evaluation import agreement
 from onnxpress.gate import Gate
 from onnxpress.manifest import Arrays, Runnable
+from onnxpress.metrics import probability_metrics
 from onnxpress.workload import Answers
 
 
@@ -52,6 +53,43 @@ def test_probabilities_that_collapse_break_the_budget() -> None:
     assert collapsed.margin < 0
     assert len(collapsed.broken) == 1, "the limit that breaks is named, and no other"
     assert "nats are allowed, whatever the budget)" in collapsed.sentence()
+
+
+def test_classes_that_change_places_break_a_modules_budget() -> None:
+    """Of a hundred probabilities that hardly differ, three swaps are next to nothing of the variance."""
+    rows = np.random.default_rng(0).dirichlet([0.05] * 4, 100).astype(np.float32)
+    rows[:3] = [0.26, 0.25, 0.25, 0.24]
+    swapped = rows.copy()
+    swapped[:3] = [0.25, 0.26, 0.25, 0.24]
+    reference, candidate = ([{"y": row[None]} for row in array] for array in (rows, swapped))
+    found = probability_metrics(reference, candidate)
+    assert found == {"top1_agreement": 0.97}
+    kept = agreement("module", reference, candidate)
+    assert kept["variance_kept"] > 0.999
+
+    class Rows(OneAnswer):
+        task = "module"
+
+        def answers(self, runnable: Runnable) -> Answers:
+            return reference
+
+    gate = Gate(Rows(), Constant(1.0), BUDGETS["module"])  # type: ignore[arg-type]
+    judged = gate.verdict(kept | found, None)
+    assert not judged.holds
+    assert judged.broken == ("top1_agreement of at least 0.98 is allowed",)
+    assert gate.verdict(kept | {"top1_agreement": 0.985}, None).holds
+    looser = Gate(Rows(), Constant(1.0), budget_for("module", "0.9", labelled=False))  # type: ignore[arg-type]
+    assert looser.verdict(kept | found, None).holds
+    assert "top1_agreement 0.97" in judged.sentence()
+
+
+def test_what_is_no_probability_has_no_choices() -> None:
+    logits = [{"y": np.random.default_rng(seed).standard_normal((2, 4))} for seed in range(3)]
+    assert probability_metrics(logits, logits) == {}
+    ones = [{"y": np.ones((2, 1), np.float32)}, {"y": np.ones((2, 1), np.float32)}]
+    assert probability_metrics(ones, ones) == {}
+    halves = [{"y": np.array([[0.5, 0.5]]), "z": np.array([[3.0, 1.0]])}]
+    assert probability_metrics(halves, [{"y": np.array([[np.nan, 0.5]]), "z": halves[0]["z"]}]) == {"top1_agreement": 0}
 
 
 @pytest.mark.parametrize("task", ["text-classification", "module"])

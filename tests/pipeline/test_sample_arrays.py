@@ -170,7 +170,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
         ModuleWorkload(**given, evaluation=files["alike"])
     maps = dataclasses.replace(SIGNATURE.outputs[0], shape=("batch", 10, 8, 8))
     given["signature"] = dataclasses.replace(SIGNATURE, outputs=(maps,))
-    with pytest.raises(RecipeError, match="Labels go with a first output of scores"):
+    with pytest.raises(RecipeError, match="Labels go with an output of scores"):
         ModuleWorkload(**given, evaluation=files["whole"])
 
 
