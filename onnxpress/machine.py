@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import time
 from pathlib import Path
 
 from onnxpress.manifest import Json
 from onnxpress.runtime.providers import usable_cores
 from onnxpress.runtime.saturation import products_saturate
 
+_CROWDED = 0.3  # of a core: what a machine does beside anything
 _INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")
 # Of a container, under either version of Linux's control groups: its limit, and where it says what is in use and no page cache.
 _CONTAINERS = (
@@ -49,6 +51,32 @@ def peak_memory_bytes() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
+
+
+class OtherProcesses:
+    """What other processes use of the processors from now on, this one's children aside once they have ended."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter(), _cpu_seconds()
+
+    def crowding(self) -> float | None:
+        """How many cores they have used, where that left less than this process may use; else None, also where the system does not tell."""
+        now, (then, before) = _cpu_seconds(), self._since
+        if now is None or before is None:
+            return None
+        cores = (now - before) / max(time.perf_counter() - then, 1e-3)
+        return cores if cores + usable_cores() > (os.cpu_count() or 1) + _CROWDED else None
+
+
+def _cpu_seconds() -> float | None:
+    """Of all processors since the machine started, less what this process and its ended children have used."""
+    own = os.times()
+    try:
+        first = Path("/proc/stat").read_text(encoding="ascii").split("\n")[0].split()
+        user, nice, system, _idle, _waiting, interrupts, soft = map(int, first[1:8])
+        return (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK") - sum(own[:4])
+    except (OSError, ValueError):
+        return None
 
 
 def free_memory_bytes() -> int | None:

@@ -67,27 +67,31 @@ def choice_metrics(reference: Answers, candidate: Answers, output: str) -> dict[
 
 
 def probability_metrics(reference: Answers, candidate: Answers) -> dict[str, float]:
-    """Of outputs whose rows are probabilities (of two and more, in all of the original's answers): the share of equal best choices, of the
-    output where it is least; empty where there are none.
+    """The share of equal best choices, of the output where it is least, of those that are probabilities; empty where none are.
+
+    They are where all of the original's answers add up to one over two and more numbers: along the last axis, or the second (of images).
     """
     agreed = []
     for name, first in reference[0].items():
-        if np.issubdtype(first.dtype, np.floating) and all(_are_probabilities(answer[name]) for answer in reference):
-            pairs = [(one[name], other[name]) for one, other in zip(reference, candidate, strict=True)]
-            same = [
-                (one.argmax(-1) == other.argmax(-1)) & np.isfinite(other).all(-1)
-                if one.shape == other.shape
-                else np.zeros(one.shape[:-1], bool)
-                for one, other in pairs
-            ]
-            agreed.append(float(np.concatenate([rows.ravel() for rows in same]).mean()))
+        if not np.issubdtype(first.dtype, np.floating):
+            continue
+        for axis in (-1, 1):
+            if all(_are_probabilities(answer[name], axis) for answer in reference):
+                same = [
+                    (one[name].argmax(axis) == other[name].argmax(axis)) & np.isfinite(other[name]).all(axis)
+                    if one[name].shape == other[name].shape
+                    else np.zeros(one[name].argmax(axis).shape, bool)
+                    for one, other in zip(reference, candidate, strict=True)
+                ]
+                agreed.append(float(np.concatenate([choices.ravel() for choices in same]).mean()))
+                break
     return {"top1_agreement": min(agreed)} if agreed else {}
 
 
-def _are_probabilities(array: Array) -> bool:
-    if array.ndim < 2 or array.shape[-1] < 2 or not array.size:
+def _are_probabilities(array: Array, axis: int) -> bool:
+    if array.ndim < 2 or array.shape[axis] < 2 or not array.size:
         return False
-    return bool((array >= 0).all() and (np.abs(array.sum(-1, dtype=np.float64) - 1) <= _OF_ONE).all())
+    return bool((array >= 0).all() and (np.abs(array.sum(axis, dtype=np.float64) - 1) <= _OF_ONE).all())
 
 
 def number_metrics(reference: Answers, candidate: Answers) -> dict[str, float]:

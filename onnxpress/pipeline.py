@@ -40,7 +40,7 @@ from onnxpress.gate import Gate
 from onnxpress.golden import Allowed, write_golden
 from onnxpress.graph import Graph
 from onnxpress.graph_files import save
-from onnxpress.machine import describe, peak_memory_bytes
+from onnxpress.machine import OtherProcesses, describe, peak_memory_bytes
 from onnxpress.manifest import Json, Manifest, Runnable
 from onnxpress.module_workload import ModuleWorkload
 from onnxpress.optimizers import make_pass
@@ -135,7 +135,7 @@ class _Given(NamedTuple):
 def _build(
     recipe: Recipe, folder: Path, given: _Given, report: terminal.Progress, resume: Path | None = None
 ) -> Artifact:
-    started = time.perf_counter()
+    started, others = time.perf_counter(), OtherProcesses()
     facts = find_target(recipe.build.target)
     if recipe.distil is not None and recipe.distil.checkpoints is not None:
         check_outside(Path(recipe.distil.checkpoints), folder, "distil.checkpoints")
@@ -249,6 +249,9 @@ def _build(
         shutil.rmtree(work)
         measured["build_seconds"] = round(time.perf_counter() - started, 1)
         measured["peak_memory_bytes"] = peak_memory_bytes()
+        if bench.timed and (crowding := others.crowding()) is not None:
+            busy = f"Other processes used {crowding:.1f} cores of this machine meanwhile: its times say less than they seem to."
+            measured["note"] = f"{measured['note']} {busy}".strip()
 
         manifest = writer.seal(manifest)
         writer.write_measured(measured, render_report(manifest, measured))

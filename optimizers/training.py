@@ -402,6 +402,8 @@ def _folder(checkpoints: Path | None) -> Iterator[Path]:
         raise OutputError(
             f"Another training is at work in {checkpoints}: let it end, or choose another folder."
         ) from None
+    except OSError:
+        pass  # a file system without locks
     try:
         yield checkpoints
     finally:

@@ -88,6 +88,10 @@ def test_what_is_no_probability_has_no_choices() -> None:
     assert probability_metrics(logits, logits) == {}
     ones = [{"y": np.ones((2, 1), np.float32)}, {"y": np.ones((2, 1), np.float32)}]
     assert probability_metrics(ones, ones) == {}
+    maps = np.random.default_rng(0).dirichlet([0.2] * 3, (2, 5, 5)).astype(np.float32).transpose(0, 3, 1, 2)
+    turned = maps.copy()
+    turned[0, :, 0, 0] = np.roll(turned[0, :, 0, 0], 1)
+    assert probability_metrics([{"y": maps}], [{"y": turned}]) == {"top1_agreement": 0.98}
     halves = [{"y": np.array([[0.5, 0.5]]), "z": np.array([[3.0, 1.0]])}]
     assert probability_metrics(halves, [{"y": np.array([[np.nan, 0.5]]), "z": halves[0]["z"]}]) == {"top1_agreement": 0}
 
