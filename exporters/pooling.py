@@ -6,9 +6,8 @@ modules.json lists the steps after the encoder: Pooling, Dense, Normalize. Paddi
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from onnxpress.errors import ConversionError, SourceError
+from onnxpress.exporters.json_files import read_json, read_object
+from onnxpress.exporters.sentence_transformers import OWN, declared_steps, has_classifier
 
 Tensor = torch.Tensor
-
-_OWN = "sentence_transformers."  # how the types of its own steps begin
-# What its Transformer step takes of a model, and what it calls that, where it says so.
-_OUTPUTS = (None, "last_hidden_state", "logits")
-_GIVEN_ON = (None, "token_embeddings", "scores", "causal_logits")
 
 
 def read_pooling(folder: Path) -> SentencePooling | None:
@@ -33,9 +29,9 @@ def read_pooling(folder: Path) -> SentencePooling | None:
     if not (folder / "modules.json").is_file():
         return None
     steps: list[torch.nn.Module] = []
-    for name, path in _declared_steps(folder)[1:]:
+    for name, path in declared_steps(folder)[1:]:
         kind = name.rpartition(".")[2]
-        if kind not in _STEPS or not name.startswith(_OWN):
+        if kind not in _STEPS or not name.startswith(OWN):
             raise ConversionError(
                 f"{folder / 'modules.json'} has a step of type {name}, which onnxpress cannot put into the "
                 f"graph. It knows Pooling, Dense and Normalize. Remove the step, or export the encoder alone "
@@ -47,101 +43,6 @@ def read_pooling(folder: Path) -> SentencePooling | None:
     if isinstance(dim, int) and steps and not has_classifier(folder):
         steps.append(Truncate(dim))
     return SentencePooling(steps) if steps else None
-
-
-def check_first_step(folder: Path) -> None:
-    """Raise ConversionError where sentence-transformers reads texts in another way than the tokenizer and the model in a folder do."""
-    if not (folder / "modules.json").is_file():
-        return
-    name, _ = _declared_steps(folder)[0]
-    declared = transformer_config(folder)
-    ways = declared.get("modality_config") or {}
-    text = ways.get("text") or {}
-    asked = {
-        one: value
-        for part in ("common", "text")
-        for one, value in (declared.get("processing_kwargs") or {}).get(part, {}).items()
-    }
-    if not name.startswith(_OWN) or name.rpartition(".")[2] != "Transformer":
-        wrong = f"begins with a step of type {name}"
-    elif "message" in ways:
-        wrong = "makes a message of each text, by the tokenizer's chat template"
-    elif text.get("method_output_name") not in _OUTPUTS or declared.get("module_output_name") not in _GIVEN_ON:
-        wrong = f"takes {text.get('method_output_name')} of the model for {declared.get('module_output_name')}"
-    elif asked:
-        wrong = f"has the tokenizer called with {', '.join(asked)}"
-    else:
-        return
-    raise ConversionError(
-        f"sentence-transformers' model in {folder} {wrong}, which onnxpress does not; export the encoder alone (a copy of the folder without "
-        "modules.json) if that is what you want."
-    )
-
-
-def transformer_config(folder: Path) -> dict[str, Any]:
-    """What sentence-transformers' file says of a folder's first step; nothing where there is none. Raises SourceError."""
-    kinds = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-    paths = (folder / f"sentence_{kind}_config.json" for kind in kinds)
-    return next((read_object(path) for path in paths if path.is_file()), {})
-
-
-def has_classifier(folder: Path) -> bool:
-    """Whether the folder's last step is a classifier's: a Dense one, with a config.json that says what its numbers mean."""
-    if not (folder / "modules.json").is_file() or read_json(folder / "config.json").get("problem_type") is None:
-        return False
-    return _declared_steps(folder)[-1][0].endswith(".Dense")
-
-
-def is_headed(folder: Path) -> bool:
-    """Whether a folder's only step is a transformers model with a head of its own: a cross-encoder, for instance."""
-    wanted = transformer_config(folder).get("transformer_task", "feature-extraction")
-    return len(_declared_steps(folder)) == 1 and bool(wanted != "feature-extraction")
-
-
-def declared_activation(folder: Path, config: Any) -> str | None:
-    """The class of torch.nn that sentence-transformers applies to a cross-encoder's answers; None where none is declared.
-
-    config: transformers', where it was declared before sentence-transformers 6. Other code than torch's is not run there either.
-    """
-    path = folder / "config_sentence_transformers.json"
-    older = getattr(config, "sentence_transformers", None)
-    declared = (
-        (read_object(path).get("activation_fn") if path.is_file() else None)
-        or (older.get("activation_fn") if isinstance(older, dict) else None)
-        or getattr(config, "sbert_ce_default_activation_function", None)
-    )
-    return declared.rpartition(".")[2] if isinstance(declared, str) and declared.startswith("torch.") else None
-
-
-def _declared_steps(folder: Path) -> list[tuple[str, str]]:
-    """Type and folder of each step of modules.json. Raises SourceError."""
-    path = folder / "modules.json"
-    try:
-        steps = [(str(step["type"]), str(step.get("path", ""))) for step in read_json(path)]
-    except (TypeError, KeyError, AttributeError):
-        steps = []
-    places = [PurePosixPath(place) for _, place in steps]
-    if not steps or any(place.is_absolute() or ".." in place.parts for place in places):
-        raise SourceError(
-            f"{path} is no list of steps, each with a type and a path inside of the folder. Download the model again."
-        )
-    return steps
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file of a model folder. Raises SourceError."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{path} cannot be read as JSON: {error}. Download the model again.") from None
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model folder. Raises SourceError."""
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise SourceError(f"{path} holds no object, with fields by name. Download the model again.")
-    return content
 
 
 class SentencePooling(torch.nn.Module):

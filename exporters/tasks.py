@@ -13,7 +13,7 @@ from typing import Any
 from optimum.exporters.tasks import TasksManager
 
 from onnxpress.errors import SourceError
-from onnxpress.exporters.pooling import has_classifier, is_headed
+from onnxpress.exporters.sentence_transformers import has_classifier, is_headed
 
 
 @dataclass(frozen=True, kw_only=True)

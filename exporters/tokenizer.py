@@ -15,8 +15,9 @@ from tokenizers.normalizers import Lowercase, Sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from onnxpress.errors import SourceError
-from onnxpress.exporters.pooling import read_json, read_object, transformer_config
+from onnxpress.exporters.json_files import read_json, read_object
 from onnxpress.exporters.quiet import quiet
+from onnxpress.exporters.sentence_transformers import transformer_config
 from onnxpress.exporters.source import stays_inside
 
 # Older forms, which transformers can convert.

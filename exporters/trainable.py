@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from onnxpress.errors import SourceError
-from onnxpress.exporters.pooling import Dense, Pooling, SentencePooling, has_classifier, read_pooling
+from onnxpress.exporters.pooling import Dense, Pooling, SentencePooling, read_pooling
 from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.reference import TorchReference
+from onnxpress.exporters.sentence_transformers import has_classifier
 from onnxpress.exporters.source import FolderSource, resolve
 from onnxpress.exporters.stored_weights import is_unfolded, left_out, refuse_other_shapes
 from onnxpress.exporters.tasks import TASKS

@@ -38,7 +38,7 @@ from onnxpress.exporters.adapter import merge_adapter
 from onnxpress.exporters.conventions import ROTARY_CHANGES, Conventions, learn, rotary_modules
 from onnxpress.exporters.decoder_operators import Step, add_cache, decoder_operators
 from onnxpress.exporters.experts import arrange_experts, emitted_experts, experts_notes
-from onnxpress.exporters.pooling import read_object
+from onnxpress.exporters.json_files import read_object
 from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.recurrences import (
     PAST_STATES,

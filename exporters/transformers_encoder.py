@@ -26,18 +26,17 @@ from onnxpress.exporters.experts import (
     has_experts,
     recorded_experts,
 )
-from onnxpress.exporters.pooling import (
-    SentencePooling,
-    check_first_step,
-    declared_activation,
-    has_classifier,
-    read_object,
-    read_pooling,
-    transformer_config,
-)
+from onnxpress.exporters.pooling import SentencePooling, read_pooling
 from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.reference import TorchReference
 from onnxpress.exporters.row_by_row import RowByRow
+from onnxpress.exporters.sentence_transformers import (
+    check_first_step,
+    declared_activation,
+    declared_length,
+    declared_prompts,
+    has_classifier,
+)
 from onnxpress.exporters.tasks import TASKS, Task
 from onnxpress.exporters.tokenizer import Tokenizer, read_tokenizer
 from onnxpress.exporters.trace import LARGEST_BATCH, tensor_spec, trace
@@ -86,7 +85,7 @@ def export_encoder(
     if row_by_row.reads_last_end:  # random tokens have to end with it, for the original to answer them
         options |= {"closing_token_id": model.config.eos_token_id}
     if wanted.name == "feature-extraction":
-        options |= {"dim": signature.outputs[0].shape[-1], **_prompts(folder)}
+        options |= {"dim": signature.outputs[0].shape[-1], **declared_prompts(folder)}
     return TextExport(
         graph=Graph(model=ir_model, signature=signature),
         reference=TorchReference(wrapped, names, opened.outputs),
@@ -144,7 +143,7 @@ def open_encoder(
         text.pad_token_id = tokenizer.pad_token_id  # decoders answer at the last token that is another
     limit = input_limit(model, tokenizer, max_length)
     if may_be_longer(model):
-        limit = max(limit, max_length or 0, transformer_config(folder).get("max_seq_length") or 0)
+        limit = max(limit, max_length or 0, declared_length(folder) or 0)
     names = token_inputs(model, tokenizer)
     return OpenedEncoder(
         model=model,
@@ -275,16 +274,6 @@ def _template_notes(folder: Path, task: str, opened: OpenedEncoder) -> tuple[str
         "sentence-transformers' CrossEncoder reads pairs through the tokenizer's chat template; here one text follows the other, as in "
         "transformers' pipeline",
     )
-
-
-def _prompts(folder: Path) -> dict[str, Json]:
-    """What sentence-transformers puts before texts, by names, and the one that it takes where none is named."""
-    declared = folder / "config_sentence_transformers.json"
-    config = read_object(declared) if declared.is_file() else {}
-    found = config.get("prompts")
-    prompts = {name: text for name, text in (found or {}).items() if text and isinstance(text, str)}
-    default = config.get("default_prompt_name")
-    return {**({"prompts": prompts} if prompts else {}), **({"default_prompt": default} if default in prompts else {})}
 
 
 def _prompt_notes(prompts: Mapping[str, Json]) -> tuple[str, ...]:

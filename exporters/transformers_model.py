@@ -12,8 +12,9 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from onnxpress.errors import SourceError
-from onnxpress.exporters.pooling import SentencePooling, transformer_config
+from onnxpress.exporters.pooling import SentencePooling
 from onnxpress.exporters.quiet import quiet
+from onnxpress.exporters.sentence_transformers import declared_length
 from onnxpress.exporters.stored_weights import is_unfolded, left_out, refuse_other_shapes, unfold
 from onnxpress.exporters.tasks import Task, heads
 from onnxpress.exporters.tokenizer import Tokenizer
@@ -186,9 +187,8 @@ def longest_input(folder: Path, tokenizer: Tokenizer, *, limit: int, wanted: int
                 "nothing of it would be left."
             )
         return wanted
-    sentence_length = transformer_config(folder).get("max_seq_length")
     # sentence-transformers' own number counts before the tokenizer's.
-    return int(min(limit, sentence_length or tokenizer.max_length or limit))
+    return int(min(limit, declared_length(folder) or tokenizer.max_length or limit))
 
 
 def _used(model: PreTrainedModel, task: Task, missing: Any) -> list[str]:

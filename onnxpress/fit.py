@@ -27,7 +27,7 @@ from onnxpress.artifact import Artifact, ArtifactWriter, check_outside
 from onnxpress.errors import InputError, OutputError
 from onnxpress.evaluation import check_spread
 from onnxpress.exporters import trainable
-from onnxpress.exporters.pooling import read_object
+from onnxpress.exporters.json_files import read_object
 from onnxpress.exporters.quiet import quiet as silenced
 from onnxpress.exporters.reference import TorchReference
 from onnxpress.exporters.tasks import find_task
