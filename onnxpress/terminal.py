@@ -17,15 +17,17 @@ from onnxpress.artifact import REPORT, Artifact
 from onnxpress.figures import megabytes
 from onnxpress.stopping import end_if_told
 
+_SAY_EVERY = 60  # seconds
+
 
 class Progress:
-    """Steps on stderr: a spinner on a terminal, a line a step elsewhere, nothing where it is not enabled."""
+    """Steps on stderr: a spinner on a terminal; elsewhere a line a step, and one a minute within; nothing where it is not enabled."""
 
     def __init__(self, *, enabled: bool) -> None:
         self._console = Console(file=sys.stderr, quiet=not enabled, highlight=False)
         self._status: Status | None = None
         self._name = ""
-        self._started = 0.0
+        self._started = self._said = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -39,7 +41,8 @@ class Progress:
         """Begin a step."""
         end_if_told()
         self._finish()
-        self._name, self._started = name, time.perf_counter()
+        self._name = name
+        self._started = self._said = time.perf_counter()
         if self._console.is_terminal:
             self._status = self._console.status(escape(name))
             self._status.start()
@@ -49,6 +52,9 @@ class Progress:
         end_if_told()
         if self._status is not None:
             self._status.update(escape(f"{self._name}: {text}"))
+        elif time.perf_counter() - self._said > _SAY_EVERY:
+            self._console.print(f"  [dim]{escape(f'{self._name}: {text}')}[/dim]")
+            self._said = time.perf_counter()
 
     def _finish(self, *, failed: bool = False) -> None:
         if self._status is not None:

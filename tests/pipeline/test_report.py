@@ -6,6 +6,7 @@ import dataclasses
 import html
 import io
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -334,6 +335,22 @@ def test_a_build_that_timed_nothing_prints(capsys: pytest.CaptureFixture[str]) -
     measured = {"rows": [], "build_seconds": 1.0, "peak_memory_bytes": 1, "note": ""}
     terminal.print_build(artifact(make_manifest(*LEDGER), measured))
     assert "→" not in capsys.readouterr().out
+
+
+def test_a_long_step_says_where_it_is_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "_SAY_EVERY", 0.05)
+    with terminal.Progress(enabled=True) as progress:
+        progress.step("int8-qdq")
+        progress.detail("sensitivity 1 of 9")
+        time.sleep(0.1)
+        progress.detail("sensitivity 2 of 9")
+        progress.detail("sensitivity 3 of 9")
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "  int8-qdq: sensitivity 2 of 9"
+    assert said[1].startswith("  int8-qdq 0.")
+    assert len(said) == 2
 
 
 def test_progress_is_lines_on_stderr_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
