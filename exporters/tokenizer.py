@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import importlib.util
+import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +82,7 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
         )
     notes: list[str] = []
     files = [folder / name for name in _COPIED if (folder / name).is_file()]
+    several = (folder / "additional_chat_templates").is_dir()
     if tokenizer.chat_template is None and (folder / "chat_template.json").is_file():
         tokenizer.chat_template = read_object(folder / "chat_template.json").get("chat_template")  # of a processor
         notes.append("tokenizer: the chat template is that of chat_template.json")
@@ -92,13 +95,15 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
     converted = not (folder / "tokenizer.json").is_file()
     otherwise = None if lowercase or converted else _read_otherwise(folder, tokenizer)
     turned = not converted and tokenizer.truncation_side != _truncation_side(folder / "tokenizer.json")
-    if lowercase or converted or turned or otherwise is not None or notes:
+    if lowercase or converted or turned or otherwise is not None or several or notes:
         saved = Path(tempfile.mkdtemp(prefix="onnxpress-tokenizer-"))
         atexit.register(shutil.rmtree, saved, ignore_errors=True)
         with quiet():
             tokenizer.save_pretrained(saved)
         if lowercase:
             _lowercase_first(saved / "tokenizer.json")
+        if isinstance(tokenizer.chat_template, dict):
+            _join_templates(saved, tokenizer.chat_template)
         files = [saved / name for name in _COPIED if (saved / name).is_file()]
         _set_truncation_side(saved / "tokenizer.json", tokenizer.truncation_side)
         if lowercase:
@@ -119,6 +124,16 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
         chats=bool(tokenizer.chat_template),
         notes=tuple(notes),
     )
+
+
+def _join_templates(folder: Path, templates: Mapping[str, str]) -> None:
+    """Put chat templates by name into tokenizer_config.json, as transformers 4 did, in the place of one file each."""
+    path = folder / "tokenizer_config.json"
+    named = [{"name": name, "template": template} for name, template in templates.items()]
+    path.write_text(
+        json.dumps({**read_object(path), "chat_template": named}, ensure_ascii=False, indent=1), encoding="utf-8"
+    )
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
 
 
 def _truncation_side(path: Path) -> str:

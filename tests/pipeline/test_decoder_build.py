@@ -286,6 +286,19 @@ def test_the_chat_template_of_a_processor_is_read(tmp_path: Path) -> None:
     assert template.render([{"role": "user", "content": "hi"}]) == "user: hi\nassistant:"
 
 
+def test_templates_for_tools_in_files_of_their_own_are_kept(tmp_path: Path) -> None:
+    folder = save_decoder(tmp_path / "model", "qwen2", template=TEMPLATE)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools[0].name }}")
+    for path in export(folder).files:
+        shutil.copy(path, tmp_path)
+    template = ChatTemplate.from_folder(tmp_path)
+    assert template is not None
+    messages = [{"role": "user", "content": "hi"}]
+    assert template.render(messages) == "user: hi\nassistant:"
+    assert template.render(messages, variables={"tools": [{"name": "clock"}]}) == "clock"
+
+
 @pytest.mark.parametrize(
     ("asked", "taken", "left"),
     [
