@@ -26,5 +26,7 @@ def stated_license(folder: Path) -> dict[str, str]:
 
 def license_files(folder: Path) -> tuple[Path, ...]:
     """Texts of licences beside the weights."""
-    found = [path for path in folder.iterdir() if _TEXTS.match(path.name) and path.is_file() and stays_inside(path)]
+    found = [
+        path for path in folder.iterdir() if _TEXTS.match(path.name) and path.is_file() and stays_inside(path, folder)
+    ]
     return tuple(sorted(path for path in found if path.stat().st_size <= _LARGEST))

@@ -97,10 +97,10 @@ def is_factory(source: str) -> bool:
     return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source) is not None and not Path(source).exists()
 
 
-def stays_inside(path: Path) -> bool:
+def stays_inside(path: Path, folder: Path) -> bool:
     """Whether a file of a model folder is in it, or a link into the hub's cache: others' files are not copied into artifacts."""
-    folder = path.parent.resolve()
-    return any(path.resolve().is_relative_to(root) for root in (folder, folder.parent.parent / "blobs"))
+    home = folder.resolve()
+    return any(path.resolve().is_relative_to(root) for root in (home, home.parent.parent / "blobs"))
 
 
 def _refuse_revision(source: object, revision: str | None) -> None:

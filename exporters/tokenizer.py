@@ -82,20 +82,21 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
         )
     notes: list[str] = []
     files = [folder / name for name in _COPIED if (folder / name).is_file()]
-    several = (folder / "additional_chat_templates").is_dir()
-    if tokenizer.chat_template is None and (folder / "chat_template.json").is_file():
-        tokenizer.chat_template = read_object(folder / "chat_template.json").get("chat_template")  # of a processor
-        notes.append("tokenizer: the chat template is that of chat_template.json")
-    outside = next((path for path in files if not stays_inside(path)), None)
+    others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    of_processor = folder / "chat_template.json"
+    outside = next((path for path in (*files, *others, of_processor) if not stays_inside(path, folder)), None)
     if outside is not None:
         raise SourceError(
             f"{outside} is a link that leads out of its folder, and artifacts get no copies of what lies elsewhere: put the file itself there."
         )
+    if tokenizer.chat_template is None and of_processor.is_file():
+        tokenizer.chat_template = read_object(of_processor).get("chat_template")
+        notes.append("tokenizer: the chat template is that of chat_template.json")
     lowercase = _wants_lowercase(folder)
     converted = not (folder / "tokenizer.json").is_file()
     otherwise = None if lowercase or converted else _read_otherwise(folder, tokenizer)
     turned = not converted and tokenizer.truncation_side != _truncation_side(folder / "tokenizer.json")
-    if lowercase or converted or turned or otherwise is not None or several or notes:
+    if lowercase or converted or turned or otherwise is not None or others or notes:
         saved = Path(tempfile.mkdtemp(prefix="onnxpress-tokenizer-"))
         atexit.register(shutil.rmtree, saved, ignore_errors=True)
         with quiet():

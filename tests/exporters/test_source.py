@@ -143,6 +143,13 @@ def test_links_lead_into_the_hubs_cache_alone(folder, tmp_path):
     (snapshot / "special_tokens_map.json").symlink_to(tmp_path / "secret")
     with pytest.raises(SourceError, match=r"special_tokens_map\.json is a link that leads out of its folder"):
         export(snapshot)
+    (snapshot / "special_tokens_map.json").unlink()
+    export(snapshot)
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "tool_use.jinja").write_text("secret")
+    (snapshot / "additional_chat_templates").symlink_to(tmp_path / "secrets")
+    with pytest.raises(SourceError, match=r"tool_use\.jinja is a link that leads out of its folder"):
+        export(snapshot)
 
 
 def test_code_that_is_named_and_not_run_is_said(folder):
