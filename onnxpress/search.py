@@ -35,11 +35,12 @@ def search(
     low, high = 1, min(len(groups) - 1, int(len(groups) * share))
     if high < low:
         return []
-    margins: dict[tuple[str, ...], float] = {}
+    costs: dict[tuple[str, ...], tuple[float, float]] = {}  # shares of few equal choices are often the same
     for index, group in enumerate(groups, 1):
         progress(f"sensitivity {index} of {len(groups)}")
-        margins[group] = judge(frozenset(places) - frozenset(group)).margin
-    ranked = sorted(groups, key=margins.__getitem__)
+        alone = judge(frozenset(places) - frozenset(group))
+        costs[group] = alone.margin, alone.value
+    ranked = sorted(groups, key=costs.__getitem__)
     tried: list[tuple[frozenset[str], Judgement]] = []
     while low <= high:
         middle = (low + high) // 2

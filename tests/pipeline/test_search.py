@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from onnxpress.gate import Judgement
 from onnxpress.search import search
 
@@ -25,6 +27,14 @@ def test_the_costliest_places_are_kept_and_no_more() -> None:
     found = search(PLACES, lambda kept: judge(kept, limit=0.98))
     assert fewest(found) == {"layer3", "layer7"}
     assert [len(kept) for kept, _ in found] == sorted(len(kept) for kept, _ in found)
+
+
+def test_where_limits_are_as_near_the_value_tells() -> None:
+    def coarse(kept: frozenset[str]) -> Judgement:
+        found = judge(kept, limit=0.95)
+        return dataclasses.replace(found, margin=0.0 if found.holds or len(kept) > 8 else -1.0)
+
+    assert fewest(search(PLACES, coarse)) == {"layer3"}
 
 
 def test_no_more_than_the_share_that_may_stay_is_tried() -> None:
