@@ -10,6 +10,8 @@ from onnxpress.exporters.json_files import read_json, read_object
 from onnxpress.manifest import Json
 
 OWN = "sentence_transformers."  # how the types of its own steps begin
+# Options of the tokenizer that change no answer, whatever they are, and where they are true.
+_PADS, _USUAL = ("padding", "return_tensors"), ("truncation", "add_special_tokens")
 # What its Transformer step takes of a model, and what it calls that, where it says so.
 _OUTPUTS = (None, "last_hidden_state", "logits")
 _GIVEN_ON = (None, "token_embeddings", "scores", "causal_logits")
@@ -39,7 +41,8 @@ def check_first_step(folder: Path) -> None:
     ways = _fields(declared.get("modality_config"))
     text = _fields(ways.get("text"))
     options = _fields(declared.get("processing_kwargs"))
-    asked = [one for part in ("common", "text") for one in _fields(options.get(part))]
+    given = {name: value for part in ("common", "text") for name, value in _fields(options.get(part)).items()}
+    asked = [name for name, value in given.items() if name not in _PADS and not (name in _USUAL and value is True)]
     if not name.startswith(OWN) or name.rpartition(".")[2] != "Transformer":
         wrong = f"begins with a step of type {name}"
     elif "message" in ways:
@@ -101,7 +104,7 @@ def declared_prompts(folder: Path) -> dict[str, Json]:
     """What sentence-transformers puts before texts, by names, and the one that it takes where none is named."""
     declared = folder / "config_sentence_transformers.json"
     config = read_object(declared) if declared.is_file() else {}
-    prompts = {name: text for name, text in _fields(config.get("prompts")).items() if text and isinstance(text, str)}
+    prompts = {name: text for name, text in _fields(config.get("prompts")).items() if isinstance(text, str)}
     default = config.get("default_prompt_name")
     known = isinstance(default, str) and default in prompts
     return {**({"prompts": prompts} if prompts else {}), **({"default_prompt": default} if known else {})}

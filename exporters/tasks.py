@@ -6,6 +6,7 @@ model's task refuses local folders, so that is done here.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,15 +121,15 @@ def infer_task(folder: Path, architectures: tuple[str, ...], config: Any = None)
 
 
 def _refuse_other_inputs(folder: Path, architectures: tuple[str, ...], config: Any) -> None:
-    """Raise SourceError for models of images or sound alone, and of texts and images side by side (CLIP)."""
+    """Raise SourceError for models of images or sound alone, and of texts and others side by side, which compare them (CLIP)."""
     import transformers
 
     made_as = getattr(transformers, architectures[0], None) if architectures else None
     read = getattr(made_as, "main_input_name", "input_ids")
-    apart = config is not None and not reads_more_than_text(config) and config.get_text_config() is not config
-    if config is None or config.is_encoder_decoder or (read == "input_ids" and not apart):
+    compares = made_as is not None and "return_loss" in inspect.signature(made_as.forward).parameters
+    if made_as is None or config is None or config.is_encoder_decoder or (read == "input_ids" and not compares):
         return
-    what = "reads texts and images apart" if read == "input_ids" else f"reads {read} and no text"
+    what = "compares texts with something else" if compares else f"reads {read} and no text"
     raise SourceError(
         f"The model in {folder} ({architectures[0]}) {what}. Give it as a module: onnxpress build package.module:factory, where factory() "
         f"returns the module that you want, or a part of it, and example inputs: (model, (pixel_values,)) of images."

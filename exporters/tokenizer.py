@@ -38,12 +38,13 @@ _NO_LIMIT = 10**6  # transformers writes 1e30 for "none"
 class Tokenizer:
     """Files to copy into an artifact (tokenizer.json always among them), and facts.
 
-    max_length is None where the tokenizer sets no limit. special_tokens: how many a text gets. token_types: whether a model is told
+    pads: whether pad_token_id is a token for padding, with which no text ends. max_length is None where the tokenizer sets no limit. special_tokens: how many a text gets. token_types: whether a model is told
     which of two texts a token is of. chats: whether it has a chat template.
     """
 
     files: tuple[Path, ...]
     pad_token_id: int
+    pads: bool
     mask_token: str | None
     max_length: int | None
     special_tokens: int
@@ -90,8 +91,10 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
             f"{outside} is a link that leads out of its folder, and artifacts get no copies of what lies elsewhere: put the file itself there."
         )
     if tokenizer.chat_template is None and of_processor.is_file():
-        tokenizer.chat_template = read_object(of_processor).get("chat_template")
-        notes.append("tokenizer: the chat template is that of chat_template.json")
+        template = read_object(of_processor).get("chat_template")
+        if isinstance(template, str):
+            tokenizer.chat_template = template
+            notes.append("tokenizer: the chat template is that of chat_template.json")
     lowercase = _wants_lowercase(folder)
     converted = not (folder / "tokenizer.json").is_file()
     otherwise = None if lowercase or converted else _read_otherwise(folder, tokenizer)
@@ -118,6 +121,7 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
     return Tokenizer(
         files=tuple(files),
         pad_token_id=int(pad if pad is not None else tokenizer.eos_token_id or 0),
+        pads=pad is not None and tokenizer("a")["input_ids"][-1:] != [pad],
         mask_token=tokenizer.mask_token,
         max_length=limit if limit < _NO_LIMIT else None,
         special_tokens=int(tokenizer.num_special_tokens_to_add()),

@@ -58,11 +58,11 @@ from onnxpress.manifest import Arrays, Json, Signature
 # Of generation_config.json, what changes which tokens are chosen: what is taken of it, where its value means something, and what is
 # not; and the values that change nothing.
 _TAKEN: Mapping[str, Callable[[float], bool]] = {
-    "temperature": lambda value: value > 0,
-    "top_k": lambda value: isinstance(value, int) and value > 0,
+    "temperature": lambda value: 0 < value < 1e6,
+    "top_k": lambda value: isinstance(value, int) and 0 < value < 2**31,
     "top_p": lambda value: 0 < value < 1,
     "min_p": lambda value: 0 < value < 1,
-    "repetition_penalty": lambda value: value > 0,
+    "repetition_penalty": lambda value: 0 < value < 1e6,
 }
 _LEFT = (
     *("typical_p", "num_beams", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
@@ -77,6 +77,7 @@ _IDLE = {
     "num_beams": 1,
     "no_repeat_ngram_size": 0,
 }
+_DRAWING = {"temperature": 1.0, "top_k": 50}  # of transformers 5, where a file says that it draws, and no more
 _OF_DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # where do_sample is true
 
 
@@ -130,7 +131,11 @@ def export_decoder(
                 f"A context of {max_length} was asked for; in {name}, beyond {conventions.positions} tokens, {conventions.limited_by}, "
                 f"which is not exported. Ask for at most {conventions.positions}."
             )
-        more = "; --max-length takes more" if conventions.limited_by == ROTARY_CHANGES else ""
+        more = (
+            "; --max-length takes more"
+            if conventions.limited_by == ROTARY_CHANGES and None not in conventions.rotaries
+            else ""
+        )
         notes += (f"context: {conventions.positions} of {context} tokens; beyond, {conventions.limited_by}{more}",)
         context = conventions.positions
     graph = export_causal_lm(
@@ -410,7 +415,9 @@ def _own_sampling(folder: Path) -> tuple[dict[str, Json], tuple[str, ...]]:
     path = folder / "generation_config.json"
     declared = read_object(path) if path.is_file() else {}
     draws = declared.get("do_sample") is True
-    asked = {"temperature": 1.0, **declared} if draws else declared
+    asked = (
+        {**_DRAWING, **{name: value for name, value in declared.items() if value is not None}} if draws else declared
+    )
     sampling: dict[str, Json] = {}
     left = []
     for name in (*_TAKEN, *_LEFT):
@@ -422,7 +429,7 @@ def _own_sampling(folder: Path) -> tuple[dict[str, Json], tuple[str, ...]]:
         else:
             left.append(name if isinstance(value, list) else f"{name} {value}")
     chosen = ", ".join(f"{name} {value}" for name, value in sampling.items())
-    taken = f"tokens are chosen by generation_config.json: {chosen}; with a temperature of 0 the likeliest"
+    taken = f"tokens are chosen by generation_config.json: {chosen}; with a temperature of 0 nothing is drawn"
     return sampling, (
         *((taken,) if sampling else ()),
         *((f"generation_config.json asks for {', '.join(left)}, which is not applied",) if left else ()),

@@ -139,7 +139,7 @@ def open_encoder(
     pooling = read_pooling(folder) if loaded.name == "feature-extraction" else None
     tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
     text = model.config.get_text_config()
-    if wanted.name == "text-classification" and getattr(text, "pad_token_id", None) is None:
+    if wanted.name == "text-classification" and tokenizer.pads and getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = tokenizer.pad_token_id  # decoders answer at the last token that is another
     limit = input_limit(model, tokenizer, max_length)
     if may_be_longer(model):
@@ -281,4 +281,5 @@ def _prompt_notes(prompts: Mapping[str, Json]) -> tuple[str, ...]:
         return ()
     default = prompts.get("default_prompt")
     always = f"; {default} is there where none is named" if default else ""
-    return (f"prompts of the model, put before texts where they are named: {', '.join(prompts['prompts'])}{always}",)
+    named = ", ".join(name for name, text in prompts["prompts"].items() if text)
+    return (f"prompts of the model, put before texts where they are named: {named}{always}",) if named else ()

@@ -17,7 +17,7 @@ class Budget:
     kind "at least": the value itself. "drop": at most so many points below the original. "share": at most this share of
     the original's value lost. divergence: what kl_mean may be at most, in nats; the best choice alone does not see
     probabilities that collapse, or rare classes that vanish. choices: what top1_agreement may be at least where the metric is another
-    one, or the limit, if that is less: variance does not see classes that change places.
+    one, or the limit, if that is less (of few samples one may be another): variance does not see classes that change places.
     """
 
     metric: str

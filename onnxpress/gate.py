@@ -132,7 +132,7 @@ class Gate:
                 1 - metrics.get("kl_mean", 0.0) / self.budget.divergence
             )
         if self.budget.choices and "top1_agreement" in metrics:
-            least = min(self.budget.choices, self.budget.limit)
+            least = min(self.budget.choices, self.budget.limit, 1 - 1 / len(self._answers))  # one may be another
             limits[f"top1_agreement of at least {least:.5g} is allowed"] = (metrics["top1_agreement"] - least) / (
                 1 - least or 1e-9
             )

@@ -22,6 +22,7 @@ _BLOCK = 2**15  # numbers of each answer that are compared at a time
 _HALF_ROUNDS = 2.0**-8  # as a share, how far bfloat16 rounds at most
 _FLOAT_ROUNDS = 2.0**-23
 _OF_ONE = 2e-3  # how far from 1 a sum of probabilities may be, in float16 too
+_AS_GOOD = 0.01  # probabilities that differ by no more, between which the original itself hardly chose
 _CONSTANT = 1e-12  # numbers that vary by less than a millionth of their size: float32 has no more digits
 
 
@@ -69,29 +70,29 @@ def choice_metrics(reference: Answers, candidate: Answers, output: str) -> dict[
 def probability_metrics(reference: Answers, candidate: Answers) -> dict[str, float]:
     """The share of equal best choices, of the output where it is least, of those that are probabilities; empty where none are.
 
-    They are where all of the original's answers add up to one over two and more numbers: along the last axis, or the second (of images).
+    They are where all of the original's answers have two axes, and rows of two numbers and more that add up to one. A choice between numbers
+    that are as good as equal is no other one.
     """
     agreed = []
     for name, first in reference[0].items():
-        if not np.issubdtype(first.dtype, np.floating):
+        if not np.issubdtype(first.dtype, np.floating) or not all(_are_probabilities(one[name]) for one in reference):
             continue
-        for axis in (-1, 1):
-            if all(_are_probabilities(answer[name], axis) for answer in reference):
-                same = [
-                    (one[name].argmax(axis) == other[name].argmax(axis)) & np.isfinite(other[name]).all(axis)
-                    if one[name].shape == other[name].shape
-                    else np.zeros(one[name].argmax(axis).shape, bool)
-                    for one, other in zip(reference, candidate, strict=True)
-                ]
-                agreed.append(float(np.concatenate([choices.ravel() for choices in same]).mean()))
-                break
+        same = []
+        for one, other in zip(reference, candidate, strict=True):
+            ours, theirs = one[name].astype(np.float64), other[name].astype(np.float64)
+            if ours.shape != theirs.shape:
+                same.append(np.zeros(len(ours), bool))
+                continue
+            chosen = np.take_along_axis(ours, theirs.argmax(-1)[:, None], -1)[:, 0]
+            same.append((ours.max(-1) - chosen <= _AS_GOOD) & np.isfinite(theirs).all(-1))
+        agreed.append(float(np.concatenate(same).mean()))
     return {"top1_agreement": min(agreed)} if agreed else {}
 
 
-def _are_probabilities(array: Array, axis: int) -> bool:
-    if array.ndim < 2 or array.shape[axis] < 2 or not array.size:
+def _are_probabilities(array: Array) -> bool:
+    if array.ndim != 2 or array.shape[1] < 2 or not array.size:
         return False
-    return bool((array >= 0).all() and (np.abs(array.sum(axis, dtype=np.float64) - 1) <= _OF_ONE).all())
+    return bool((array >= 0).all() and (np.abs(array.sum(-1, dtype=np.float64) - 1) <= _OF_ONE).all())
 
 
 def number_metrics(reference: Answers, candidate: Answers) -> dict[str, float]:

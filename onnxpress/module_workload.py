@@ -211,9 +211,11 @@ class ModuleWorkload:
 
     @property
     def _scores(self) -> TensorSpec:
-        """The output that labels are about: the first of floats (skl2onnx puts the class itself before them)."""
-        outputs = self._signature.outputs
-        return next((spec for spec in outputs if spec.dtype.startswith(("float", "bfloat"))), outputs[0])
+        """The output that labels are about: the first, but where another alone is of scores (skl2onnx puts the class itself before them)."""
+        first, *others = self._signature.outputs
+        batch = self._signature.inputs[0].shape[:1]
+        of_scores = (spec for spec in (first, *others) if len(spec.shape) == 2 and spec.shape[:1] == batch)
+        return next(of_scores, first)
 
     def _check_classes(self, labels: np.ndarray) -> None:
         name, shape = self._scores.name, self._scores.shape

@@ -71,6 +71,7 @@ class Int8:
             )
         raise_opset(graph, 10)  # QuantizeLinear
         smoothed = smooth_norms(graph, context.observe, self.smooth) if self.smooth else ()
+        convolutions = convolutions_left(graph)
         tied, touched = quantize_embeddings(graph, bits=8, preferred_block=128, keep=context.keep)
         kept = context.keep | routers(graph)
         layers = [
@@ -98,7 +99,7 @@ class Int8:
         return PassResult(
             graph=graph,
             changes=len(touched),
-            notes=notes + tied.notes + experts.notes + convolutions_left(graph) + smoothed,
+            notes=notes + tied.notes + experts.notes + convolutions + smoothed,
             touched=touched,
         )
 

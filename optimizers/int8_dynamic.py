@@ -42,6 +42,7 @@ class Int8Dynamic:
 
     def apply(self, graph: Graph, context: PassContext) -> PassResult:
         """Quantize every linear layer, embedding table and mixture of experts but those in `context.keep`."""
+        convolutions = convolutions_left(graph)
         tied, touched = quantize_embeddings(graph, bits=8, preferred_block=128, keep=context.keep)
         count = 0
         weights = Weights8Bit(graph, limit=context.target.qdq.weight_limit)
@@ -65,7 +66,7 @@ class Int8Dynamic:
         return PassResult(
             graph=graph,
             changes=len(touched),
-            notes=notes + tied.notes + experts.notes + convolutions_left(graph),
+            notes=notes + tied.notes + experts.notes + convolutions,
             touched=touched,
         )
 

@@ -65,7 +65,7 @@ def embeddings(graph: Graph, *, minimum_elements: int) -> Iterator[ir.Node]:
 
 
 def convolutions_left(graph: Graph) -> tuple[str, ...]:
-    """A remark where the larger part of a graph's weights is still convolutions' in float32."""
+    """A remark where the larger part of a graph's weights is convolutions', of a graph that is not quantized yet."""
     left = [
         node for node in graph.model.graph.all_nodes() if node.op_type == "Conv" and _is_float_constant(node.inputs[1])
     ]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from onnxpress.errors import InputError
 from onnxpress.manifest import Json, Runnable
 from onnxpress.runtime.text_runner import TextRunner
-from onnxpress.runtime.tokenization import Encoding, Sample, Tokenizer
+from onnxpress.runtime.tokenization import Encoding, Sample, Tokenizer, check_samples
 
 
 class Embedder(TextRunner):
@@ -36,10 +36,11 @@ class Embedder(TextRunner):
         return int(self.options["dim"])
 
     def encode(self, samples: Sequence[Sample], *, prompt: str | None = None) -> list[Encoding]:
-        """Tokenize as TextRunner.encode does, with a prompt of the model (see embed) before each text; pairs have none."""
+        """Tokenize as TextRunner.encode does, with a prompt of the model (see embed) before each text, or the first of two."""
         before = self._prompt(prompt)
         if before and not isinstance(samples, str):
-            samples = [before + item if isinstance(item, str) and item.strip() else item for item in samples]
+            check_samples(samples)
+            samples = [before + item if isinstance(item, str) else (before + item[0], item[1]) for item in samples]
         return super().encode(samples)
 
     def embed(self, texts: Sequence[Sample], *, prompt: str | None = None) -> npt.NDArray[np.float32]:
@@ -63,6 +64,8 @@ class Embedder(TextRunner):
 
     def _prompt(self, name: str | None) -> str:
         name = self.options.get("default_prompt", "") if name is None else name
+        if not isinstance(name, str):
+            raise InputError(f"prompt is {name!r}; it takes the name of one of the model's prompts.")
         prompts: Mapping[str, str] = self.options.get("prompts", {})
         if name and name not in prompts:
             known = f"they are: {', '.join(prompts)}" if prompts else "it has none"

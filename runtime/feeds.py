@@ -21,8 +21,8 @@ _NUMPY = {f"tensor({name})": name for name in _SAME} | {
 
 
 def is_name(axis: str | None) -> bool:
-    """Whether an axis has a name: two that are called "?", as some exporters write it, need not be equally long."""
-    return axis is not None and any(map(str.isalnum, axis))
+    """Whether an axis has a name: two that are called "?" or "-1", as some exporters write it, need not be equally long."""
+    return axis is not None and any(map(str.isalpha, axis))
 
 
 def check_feeds(feeds: Arrays, signature: Signature) -> dict[str, int]:

@@ -214,7 +214,7 @@ class Generator:
         stop_token_ids: beside the model's own end tokens, which ignore_eos switches off. n: answers to each prompt. logprobs: how
         many of the likeliest tokens to name beside the chosen one. prompt_lookup: how many tokens to guess at a time from what the
         text holds already, 0 for none; while a single answer is generated. template_variables: for the chat template. sampling:
-        fields of `Sampling`, in the place of the model's own: temperature=0 is greedy. Raises InputError at once, before anything
+        fields of `Sampling`, in the place of the model's own; with temperature=0 nothing is drawn. Raises InputError at once, before anything
         is generated.
         """
         known = set(Sampling.__dataclass_fields__)

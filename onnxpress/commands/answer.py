@@ -116,7 +116,9 @@ def _chosen(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, help="tokens of an answer at most (default 256)")
     own = "default: as the model's generation_config.json says, else"
-    parser.add_argument("--temperature", type=float, help=f"0: always the likeliest token ({own} 0)")
+    parser.add_argument(
+        "--temperature", type=float, help=f"0: nothing is drawn, the likeliest token is taken ({own} 0)"
+    )
     parser.add_argument("--top-k", type=int, help=f"draw from the k likeliest tokens, 0: from all ({own} 0)")
     parser.add_argument("--top-p", type=float, help=f"draw from the likeliest tokens of this probability ({own} 1)")
     parser.add_argument("--min-p", type=float, help=f"no token below this share of the likeliest one's ({own} 0)")
@@ -156,8 +158,8 @@ def _generator(options: argparse.Namespace) -> Generator:
         cache_bytes=options.cache_mb * 2**20,
     )
     say_fallback(runner.session)
-    if own := runner.options.get("sampling"):
-        said = ", ".join(f"{name} {value}" for name, value in own.items())
+    own = runner.options.get("sampling", {})
+    if said := ", ".join(f"{name} {value}" for name, value in own.items() if getattr(options, name) is None):
         print(
             f"tokens are chosen by the model's generation_config.json ({said}) where nothing else is given",
             file=sys.stderr,

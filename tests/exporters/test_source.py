@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, normalizers, processors
 from transformers import AutoTokenizer
 
-from onnxpress.errors import SourceError
+from onnxpress.errors import ConversionError, SourceError
 from onnxpress.exporters import ParityCheck, export, find
 from onnxpress.exporters.source import FolderSource, resolve
 from onnxpress.exporters.tasks import find_task, infer_task
@@ -170,11 +170,17 @@ def test_models_of_images_and_sound_are_to_be_given_as_modules(tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vit = tf.ViTConfig(**sizes, image_size=16, patch_size=8, architectures=["ViTForImageClassification"])
     clip = tf.CLIPConfig(text_config=sizes, vision_config=sizes, architectures=["CLIPModel"])
-    for config, said in ((vit, "reads pixel_values and no text"), (clip, "reads texts and images apart")):
+    for config, said in ((vit, "reads pixel_values and no text"), (clip, "compares texts with something else")):
         config.save_pretrained(tmp_path)
         save_file({}, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(SourceError, match=rf"{said}\. Give it as a module: .*\(model, \(pixel_values,\)\)"):
             find(tmp_path)
+    for name in ("Qwen2VLModel", "LlavaModel", "GPT2Model", "CLIPTextModel"):
+        assert (
+            infer_task(tmp_path, (name,), clip if "CLIP" in name else tf.Qwen2VLConfig()).name == "feature-extraction"
+        )
+    with pytest.raises(SourceError, match="does not say what it was saved as"):
+        infer_task(tmp_path, (), clip)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "mistral"])
@@ -194,6 +200,13 @@ def test_classifiers_that_were_decoders_know_padding_from_the_tokenizer(kind, tm
     }
     found = OnnxRunner(exported.graph.model, tmp_path).run(padded)["logits"]
     np.testing.assert_allclose(found[:1], alone, rtol=0, atol=2e-5)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.sep_token
+    ended = processors.TemplateProcessing(single="$A [SEP]", special_tokens=[("[SEP]", tokenizer.sep_token_id)])
+    tokenizer.backend_tokenizer.post_processor = ended  # padding would be each text's end
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ConversionError, match="no padding token is defined"):
+        export(folder)
 
 
 def test_older_tokenizer_is_converted(tmp_path):

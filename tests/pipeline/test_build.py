@@ -496,7 +496,7 @@ def test_prompts_of_sentence_transformers(tmp_path: Path, capsys: pytest.Capture
     declared = folder / "config_sentence_transformers.json"
     declared.write_text(json.dumps({"prompts": prompts, "default_prompt_name": "query"}))
     built = onnxpress.build(folder, out=tmp_path / "out", precision="fp32", **QUICK)
-    assert built.manifest.options["prompts"] == {"query": "the cat ", "passage": "on "}
+    assert built.manifest.options["prompts"] == prompts
     assert any("query, passage; query is there where none" in note for note in built.manifest.ledger[0]["notes"])
     runner: Any = onnxpress.load(built.path)
 
@@ -508,16 +508,22 @@ def test_prompts_of_sentence_transformers(tmp_path: Path, capsys: pytest.Capture
     asked = vectors(*("the cat " + text for text in texts), prompt="")
     assert vectors(*texts) == vectors(*texts, prompt="query") == asked
     assert vectors(*texts, prompt="passage") == vectors(*("on " + text for text in texts), prompt="") != asked
-    assert vectors(("sat", "ran")) == vectors(("sat", "ran"), prompt="")
-    with pytest.raises(InputError, match="no prompt 'document'; they are: passage, query"):
-        vectors("sat", prompt="document")
+    assert vectors(("sat", "ran")) == vectors(("the cat sat", "ran"), prompt="") != vectors(("sat", "ran"), prompt="")
+    assert vectors("sat", prompt="document") == vectors("sat", prompt="")
+    with pytest.raises(InputError, match="no prompt 'title'; they are: document, passage, query"):
+        vectors("sat", prompt="title")
+    with pytest.raises(InputError, match=r"prompt is \['query'\]"):
+        vectors("sat", prompt=["query"])
     with pytest.raises(InputError, match="Text 0 is empty"):
         vectors(" ")
     capsys.readouterr()
     assert main(["run", str(built.path), "--text", "sat", "--prompt-name", "passage", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["answers"] == vectors("on sat", prompt="")
     declared.write_text(json.dumps({"prompts": prompts, "default_prompt_name": "document"}))
-    assert "default_prompt" not in export(folder).options
+    assert export(folder).options["default_prompt"] == "document"
+    for hostile in ({"prompts": ["query"]}, {"prompts": {"query": 3}, "default_prompt_name": ["query"]}):
+        declared.write_text(json.dumps(hostile))
+        assert {"prompts", "default_prompt"}.isdisjoint(export(folder).options)
 
 
 def test_a_batch_that_is_traced_wrongly_can_be_fixed(tmp_path: Path) -> None:

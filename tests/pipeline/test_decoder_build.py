@@ -6,6 +6,7 @@ import dataclasses
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -303,10 +304,17 @@ def test_templates_for_tools_in_files_of_their_own_are_kept(tmp_path: Path) -> N
     ("asked", "taken", "left"),
     [
         ({"temperature": 0.6, "top_k": 20}, {}, ""),
-        ({"do_sample": True, "temperature": 0.0, "top_p": 0.8}, {"top_p": 0.8}, "temperature 0.0"),
+        ({"do_sample": True, "temperature": 0.0, "top_p": 0.8}, {"top_k": 50, "top_p": 0.8}, "temperature 0.0"),
         ({"do_sample": True, "top_k": -1, "min_p": "x"}, {"temperature": 1.0}, "top_k -1, min_p x"),
+        ({"do_sample": True, "top_k": 10**400, "top_p": 1e-400}, {"temperature": 1.0}, f"top_k {10**400}, top_p 0.0"),
+        ({"do_sample": True, "top_k": None, "temperature": math.inf}, {"top_k": 50}, "temperature inf"),
+        (
+            {"do_sample": True, "top_k": 0, "repetition_penalty": math.nan},
+            {"temperature": 1.0},
+            "repetition_penalty nan",
+        ),
         ({"do_sample": False, "repetition_penalty": 1.1, "num_beams": 4}, {"repetition_penalty": 1.1}, "num_beams 4"),
-        ({"do_sample": True, "temperature": True, "top_p": None, "typical_p": 1.0}, {}, "temperature True"),
+        ({"do_sample": True, "temperature": True, "top_p": None, "typical_p": 1.0}, {"top_k": 50}, "temperature True"),
     ],
 )
 def test_what_is_taken_of_generation_config(

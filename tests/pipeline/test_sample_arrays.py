@@ -174,6 +174,17 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
         ModuleWorkload(**given, evaluation=files["whole"])
 
 
+def test_choices_count_where_samples_are_given(tmp_path: Path) -> None:
+    """Of random inputs they are near ties."""
+    samples = {name: array for name, array in good(6).items() if name != "labels"}
+    np.savez(tmp_path / "samples.npz", **samples)
+    given: dict[str, Any] = {"signature": SIGNATURE, "example": samples}
+    one, other = ([{"scores": np.eye(10)[[index]] * 0.5 + 0.05} for index in order] for order in ((1, 2, 3), (1, 2, 4)))
+    evaluation = read_arrays(tmp_path / "samples.npz", SIGNATURE)
+    assert ModuleWorkload(**given, evaluation=evaluation).metrics(one, other)["top1_agreement"] == pytest.approx(2 / 3)
+    assert "top1_agreement" not in ModuleWorkload(**given).metrics(one, other)
+
+
 def test_a_fixed_batch_takes_multiples(tmp_path: Path) -> None:
     inputs = (TensorSpec(name="image", dtype="float32", shape=(3, 1, 8, 8)),)
     signature = dataclasses.replace(SIGNATURE, inputs=inputs)
