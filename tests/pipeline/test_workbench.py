@@ -241,7 +241,7 @@ def test_nothing_is_timed_where_memory_is_short(network: Path, tmp_path: Path, m
         onnxpress.build(str(network), out=tmp_path / "none", budget="50%", prefer="speed")
     monkeypatch.setattr(workbench, "free_memory_bytes", lambda: int(needed) + 1)
     artifact = onnxpress.build(str(network), out=tmp_path / "enough", precision="int8-dynamic", budget="50%")
-    assert "not timed" not in artifact.measured["note"]
+    assert "not timed" not in artifact.measured["note"]  # that others crowd the machine may be in it
     assert artifact.measured["rows"]
 
 
