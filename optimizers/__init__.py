@@ -12,6 +12,7 @@ from onnxpress.optimizers.cuda_opset import CudaOpset
 from onnxpress.optimizers.deduplicate import Deduplicate
 from onnxpress.optimizers.fold import Fold
 from onnxpress.optimizers.fuse_attention import FuseAttention
+from onnxpress.optimizers.fuse_convolutions import FuseConvolutions
 from onnxpress.optimizers.fuse_gelu import FuseGelu
 from onnxpress.optimizers.fuse_layer_norm import FuseLayerNorm
 from onnxpress.optimizers.fuse_rotary import FuseRotary
@@ -32,6 +33,7 @@ from onnxpress.optimizers.weights import WeightsInt4, WeightsInt8
 PASSES: Mapping[str, type[Pass]] = {
     "fold": Fold,
     "deduplicate": Deduplicate,
+    "fuse-convolutions": FuseConvolutions,
     "fuse-gelu": FuseGelu,
     "fuse-layer-norm": FuseLayerNorm,
     "fuse-attention": FuseAttention,

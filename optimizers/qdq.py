@@ -29,14 +29,15 @@ from onnxpress.optimizers.deduplicate import merge_constants
 from onnxpress.optimizers.experts import mixtures, routers
 from onnxpress.optimizers.linear import (
     add_constant,
-    attribute,
     drop_unused_constants,
     insert_behind,
+    replace_node,
     replace_value,
     unused_name,
 )
-from onnxpress.optimizers.matching import body_nodes, constant, dimension, insert, rank
+from onnxpress.optimizers.matching import constant, insert, only_user
 from onnxpress.optimizers.opset import raise_opset
+from onnxpress.optimizers.qdq_forms import spell_for_integers
 from onnxpress.optimizers.qdq_plan import Layer, Plan, name_of, plan_chained, plan_inputs
 from onnxpress.optimizers.rounding import Float, activation_uint8
 from onnxpress.optimizers.smooth import check_smooth, smooth_norms
@@ -100,7 +101,7 @@ def _quantize(options: Int8Qdq, graph: Graph, context: PassContext, form: QdqFor
         )
     tables: tuple[str, ...] = ()
     if form.chained:
-        _pool_instead_of_means(graph)
+        spell_for_integers(graph, context.keep)
         tied, tables = quantize_embeddings(graph, bits=8, preferred_block=128, keep=context.keep)
         notes += (f"{tied.tables} embedding tables", *tied.notes) if tables else tied.notes
     plan = _plan(graph, context, form)
@@ -166,6 +167,11 @@ class _Writer:
                     pair[0].replace_input_with(0, value)
             else:
                 _replace_readers([use for use in uses if use in plan.readers], pair[1].outputs[0])
+        for node in plan.between:
+            if node.op_type == "HardSwish":
+                self._write_hard_swish(node)
+            elif node.op_type == "Pad":
+                self._write_pad(node)
 
     def write_integer_bias(self, layer: Layer) -> None:
         """int32 with the product of the scales of activation and weight, which is what the sums of products have."""
@@ -185,6 +191,53 @@ class _Writer:
         integers = np.rint(array.astype(np.float64) / scales).astype(np.int32)
         node.replace_input_with(2, self._constant_pair(f"{layer.name}_bias", integers, scales, axis=0, before=node))
 
+    def _write_hard_swish(self, node: ir.Node) -> None:
+        """HardSwish(x) = x · clip(x / 6 + 1/2, 0, 1) → Mul, which has an integer kernel, of x and of x quantized once more, read otherwise:
+        with 6 / 254 for a step its codes end where the clip does (but for one, above 3), and stand for 0 to 1 with 1 / 254.
+        """
+        x, output = node.inputs[0], node.outputs[0]
+        assert x is not None
+        name, lowest = name_of(node), 0 if self._form.activations == "uint8" else -128
+        dtype = _DTYPES[self._form.activations]
+        step, middle = np.array(6 / 254, np.float32), np.array(lowest + 127, dtype)
+        constants = [
+            add_constant(self._graph, f"{name}_gate_{part}", array)
+            for part, array in (
+                ("step", step),
+                ("middle", middle),
+                ("scale", np.array(1 / 254, np.float32)),
+                ("zero_point", np.array(lowest, dtype)),
+            )
+        ]
+        kind = ir.DataType.from_numpy(dtype)
+        codes = insert(
+            node, "QuantizeLinear", [x, *constants[:2]], name=f"{name}_gate_quantized", dtype=kind, shape=x.shape
+        )
+        gate = insert(
+            node, "DequantizeLinear", [codes, *constants[2:]], name=f"{name}_gate", dtype=output.dtype, shape=x.shape
+        )
+        replace_node(self._graph, node, ir.node("Mul", [x, gate], name=name))
+
+    def _write_pad(self, node: ir.Node) -> None:
+        """DQ → Pad → Q → DQ becomes Pad → DQ: ONNX Runtime has the kernel, and no rule that finds it."""
+        before, after = node.inputs[0], only_user(node.outputs[0], "QuantizeLinear")
+        dequantize = None if before is None else before.producer()
+        assert dequantize is not None
+        assert after is not None
+        codes, _, zero_point = dequantize.inputs
+        padded = insert(
+            node,
+            "Pad",
+            [codes, node.inputs[1], zero_point, *node.inputs[3:]],
+            name=f"{name_of(node)}_of_codes",
+            dtype=after.outputs[0].dtype,
+            shape=node.outputs[0].shape,
+        )
+        replace_value(self._graph, after.outputs[0], padded)
+        self._graph.model.graph.remove([node, after], safe=True)
+        if not dequantize.outputs[0].uses() and not dequantize.outputs[0].is_graph_output():
+            self._graph.model.graph.remove(dequantize, safe=True)  # ONNX Runtime would run it
+
     def _measure(self, plan: Plan) -> None:
         owners = list(dict.fromkeys(plan.owners.values()))
         distributions = self._context.distributions
@@ -195,6 +248,8 @@ class _Writer:
             low, high = chosen_range(
                 found[str(owner.name)], method, percentile=self._options.percentile, rounding=self._rounded
             )
+            if all(use.node.op_type == "HardSwish" for use in owner.uses()) and not owner.is_graph_output():
+                low = max(low, -3.0)  # where HardSwish begins to be 0
             scale, zero_point = activation_scale(low, high, self._form)
             self._scales[owner] = (
                 add_constant(self._graph, f"{owner.name}_scale", scale),
@@ -294,25 +349,3 @@ def _weight_integers(steps: Float, form: QdqForm) -> npt.NDArray[Any]:
 def _replace_readers(readers: list[tuple[ir.Node, int]], value: ir.Value) -> None:
     for node, index in readers:
         node.replace_input_with(index, value)
-
-
-def _pool_instead_of_means(graph: Graph) -> None:
-    """ReduceMean over the two axes of an image → GlobalAveragePool, which has an integer kernel (and Squeeze, with keepdims=0)."""
-    for node in body_nodes(graph, "ReduceMean"):
-        source, output = node.inputs[0], node.outputs[0]
-        axes = attribute(node, "axes", None)
-        if axes is None and len(node.inputs) > 1:
-            array = constant(node.inputs[1])
-            axes = None if array is None else array.reshape(-1).tolist()
-        if source is None or rank(source) != 4 or axes is None or sorted(int(axis) % 4 for axis in axes) != [2, 3]:
-            continue
-        name, keeps = name_of(node), attribute(node, "keepdims", 1)
-        shape = [dimension(source, 0), dimension(source, 1), 1, 1]
-        pooled = insert(node, "GlobalAveragePool", [source], name=f"{name}_pooled", dtype=source.dtype, shape=shape)
-        if not keeps:
-            two = add_constant(graph, f"{name}_axes", np.array([2, 3], np.int64))
-            pooled = insert(
-                node, "Squeeze", [pooled, two], name=f"{name}_squeezed", dtype=output.dtype, shape=output.shape
-            )
-        replace_value(graph, output, pooled)
-        graph.model.graph.remove(node, safe=True)

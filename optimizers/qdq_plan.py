@@ -21,10 +21,23 @@ from onnxpress.graph import Graph
 from onnxpress.optimizers.linear import attribute, linears
 from onnxpress.optimizers.matching import constant, only_user
 
-# Operators with an integer kernel of their own, whose output has a range of its own.
+# Operators with an integer kernel of their own, whose output has a range of its own. HardSwish becomes a Mul (qdq.py). HardSigmoid has none and
+# stays between two pairs: it is the gate of a product over an image (squeeze and excitation), whose kernel wants both factors as integers.
 _MEASURED = ("Add", "Mul", "Concat", "Sigmoid", "LeakyRelu", "AveragePool", "GlobalAveragePool")
-# Operators that move numbers and so keep the range of what they read. Resize: nearest neighbours only.
-_MOVING = ("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "DepthToSpace", "Resize")
+_GATES = ("HardSwish", "HardSigmoid")
+# Operators that move numbers and so keep the range of what they read. Resize: nearest neighbours only; Pad: with zeros (qdq.py writes it).
+_MOVING = (
+    "MaxPool",
+    "Reshape",
+    "Transpose",
+    "Flatten",
+    "Squeeze",
+    "Unsqueeze",
+    "Slice",
+    "DepthToSpace",
+    "Resize",
+    "Pad",
+)
 _SEVERAL = ("Add", "Mul", "Concat")  # those that read more than one tensor
 
 
@@ -198,9 +211,13 @@ def _is_computed(value: ir.Value) -> bool:
 def _has_kernel(node: ir.Node) -> bool:
     if node.op_type == "Resize":
         return bool(attribute(node, "mode", "nearest") == "nearest")
+    if node.op_type == "Pad":  # an attribute before opset 11
+        value = node.inputs[2] if len(node.inputs) > 2 else None
+        zero = value is None or ((array := constant(value)) is not None and not array.any())
+        return zero and len(node.inputs) > 1 and bool(attribute(node, "mode", "constant") == "constant")
     if node.op_type == "MaxPool":
         return len(node.outputs) == 1  # with indices there is none
-    return node.op_type in (*_MEASURED, *_MOVING)
+    return node.op_type in (*_MEASURED, *_GATES, *_MOVING)
 
 
 def _data_inputs(node: ir.Node) -> range:

@@ -70,7 +70,7 @@ class Target:
         return allowed
 
 
-_CLEAN = ("fold", "deduplicate")
+_CLEAN = ("fold", "deduplicate", "fuse-convolutions")
 _FUSE = ("fuse-gelu", "fuse-layer-norm", "fuse-attention")
 _DECODER = ("fuse-skip-norm", "fuse-rotary")
 

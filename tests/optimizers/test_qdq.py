@@ -18,6 +18,7 @@ from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext, PassResult
+from onnxpress.optimizers.linear import attribute
 from onnxpress.optimizers.qdq import activation_scale
 from onnxpress.optimizers.targets import TARGETS, target
 
@@ -121,6 +122,188 @@ def test_onnxruntime_runs_integers_throughout(kind: str, opset: int, tmp_path: P
     assert result.changes == len(result.touched) == 12  # 4 layers, 8 nodes between
     allowed = 0.05 if kind == "cpu-avx2" else 0.03  # 7 and 8 bits
     assert 0 < relative_error(session.run(test)["y"], expected) < allowed
+
+
+GATED = """
+c0 = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(x, w0, b0)
+h0 = HardSwish(c0)
+q = ReduceMean<keepdims=1>(h0, axes)
+c1 = Conv(q, w1, b1)
+g = HardSigmoid<alpha=0.16666667>(c1)
+m = Mul(h0, g)
+c2 = Conv(m, w2, b2)
+h1 = HardSwish(c2)
+y = Conv(h1, w3)
+"""
+
+
+def gated() -> Graph:
+    """A layer of MobileNetV3's kind: HardSwish, and a gate for each channel."""
+    random = np.random.default_rng(0)
+    shapes = {"w0": (16, 3, 3, 3), "w1": (16, 16, 1, 1), "w2": (16, 16, 1, 1), "w3": (8, 16, 1, 1)}
+    weights = {
+        name: 2 * random.standard_normal(shape) / np.sqrt(np.prod(shape[1:])) for name, shape in shapes.items()
+    } | {f"b{index}": random.standard_normal(16) for index in range(3)}
+    constants: dict[str, Any] = {name: array.astype(np.float32) for name, array in weights.items()}
+    return small_graph(
+        GATED,
+        inputs=IMAGE,
+        outputs="float[batch,8,8,8] y",
+        weights=constants | {"axes": np.array([2, 3])},
+        ir_version=10,
+    )
+
+
+@pytest.mark.parametrize(("kind", "allowed"), [("cpu", 0.03), ("cpu-avx2", 0.05), ("cpu-arm64", 0.03)])
+def test_hard_swishes_and_gates_are_integer_products(kind: str, allowed: float, tmp_path: Path) -> None:
+    graph, test = gated(), together(images(64, seed=1))
+    expected = PlainSession(graph, tmp_path).run(test)["y"]
+    result = quantize(graph, tmp_path, images(128), kind=kind)
+    session = open_for(result, tmp_path, kind)
+    assert relative_error(session.run(test)["y"], expected) < allowed
+    if kind != "cpu-arm64":  # whose kernels are not this machine's
+        assert session.operators["QLinearMul"] == 3
+        assert session.operators["QLinearConv"] == 4
+        assert not {"Conv", "Mul", "HardSwish"} & set(session.operators)
+
+
+def test_a_range_that_hard_swish_alone_reads_begins_where_it_is_zero(tmp_path: Path) -> None:
+    result = quantize(gated(), tmp_path, images(128))
+    constants = result.graph.model.graph.initializers
+
+    def lowest(name: str) -> float:
+        quantize = next(node for node in result.graph.model.graph if node.name == f"{name}_quantize")
+        scale, zero = (constants[str(value.name)].const_value for value in quantize.inputs[1:] if value is not None)
+        assert scale is not None
+        assert zero is not None
+        return -float(scale.numpy()) * float(zero.numpy())
+
+    assert -3.05 < lowest("c0") < -2.95
+    assert lowest("c1") < -3.2  # which a HardSigmoid reads
+    kept = quantize(gated(), tmp_path, images(128), keep=frozenset({"HardSwish_1"}))
+    assert kept.graph.operators()["HardSwish"] == 1
+
+
+MOVED = """
+c0 = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(x, w0)
+r = Relu(c0)
+p = Pad(r, around, nothing, axes)
+m = MaxPool<kernel_shape=[2,2], strides=[1,1]>(p)
+c1 = Conv<kernel_shape=[2,2]>(p, w1)
+k = Concat<axis=1>(m, c1)
+a, b = Split<axis=1>(k, parts)
+c2 = Conv(b, w2)
+s = Add(c2, b)
+e = Concat<axis=1>(a, b, s)
+y = Conv(e, w3)
+"""
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.5])
+@pytest.mark.parametrize("kind", CPUS)
+def test_padding_and_parts_of_images_are_integers(kind: str, constant: float, tmp_path: Path) -> None:
+    """As at the beginning of HGNetV2, and in YOLO's layers."""
+    random = np.random.default_rng(0)
+    shapes = {"w0": (16, 3, 3, 3), "w1": (16, 16, 2, 2), "w2": (12, 12, 1, 1), "w3": (8, 44, 1, 1)}
+    weights = {name: random.standard_normal(shape) / np.sqrt(np.prod(shape[1:])) for name, shape in shapes.items()}
+    graph = small_graph(
+        MOVED,
+        inputs=IMAGE,
+        outputs="float[batch,8,8,8] y",
+        weights={name: array.astype(np.float32) for name, array in weights.items()}
+        | {"around": np.array([0, 0, 1, 1]), "axes": np.array([2, 3]), "parts": np.array([20, 12])}
+        | {"nothing": np.float32(constant)},
+        ir_version=10,
+    )
+    test = together(images(16, seed=1))
+    expected = PlainSession(graph, tmp_path).run(test)["y"]
+    session = open_for(quantize(graph, tmp_path, images(64), kind=kind), tmp_path, kind)
+    assert relative_error(session.run(test)["y"], expected) < (0.03 if kind == "cpu" else 0.05)
+    assert session.operators["QLinearConv"] == 4
+    assert session.operators["QLinearConcat"] == 2
+    assert session.operators["DequantizeLinear"] == (1 if constant == 0 else 2)
+
+
+def grouped(groups: int, outputs: int = 16) -> Graph:
+    random = np.random.default_rng(0)
+    weights = {
+        "w0": random.standard_normal((16, 3, 3, 3)) / 5,
+        "w1": random.standard_normal((outputs, 16 // groups, 3, 3)) / np.sqrt(9 * 16 // groups),
+        "b1": random.standard_normal(outputs) / 5,
+    }
+    return small_graph(
+        f"""c = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(x, w0)
+        r = Relu(c)
+        y = Conv<kernel_shape=[3,3], group={groups}>(r, w1, b1)""",
+        inputs=IMAGE,
+        outputs=f"float[batch,{outputs},6,6] y",
+        weights={name: array.astype(np.float32) for name, array in weights.items()},
+    )
+
+
+@pytest.mark.parametrize(
+    ("groups", "outputs", "kind", "keep", "left"),
+    [
+        (4, 16, "cpu", frozenset(), 1),
+        (8, 24, "cpu", frozenset(), 1),  # three outputs a group
+        (16, 32, "cpu", frozenset(), 1),  # a channel's two outputs have no kernel of their own either
+        (16, 16, "cpu", frozenset(), 16),  # each channel by itself
+        (1, 16, "cpu", frozenset(), 1),
+        (4, 16, "cpu", frozenset({"Conv_2"}), 4),
+        (4, 16, "tensorrt", frozenset(), 4),
+    ],
+)
+def test_groups_of_few_channels_become_wider(
+    groups: int, outputs: int, kind: str, keep: frozenset[str], left: int, tmp_path: Path
+) -> None:
+    graph, test = grouped(groups, outputs), together(images(16, seed=1))
+    expected = PlainSession(graph, tmp_path).run(test)["y"]
+    result = quantize(graph, tmp_path, images(64), kind=kind, keep=keep)
+    last = [node for node in result.graph.model.graph if node.op_type == "Conv"][-1]
+    assert attribute(last, "group", 1) == left
+    # each channel by itself: 3.1 %, as what a channel reads has the scale of all of them
+    assert 0 < relative_error(open_for(result, tmp_path, kind).run(test)["y"], expected) < 0.035
+
+
+def test_groups_stay_below_32_channels(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((96, 4, 1, 1)).astype(np.float32)
+    graph = small_graph(
+        "y = Conv<group=24>(x, w)", inputs="float[n,96,4,4] x", outputs="float[n,96,4,4] y", weights={"w": weight}
+    )
+    samples = [{"x": random.standard_normal((1, 96, 4, 4)).astype(np.float32)} for _ in range(8)]
+    expected = PlainSession(graph, tmp_path).run(samples[0])["y"]
+    result = quantize(graph, tmp_path, samples)
+    (node,) = [node for node in result.graph.model.graph if node.op_type == "Conv"]
+    assert attribute(node, "group", 1) == 3
+    assert relative_error(open_for(result, tmp_path).run(samples[0])["y"][0], expected[0]) < 0.03
+
+
+@pytest.mark.parametrize("keep", [frozenset(), frozenset({"BatchNormalization_1"})])
+def test_a_norm_behind_no_convolution_runs_on_integers(keep: frozenset[str], tmp_path: Path) -> None:
+    """As between a concatenation and a Relu of DenseNet."""
+    random = np.random.default_rng(0)
+    numbers = {name: random.uniform(0.5, 2, 16) for name in ("s", "b", "m", "v")}
+    numbers |= {"w0": random.standard_normal((16, 3, 3, 3)) / 5, "w1": random.standard_normal((8, 16, 1, 1)) / 4}
+    graph = small_graph(
+        """c = Conv<kernel_shape=[3,3]>(x, w0)
+        n = BatchNormalization(c, s, b, m, v)
+        r = Relu(n)
+        k = Concat<axis=1>(r, r)
+        p = Slice(k, zero, sixteen, one)
+        y = Conv(p, w1)""",
+        inputs=IMAGE,
+        outputs="float[batch,8,6,6] y",
+        weights={name: array.astype(np.float32) for name, array in numbers.items()}
+        | {"zero": np.array([0]), "sixteen": np.array([16]), "one": np.array([1])},
+    )
+    test = together(images(16, seed=1))
+    expected = PlainSession(graph, tmp_path).run(test)["y"]
+    result = quantize(graph, tmp_path, images(64), keep=keep)
+    session = open_for(result, tmp_path)
+    assert session.operators["QLinearConv"] == (2 if keep else 3)
+    assert session.operators["BatchNormalization"] == (1 if keep else 0)
+    assert 0 < relative_error(session.run(test)["y"], expected) < 0.03
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,316 @@
+"""What is linear behind or beside a convolution goes into its weights, zeros around what it reads into its padding.
+
+    Conv(x, w, b) · s, + s, − s, / s, with a number a channel   →   Conv(x, w · s, b · s); of MatMul and Gemm products and quotients
+    Conv(x, w, b) ± Conv(x, v, c), around the same centres      →   Conv(x, w ± v, b ± c)
+    Conv(x, w, b) ± BatchNormalization(x), or ± x               →   the same, where each channel is convolved by itself
+    Conv(Pad(x), w)                                             →   Conv(x, w) with more padding
+
+The branches are those of RepVGG, MobileOne and FastViT ("structural re-parameterization": Ding et al. 2021, "RepVGG: Making VGG-style
+ConvNets Great Again", section 3.3), and of RT-DETR's layers, which PyTorch's models keep apart.
+
+Deliberately leaves x and its norm beside a convolution over several channels: one weight of 1 among hundreds of small ones takes 8 bits
+away from them. A batch norm behind a convolution is fold's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from onnxpress.graph import Graph
+from onnxpress.optimizers.base import PassContext, PassResult
+from onnxpress.optimizers.linear import (
+    add_constant,
+    attribute,
+    drop_unused_constants,
+    linears,
+    replace_constant,
+    replace_node,
+    replace_value,
+)
+from onnxpress.optimizers.matching import body_nodes, constant, only_user, produced_by, rank
+
+_Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseConvolutions:
+    """No options."""
+
+    name: ClassVar[str] = "fuse-convolutions"
+    lossless: ClassVar[bool] = True
+
+    def apply(self, graph: Graph, context: PassContext) -> PassResult:
+        """Fuse. `changes` counts what went into a convolution or linear layer."""
+        padded = sum(_take_padding(node) for node in body_nodes(graph, "Conv"))
+        RemoveUnusedNodesPass()(graph.model)
+        scaled = sum(_scale_convolution(graph, node) for node in body_nodes(graph, "Conv")) + _scale_linears(graph)
+        merged = sum(_merge(graph, node) for node in body_nodes(graph, "Add", "Sub"))
+        drop_unused_constants(graph)
+        notes = (f"{merged} branches beside convolutions went into their weights",) if merged else ()
+        return PassResult(graph=graph, changes=padded + scaled + merged, notes=notes)
+
+
+def _take_padding(node: ir.Node) -> int:
+    """Read what is inside of zeros, and pad by as much."""
+    pad, axes = produced_by(node.inputs[0], "Pad"), rank(node.inputs[1])
+    if pad is None or axes is None or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
+        return 0
+    amounts, value, named = ([constant(given) for given in pad.inputs[1:]] + [None] * 3)[
+        :3
+    ]  # attributes before opset 11
+    given = sum(given is not None for given in pad.inputs[1:])
+    known = sum(array is not None for array in (amounts, value, named))
+    if amounts is None or known < given or attribute(pad, "mode", "constant") != "constant":
+        return 0
+    if value is not None and value.any():
+        return 0
+    places = np.arange(axes) if named is None else named % axes
+    around = np.zeros((2, axes), np.int64)
+    around[:, places] = amounts.reshape(2, -1)
+    if around[:, :2].any() or (around < 0).any():
+        return 0
+    before = np.array(attribute(node, "pads", (0,) * (2 * (axes - 2)))).reshape(2, -1)
+    node.attributes["pads"] = ir.AttrInt64s("pads", (before + around[:, 2:]).reshape(-1).tolist())
+    node.replace_input_with(0, pad.inputs[0])
+    return 1
+
+
+def _scale_convolution(graph: Graph, node: ir.Node) -> int:
+    """Take constants behind a convolution into it, as many as follow each other."""
+    weight, count = _weight(node), 0
+    if weight is None:
+        return 0
+    bias = np.zeros(len(weight)) if len(node.inputs) < 3 or node.inputs[2] is None else _own(node.inputs[2])
+    if bias is None:
+        return 0
+    while (user := only_user(node.outputs[0], "Mul", "Div", "Add", "Sub")) is not None:
+        first = user.inputs[0] is node.outputs[0]
+        numbers = _a_channel(user.inputs[1 if first else 0], len(weight), axes=weight.ndim, behind=weight.ndim - 2)
+        if numbers is None or (user.op_type == "Div" and (not first or not np.all(numbers))):
+            break
+        if user.op_type in ("Mul", "Div"):
+            factors = numbers if user.op_type == "Mul" else 1 / numbers
+            weight, bias = weight * factors.reshape(-1, *[1] * (weight.ndim - 1)), bias * factors
+        elif user.op_type == "Add":
+            bias = bias + numbers
+        else:
+            sign = 1 if first else -1
+            weight, bias = sign * weight, sign * (bias - numbers)
+        _write(graph, node, weight, bias)
+        _stand_for(graph, node, user)
+        count += 1
+    return count
+
+
+def _scale_linears(graph: Graph) -> int:
+    """Take factors of output features, layer scales for instance, into the weights of MatMul and Gemm."""
+    count = 0
+    for linear in list(linears(graph)):
+        user = only_user(linear.output, "Mul", "Div")
+        if user is None or len(linear.weight.uses()) != 1 or constant(linear.weight) is None:
+            continue
+        first = user.inputs[0] is linear.output
+        width = linear.weight_array().shape[1]
+        numbers = _a_channel(user.inputs[1 if first else 0], width, axes=rank(linear.output) or 1, behind=0)
+        if numbers is None or (user.op_type == "Div" and (not first or not np.all(numbers))):
+            continue
+        factors = numbers if user.op_type == "Mul" else 1 / numbers
+        weight = linear.weight_array().astype(np.float64) * factors
+        reader = next(iter(linear.weight.uses()))
+        scaled = (weight.T if linear.transposed else weight).astype(np.float32)
+        replace_constant(graph, reader.node, reader.idx, scaled)
+        if linear.bias is not None:
+            bias = constant(linear.bias)
+            assert bias is not None
+            last = linear.nodes[-1]
+            place = next(index for index, value in enumerate(last.inputs) if value is linear.bias)
+            replace_constant(graph, last, place, (bias.astype(np.float64) * factors).astype(np.float32))
+        _stand_for(graph, linear.nodes[-1], user)
+        count += 1
+    return count
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Branch:
+    """A convolution of x. weight: (channels, channels a group, *kernel). begin, end: padding of each axis."""
+
+    x: ir.Value
+    weight: _Array
+    bias: _Array
+    group: int
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    begin: tuple[int, ...]
+    end: tuple[int, ...]
+
+
+def _merge(graph: Graph, total: ir.Node) -> int:
+    """One convolution in the place of a sum or difference of two branches over the same input."""
+    first, second = total.inputs[0], total.inputs[1]
+    if first is None or second is None or first is second:
+        return 0
+    branches = [_convolution(first, total), _convolution(second, total)]
+    if branches[0] is None and branches[1] is None:
+        return 0
+    for index, value in enumerate((first, second)):
+        other = branches[1 - index]
+        if branches[index] is None and other is not None:
+            branches[index] = _by_channel(value, other, total)
+    one, two = branches
+    if one is None or two is None or one.x is not two.x or (one.group, one.strides) != (two.group, two.strides):
+        return 0
+    sign = 1 if total.op_type == "Add" else -1
+    two = _Branch(**{**two.__dict__, "weight": sign * two.weight, "bias": sign * two.bias})
+    wide, narrow = (one, two) if one.weight[0, 0].size >= two.weight[0, 0].size else (two, one)
+    weight = _added(wide, narrow)
+    if weight is None:
+        return 0
+    node = ir.node(
+        "Conv",
+        [
+            wide.x,
+            add_constant(graph, f"{total.outputs[0].name}_weight", weight.astype(np.float32)),
+            add_constant(graph, f"{total.outputs[0].name}_bias", (wide.bias + narrow.bias).astype(np.float32)),
+        ],
+        {
+            "group": wide.group,
+            "strides": wide.strides,
+            "dilations": wide.dilations,
+            "pads": (*wide.begin, *wide.end),
+            "kernel_shape": weight.shape[2:],
+        },
+        name=total.name or f"{total.outputs[0].name}_convolution",
+    )
+    replace_node(graph, total, node)
+    for value in (first, second):
+        producer = value.producer()
+        if value is not wide.x and producer is not None:
+            graph.model.graph.remove(producer, safe=True)
+    return 1
+
+
+def _convolution(value: ir.Value, total: ir.Node) -> _Branch | None:
+    """The convolution that gives a value for this sum alone."""
+    node = value.producer()
+    if node is None or only_user(value, total.op_type) is not total or node.op_type != "Conv" or node.domain != "":
+        return None
+    weight, x = _weight(node), node.inputs[0]
+    if weight is None or x is None or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
+        return None
+    bias = np.zeros(len(weight)) if len(node.inputs) < 3 or node.inputs[2] is None else _own(node.inputs[2])
+    if bias is None:
+        return None
+    axes = weight.ndim - 2
+    pads = tuple(attribute(node, "pads", (0,) * (2 * axes)))
+    return _Branch(
+        x=x,
+        weight=weight,
+        bias=bias,
+        group=attribute(node, "group", 1),
+        strides=tuple(attribute(node, "strides", (1,) * axes)),
+        dilations=tuple(attribute(node, "dilations", (1,) * axes)),
+        begin=pads[:axes],
+        end=pads[axes:],
+    )
+
+
+def _by_channel(value: ir.Value, beside: _Branch, total: ir.Node) -> _Branch | None:
+    """x itself or its batch norm, as a convolution like the one beside it."""
+    channels, axes = len(beside.weight), beside.weight.ndim - 2
+    if beside.group != channels or beside.weight.shape[1] != 1 or set(beside.strides) != {1}:
+        return None
+    if value is beside.x:
+        scale, shift = np.ones(channels), np.zeros(channels)
+    else:
+        node = value.producer()
+        if node is None or only_user(value, total.op_type) is not total or node.inputs[0] is not beside.x:
+            return None
+        norm = normalization(node)
+        if norm is None:
+            return None
+        scale, shift = norm
+    return _Branch(
+        x=beside.x,
+        weight=scale.reshape(-1, *[1] * (axes + 1)),
+        bias=shift,
+        group=channels,
+        strides=(1,) * axes,
+        dilations=(1,) * axes,
+        begin=(0,) * axes,
+        end=(0,) * axes,
+    )
+
+
+def normalization(node: ir.Node) -> tuple[_Array, _Array] | None:
+    """Factor and summand of each channel of a BatchNormalization with constants, as it is where nothing is trained."""
+    if node.op_type != "BatchNormalization" or node.domain != "" or attribute(node, "training_mode", 0):
+        return None
+    found = [_own(value) for value in node.inputs[1:]]
+    scale, shift, mean, variance = (found + [None] * 4)[:4]
+    if scale is None or shift is None or mean is None or variance is None or len(node.outputs) != 1:
+        return None
+    factor = scale / np.sqrt(variance + attribute(node, "epsilon", 1e-5))
+    return factor, shift - mean * factor
+
+
+def _added(wide: _Branch, narrow: _Branch) -> _Array | None:
+    """The wide branch's weights with the narrow one's at their places; None where their places are not the same."""
+    if wide.weight.shape[:2] != narrow.weight.shape[:2]:
+        return None
+    places: list[slice | npt.NDArray[np.int64]] = []
+    for axis, (size, small) in enumerate(zip(wide.weight.shape[2:], narrow.weight.shape[2:], strict=True)):
+        step, small_step = wide.dilations[axis], narrow.dilations[axis]
+        ahead = wide.begin[axis] - narrow.begin[axis]
+        behind = wide.end[axis] - narrow.end[axis]
+        spare = step * (size - 1) - small_step * (small - 1)
+        if ahead < 0 or behind < 0 or ahead + behind != spare or ahead % step or (small > 1 and small_step != step):
+            return None
+        places.append(slice(ahead // step, ahead // step + small))
+    weight = wide.weight.copy()
+    weight[(slice(None), slice(None), *places)] += narrow.weight
+    return weight
+
+
+def _weight(node: ir.Node) -> _Array | None:
+    """float64 weights of a convolution, where they are float32 constants that nothing else reads."""
+    weight = node.inputs[1]
+    return None if weight is None or len(weight.uses()) != 1 else _own(weight)
+
+
+def _own(value: ir.Value | None) -> _Array | None:
+    array = constant(value)
+    return None if array is None or array.dtype != np.float32 else array.astype(np.float64)
+
+
+def _a_channel(value: ir.Value | None, channels: int, *, axes: int, behind: int) -> _Array | None:
+    """A constant's numbers, one a channel, where it is the same along all other of the `axes`, of which `behind` follow the channels."""
+    array = _own(value)
+    if array is None or array.ndim > axes or array.size not in (1, channels) or not np.isfinite(array).all():
+        return None
+    if array.size > 1 and (array.ndim <= behind or array.shape[array.ndim - 1 - behind] != channels):
+        return None
+    return np.broadcast_to(array.reshape(-1), (channels,))
+
+
+def _write(graph: Graph, node: ir.Node, weight: _Array, bias: _Array) -> None:
+    replace_constant(graph, node, 1, weight.astype(np.float32))
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        replace_constant(graph, node, 2, bias.astype(np.float32))
+    elif bias.any():
+        value = add_constant(graph, f"{node.outputs[0].name}_bias", bias.astype(np.float32))
+        node.resize_inputs(3)
+        node.replace_input_with(2, value)
+
+
+def _stand_for(graph: Graph, node: ir.Node, user: ir.Node) -> None:
+    """Let what a node gives take the place of what its reader gave."""
+    given, wanted = node.outputs[0], user.outputs[0]
+    given.shape, given.type = given.shape or wanted.shape, given.type or wanted.type
+    replace_value(graph, wanted, given)
+    graph.model.graph.remove(user, safe=True)
