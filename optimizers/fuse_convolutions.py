@@ -1,6 +1,6 @@
 """What is linear behind or beside a convolution goes into its weights, zeros around what it reads into its padding.
 
-    Conv(x, w, b) · s, + s, − s, / s, with a number a channel   →   Conv(x, w · s, b · s); of MatMul and Gemm products and quotients
+    Conv(x, w, b) · s, + s, − s, / s, with a number a channel   →   Conv(x, w · s, b · s); of MatMul and Gemm factors
     Conv(x, w, b) ± Conv(x, v, c), around the same centres      →   Conv(x, w ± v, b ± c)
     Conv(x, w, b) ± BatchNormalization(x), or ± x               →   the same, where each channel is convolved by itself
     Conv(Pad(x), w)                                             →   Conv(x, w) with more padding
@@ -33,7 +33,7 @@ from onnxpress.optimizers.linear import (
     replace_node,
     replace_value,
 )
-from onnxpress.optimizers.matching import body_nodes, constant, only_user, produced_by, rank
+from onnxpress.optimizers.matching import body_nodes, constant, dimension, only_user, produced_by, rank
 
 _Array = npt.NDArray[np.float64]
 
@@ -109,28 +109,33 @@ def _scale_convolution(graph: Graph, node: ir.Node) -> int:
 
 
 def _scale_linears(graph: Graph) -> int:
-    """Take factors of output features, layer scales for instance, into the weights of MatMul and Gemm."""
+    """Take factors of output features (layer scales) into the weights of MatMul and Gemm. One factor for all of them stays: language
+    models have such, and copies of their weights would cost more than they bring.
+    """
     count = 0
     for linear in list(linears(graph)):
         user = only_user(linear.output, "Mul", "Div")
-        if user is None or len(linear.weight.uses()) != 1 or constant(linear.weight) is None:
+        width = dimension(linear.weight, 0 if linear.transposed else 1)
+        if (
+            user is None
+            or len(linear.weight.uses()) != 1
+            or linear.weight.is_graph_input()
+            or not isinstance(width, int)
+        ):
             continue
         first = user.inputs[0] is linear.output
-        width = linear.weight_array().shape[1]
         numbers = _a_channel(user.inputs[1 if first else 0], width, axes=rank(linear.output) or 1, behind=0)
-        if numbers is None or (user.op_type == "Div" and (not first or not np.all(numbers))):
+        if numbers is None or numbers.strides == (0,) or (user.op_type == "Div" and not (first and np.all(numbers))):
             continue
-        factors = numbers if user.op_type == "Mul" else 1 / numbers
-        weight = linear.weight_array().astype(np.float64) * factors
+        factors = (numbers if user.op_type == "Mul" else 1 / numbers).astype(np.float32)
+        scaled = linear.weight_array() * factors
         reader = next(iter(linear.weight.uses()))
-        scaled = (weight.T if linear.transposed else weight).astype(np.float32)
-        replace_constant(graph, reader.node, reader.idx, scaled)
+        replace_constant(graph, reader.node, reader.idx, scaled.T if linear.transposed else scaled)
         if linear.bias is not None:
-            bias = constant(linear.bias)
+            bias, last = constant(linear.bias), linear.nodes[-1]
             assert bias is not None
-            last = linear.nodes[-1]
             place = next(index for index, value in enumerate(last.inputs) if value is linear.bias)
-            replace_constant(graph, last, place, (bias.astype(np.float64) * factors).astype(np.float32))
+            replace_constant(graph, last, place, bias * factors)
         _stand_for(graph, linear.nodes[-1], user)
         count += 1
     return count
@@ -295,7 +300,7 @@ def _a_channel(value: ir.Value | None, channels: int, *, axes: int, behind: int)
         return None
     if array.size > 1 and (array.ndim <= behind or array.shape[array.ndim - 1 - behind] != channels):
         return None
-    return np.broadcast_to(array.reshape(-1), (channels,))
+    return np.broadcast_to(array.reshape(-1), (channels,))  # strides (0,) where one number is for all
 
 
 def _write(graph: Graph, node: ir.Node, weight: _Array, bias: _Array) -> None:

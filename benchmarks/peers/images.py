@@ -1,7 +1,7 @@
 """A network of images as a file of the cache, or an artifact: `file:NAME` on ONNX Runtime, `openvino:fp32` or `openvino:int8`, `ours:…`.
 
 int8 of OpenVINO is NNCF's post-training quantization of the float file, calibrated on the same images as ours. OpenVINO reads a file of
-the batch's own shape, with the latency hint, and for several images with a stream a core too; the fastest counts.
+the batch's own shape (what is not int8 as it likes, in bfloat16 too), with the latency hint, and for several images with a stream a core too; the fastest counts.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ NAME = "image"
 
 
 def images(batch: int, size: int, seed: int = 0) -> np.ndarray:
-    """The same random images for everybody, float32 (batch, 3, size, size)."""
-    return np.random.default_rng(seed).standard_normal((batch, 3, size, size), dtype=np.float32)
+    """The same random images for everybody, float32 (batch, 3, size, size), of unequal colours and contrast."""
+    random = np.random.default_rng(seed)
+    colours, contrast = random.uniform(-2, 2, (batch, 3, 1, 1)), random.uniform(0.2, 1, (batch, 1, 1, 1))
+    return (colours + contrast * random.standard_normal((batch, 3, size, size))).astype(np.float32)
 
 
 def open_peer(variant: str, setting: Setting) -> File | OpenVino | Ours:
@@ -62,6 +64,9 @@ class OpenVino:
 
         self.core = openvino.Core()
         self.model = self.core.read_model(cache / FLOAT)
+        self.options: dict[str, Any] = {"INFERENCE_NUM_THREADS": THREADS}
+        if form == "fp32":
+            self.options["INFERENCE_PRECISION_HINT"] = "f32"  # else bfloat16 where there is some
         if form == "int8":
             import nncf
 
@@ -78,7 +83,7 @@ class OpenVino:
 
         def compiled(rows: int, options: dict[str, Any]) -> Any:
             self.model.reshape([rows, 3, size, size])
-            return self.core.compile_model(self.model, "CPU", {"INFERENCE_NUM_THREADS": THREADS, **options})
+            return self.core.compile_model(self.model, "CPU", {**self.options, **options})
 
         request = compiled(batch, {"PERFORMANCE_HINT": "LATENCY"}).create_infer_request()
         calls: dict[str, Callable[[], Any]] = {
