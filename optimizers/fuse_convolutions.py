@@ -1,6 +1,7 @@
 """What is linear behind or beside a convolution goes into its weights, zeros around what it reads into its padding.
 
-    Conv(x, w, b) · s, + s, − s, / s, with a number a channel   →   Conv(x, w · s, b · s); of MatMul and Gemm factors
+    Conv(x, w, b) · s, + s, − s, / s, with a number a channel   →   Conv(x, w · s, b · s)
+    MatMul(x, w) + b · s, / s, with a number a feature          →   MatMul(x, w · s) + b · s; Gemm too
     Conv(x, w, b) ± Conv(x, v, c), around the same centres      →   Conv(x, w ± v, b ± c)
     Conv(x, w, b) ± BatchNormalization(x), or ± x               →   the same, where each channel is convolved by itself
     Conv(Pad(x), w)                                             →   Conv(x, w) with more padding
@@ -8,14 +9,15 @@
 The branches are those of RepVGG, MobileOne and FastViT ("structural re-parameterization": Ding et al. 2021, "RepVGG: Making VGG-style
 ConvNets Great Again", section 3.3), and of RT-DETR's layers, which PyTorch's models keep apart.
 
-Deliberately leaves x and its norm beside a convolution over several channels: one weight of 1 among hundreds of small ones takes 8 bits
-away from them. A batch norm behind a convolution is fold's.
+A batch norm behind a convolution is fold's. Deliberately leaves x and its norm beside a convolution over several channels: one weight of 1
+among hundreds of small ones takes 8 bits away from them. And factors that would make weights too small for float16's fractions.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +38,7 @@ from onnxpress.optimizers.linear import (
 from onnxpress.optimizers.matching import body_nodes, constant, dimension, only_user, produced_by, rank
 
 _Array = npt.NDArray[np.float64]
+_SMALL, _LARGE = 2.0**-10, 2.0**15  # float16's fractions are whole from 2^-14 on, its numbers end at 2^16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +86,21 @@ def _take_padding(node: ir.Node) -> int:
 
 def _scale_convolution(graph: Graph, node: ir.Node) -> int:
     """Take constants behind a convolution into it, as many as follow each other."""
-    weight, count = _weight(node), 0
-    if weight is None:
-        return 0
-    bias = np.zeros(len(weight)) if len(node.inputs) < 3 or node.inputs[2] is None else _own(node.inputs[2])
-    if bias is None:
-        return 0
+    count = 0
     while (user := only_user(node.outputs[0], "Mul", "Div", "Add", "Sub")) is not None:
         first = user.inputs[0] is node.outputs[0]
+        if constant(user.inputs[1 if first else 0]) is None:
+            break  # before weights are read
+        weight, bias = _weights(node)
+        if weight is None or bias is None:
+            break
         numbers = _a_channel(user.inputs[1 if first else 0], len(weight), axes=weight.ndim, behind=weight.ndim - 2)
-        if numbers is None or (user.op_type == "Div" and (not first or not np.all(numbers))):
+        if numbers is None or (user.op_type == "Div" and not (first and np.all(numbers))):
             break
         if user.op_type in ("Mul", "Div"):
             factors = numbers if user.op_type == "Mul" else 1 / numbers
+            if not _fits(np.abs(weight).reshape(len(weight), -1).max(axis=1, initial=0), factors):
+                break
             weight, bias = weight * factors.reshape(-1, *[1] * (weight.ndim - 1)), bias * factors
         elif user.op_type == "Add":
             bias = bias + numbers
@@ -116,24 +121,27 @@ def _scale_linears(graph: Graph) -> int:
     for linear in list(linears(graph)):
         user = only_user(linear.output, "Mul", "Div")
         width = dimension(linear.weight, 0 if linear.transposed else 1)
-        if (
-            user is None
-            or len(linear.weight.uses()) != 1
-            or linear.weight.is_graph_input()
-            or not isinstance(width, int)
-        ):
+        if user is None or constant(linear.weight) is None or not isinstance(width, int):
             continue
         first = user.inputs[0] is linear.output
-        numbers = _a_channel(user.inputs[1 if first else 0], width, axes=rank(linear.output) or 1, behind=0)
-        if numbers is None or numbers.strides == (0,) or (user.op_type == "Div" and not (first and np.all(numbers))):
+        other = user.inputs[1 if first else 0]
+        numbers = _a_channel(other, width, axes=rank(linear.output) or 1, behind=0)
+        one = other is not None and other.const_value is not None and other.const_value.size == 1
+        if numbers is None or one or (user.op_type == "Div" and not (first and np.all(numbers))):
             continue
+        readers = [use.node for use in linear.weight.uses()]
+        bias = None if linear.bias is None else constant(linear.bias)
+        if len(readers) != 1 or readers[0] not in linear.nodes or (bias is None) != (linear.bias is None):
+            continue  # a Transpose of the weight that others read is none of the layer's nodes
         factors = (numbers if user.op_type == "Mul" else 1 / numbers).astype(np.float32)
-        scaled = linear.weight_array() * factors
-        reader = next(iter(linear.weight.uses()))
-        replace_constant(graph, reader.node, reader.idx, scaled.T if linear.transposed else scaled)
-        if linear.bias is not None:
-            bias, last = constant(linear.bias), linear.nodes[-1]
-            assert bias is not None
+        weight = linear.weight_array()
+        if not _fits(np.abs(weight).max(axis=0, initial=0), factors):
+            continue
+        scaled = weight * factors
+        place = next(index for index, value in enumerate(readers[0].inputs) if value is linear.weight)
+        replace_constant(graph, readers[0], place, scaled.T if linear.transposed else scaled)
+        if bias is not None:
+            last = linear.nodes[-1]
             place = next(index for index, value in enumerate(last.inputs) if value is linear.bias)
             replace_constant(graph, last, place, bias * factors)
         _stand_for(graph, linear.nodes[-1], user)
@@ -158,11 +166,9 @@ class _Branch:
 def _merge(graph: Graph, total: ir.Node) -> int:
     """One convolution in the place of a sum or difference of two branches over the same input."""
     first, second = total.inputs[0], total.inputs[1]
-    if first is None or second is None or first is second:
+    if first is None or second is None or first is second or not _are_beside(first, second):
         return 0
     branches = [_convolution(first, total), _convolution(second, total)]
-    if branches[0] is None and branches[1] is None:
-        return 0
     for index, value in enumerate((first, second)):
         other = branches[1 - index]
         if branches[index] is None and other is not None:
@@ -171,8 +177,8 @@ def _merge(graph: Graph, total: ir.Node) -> int:
     if one is None or two is None or one.x is not two.x or (one.group, one.strides) != (two.group, two.strides):
         return 0
     sign = 1 if total.op_type == "Add" else -1
-    two = _Branch(**{**two.__dict__, "weight": sign * two.weight, "bias": sign * two.bias})
-    wide, narrow = (one, two) if one.weight[0, 0].size >= two.weight[0, 0].size else (two, one)
+    two = dataclasses.replace(two, weight=sign * two.weight, bias=sign * two.bias)
+    wide, narrow = (one, two) if one.weight.size >= two.weight.size else (two, one)
     weight = _added(wide, narrow)
     if weight is None:
         return 0
@@ -200,16 +206,22 @@ def _merge(graph: Graph, total: ir.Node) -> int:
     return 1
 
 
+def _are_beside(first: ir.Value, second: ir.Value) -> bool:
+    """Whether both read one value, or one is what the other reads; asked before weights are read."""
+    sources = [
+        value if node is None or node.op_type not in ("Conv", "BatchNormalization") else node.inputs[0]
+        for value, node in ((first, first.producer()), (second, second.producer()))
+    ]
+    return first in sources[1:] or second in sources[:1] or sources[0] is sources[1]
+
+
 def _convolution(value: ir.Value, total: ir.Node) -> _Branch | None:
     """The convolution that gives a value for this sum alone."""
     node = value.producer()
     if node is None or only_user(value, total.op_type) is not total or node.op_type != "Conv" or node.domain != "":
         return None
-    weight, x = _weight(node), node.inputs[0]
-    if weight is None or x is None or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
-        return None
-    bias = np.zeros(len(weight)) if len(node.inputs) < 3 or node.inputs[2] is None else _own(node.inputs[2])
-    if bias is None:
+    x, (weight, bias) = node.inputs[0], _weights(node)
+    if weight is None or bias is None or x is None or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
         return None
     axes = weight.ndim - 2
     pads = tuple(attribute(node, "pads", (0,) * (2 * axes)))
@@ -256,6 +268,8 @@ def normalization(node: ir.Node) -> tuple[_Array, _Array] | None:
     """Factor and summand of each channel of a BatchNormalization with constants, as it is where nothing is trained."""
     if node.op_type != "BatchNormalization" or node.domain != "" or attribute(node, "training_mode", 0):
         return None
+    if not attribute(node, "spatial", 1):
+        return None  # before opset 9: a number of its own for each place
     found = [_own(value) for value in node.inputs[1:]]
     scale, shift, mean, variance = (found + [None] * 4)[:4]
     if scale is None or shift is None or mean is None or variance is None or len(node.outputs) != 1:
@@ -282,10 +296,17 @@ def _added(wide: _Branch, narrow: _Branch) -> _Array | None:
     return weight
 
 
-def _weight(node: ir.Node) -> _Array | None:
-    """float64 weights of a convolution, where they are float32 constants that nothing else reads."""
-    weight = node.inputs[1]
-    return None if weight is None or len(weight.uses()) != 1 else _own(weight)
+def _weights(node: ir.Node) -> tuple[_Array | None, _Array | None]:
+    """float64 weights and biases of a convolution, where they are float32 constants; the weights others must not read."""
+    value, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+    weight = None if value is None or len(value.uses()) != 1 else _own(value)
+    return weight, _own(bias) if bias is not None or weight is None else np.zeros(len(weight))
+
+
+def _fits(largest: npt.NDArray[np.floating[Any]], factors: npt.NDArray[np.floating[Any]]) -> bool:
+    """Whether each channel's largest weight stays where float16 has all of its fraction, and smaller ones beside it too."""
+    scaled = largest.astype(np.float64) * np.abs(factors)
+    return bool(np.all(scaled >= np.minimum(largest, _SMALL)) and np.all(scaled < _LARGE))
 
 
 def _own(value: ir.Value | None) -> _Array | None:
@@ -300,7 +321,7 @@ def _a_channel(value: ir.Value | None, channels: int, *, axes: int, behind: int)
         return None
     if array.size > 1 and (array.ndim <= behind or array.shape[array.ndim - 1 - behind] != channels):
         return None
-    return np.broadcast_to(array.reshape(-1), (channels,))  # strides (0,) where one number is for all
+    return np.broadcast_to(array.reshape(-1), (channels,))
 
 
 def _write(graph: Graph, node: ir.Node, weight: _Array, bias: _Array) -> None:

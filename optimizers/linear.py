@@ -137,7 +137,7 @@ def replace_constant(graph: Graph, node: ir.Node, place: int, array: npt.NDArray
     value = node.inputs[place]
     assert value is not None
     name = str(value.name)
-    if value.is_initializer() and len(value.uses()) == 1:
+    if value.is_initializer() and len(value.uses()) == 1 and not value.is_graph_output():
         del graph.model.graph.initializers[name]
         value.name = None
     new = add_constant(graph, name, np.ascontiguousarray(array))

@@ -248,7 +248,10 @@ class _Writer:
             low, high = chosen_range(
                 found[str(owner.name)], method, percentile=self._options.percentile, rounding=self._rounded
             )
-            if all(use.node.op_type == "HardSwish" for use in owner.uses()) and not owner.is_graph_output():
+            if (
+                all(use.node.op_type == "HardSwish" and use.node.domain == "" for use in owner.uses())
+                and not owner.is_graph_output()
+            ):
                 low = max(low, -3.0)  # where HardSwish begins to be 0
             scale, zero_point = activation_scale(low, high, self._form)
             self._scales[owner] = (

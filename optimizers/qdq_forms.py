@@ -2,6 +2,7 @@
 
     ReduceMean over an image              →   GlobalAveragePool
     BatchNormalization, behind no Conv    →   Conv of 1x1, each channel by itself, whose weights 8 bits hold exactly
+                                              (where what it reads is quantized for others, or has channels of like size)
     Conv of groups of a few channels      →   Conv of groups of 32, with zeros for what was apart
     Split in known parts                  →   Slice, for each of them
     Pad of named axes                     →   Pad of all of them: ONNX Runtime's layout optimizer takes them for that, and fails
@@ -26,6 +27,7 @@ from onnxpress.optimizers.matching import body_nodes, constant, dimension, inser
 from onnxpress.optimizers.qdq_plan import name_of
 
 _CHANNELS = 32  # of a group
+_STEPS = 3  # of 8 bits that a channel's deviation has at least; their error is then a tenth of it
 
 
 def spell_for_integers(graph: Graph, keep: Collection[str]) -> None:
@@ -52,7 +54,13 @@ def _pool_instead_of_means(graph: Graph) -> None:
         if axes is None and len(node.inputs) > 1:
             array = constant(node.inputs[1])
             axes = None if array is None else array.reshape(-1).tolist()
-        if source is None or rank(source) != 4 or axes is None or sorted(int(axis) % 4 for axis in axes) != [2, 3]:
+        if (
+            source is None
+            or rank(source) != 4
+            or source.dtype != ir.DataType.FLOAT
+            or axes is None
+            or sorted(int(axis) % 4 for axis in axes) != [2, 3]
+        ):
             continue
         name, keeps = name_of(node), attribute(node, "keepdims", 1)
         shape = [dimension(source, 0), dimension(source, 1), 1, 1]
@@ -67,12 +75,14 @@ def _pool_instead_of_means(graph: Graph) -> None:
 
 
 def _slices_instead_of_split(graph: Graph, node: ir.Node) -> None:
-    """Of images in floats."""
+    """Of an image's channels."""
     axis = attribute(node, "axis", 0)
     sizes = [dimension(output, axis) for output in node.outputs]
     numbers = [size for size in sizes if isinstance(size, int)]
     source = node.inputs[0]
-    if source is None or rank(source) != 4 or source.dtype != ir.DataType.FLOAT or len(numbers) < len(sizes):
+    if source is None or source.dtype != ir.DataType.FLOAT or len(numbers) < len(sizes):
+        return
+    if rank(source) != 4 or axis not in (1, -3):  # channels; attention's heads are split elsewhere
         return
     ends, name = np.cumsum(numbers), name_of(node)
     bounds = [
@@ -99,8 +109,19 @@ def _name_no_axes(graph: Graph, node: ir.Node) -> None:
 
 
 def _convolution_instead_of_norm(graph: Graph, node: ir.Node) -> None:
-    found = normalization(node)
-    if found is None or rank(node.inputs[0]) != 4:
+    """Where a convolution reads the same, or its channels are of like size: it is quantized with one scale for all of them, and many norms
+    are there because channels differ.
+    """
+    found, x = normalization(node), node.inputs[0]
+    if found is None or x is None or rank(x) != 4 or x.dtype != ir.DataType.FLOAT:
+        return
+    mean, variance = (constant(value) for value in node.inputs[3:5])
+    assert mean is not None
+    assert variance is not None
+    deviation = np.sqrt(variance)
+    step = ((mean + 3 * deviation).max() - (mean - 3 * deviation).min()) / 255
+    quantized = any(use.node.op_type == "Conv" for use in x.uses())
+    if not quantized and (x.producer() is None or deviation.min() < _STEPS * step):
         return
     scale, shift = (numbers.astype(np.float32) for numbers in found)
     name = name_of(node)

@@ -221,3 +221,58 @@ def test_they_stay_beside_a_convolution_over_channels(other: str, tmp_path: Path
 def test_a_weight_that_others_read_stays(tmp_path: Path) -> None:
     body = f"a = {CONV}(x, w) m = Mul(a, s) c = {CONV}(m, w) y = Mul(c, s)"
     assert pressed(body, tmp_path, w=(8, 8, 3, 3), s=(8, 1, 1)) == ({"Conv": 2, "Mul": 2}, 0)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "t = Transpose<perm=[1,0]>(w) h = MatMul(x, t) i = Mul(h, s) j = MatMul(i, t) y = Add(j, i)",
+        "h = MatMul(x, w) i = Mul(h, s) j = Transpose<perm=[1,0]>(w) k = MatMul(i, j) y = Add(k, i)",
+        "h = MatMul(x, w) y = Mul(h, one)",  # as language models have
+    ],
+)
+def test_a_matrix_that_others_read_stays(body: str, tmp_path: Path) -> None:
+    inputs, outputs = "float[batch,length,16] x", "float[batch,length,16] y"
+    sizes = {"w": (16, 16), "s": (16,), "one": ()}
+    assert pressed(body, tmp_path, inputs=inputs, outputs=outputs, shape=(5, 16), **sizes)[1] == 0
+
+
+@pytest.mark.parametrize("factor", [1 / 32768, 1e-12, 1e6])
+@pytest.mark.parametrize(
+    ("body", "sizes"),
+    [(f"c = {CONV}(x, w) y = Mul(c, s)", {"w": (8, 8, 3, 3)}), ("c = MatMul(x, v) y = Mul(c, s)", {"v": (11, 11)})],
+)
+def test_factors_that_float16_would_feel_stay(body: str, sizes: dict[str, Any], factor: float, tmp_path: Path) -> None:
+    given = weights(**sizes)
+    shape = (8, 1, 1) if "w" in given else (11,)
+    given["s"] = np.full(shape, factor, np.float32)
+    graph = small_graph(body, inputs=IMAGE, outputs=OUT, weights=given)
+    assert change("fuse-convolutions", graph, tmp_path).changes == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "also"),
+    [
+        (f"c = {CONV}(x, w, b) y = Mul(c, s)", "float[8,8,3,3] w"),
+        (f"c = {CONV}(x, w, b) y = Mul(c, s)", "float[8] b"),
+        ("c = MatMul(x, v) y = Mul(c, t)", "float[11,11] v"),
+    ],
+)
+def test_weights_that_are_answers_too_stay(body: str, also: str, tmp_path: Path) -> None:
+    """An initializer may be an output of the graph."""
+    given = weights(w=(8, 8, 3, 3), b=(8,), s=(8, 1, 1), v=(11, 11), t=(11,))
+    read = {
+        name: array
+        for name, array in given.items()
+        if name in body.replace("(", " ").replace(",", " ").replace(")", " ").split()
+    }
+    graph = small_graph(body, inputs=IMAGE, outputs=f"{OUT}, {also}", weights=read)
+    change("fuse-convolutions", graph, tmp_path)
+    assert_same_answers(tmp_path, [{"x": random_x(2, 8, 9, 11)}], tolerance=2e-5)
+
+
+def test_a_norm_with_numbers_for_each_place_stays(tmp_path: Path) -> None:
+    body = "a = Conv<kernel_shape=[3,3], pads=[1,1,1,1], group=8>(x, w) n = BatchNormalization<spatial=0>(x, s, s, s, s) y = Add(a, n)"
+    given = weights(w=(8, 1, 3, 3), s=(8, 9, 11))
+    graph = small_graph(body, inputs=IMAGE, outputs=OUT, weights=given, opset=7)
+    assert change("fuse-convolutions", graph, tmp_path).changes == 0

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from calibrating import PlainSession, calibrated
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidGraph
@@ -305,6 +306,80 @@ def test_a_norm_behind_no_convolution_runs_on_integers(keep: frozenset[str], tmp
     assert session.operators["QLinearConv"] == (2 if keep else 3)
     assert session.operators["BatchNormalization"] == (1 if keep else 0)
     assert 0 < relative_error(session.run(test)["y"], expected) < 0.03
+
+
+RESIDUAL_NORM = "f = Conv(p, w1) g = Conv(n, w1) y = Add(f, g)"
+
+
+def uneven(body: str, spread: float, last: str) -> Graph:
+    """A convolution whose channels differ in size, and what stands behind it."""
+    random = np.random.default_rng(0)
+    sizes = np.geomspace(1, spread, 16)
+    w0 = random.standard_normal((16, 3, 3, 3)) / 5 * sizes[:, None, None, None]
+    numbers = {"w0": w0, "w1": random.standard_normal((8, 16, 1, 1)) / 4, "s": np.ones(16), "b": np.zeros(16)}
+    weights = {name: array.astype(np.float32) for name, array in numbers.items()}
+    graph = small_graph(body, inputs=IMAGE, outputs="float[batch,16,8,8] h", weights={"w0": weights["w0"]})
+    found = ir.to_proto(graph.model)  # statistics of what it gives
+    answers = onnxruntime.InferenceSession(found.SerializeToString()).run(None, together(images(64)))[0]
+    weights |= {"m": answers.mean((0, 2, 3)), "v": answers.var((0, 2, 3))}
+    return small_graph(
+        f"{body} k = Concat<axis=1>(h, h) p = Slice(k, zero, sixteen, one) n = BatchNormalization(p, s, b, m, v) "
+        + last,
+        inputs=IMAGE,
+        outputs="float[batch,8,8,8] y",
+        weights=weights | {"zero": np.array([0]), "sixteen": np.array([16]), "one": np.array([1])},
+    )
+
+
+@pytest.mark.parametrize(
+    ("spread", "last", "norms"), [(3.0, "y = Conv(n, w1)", 0), (400.0, "y = Conv(n, w1)", 1), (400.0, RESIDUAL_NORM, 0)]
+)
+def test_a_norm_of_channels_of_unlike_size_stays(spread: float, last: str, norms: int, tmp_path: Path) -> None:
+    """Unless what it reads is quantized for a convolution too, as in RepVGG."""
+    graph = uneven("h = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(x, w0)", spread, last)
+    result = quantize(graph, tmp_path, images(64))
+    assert [node.op_type for node in result.graph.model.graph].count("BatchNormalization") == norms
+
+
+def test_a_norm_of_the_input_stays(tmp_path: Path) -> None:
+    ones = np.ones(3, np.float32)
+    weights = {"s": ones, "b": ones, "m": ones, "v": ones, "w": np.ones((8, 3, 1, 1), np.float32)}
+    body = "n = BatchNormalization(x, s, b, m, v) y = Conv(n, w)"
+    graph = small_graph(body, inputs=IMAGE, outputs="float[batch,8,8,8] y", weights=weights)
+    assert quantize(graph, tmp_path, images(8)).graph.operators()["BatchNormalization"] == 1
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        "d = Cast<to=10>(c) n = BatchNormalization(d, s, s, s, s) e = Cast<to=1>(n)",
+        "d = Cast<to=7>(c) n = ReduceMean<axes=[2,3], keepdims=1>(d) e = Cast<to=1>(n)",
+    ],
+)
+def test_other_types_of_numbers_are_left_alone(middle: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    weights = {"w": random.standard_normal((8, 3, 1, 1)), "v": random.standard_normal((8, 8, 1, 1)), "s": np.ones(8)}
+    graph = small_graph(
+        f"c = Conv(x, w) {middle} y = Conv(e, v)",
+        inputs=IMAGE,
+        outputs="float[batch,8,h,w2] y",
+        weights={
+            name: array.astype(np.float32) for name, array in weights.items() if name in ("w", "v") or "s," in middle
+        },
+        opset=15,
+    )
+    result = quantize(graph, tmp_path, images(8))
+    open_for(result, tmp_path).run(images(1)[0])
+    assert {"BatchNormalization", "ReduceMean"} & set(result.graph.operators())
+
+
+def test_a_weight_of_groups_that_is_an_answer_too(tmp_path: Path) -> None:
+    weight = np.random.default_rng(0).standard_normal((16, 4, 1, 1)).astype(np.float32)
+    outputs = "float[n,16,4,4] y, float[16,4,1,1] w"
+    graph = small_graph("y = Conv<group=4>(x, w)", inputs="float[n,16,4,4] x", outputs=outputs, weights={"w": weight})
+    samples = [{"x": np.random.default_rng(1).standard_normal((1, 16, 4, 4)).astype(np.float32)}]
+    answers = open_for(quantize(graph, tmp_path, samples), tmp_path).run(samples[0])
+    np.testing.assert_array_equal(answers["w"], weight)
 
 
 @pytest.mark.parametrize(
