@@ -25,6 +25,7 @@ import report
 import torch
 import transformers
 import turns
+from convolution import Reader
 from onnxruntime import quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from peers.images import FLOAT, IMAGES, NAME, images
@@ -70,16 +71,6 @@ NETWORKS = {
     "poolformer-s12": network("PoolFormer"),
     "dinov2-small": network("Dinov2", hidden_size=384, num_attention_heads=6),
 }
-
-
-class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
-    """What quantize_static calibrates on."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self._left = iter([{NAME: array[index : index + 1]} for index in range(len(array))])
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self._left, None)
 
 
 def main() -> None:
@@ -129,7 +120,7 @@ def measured(model: torch.nn.Module, folder: Path, arguments: argparse.Namespace
     quantization.quantize_static(
         str(folder / "ready.onnx"),
         str(folder / STATIC),
-        Reader(array),
+        Reader({NAME: array}),
         quant_format=quantization.QuantFormat.QDQ,
         per_channel=True,
         reduce_range=products_saturate(),

@@ -64,24 +64,29 @@ def _take_padding(node: ir.Node) -> int:
     pad, axes = produced_by(node.inputs[0], "Pad"), rank(node.inputs[1])
     if pad is None or axes is None or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
         return 0
-    amounts, value, named = ([constant(given) for given in pad.inputs[1:]] + [None] * 3)[
-        :3
-    ]  # attributes before opset 11
-    given = sum(given is not None for given in pad.inputs[1:])
-    known = sum(array is not None for array in (amounts, value, named))
-    if amounts is None or known < given or attribute(pad, "mode", "constant") != "constant":
+    around, value = pad_amounts(pad, axes), pad.inputs[2] if len(pad.inputs) > 2 else None
+    number = None if value is None else constant(value)
+    is_zero = value is None or (number is not None and not number.any())
+    if around is None or not is_zero or attribute(pad, "mode", "constant") != "constant":
         return 0
-    if value is not None and value.any():
-        return 0
-    places = np.arange(axes) if named is None else named % axes
-    around = np.zeros((2, axes), np.int64)
-    around[:, places] = amounts.reshape(2, -1)
     if around[:, :2].any() or (around < 0).any():
         return 0
     before = np.array(attribute(node, "pads", (0,) * (2 * (axes - 2)))).reshape(2, -1)
     node.attributes["pads"] = ir.AttrInt64s("pads", (before + around[:, 2:]).reshape(-1).tolist())
     node.replace_input_with(0, pad.inputs[0])
     return 1
+
+
+def pad_amounts(node: ir.Node, axes: int) -> npt.NDArray[np.int64] | None:
+    """What a Pad puts before and behind each of the axes, (2, axes); None where that is computed, or an attribute (before opset 11)."""
+    named = node.inputs[3] if len(node.inputs) > 3 else None
+    amounts = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    places = np.arange(axes) if named is None else constant(named)
+    if amounts is None or places is None:
+        return None
+    around = np.zeros((2, axes), np.int64)
+    around[:, places % axes] = amounts.reshape(2, -1)
+    return around
 
 
 def _scale_convolution(graph: Graph, node: ir.Node) -> int:
@@ -208,11 +213,11 @@ def _merge(graph: Graph, total: ir.Node) -> int:
 
 def _are_beside(first: ir.Value, second: ir.Value) -> bool:
     """Whether both read one value, or one is what the other reads; asked before weights are read."""
-    sources = [
+    read = [
         value if node is None or node.op_type not in ("Conv", "BatchNormalization") else node.inputs[0]
         for value, node in ((first, first.producer()), (second, second.producer()))
     ]
-    return first in sources[1:] or second in sources[:1] or sources[0] is sources[1]
+    return read[0] is second or read[1] is first or read[0] is read[1]
 
 
 def _convolution(value: ir.Value, total: ir.Node) -> _Branch | None:
@@ -282,7 +287,7 @@ def _added(wide: _Branch, narrow: _Branch) -> _Array | None:
     """The wide branch's weights with the narrow one's at their places; None where their places are not the same."""
     if wide.weight.shape[:2] != narrow.weight.shape[:2]:
         return None
-    places: list[slice | npt.NDArray[np.int64]] = []
+    places: list[slice] = []
     for axis, (size, small) in enumerate(zip(wide.weight.shape[2:], narrow.weight.shape[2:], strict=True)):
         step, small_step = wide.dilations[axis], narrow.dilations[axis]
         ahead = wide.begin[axis] - narrow.begin[axis]

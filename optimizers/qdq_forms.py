@@ -21,7 +21,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxpress.graph import Graph
-from onnxpress.optimizers.fuse_convolutions import normalization
+from onnxpress.optimizers.fuse_convolutions import normalization, pad_amounts
 from onnxpress.optimizers.linear import add_constant, attribute, replace_constant, replace_node, replace_value
 from onnxpress.optimizers.matching import body_nodes, constant, dimension, insert, rank
 from onnxpress.optimizers.qdq_plan import name_of
@@ -98,12 +98,10 @@ def _slices_instead_of_split(graph: Graph, node: ir.Node) -> None:
 
 
 def _name_no_axes(graph: Graph, node: ir.Node) -> None:
-    axes, count = constant(node.inputs[3] if len(node.inputs) > 3 else None), rank(node.inputs[0])
-    amounts = constant(node.inputs[1]) if axes is not None else None
-    if axes is None or amounts is None or count is None:
+    count = rank(node.inputs[0])
+    around = None if count is None or len(node.inputs) < 4 else pad_amounts(node, count)
+    if around is None:
         return
-    around: npt.NDArray[np.int64] = np.zeros((2, count), np.int64)
-    around[:, axes % count] = amounts.reshape(2, -1)
     node.replace_input_with(1, add_constant(graph, f"{name_of(node)}_around", around.reshape(-1)))
     node.resize_inputs(3)
 
