@@ -2,9 +2,9 @@
 
     python benchmarks/architectures.py [--only NAME …] [--json FILE]
 
-For every architecture of AutoModelForCausalLM: its default config with small numbers in the place of large ones, random weights, the
-export, and prompts, chunks and steps compared with PyTorch as a build compares them. Says of each that it answers like PyTorch, why it is refused, or
-that no small model of it could be made here. Takes seven minutes on two cores.
+For every architecture of AutoModelForCausalLM, and of AutoModelForMultimodalLM, whose text is exported: its default config with small
+numbers in the place of large ones, random weights, the export, and prompts, chunks and steps compared with PyTorch as a build compares them.
+Says of each that it answers like PyTorch, why it is refused, or that no small model of it could be made here. Takes ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ import measure
 import torch
 import transformers
 from rich.progress import track
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from onnxpress.errors import OnnxpressError
 from onnxpress.exporters import DecoderParityCheck, Exported
@@ -38,7 +41,8 @@ from onnxpress.runtime.session import Session
 
 LIKE_PYTORCH, REFUSED, NOT_MADE, FAILED = "answers like PyTorch", "refused", "no small model of it", "fails"
 CONTEXT = 128
-_LARGEST = 50_000_000  # parameters of what still is small
+NAMES = tuple(dict.fromkeys((*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)))
+_LARGEST = 200_000_000  # parameters of what still is small; towers for images may be larger than the text's part
 
 # Fields of configs, by the number that is small for them. A config gets those that it has.
 _NUMBERS = {
@@ -69,6 +73,22 @@ _NUMBERS = {
     "pad_token_id": 0,
     "is_decoder": True,
 }
+# The same of the parts that read images and sound.
+_TOWERS = {
+    **{field: number for field, number in _NUMBERS.items() if "token_id" not in field and field != "is_decoder"},
+    **dict.fromkeys(("depth", "num_layers", "encoder_layers"), 2),
+    **dict.fromkeys(("num_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(
+        ("embed_dim", "out_hidden_size", "output_hidden_size", "projector_hidden_size", "projection_dim", "text_dim"),
+        64,
+    ),
+    **dict.fromkeys(("qformer_hidden_size", "output_dim", "text_hidden_size"), 64),
+    **dict.fromkeys(("encoder_ffn_dim", "mlp_dim"), 96),
+    "deepstack_visual_indexes": [0],
+    "fullatt_block_indexes": [1],
+}
+del _TOWERS["vocab_size"]
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 # What is tried in turn where a model cannot be made or run with these: other numbers, None for a field that is left as it is by default.
 _OTHERWISE: tuple[dict[str, Any], ...] = (
     {},
@@ -86,13 +106,21 @@ _OTHERWISE: tuple[dict[str, Any], ...] = (
     {"layer_types": ["linear_attention", "full_attention"], "head_dim": 64},
     {"layer_types": ["mamba", "attention"]},
     {"default_language": "en_XX"},
+    {"head_dim": 128, "hidden_size": 256, "num_attention_heads": 2, "moe_intermediate_size": 32},  # positions in space
+    {"head_dim": 64, "hidden_size": 128, "num_attention_heads": 2},
+    {"head_dim": 128, "hidden_size": 256, "num_attention_heads": 2, "moe_intermediate_size": [32, 32]},
+    {"qk_rope_head_dim": 64, "num_key_value_heads": 4},
+    {"qk_rope_head_dim": 0, "num_key_value_heads": 4},
+    {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "num_key_value_heads": 4},
+    {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)},
+    {"head_dim": 128, "num_attention_heads": 2, "rope_parameters": {**_ROPE, "xdrope_section": [16, 16, 16, 16]}},
     {"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="NAME", default=tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=NAMES)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
@@ -145,32 +173,19 @@ def outcome(name: str) -> tuple[str, str]:
 def small_model(name: str) -> tuple[Any, str]:
     """A model with weights that all count, which runs; or None and why there is none."""
     reason = ""
+    multimodal = name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    auto_class = transformers.AutoModelForMultimodalLM if multimodal else transformers.AutoModelForCausalLM
     for otherwise in _OTHERWISE:
         try:
-            default = transformers.AutoConfig.for_model(name).get_text_config(decoder=True)
-            fields = default.to_dict()
-            chosen: dict[str, Any] = {
-                field: number
-                for field, number in {**_NUMBERS, **otherwise}.items()
-                if number is not None
-                and (
-                    fields.get(field) is not None
-                    or field in default.attribute_map
-                    or field in fields.keys() & otherwise
-                )
-            }
-            layers = otherwise.get("num_hidden_layers", _NUMBERS["num_hidden_layers"])
-            for field, value in fields.items():
-                if isinstance(value, list) and len(value) == default.num_hidden_layers and field not in chosen:
-                    kinds = list({str(item): item for item in value}.values())  # some layers of each
-                    chosen[field] = list(itertools.islice(itertools.cycle(kinds), layers))
+            default = transformers.AutoConfig.for_model(name)
+            text = default.get_text_config(decoder=True)
             torch.manual_seed(0)
-            config = type(default)(**chosen)
+            config = _small(default if multimodal else text, text, otherwise)
             with torch.device("meta"):
-                size = sum(one.numel() for one in transformers.AutoModelForCausalLM.from_config(config).parameters())
+                size = sum(one.numel() for one in auto_class.from_config(config).parameters())
             if size > _LARGEST:
                 raise ValueError(f"{size / 1e6:.0f} million parameters, the smallest that its config allows here")
-            model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+            model = auto_class.from_config(config, attn_implementation="eager").eval()
             with torch.no_grad():
                 for parameter_name, parameter in model.named_parameters():
                     if parameter.dim() > 1:
@@ -183,6 +198,33 @@ def small_model(name: str) -> tuple[Any, str]:
         else:
             return model, ""
     return None, reason
+
+
+def _small(config: Any, text: Any, otherwise: dict[str, Any]) -> Any:
+    """A config with small numbers, and so the configs in it. text: which of these is the language model's."""
+    fields = config.to_dict()
+    numbers = {**_NUMBERS, **otherwise} if config is text else _TOWERS
+    chosen: dict[str, Any] = {
+        field: number
+        for field, number in numbers.items()
+        if number is not None
+        and (
+            fields.get(field) is not None
+            or field in config.attribute_map
+            or (config is text and field in fields.keys() & otherwise)
+        )
+    }
+    layers = otherwise.get("num_hidden_layers", _NUMBERS["num_hidden_layers"])
+    for field, value in fields.items():
+        if isinstance(value, list) and len(value) == getattr(config, "num_hidden_layers", 0) and field not in chosen:
+            kinds = list({str(item): item for item in value}.values())  # some layers of each
+            chosen[field] = list(itertools.islice(itertools.cycle(kinds), layers))
+        elif config is not text and isinstance(value, int) and field.endswith(("_token_id", "_token_index")):
+            chosen[field] = _NUMBERS["vocab_size"] - 1 - len(chosen) % 16  # such as stand for images
+    for part in config.sub_configs:
+        if getattr(config, part, None) is not None:
+            chosen[part] = _small(getattr(config, part), text, otherwise).to_dict()
+    return type(config)(**chosen)
 
 
 def _line(error: Exception) -> str:

@@ -36,6 +36,7 @@ _HARMLESS = frozenset(
     # what attention functions are told and what the mask, the cache or nobody needs
     {"is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"}
     | {"return_dict", "position_embeddings", "past_key_values", "cache", "layer_idx", "output_router_logits"}
+    | {"logits_to_keep"}
 )
 ROTARY_CHANGES = "the rotary embeddings change with the length of the text"  # a reason of Conventions.limited_by
 _TOLERANCE = 1e-5  # relative and absolute
@@ -216,7 +217,7 @@ def _forward(model: PreTrainedModel, ids: torch.Tensor, first: int) -> torch.Ten
     logits: torch.Tensor = model(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        position_ids=(first + torch.arange(ids.shape[1]))[None].expand(len(ids), -1),
+        position_ids=(first + torch.arange(ids.shape[1]))[None].repeat(len(ids), 1),
         use_cache=False,
     ).logits
     return logits

@@ -71,14 +71,25 @@ class ExpertsForm:
 
 def has_experts(model: PreTrainedModel) -> bool:
     """Whether a model has mixtures of experts that go through transformers' experts interface."""
-    chosen = getattr(model.config, "_experts_implementation", None)
-    return chosen is not None and bool(model._can_set_experts_implementation())
+    return _with_experts(model) is not None
+
+
+def _with_experts(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The model whose experts go through the interface: itself, or the language model in one that takes images too."""
+    models = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    chosen = (
+        part
+        for part in models
+        if getattr(part.config, "_experts_implementation", None) and part._can_set_experts_implementation()
+    )
+    return next(chosen, None)
 
 
 @contextmanager
 def recorded_experts(model: PreTrainedModel, found: dict[torch.nn.Module, ExpertsForm | None]) -> Iterator[None]:
     """Write into `found`, while this lasts, which form each module has whose experts are called; None where none fits."""
-    before = getattr(model.config, "_experts_implementation", None)
+    owner = _with_experts(model)
+    before = owner and owner.config._experts_implementation
 
     def record(module: Any, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         original = ALL_EXPERTS_FUNCTIONS.get_interface(before, type(module).forward.__wrapped__)
@@ -145,16 +156,17 @@ def arrange_experts(model: ir.Model) -> None:
 @contextmanager
 def _experts_function(model: PreTrainedModel, function: Experts) -> Iterator[None]:
     """Let `function(module, x, index, weights)` compute a model's experts; models without any are left alone."""
-    if not has_experts(model):
+    owner = _with_experts(model)
+    if owner is None:
         yield
         return
-    before = model.config._experts_implementation
+    before = owner.config._experts_implementation
     ALL_EXPERTS_FUNCTIONS.register(_NAME, function)
-    model.set_experts_implementation(_NAME)
+    owner.set_experts_implementation(_NAME)
     try:
         yield
     finally:
-        model.set_experts_implementation(before)
+        owner.set_experts_implementation(before)
 
 
 def _routes(index: torch.Tensor, weights: torch.Tensor) -> bool:

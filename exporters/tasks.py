@@ -31,13 +31,26 @@ class Task:
     synonyms: tuple[str, ...] = ()
 
     def auto_class(self, config: Any) -> Any:
-        """The transformers class that loads a model with this task's head; without one, T5's encoder alone, which AutoModel does not load."""
-        from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoModelForTextEncoding
+        """The transformers class that loads a model with this task's head.
+
+        Without a head, T5's encoder alone, which AutoModel does not load; of a language model that takes images or sound too, the
+        class that has it whole, where there is none for its text.
+        """
+        from transformers import (
+            MODEL_FOR_CAUSAL_LM_MAPPING,
+            MODEL_FOR_MULTIMODAL_LM_MAPPING,
+            MODEL_FOR_TEXT_ENCODING_MAPPING,
+            AutoModelForMultimodalLM,
+            AutoModelForTextEncoding,
+        )
 
         encoder = getattr(MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None), "__name__", "")
-        own = "AutoModel" in (getattr(config, "auto_map", None) or {})
-        if self.name == "feature-extraction" and encoder.endswith("EncoderModel") and not own:
+        own = getattr(config, "auto_map", None) or {}
+        if self.name == "feature-extraction" and encoder.endswith("EncoderModel") and "AutoModel" not in own:
             return AutoModelForTextEncoding
+        whole = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        if self.name == "text-generation" and whole and "AutoModelForCausalLM" not in own:
+            return AutoModelForMultimodalLM
         return TasksManager.get_model_class_for_task(self.name, framework="pt")
 
 
@@ -106,7 +119,7 @@ def infer_task(folder: Path, architectures: tuple[str, ...], config: Any = None)
             return task
     if any(name.endswith("ForPreTraining") for name in architectures):
         return TASKS["feature-extraction"]
-    if config is not None and reads_more_than_text(config):
+    if config is not None and reads_more_than_text(config) and set(architectures[:1]) <= _language_models(config):
         return TASKS["text-generation"]
     found = f"was saved as {', '.join(architectures)}" if architectures else "does not say what it was saved as"
     if config is not None and config.is_encoder_decoder:
@@ -138,13 +151,15 @@ def _refuse_other_inputs(folder: Path, architectures: tuple[str, ...], config: A
 
 def reads_more_than_text(config: Any) -> bool:
     """Whether a config is that of a language model that takes images or sound beside text."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    return bool(_language_models(config) and not config.is_encoder_decoder and config.get_text_config() is not config)
 
-    return (
-        type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-        and not config.is_encoder_decoder
-        and config.get_text_config() is not config
-    )
+
+def _language_models(config: Any) -> set[str]:
+    """The names of the classes that write texts by such a config."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    return {mapping[type(config)].__name__ for mapping in mappings if type(config) in mapping}
 
 
 def heads(architectures: tuple[str, ...]) -> tuple[str, ...]:

@@ -376,7 +376,8 @@ class DecoderReference:
                 return_dict=True,
                 **told,
             ).logits[0]
-            found: np.ndarray[Any, Any] = answer.float().numpy()
+            kept = answer if len(answer) == len(columns) else answer[keep]  # some answer all, whatever is asked for
+            found: np.ndarray[Any, Any] = kept.float().numpy()
         return found
 
     @contextmanager

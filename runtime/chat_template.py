@@ -12,14 +12,17 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from onnxpress.errors import ArtifactError, InputError
 from onnxpress.manifest import Json
 
 FILES = _FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+_PROBE = "a message"  # that shows how a template reads one
+_SEEN_OR_HEARD = ("image", "video", "audio", "input_image", "input_video", "input_audio")  # kinds of parts begin so
 _RESERVED = frozenset({"messages", "add_generation_prompt", "self", "raise_exception", "strftime_now"})
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _LONGEST = 10_000_000  # characters, items, or bits of a number
@@ -91,24 +94,56 @@ class ChatTemplate:
             raise InputError("template_variables takes values by name.")
         if taken := sorted(set(variables) & _RESERVED):
             raise InputError(f"template_variables cannot set {taken[0]!r}, which is the template's own.")
-        _TURNS.set(itertools.count(1))
+        known = [self._in_its_form(index, _as_templates_know_it(message)) for index, message in enumerate(messages)]
         try:
-            template = self._template if variables.get("tools") is None else self._for_tools
-            text: str = template.render(
-                {
-                    **self._tokens,
-                    "tools": None,
-                    "documents": None,
-                    **variables,
-                    "messages": [_as_templates_know_it(message) for message in messages],
-                    "add_generation_prompt": True,
-                }
-            )
+            return self._written(known, variables)
         except jinja2.exceptions.SecurityError as error:
             raise InputError(f"The chat template tries to leave its sandbox, and was stopped: {error}.") from None
         except Exception as error:  # a template may fail in any way a program may
             raise InputError(f"The chat template refuses these messages: {error}") from None
+
+    def _written(self, messages: Sequence[Mapping[str, Json]], variables: Mapping[str, Json]) -> str:
+        _TURNS.set(itertools.count(1))
+        template = self._template if variables.get("tools") is None else self._for_tools
+        given = {"tools": None, "documents": None, **variables, "messages": messages, "add_generation_prompt": True}
+        text: str = template.render({**self._tokens, **given})
         return text
+
+    def _in_its_form(self, index: int, message: dict[str, Json]) -> dict[str, Json]:
+        """A message with its content as the template reads it. Raises InputError for content that is more than text."""
+        content = message.get("content")
+        if isinstance(content, str):
+            return {**message, "content": _parts(content)} if self._reads == "parts" else message
+        if not isinstance(content, list):
+            return message
+        parts = [part for part in content if isinstance(part, Mapping)]
+        seen = next((str(part.get("type")) for part in parts if str(part.get("type")).startswith(_SEEN_OR_HEARD)), None)
+        if seen is not None:
+            raise InputError(f"Message {index} has a part of type {seen!r}; of messages, the text alone is read here.")
+        texts = [part.get("text") for part in parts if part.get("type") == "text"]
+        if self._reads != "strings" or len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
+            return message
+        return {**message, "content": "\n".join(map(str, texts))}
+
+    @cached_property
+    def _reads(self) -> Literal["strings", "parts", "both"]:
+        """Which content of messages the template writes: a string, or a list of parts, as those of models that see have it."""
+        as_string, as_parts = (self._tried(content) for content in (_PROBE, _parts(_PROBE)))
+        if as_string is not None:
+            return "both" if as_string == as_parts else "strings"
+        return "parts" if as_parts is not None else "strings"
+
+    def _tried(self, content: Json) -> str | None:
+        """What is written of such content; None where it is refused, or left out."""
+        try:
+            text = self._written([{"role": "user", "content": content}], {})
+        except Exception:  # a template may fail in any way a program may
+            return None
+        return text if _PROBE in text else None
+
+
+def _parts(text: str) -> Json:
+    return [{"type": "text", "text": text}]
 
 
 def _as_templates_know_it(message: Mapping[str, Json]) -> dict[str, Json]:

@@ -177,18 +177,29 @@ def test_tied_embeddings_are_stored_once() -> None:
     assert weights <= graph.weight_bytes() <= weights + tables + 1024
 
 
-@pytest.mark.parametrize("kind", ["qwen3.5", "gemma3"])
-def test_of_a_model_that_sees_too_the_text_is_taken(kind: str, tmp_path: Path) -> None:
-    text = ARCHITECTURES[kind]().to_dict()
-    sees: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32}
+_TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+_SIGHT = _TOWER | {"image_size": 28, "patch_size": 14}
+_ROOM = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+# A language model, what makes its config whole, and the part of the config that sees or hears.
+SEEING: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "Qwen3_5": ("qwen3.5", "vision_config", _TOWER | {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16}),
+    "Gemma3": ("gemma3", "vision_config", _SIGHT),
+    "Mistral3": ("mistral", "vision_config", _SIGHT | {"model_type": "pixtral"}),
+    "SmolVLM": ("llama", "vision_config", _SIGHT),
+    "LlavaOnevision": ("qwen2", "vision_config", _SIGHT | {"model_type": "siglip_vision_model"}),  # which tells attention more
+    "Qwen2_5_VL": ("qwen2", "vision_config", _TOWER | {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "fullatt_block_indexes": [0]}),
+    "Kimi_K25": ("deepseek-v3", "vision_config", _TOWER),  # experts of the model within
+    "Qwen2Audio": ("qwen2", "audio_config", {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}),  # always answers all tokens
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_of_a_model_that_sees_or_hears_too_the_text_is_taken(name: str, tmp_path: Path) -> None:
+    kind, part, sees = SEEING[name]
+    text = ARCHITECTURES[kind]().to_dict() | (_ROOM if name == "Qwen2_5_VL" else {})
     torch.manual_seed(0)
-    if kind == "qwen3.5":
-        sees |= {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16}
-        config: Any = tf.Qwen3_5Config(text_config=text, vision_config=sees)
-        model: Any = tf.Qwen3_5ForConditionalGeneration(config).eval()
-    else:
-        sees |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-        model = tf.Gemma3ForConditionalGeneration(tf.Gemma3Config(text_config=text, vision_config=sees)).eval()
+    config = getattr(tf, f"{name}Config")(text_config=text, **{part: sees})
+    model: Any = getattr(tf, f"{name}ForConditionalGeneration")(config).eval()
     spread_weights(model)
     model.save_pretrained(tmp_path / "model")
     save_byte_tokenizer(tmp_path / "model")
@@ -196,6 +207,7 @@ def test_of_a_model_that_sees_too_the_text_is_taken(kind: str, tmp_path: Path) -
     assert exported.graph.signature.task == "text-generation"
     assert exported.options["max_length"] == CONTEXT
     assert any("the text of the model alone" in note for note in exported.notes)
+    assert sum(node.op_type == "MoE" for node in exported.graph.model.graph) == EXPERTS.get(kind, 0)
     DecoderParityCheck(exported).check(lambda: step_on(exported.graph, tmp_path))
     assert isinstance(exported.reference, DecoderReference)
     ids = torch.arange(2, 20)[None]

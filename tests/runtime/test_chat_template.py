@@ -74,6 +74,36 @@ def test_what_is_none_is_not_there_and_reasoning_has_all_of_its_names() -> None:
     assert messages[0]["content"] is None
 
 
+_LIST = "{% for m in messages %}{{ m.role }}:{% for part in m.content if part.type == 'text' %}[{{ part.text }}]{% endfor %};{% endfor %}"
+_STRING = "{% for m in messages %}{{ m.role }}:[{{ m.content }}];{% endfor %}"
+_STRICT = _STRING.replace("{{ m.content }}", "{{ '' + m.content }}")
+_EITHER = (
+    "{% for m in messages %}{{ m.role }}:{% if m.content is string %}[{{ m.content }}]{% else %}"
+    "{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endif %};{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "joined"), [(_LIST, False), (_STRING, True), (_STRICT, True), (_EITHER, False)], ids=str
+)
+def test_content_comes_in_the_form_that_the_template_reads(source: str, joined: bool) -> None:
+    template = ChatTemplate(source, {})
+    parts: list[Any] = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "brief"}, {"role": "user", "content": parts}]
+    said = "[one\ntwo]" if joined else "[one][two]"
+    assert template.render(messages) == f"system:[brief];user:{said};"
+    assert messages[1]["content"] is parts
+    parts.append({"type": "image_url", "image_url": {"url": "cat.png"}})
+    with pytest.raises(InputError, match=r"^Message 1 has a part of type 'image_url'; of messages, the text alone"):
+        template.render(messages)
+
+
+def test_content_that_is_no_text_at_all_goes_to_the_template_as_it_is() -> None:
+    template = ChatTemplate("{{ messages[0].content[0].thinking }}{{ messages[1].content.x }}", {})
+    thought: list[Any] = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "so"}]
+    assert template.render([{"role": "user", "content": thought}, {"role": "tool", "content": {"x": 3}}]) == "hm3"
+
+
 def test_a_folder_without_a_template_has_none(tmp_path: Path) -> None:
     assert ChatTemplate.from_folder(tmp_path) is None
     save_byte_tokenizer(tmp_path)
