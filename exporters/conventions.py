@@ -41,6 +41,7 @@ _HARMLESS = frozenset(
 ROTARY_CHANGES = "the rotary embeddings change with the length of the text"  # a reason of Conventions.limited_by
 _TOLERANCE = 1e-5  # relative and absolute
 _DEAF = 1e-3  # of the largest number: what a token hears that should hear nothing, experts that meet others in a batch aside
+_HEAD_STEP = 8  # heads of other sizes are refused by ONNX Runtime's attention
 _ROTARY_STEP = 8  # ONNX Runtime's kernel rotates vectors of so many numbers
 
 
@@ -48,7 +49,7 @@ _ROTARY_STEP = 8  # ONNX Runtime's kernel rotates vectors of so many numbers
 class AttentionCall:
     """One attention of the forward pass.
 
-    head_dim: numbers of a head, the larger where keys and values differ. window: how many tokens back it sees, itself included; None
+    head_dim: numbers of a head, the larger where keys and values differ, and a multiple of 8, as the kernel wants it. window: how many tokens back it sees, itself included; None
     is all.
     """
 
@@ -181,7 +182,7 @@ def _own_attentions(model: PreTrainedModel, positions: int, first: int) -> list[
         found.append(
             AttentionCall(
                 kv_num_heads=key.shape[1],
-                head_dim=max(query.shape[3], value.shape[3]),
+                head_dim=_head_dim(query, value),
                 scale=scale,
                 window=window,
                 softcap=None,
@@ -191,6 +192,10 @@ def _own_attentions(model: PreTrainedModel, positions: int, first: int) -> list[
     with torch.no_grad(), OwnAttention(note):
         _forward(model, torch.arange(positions)[None] % _vocabulary(model), first)
     return found
+
+
+def _head_dim(query: torch.Tensor, value: torch.Tensor) -> int:
+    return -(-max(query.shape[3], value.shape[3]) // _HEAD_STEP) * _HEAD_STEP
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
@@ -408,7 +413,7 @@ class _Recorder:
         scale = float(query.shape[3] ** -0.5 if scaling is None else scaling)
         call = AttentionCall(
             kv_num_heads=key.shape[1],
-            head_dim=max(query.shape[3], value.shape[3]),
+            head_dim=_head_dim(query, value),
             scale=scale,
             window=window,
             softcap=float(softcap) if softcap else None,

@@ -93,6 +93,7 @@ def _rope(kind: str, **more: Any) -> dict[str, Any]:
 
 ARCHITECTURES: dict[str, Callable[..., Any]] = {
     "llama": lambda **more: tf.LlamaConfig(**{**BASE, **more}),
+    "llama-heads-of-12": lambda **more: tf.LlamaConfig(**{**BASE, "head_dim": 12, **more}),  # OpenLLaMA has 100
     "llama3-rope": lambda **more: tf.LlamaConfig(
         **BASE,
         **_rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
