@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import sys
 import tempfile
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -40,6 +41,7 @@ from onnxpress.runtime.model_step import ModelStep
 from onnxpress.runtime.session import Session
 
 LIKE_PYTORCH, REFUSED, NOT_MADE, FAILED = "answers like PyTorch", "refused", "no small model of it", "fails"
+_LONGEST = 60.0  # seconds to look for a small model
 CONTEXT = 128
 NAMES = tuple(dict.fromkeys((*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)))
 _LARGEST = 200_000_000  # parameters of what still is small; towers for images may be larger than the text's part
@@ -172,10 +174,12 @@ def outcome(name: str) -> tuple[str, str]:
 
 def small_model(name: str) -> tuple[Any, str]:
     """A model with weights that all count, which runs; or None and why there is none."""
-    reason = ""
+    reason, begun = "", time.monotonic()
     multimodal = name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     auto_class = transformers.AutoModelForMultimodalLM if multimodal else transformers.AutoModelForCausalLM
     for otherwise in _OTHERWISE:
+        if time.monotonic() - begun > _LONGEST:
+            break
         try:
             default = transformers.AutoConfig.for_model(name)
             text = default.get_text_config(decoder=True)
