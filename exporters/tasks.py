@@ -45,11 +45,11 @@ class Task:
         )
 
         encoder = getattr(MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None), "__name__", "")
-        own = getattr(config, "auto_map", None) or {}
-        if self.name == "feature-extraction" and encoder.endswith("EncoderModel") and "AutoModel" not in own:
+        own = "AutoModel" in (getattr(config, "auto_map", None) or {})
+        if self.name == "feature-extraction" and encoder.endswith("EncoderModel") and not own:
             return AutoModelForTextEncoding
         whole = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-        if self.name == "text-generation" and whole and "AutoModelForCausalLM" not in own:
+        if self.name == "text-generation" and whole:
             return AutoModelForMultimodalLM
         return TasksManager.get_model_class_for_task(self.name, framework="pt")
 
@@ -111,6 +111,8 @@ def infer_task(folder: Path, architectures: tuple[str, ...], config: Any = None)
 
     Of a model that answers to images or sound too, its text is what is meant.
     """
+    import transformers
+
     if (folder / "modules.json").is_file() and not is_headed(folder):
         return TASKS["text-classification" if has_classifier(folder) else "feature-extraction"]
     _refuse_other_inputs(folder, architectures, config)
@@ -119,7 +121,8 @@ def infer_task(folder: Path, architectures: tuple[str, ...], config: Any = None)
             return task
     if any(name.endswith("ForPreTraining") for name in architectures):
         return TASKS["feature-extraction"]
-    if config is not None and reads_more_than_text(config) and set(architectures[:1]) <= _language_models(config):
+    others = [name for name in architectures[:1] if hasattr(transformers, name)]  # not a class of somebody's own
+    if config is not None and reads_more_than_text(config) and set(others) <= _language_models(config):
         return TASKS["text-generation"]
     found = f"was saved as {', '.join(architectures)}" if architectures else "does not say what it was saved as"
     if config is not None and config.is_encoder_decoder:

@@ -403,8 +403,10 @@ def _special_tokens(model: PreTrainedModel) -> dict[str, Json]:
     """bos_token_id, and eos_token_ids: whichever of them ends an answer."""
     generation = model.generation_config or GenerationConfig.from_model_config(model.config)
     config = model.config.get_text_config()
-    ends = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
-    begin = generation.bos_token_id if generation.bos_token_id is not None else config.bos_token_id
+    begin, ends = (
+        getattr(config, name, None) if getattr(generation, name) is None else getattr(generation, name)
+        for name in ("bos_token_id", "eos_token_id")
+    )
     return {
         "bos_token_id": begin,
         "eos_token_ids": sorted({ends} if isinstance(ends, int) else set(ends or ())),

@@ -10,19 +10,21 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from onnxpress.errors import ArtifactError, InputError
 from onnxpress.manifest import Json
 
 FILES = _FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
-_PROBE = "a message"  # that shows how a template reads one
-_SEEN_OR_HEARD = ("image", "video", "audio", "input_image", "input_video", "input_audio")  # kinds of parts begin so
+_PROBE = "message"  # what is said to see how a template reads it
+_PRINTED = re.compile(rf"""['"]type['"]: ?['"]text['"],\s*['"]text['"]: ?['"]{_PROBE}['"]""")
+_NO_TEXT = ("image", "video", "audio", "file")  # how kinds of parts, and names in them, begin
+_TEXT = ("text", "input_text", "output_text")
 _RESERVED = frozenset({"messages", "add_generation_prompt", "self", "raise_exception", "strftime_now"})
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _LONGEST = 10_000_000  # characters, items, or bits of a number
@@ -41,6 +43,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = _now
         self._tokens = dict(tokens)
+        self._forms: dict[tuple[Any, str], frozenset[type]] = {}
         try:
             self._template = environment.from_string(source)
             self._for_tools = self._template if for_tools is None else environment.from_string(for_tools)
@@ -94,56 +97,74 @@ class ChatTemplate:
             raise InputError("template_variables takes values by name.")
         if taken := sorted(set(variables) & _RESERVED):
             raise InputError(f"template_variables cannot set {taken[0]!r}, which is the template's own.")
-        known = [self._in_its_form(index, _as_templates_know_it(message)) for index, message in enumerate(messages)]
+        template = self._template if variables.get("tools") is None else self._for_tools
+        known = [_as_templates_know_it(message) for message in messages]
+        for index, message in enumerate(known):
+            if (content := _texts(index, message.get("content"))) is not None:
+                message["content"] = self._in_its_form(template, str(message["role"]), content, variables)
         try:
-            return self._written(known, variables)
+            return self._written(template, known, variables)
         except jinja2.exceptions.SecurityError as error:
             raise InputError(f"The chat template tries to leave its sandbox, and was stopped: {error}.") from None
         except Exception as error:  # a template may fail in any way a program may
             raise InputError(f"The chat template refuses these messages: {error}") from None
 
-    def _written(self, messages: Sequence[Mapping[str, Json]], variables: Mapping[str, Json]) -> str:
+    def _written(self, template: Any, messages: Sequence[Mapping[str, Json]], variables: Mapping[str, Json]) -> str:
         _TURNS.set(itertools.count(1))
-        template = self._template if variables.get("tools") is None else self._for_tools
         given = {"tools": None, "documents": None, **variables, "messages": messages, "add_generation_prompt": True}
         text: str = template.render({**self._tokens, **given})
         return text
 
-    def _in_its_form(self, index: int, message: dict[str, Json]) -> dict[str, Json]:
-        """A message with its content as the template reads it. Raises InputError for content that is more than text."""
-        content = message.get("content")
-        if isinstance(content, str):
-            return {**message, "content": _parts(content)} if self._reads == "parts" else message
-        if not isinstance(content, list):
-            return message
-        parts = [part for part in content if isinstance(part, Mapping)]
-        seen = next((str(part.get("type")) for part in parts if str(part.get("type")).startswith(_SEEN_OR_HEARD)), None)
-        if seen is not None:
-            raise InputError(f"Message {index} has a part of type {seen!r}; of messages, the text alone is read here.")
-        texts = [part.get("text") for part in parts if part.get("type") == "text"]
-        if self._reads != "strings" or len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
-            return message
-        return {**message, "content": "\n".join(map(str, texts))}
+    def _in_its_form(
+        self, template: Any, role: str, content: str | list[Json], variables: Mapping[str, Json]
+    ) -> str | list[Json]:
+        """A text, or a list of parts that are texts, as the template reads what this role says."""
+        forms = self._forms.get((template, role)) or self._read_forms(template, role, variables)
+        self._forms[template, role] = forms
+        if type(content) in forms or not forms:  # where nothing is known, as it was given
+            return content
+        return _parts(content) if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
-    @cached_property
-    def _reads(self) -> Literal["strings", "parts", "both"]:
-        """Which content of messages the template writes: a string, or a list of parts, as those of models that see have it."""
-        as_string, as_parts = (self._tried(content) for content in (_PROBE, _parts(_PROBE)))
-        if as_string is not None:
-            return "both" if as_string == as_parts else "strings"
-        return "parts" if as_parts is not None else "strings"
+    def _read_forms(self, template: Any, role: str, variables: Mapping[str, Json]) -> frozenset[type]:
+        """Of str and list, which content of a role is written: found by trying both, in a few conversations."""
+        for others in ("other", _parts("other")):
+            before, after = {"role": "user", "content": others}, {"role": "user", "content": others}
+            system = {"role": "system", "content": others}
+            found = set()
+            for content in (_PROBE, _parts(_PROBE)):
+                said = {"role": role, "content": content}
+                tries = {"user": ([said], [system, said])}.get(
+                    role, ([said, after], [before, said, after], [before, said])
+                )
+                if any(self._tells(template, messages, variables) for messages in tries):
+                    found.add(type(content))
+            if found:
+                return frozenset(found)
+        return frozenset()
 
-    def _tried(self, content: Json) -> str | None:
-        """What is written of such content; None where it is refused, or left out."""
+    def _tells(self, template: Any, messages: Sequence[Mapping[str, Json]], variables: Mapping[str, Json]) -> bool:
+        """Whether what these messages say is in the prompt, and not as a list is printed."""
         try:
-            text = self._written([{"role": "user", "content": content}], {})
+            text = self._written(template, messages, variables)
         except Exception:  # a template may fail in any way a program may
-            return None
-        return text if _PROBE in text else None
+            return False
+        return _PROBE in text and not _PRINTED.search(text)
 
 
-def _parts(text: str) -> Json:
+def _parts(text: str) -> list[Json]:
     return [{"type": "text", "text": text}]
+
+
+def _texts(index: int, content: Json) -> str | list[Json] | None:
+    """A text, or a list of parts that all are texts, with their type; None for other content. Raises InputError where it is seen or heard."""
+    if isinstance(content, str) or not isinstance(content, Sequence):
+        return content if isinstance(content, str) else None
+    parts = [part for part in content if isinstance(part, Mapping)]
+    for name in (name for part in parts for name in (*part, part.get("type"))):
+        if isinstance(name, str) and name.lower().removeprefix("input_").startswith(_NO_TEXT):
+            raise InputError(f"Message {index} has a part with {name!r}; of messages, the text alone is read here.")
+    texts = [part for part in parts if part.get("type", "text") in _TEXT and isinstance(part.get("text"), str)]
+    return [{**part, "type": "text"} for part in texts] if content and len(texts) == len(content) else None
 
 
 def _as_templates_know_it(message: Mapping[str, Json]) -> dict[str, Json]:

@@ -182,6 +182,7 @@ def test_models_of_images_and_sound_are_to_be_given_as_modules(tmp_path):
     with pytest.raises(SourceError, match="does not say what it was saved as"):
         infer_task(tmp_path, (), clip)
     assert infer_task(tmp_path, ("LlavaForConditionalGeneration",), tf.LlavaConfig()).name == "text-generation"
+    assert infer_task(tmp_path, ("MyLlavaForConditionalGeneration",), tf.LlavaConfig()).name == "text-generation"
     with pytest.raises(SourceError, match="was saved as ShieldGemma2ForImageClassification, from which"):
         infer_task(tmp_path, ("ShieldGemma2ForImageClassification",), tf.ShieldGemma2Config())
 

@@ -74,28 +74,53 @@ def test_what_is_none_is_not_there_and_reasoning_has_all_of_its_names() -> None:
     assert messages[0]["content"] is None
 
 
-_LIST = "{% for m in messages %}{{ m.role }}:{% for part in m.content if part.type == 'text' %}[{{ part.text }}]{% endfor %};{% endfor %}"
-_STRING = "{% for m in messages %}{{ m.role }}:[{{ m.content }}];{% endfor %}"
-_STRICT = _STRING.replace("{{ m.content }}", "{{ '' + m.content }}")
-_EITHER = (
-    "{% for m in messages %}{{ m.role }}:{% if m.content is string %}[{{ m.content }}]{% else %}"
-    "{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endif %};{% endfor %}"
-)
+_EACH = "{% for m in messages %}{{ m.role }}:CONTENT;{% endfor %}"
+_STRING = "[{{ m.content }}]"
+_LIST = "{% for part in m.content if part.type == 'text' %}[{{ part.text }}]{% endfor %}"
+_EITHER = f"{{% if m.content is string %}}{_STRING} {{% else %}}{_LIST}{{% endif %}}"
+_BY_ROLE = f"{{% if m.role == 'user' %}}{_LIST}{{% else %}}{_STRING}{{% endif %}}"
+_SYSTEM_FIRST = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
 
 
 @pytest.mark.parametrize(
-    ("source", "joined"), [(_LIST, False), (_STRING, True), (_STRICT, True), (_EITHER, False)], ids=str
+    ("source", "brief", "said"),
+    [
+        (_EACH.replace("CONTENT", _LIST), "[brief]", "[one][two]"),
+        (_EACH.replace("CONTENT", _STRING), "[brief]", "[one\ntwo]"),
+        (_EACH.replace("CONTENT", _STRING.replace("m.", "'' + m.")), "[brief]", "[one\ntwo]"),
+        (_EACH.replace("CONTENT", _EITHER), "[brief] ", "[one][two]"),
+        (_EACH.replace("CONTENT", _BY_ROLE), "[brief]", "[one][two]"),
+        (_SYSTEM_FIRST + _EACH.replace("CONTENT", _LIST), "[brief]", "[one][two]"),
+        ("{{ '' ~ style[0] }}" + _EACH.replace("CONTENT", _LIST), "[brief]", "[one][two]"),
+        (_EACH.replace("CONTENT", _LIST.replace("part.text", "part.text | upper")), "", "[ONE][TWO]"),  # tells nothing
+    ],
+    ids=["list", "string", "only-string", "either", "by-role", "system-first", "variable", "upper"],
 )
-def test_content_comes_in_the_form_that_the_template_reads(source: str, joined: bool) -> None:
+def test_content_comes_in_the_form_that_the_template_reads(source: str, brief: str, said: str) -> None:
     template = ChatTemplate(source, {})
-    parts: list[Any] = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    parts: list[Any] = [{"type": "text", "text": "one"}, {"text": "two"}]
     messages: list[dict[str, Any]] = [{"role": "system", "content": "brief"}, {"role": "user", "content": parts}]
-    said = "[one\ntwo]" if joined else "[one][two]"
-    assert template.render(messages) == f"system:[brief];user:{said};"
+    prompt = template.render(messages, variables={"style": "x"})
+    assert prompt.removeprefix("x") == f"system:{brief};user:{said};"
     assert messages[1]["content"] is parts
-    parts.append({"type": "image_url", "image_url": {"url": "cat.png"}})
-    with pytest.raises(InputError, match=r"^Message 1 has a part of type 'image_url'; of messages, the text alone"):
-        template.render(messages)
+
+
+def test_tools_have_their_own_templates_form() -> None:
+    list_reader, string_reader = (_EACH.replace("CONTENT", content) for content in (_LIST, _STRING))
+    for default, other in ((list_reader, string_reader), (string_reader, list_reader)):
+        template = ChatTemplate(default, {}, for_tools=other)
+        for tools in (None, [{"name": "clock"}]):
+            assert template.render([{"role": "user", "content": "hi"}], variables={"tools": tools}) == "user:[hi];"
+
+
+@pytest.mark.parametrize(
+    "part", [{"type": "image_url", "image_url": {"url": "cat.png"}}, {"image": "cat.png"}, {"type": "Input_Audio"}]
+)
+def test_what_is_to_be_seen_or_heard_is_refused(part: dict[str, Any]) -> None:
+    template = ChatTemplate(_EACH.replace("CONTENT", _LIST), {})
+    message: dict[str, Any] = {"role": "user", "content": ({"type": "text", "text": "see"}, part)}
+    with pytest.raises(InputError, match=r"^Message 0 has a part with '.*'; of messages, the text alone is read here"):
+        template.render([message])
 
 
 def test_content_that_is_no_text_at_all_goes_to_the_template_as_it_is() -> None:
