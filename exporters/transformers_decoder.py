@@ -62,7 +62,7 @@ _TAKEN: Mapping[str, Callable[[float], bool]] = {
     "top_k": lambda value: isinstance(value, int) and 0 < value < 2**31,
     "top_p": lambda value: 0 < value < 1,
     "min_p": lambda value: 0 < value < 1,
-    "repetition_penalty": lambda value: 0 < value < 1e6,
+    "repetition_penalty": lambda value: 1e-6 <= value <= 1e6,
 }
 _LEFT = (
     *("typical_p", "num_beams", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import re
 import signal
@@ -36,6 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # it was closed
             setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115  it is written to until the end
+        elif isinstance(
+            file := getattr(sys, stream), io.TextIOWrapper
+        ):  # what cannot show a character shows a question mark
+            file.reconfigure(errors="replace")
+    if sys.stdin is None:
+        sys.stdin = Path(os.devnull).open()  # noqa: SIM115
     warnings.showwarning = _print_warning
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_terminate)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
-import json
 import re
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
+from onnxpress.commands.options import print_json
 from onnxpress.errors import InputError, UsageError
 from onnxpress.manifest import Json
 from onnxpress.runtime import Generation, Generator, load
@@ -36,7 +35,7 @@ def generate(runner: Generator, prompts: list[str], *, as_json: bool, **options:
         generations = runner.generate(prompts, **options)
         seconds = time.perf_counter() - started
         if as_json:
-            print(json.dumps([_described(item) for item in generations], ensure_ascii=False, indent=1))
+            print_json([_described(item) for item in generations])
         else:
             for index, item in enumerate(generations):
                 print(f"== {prompts[index // options.get('n', 1)]!r}\n{_visible(item.text)}")
@@ -92,8 +91,6 @@ def chat(runner: Generator, *, system: str | None, **options: Any) -> int:
 
 def _show(pieces: Iterator[Piece], started: float) -> tuple[str, bool]:
     """Print an answer as it comes, then its speed; returns what was shown, and whether it is whole: Ctrl-C stops it."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character shows a question mark
-        sys.stdout.reconfigure(errors="replace")
     text, count, first = "", 0, 0.0
     generation: Generation | None = None
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxpress.artifact import Artifact
+from onnxpress.commands.options import print_json
 from onnxpress.errors import UsageError
 from onnxpress.manifest import Json, Manifest, Runnable, Signature, TensorSpec
 from onnxpress.runtime.loading import open_session
@@ -38,7 +39,7 @@ def inspect(path: Path, *, placement: bool, as_json: bool, providers: list[str] 
     if session is not None and placement:
         findings["placement"] = session.placement()
     if as_json:
-        print(json.dumps(findings, indent=1, ensure_ascii=False))
+        print_json(findings)
     else:
         print("\n".join(_lines(findings)))
     return 0

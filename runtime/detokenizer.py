@@ -11,6 +11,7 @@ from typing import Any
 
 _INCOMPLETE = "�"  # what decoding gives for the bytes of half a character
 _CONTEXT = 6  # prompt tokens that the first piece is decoded with
+_OF_CHARACTER = 4  # tokens of a character at most, a byte each
 
 
 class Detokenizer:
@@ -18,8 +19,18 @@ class Detokenizer:
 
     def __init__(self, inner: Any, prompt: Sequence[int] = ()) -> None:
         self._inner = inner
-        self._ids = list(prompt[-_CONTEXT:])
-        self._start, self._read = 0, len(self._ids)
+        self._ids = list(prompt[-_CONTEXT - _OF_CHARACTER :])
+        self._start, self._read = self._whole_characters()
+
+    def _whole_characters(self) -> tuple[int, int]:
+        """From where to where the end of the prompt is whole characters; the answer may go on with half of one."""
+        end = len(self._ids)
+        first = max(0, end - _CONTEXT)
+        for start in range(first, max(-1, first - _OF_CHARACTER), -1):
+            for read in range(end, max(start, end - _OF_CHARACTER), -1):
+                if _INCOMPLETE not in self._decode(self._ids[start:read]):
+                    return start, read
+        return first, end  # bytes that are no characters
 
     def push(self, token: int) -> str:
         """The text that one more token completes; may be empty."""

@@ -113,6 +113,7 @@ class _Sequence:
 
     def _last(self, reason: str, shown: str = "") -> Piece:
         shown += self.stops.push(self.detokenizer.flush()) + self.stops.flush()
+        reason = reason if self.stops.found is None else "stop"
         self.text += shown
         generation = Generation(
             text=self.text,
@@ -199,8 +200,8 @@ class Generator:
         *,
         messages: Messages | Sequence[Messages] | None = None,
         max_new_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
         ignore_eos: bool = False,
         n: int = 1,
         logprobs: int | None = None,
@@ -210,7 +211,8 @@ class Generator:
     ) -> Iterator[Piece]:
         """Pieces of the answers as they come; the last of each carries the whole.
 
-        max_new_tokens: 256 where None, or what the context leaves. stop: strings that end an answer and are not part of it.
+        max_new_tokens: 256 where None, or what the context leaves. stop: strings that end an answer and are not part of it; special tokens
+        by their names too.
         stop_token_ids: beside the model's own end tokens, which ignore_eos switches off. n: answers to each prompt. logprobs: how
         many of the likeliest tokens to name beside the chosen one. prompt_lookup: how many tokens to guess at a time from what the
         text holds already, 0 for none; while a single answer is generated. template_variables: for the chat template. sampling:
@@ -224,7 +226,9 @@ class Generator:
         _check_count("n", n)
         if max_new_tokens is not None:
             _check_count("max_new_tokens", max_new_tokens)
-        if logprobs is not None and (not isinstance(logprobs, int | np.integer) or logprobs < 0):
+        if logprobs is not None and (
+            not isinstance(logprobs, int | np.integer) or isinstance(logprobs, bool) or logprobs < 0
+        ):
             raise InputError(f"logprobs is {logprobs!r}; it takes a whole number from 0 on.")
         if type(prompt_lookup) is not int or not 0 <= prompt_lookup <= LONGEST_GUESS:
             raise InputError(f"prompt_lookup is {prompt_lookup!r}; it takes a whole number from 0 to {LONGEST_GUESS}.")
@@ -232,16 +236,18 @@ class Generator:
             raise InputError(
                 "prompt_lookup needs a cache that can be cut back, and this model's linear attention mixes what it has read: leave it out."
             )
+        stop = () if stop is None else stop
         stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Sequence) else (stop,)
         if not all(isinstance(item, str) and item for item in stops):
             raise InputError("stop takes strings that are not empty.")
         chosen = replace(self.sampling, **sampling)
+        stop_token_ids = () if stop_token_ids is None else stop_token_ids
         if not _is_ids(stop_token_ids):
             raise InputError("stop_token_ids takes a list of token ids.")
-        ends = frozenset(stop_token_ids) | (frozenset() if ignore_eos else self._ends)
+        ends = frozenset((*stop_token_ids, *self._special(stops), *(() if ignore_eos else self._ends)))
         sequences: list[_Sequence] = []
         for prompt in ids:
-            limit, reason = self._limit(len(prompt), max_new_tokens)
+            limit, reason = self._limit(len(prompt), None if max_new_tokens is None else int(max_new_tokens))
             for sample in range(n):
                 sequences.append(
                     _Sequence(
@@ -288,7 +294,10 @@ class Generator:
 
     def _refuse_own_stream(self) -> None:
         if self._owner == threading.get_ident():  # waiting for oneself would take for ever
-            raise InputError("A stream of this generator is still open in this thread: finish it, or close() it.")
+            raise InputError(
+                "A stream of this generator that was begun in this thread is still open: finish it, or close() it. Where streams "
+                "go from thread to thread, read each in one of them, and hand its pieces on."
+            )
 
     def _run(self, sequences: Iterable[_Sequence]) -> Iterator[Piece]:
         self._refuse_own_stream()
@@ -408,6 +417,12 @@ class Generator:
                 f"A prompt of {len(sequence.prompt)} tokens and {sequence.limit} new ones need {needed:.1f} MiB of cache, "
                 f"and the budget is {budget:.1f} MiB: raise cache_bytes, or ask for fewer tokens."
             )
+
+    def _special(self, stops: Sequence[str]) -> list[int]:
+        """The tokens among these names that give no text, in which they would not be found."""
+        inner = self.tokenizer.inner
+        tokens = (inner.token_to_id(stop) for stop in stops)
+        return [token for token in tokens if token is not None and not inner.decode([token], skip_special_tokens=True)]
 
     def _limit(self, prompt_tokens: int, wanted: int | None) -> tuple[int, str]:
         room = self.context - prompt_tokens

@@ -50,9 +50,9 @@ class Sampling:
         )
         _check("top_p", self.top_p, lambda value: 0 < value <= 1, "over 0 and at most 1")
         _check("min_p", self.min_p, lambda value: 0 <= value < 1, "from 0 to under 1")
-        _check("repetition_penalty", self.repetition_penalty, lambda value: value > 0, "over 0")
+        _check("repetition_penalty", self.repetition_penalty, lambda value: 1e-6 <= value <= 1e6, "from 1e-6 to 1e6")
         for name in ("presence_penalty", "frequency_penalty"):
-            _check(name, getattr(self, name), lambda _: True, "a finite number")
+            _check(name, getattr(self, name), lambda value: abs(value) <= 1e6, "from -1e6 to 1e6")
         if not isinstance(self.logit_bias, Mapping):
             raise InputError(f"logit_bias is a {type(self.logit_bias).__name__}; it takes numbers by token id.")
         for token, bias in self.logit_bias.items():
@@ -77,14 +77,15 @@ class Sampler:
             raise InputError(f"logit_bias names the token {outside[0]}; the model has 0 to {vocabulary - 1}.")
         self._sampling = sampling
         self._random = np.random.default_rng(None if sampling.seed is None else (sampling.seed, sample))
-        self._seen = np.zeros(vocabulary, bool)
-        self._seen[list(prompt)] = True
-        self._counts = np.zeros(vocabulary, np.int32)
         self._biased = list(sampling.logit_bias)
         self._bias = np.array([sampling.logit_bias[token] for token in self._biased], np.float32)
         self._changes_logits = bool(
             self._biased or sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty
         )
+        if self._changes_logits:
+            self._seen = np.zeros(vocabulary, bool)
+            self._seen[list(prompt)] = True
+            self._counts = np.zeros(vocabulary, np.int32)
 
     def pick(self, logits: npt.NDArray[np.float32]) -> int:
         """The next token, from logits (vocabulary,), which are left as they are."""
@@ -93,9 +94,13 @@ class Sampler:
         if not math.isfinite(changed[token]):  # argmax stops at the first that is not a number
             raise ArtifactError("The model answers with logits that are not numbers; verify the artifact.")
         if self._sampling.temperature > 0:
-            token = self._draw(changed.astype(np.float64) / self._sampling.temperature)
-        self._seen[token] = True
-        self._counts[token] += 1
+            with np.errstate(
+                over="ignore"
+            ):  # by temperatures of next to nothing: what is not the largest is minus infinity
+                token = self._draw((changed.astype(np.float64) - changed[token]) / self._sampling.temperature)
+        if self._changes_logits:
+            self._seen[token] = True
+            self._counts[token] += 1
         return token
 
     def _penalized(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -111,8 +116,8 @@ class Sampler:
         return changed.astype(np.float32)
 
     def _draw(self, scaled: npt.NDArray[np.float64]) -> int:
+        """From logits of which the largest is 0."""
         sampling = self._sampling
-        scaled -= scaled.max()
         count = min(sampling.top_k or len(scaled), len(scaled))
         if count == len(scaled) and sampling.top_p == 1 and sampling.min_p == 0:
             tokens = np.arange(len(scaled))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,5 +40,6 @@ def others(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def print_json(content: Json) -> None:
-    """One document on standard output."""
-    print(json.dumps(content, ensure_ascii=False, indent=1))
+    """One document on standard output, whatever that can write."""
+    unicode = "utf" in (sys.stdout.encoding or "").lower()
+    print(json.dumps(content, ensure_ascii=not unicode, indent=1))

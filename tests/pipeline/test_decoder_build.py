@@ -126,6 +126,23 @@ def test_generate_on_the_command_line(artifact: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("more", [["--json"], ["--prompt", "in a"]])
+def test_a_terminal_that_cannot_show_a_character(artifact: Path, more: list[str]) -> None:
+    asked = ("generate", artifact, "--prompt", "é 中", *more, "--max-new-tokens", 3, "--ignore-eos")
+    done, other = (command(*asked, PYTHONIOENCODING=encoding) for encoding in ("ascii", "utf-8"))
+    assert done.returncode == 0, done.stderr
+    if more == ["--json"]:
+        assert json.loads(done.stdout) == json.loads(other.stdout)
+
+
+@pytest.mark.parametrize(("line", "code"), [("chat", 0), ("generate --file -", 2)])
+def test_without_an_input_there_is_none(artifact: Path, line: str, code: int) -> None:
+    verb, *more = line.split()
+    closed = f"exec {shlex.join([sys.executable, '-m', 'onnxpress', verb, str(artifact), *more])} <&-"
+    done = subprocess.run(["sh", "-c", closed], capture_output=True, text=True)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+
+
 @pytest.mark.parametrize(("terminal", "shown"), [(True, "a\ufffd[2J\n\tb\n"), (False, "a\x1b[2J\n\tb\n")])
 def test_control_characters_do_not_reach_a_terminal(
     terminal: bool, shown: str, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from tiny_decoders import save_byte_tokenizer
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 from onnxpress.runtime.detokenizer import Detokenizer, StopStrings
 
@@ -55,6 +55,35 @@ def test_a_space_that_hangs_on_the_token_before_is_kept() -> None:
     assert inner.decode([2]) == "world"
     detokenizer = Detokenizer(inner, prompt=[1])
     assert [detokenizer.push(token) for token in (2, 3)] == [" world", "s"]
+
+
+@pytest.fixture(scope="module")
+def falling_back() -> Any:
+    """SentencePiece-like, with bytes for what it has no token for; a run of bytes that is no text as a whole gives none."""
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyz"]
+    inner = Tokenizer(
+        models.BPE({token: number for number, token in enumerate(tokens)}, [], byte_fallback=True, unk_token="<unk>")
+    )
+    inner.normalizer = normalizers.Replace(" ", "▁")
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return inner
+
+
+@pytest.mark.parametrize("prompt", ["I love 🦙🦙", "日本😀", "price 5€😀", "é", "ab"])
+@pytest.mark.parametrize("answer", ["🦙🦙 hello", "日本語", "ok"])
+def test_an_answer_goes_on_after_bytes(falling_back: Any, prompt: str, answer: str) -> None:
+    detokenizer = Detokenizer(falling_back, falling_back.encode(prompt).ids)
+    pieces = [detokenizer.push(token) for token in falling_back.encode(answer).ids]
+    assert "".join(pieces) + detokenizer.flush() == answer
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_an_answer_ends_a_character_that_its_prompt_began(falling_back: Any, inner: Any, cut: int) -> None:
+    for tokenizer in (falling_back, inner):
+        ids = tokenizer.encode("hi there 😀 yes").ids
+        half = ids.index(tokenizer.encode("😀").ids[0]) + cut
+        detokenizer = Detokenizer(tokenizer, ids[:half])
+        assert "".join(map(detokenizer.push, ids[half:])) + detokenizer.flush() == "😀 yes"
 
 
 def test_stop_strings_are_held_back_and_cut() -> None:

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 from tiny_decoders import CONTEXT, save_decoder
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM
 
 import onnxpress
 from onnxpress.errors import ArtifactError, InputError
 from onnxpress.runtime import Generator
-from onnxpress.runtime.generator import Piece
+from onnxpress.runtime.detokenizer import Detokenizer, StopStrings
+from onnxpress.runtime.generator import Piece, _Sequence
+from onnxpress.runtime.sampler import Sampler, Sampling
 
 pytestmark = pytest.mark.newest
 
@@ -256,6 +259,35 @@ def test_stops_are_not_part_of_the_answer(generator: Generator) -> None:
     assert ended.finish_reason == "stop"
 
 
+def test_stops_may_be_special_tokens(generator: Generator) -> None:
+    special = {"logit_bias": {1: 1e6}, "max_new_tokens": 6, "ignore_eos": True}
+    ended = generator.generate("the end", stop="<|begin|>", **special)[0]
+    assert (ended.text, ended.token_ids, ended.finish_reason) == ("", [], "stop")
+    whole = generator.generate("the end", stop=None, stop_token_ids=None, **special)[0]
+    assert len(whole.token_ids) == 6
+
+
+def test_a_stop_string_before_half_a_character_is_the_reason_to_stop() -> None:
+    inner = Tokenizer(models.BPE({"a": 0, ".": 1, "ĠÃ": 2}, []))  # the last is a space and half of a character
+    inner.decoder = decoders.ByteLevel()
+    sequence = _Sequence(
+        index=0,
+        prompt=[0],
+        limit=2,
+        limit_reason="length",
+        sampler=Sampler(Sampling(), [0], vocabulary=3),
+        detokenizer=Detokenizer(inner, [0]),
+        stops=StopStrings((". ",)),
+        ends=frozenset(),
+        logprobs=None,
+        lookup=None,
+    )
+    assert sequence.take(np.eye(3, dtype=np.float32)[1]).text == ""
+    last = sequence.take(np.eye(3, dtype=np.float32)[2]).generation
+    assert last is not None
+    assert (last.text, last.finish_reason) == ("", "stop")
+
+
 def test_logprobs_are_those_of_the_tokens(generator: Generator) -> None:
     found = generator.generate("the", max_new_tokens=6, logprobs=2, ignore_eos=True)[0]
     assert found.logprobs is not None
@@ -306,7 +338,7 @@ def test_an_open_stream_is_not_waited_for_by_its_own_thread(generator: Generator
     stream = generator.stream("the end", max_new_tokens=20)
     next(stream)
     for call in (lambda: generator.generate("x"), generator.reset):
-        with pytest.raises(InputError, match="still open in this thread"):
+        with pytest.raises(InputError, match="begun in this thread is still open"):
             call()
     stream.close()
     assert generator.generate("x", max_new_tokens=3)
@@ -367,6 +399,7 @@ def test_threads_wait_for_each_other(generator: Generator) -> None:
         (("x",), {"n": 0}, "n is 0"),
         (("x",), {"stop": [""]}, "stop takes strings"),
         (("x",), {"logprobs": -1}, "logprobs is -1"),
+        (("x",), {"logprobs": True}, "logprobs is True"),
         (("x",), {"warmth": 1}, "Unknown option 'warmth'"),
         (("x",), {"logit_bias": {400: 1.0}}, "logit_bias names the token 400"),
         (("x",), {"template_variables": {"tools": []}}, "go with messages"),
@@ -408,7 +441,7 @@ def test_an_artifact_without_a_tokenizer_says_so(artifact: Path, tmp_path: Path)
 
 def test_options_may_be_numpys_numbers(generator: Generator) -> None:
     plain = {"max_new_tokens": 5, "temperature": 2.0, "top_k": 9, "seed": 3}
-    numpys = {"max_new_tokens": np.int64(5), "temperature": np.float32(2), "top_k": np.int32(9), "seed": np.uint64(3)}
+    numpys = {"max_new_tokens": np.int8(5), "temperature": np.float32(2), "top_k": np.int32(9), "seed": np.uint64(3)}
     one, other = (generator.generate("the end", **options)[0] for options in (plain, numpys))
     assert one.token_ids == other.token_ids
 

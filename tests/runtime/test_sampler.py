@@ -111,6 +111,11 @@ def test_logits_that_are_no_numbers_are_refused() -> None:
             Sampler(Sampling(temperature=temperature), [], vocabulary=5).pick(broken)
 
 
+def test_a_temperature_of_next_to_nothing_is_greedy() -> None:
+    logits = np.array([1.0, 5.0, 3.0, -np.inf], np.float32)
+    assert {Sampler(Sampling(temperature=1e-310, seed=seed), [], vocabulary=4).pick(logits) for seed in range(5)} == {1}
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -123,6 +128,8 @@ def test_logits_that_are_no_numbers_are_refused() -> None:
         {"top_p": 1.1},
         {"min_p": 1.0},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-45},
+        {"presence_penalty": -1e308},
         {"presence_penalty": float("inf")},
         {"seed": -1},
         {"seed": True},
