@@ -40,6 +40,8 @@ _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # the othe
 _PART = re.compile(
     r"(?P<layer>.+)\.lora_(?P<part>A\.weight|B\.weight|embedding_A|embedding_B|magnitude_vector)(\.weight)?"
 )
+# What stands before a language model's own names, here or there: with what sees beside it, in transformers 4 or 5, without.
+_WITHIN = re.compile(r"^((model|language_model)\.)+")
 _LITERAL = re.compile(r"\^?[\w.]+")
 
 
@@ -59,7 +61,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> str:
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
     changed: dict[torch.Tensor, torch.Tensor] = {}
     for name, tensor in content.whole.items():
-        before = parameters.get(name)
+        before = _known_as(name, parameters)
         if before is None or before.shape != tensor.shape:
             there = "none" if before is None else f"one of {tuple(before.shape)}"
             raise SourceError(
@@ -73,7 +75,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> str:
     whole = len(changed)
     ranks = set()
     for name, parts in content.layers.items():
-        module = modules.get(name)
+        module = _known_as(name, modules)
         weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
             raise SourceError(
@@ -103,6 +105,15 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> str:
             weight.copy_(merged)
     said = f"LoRA adapter of rank {', '.join(map(str, sorted(ranks)))} merged into {len(content.layers)} layers"
     return said + (f", whole weights taken from it: {whole}" if whole else "")
+
+
+def _known_as(name: str, found: Mapping[str, Any]) -> Any:
+    """What is found by a name, or else by the one name that is the same but for where the language model lies in the whole."""
+    if name in found:
+        return found[name]
+    within = _WITHIN.sub("", name)
+    others = [other for other in found if _WITHIN.sub("", other) == within]
+    return found[others[0]] if len(others) == 1 else None
 
 
 def _merged(base: torch.Tensor, parts: Mapping[str, torch.Tensor], scale: float) -> torch.Tensor | None:

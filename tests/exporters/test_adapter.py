@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file, save_file
-from tiny_decoders import make_model, save_decoder
+from tiny_decoders import ARCHITECTURES, make_model, save_decoder
 
 from onnxpress.errors import SourceError
 from onnxpress.exporters import export
@@ -61,6 +62,31 @@ def test_the_merged_model_answers_as_base_and_adapter_side_by_side(
         # Float32 sums in another order; logits go to 5.2, and 6e-5 was seen with AVX512.
         assert torch.allclose(merged(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-5)
         assert not torch.allclose(make_model("llama")(input_ids=ids).logits, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "before", ["model.language_model.", "language_model.model.", "model.", "model.vision_tower.", ""]
+)
+def test_a_language_model_is_found_where_it_lies(tmp_path: Path, before: str) -> None:
+    whole = torch.full((64,), 2.0)
+    more = {f"{before}layers.0.input_layernorm.weight": whole}
+    adapter = save_adapter(tmp_path / "adapter", more, layer=f"{before}layers.1.self_attn.q_proj")
+    seeing = {"model_type": "pixtral", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = tf.Mistral3Config(text_config=ARCHITECTURES["mistral"]().to_dict(), vision_config=seeing)
+    for model, place in (
+        (tf.Mistral3ForConditionalGeneration(config), "model.language_model."),
+        (make_model("mistral"), "model."),
+    ):
+        weight = model.get_parameter(f"{place}layers.1.self_attn.q_proj.weight")
+        original = weight.clone()
+        if "vision" in before:
+            with pytest.raises(SourceError, match=r"has (no layer|a weight) 'model\.vision_tower\."):
+                merge_adapter(model, adapter)
+            assert torch.equal(weight, original)
+        else:
+            assert merge_adapter(model, adapter).endswith("into 1 layers, whole weights taken from it: 1")
+            assert not torch.equal(weight, original)
+            assert torch.equal(model.get_parameter(f"{place}layers.0.input_layernorm.weight"), whole)
 
 
 def test_layers_may_have_ranks_and_scales_of_their_own(tmp_path: Path) -> None:

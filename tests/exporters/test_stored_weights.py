@@ -72,6 +72,22 @@ def test_fp8_in_blocks(tmp_path: Path) -> None:
     assert_alike(load(tmp_path), model)
 
 
+def test_fp8_with_one_scale_a_layer(tmp_path: Path) -> None:
+    """As Ministral 3 has it, with scales for activations beside them."""
+    model = make_model("qwen3")
+    state = {name: value.clone() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    for name in [name for name in state if name.endswith("proj.weight")]:
+        scale = (state[name].abs().max() / 448).to(torch.bfloat16)
+        state[name] = (state[name] / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        state[f"{name}_scale_inv"] = scale
+        state[f"{name.removesuffix('.weight')}.activation_scale"] = torch.tensor(0.02, dtype=torch.bfloat16)
+        with torch.no_grad():
+            model.get_parameter(name).copy_(state[name].float() * scale.float())
+    stored = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}
+    save(model, state, stored, tmp_path)
+    assert_alike(load(tmp_path), model)
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "modelopt", "not-heard-of"])
 def test_other_forms_are_refused_before_any_weight_is_read(method: str, tmp_path: Path) -> None:
     save(make_model("llama"), {}, {"quant_method": method}, tmp_path)
