@@ -37,10 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # it was closed
             setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115  it is written to until the end
-        elif isinstance(
-            file := getattr(sys, stream), io.TextIOWrapper
-        ):  # what cannot show a character shows a question mark
-            file.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what cannot show a character shows a question mark
+        sys.stdout.reconfigure(errors="replace")
     if sys.stdin is None:
         sys.stdin = Path(os.devnull).open()  # noqa: SIM115
     warnings.showwarning = _print_warning

@@ -21,9 +21,10 @@ from onnxpress.manifest import Json
 
 FILES = _FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
-_PROBE = "message"  # what is said to see how a template reads it
-_PRINTED = re.compile(rf"""['"]type['"]: ?['"]text['"],\s*['"]text['"]: ?['"]{_PROBE}['"]""")
-_NO_TEXT = ("image", "video", "audio", "file")  # how kinds of parts, and names in them, begin
+_PROBE = "zq7vxk"  # what is said to see how a template reads it, and nobody says
+_PRINTED = re.compile(rf"""['"]type['"]: ?['"]text['"],\s*['"]text['"]: ?['"]{_PROBE}['"]""", re.IGNORECASE)
+_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+_SEEN_OR_HEARD = ("image", "video", "audio")  # how types of parts begin, and, without a type, what is in them
 _TEXT = ("text", "input_text", "output_text")
 _RESERVED = frozenset({"messages", "add_generation_prompt", "self", "raise_exception", "strftime_now"})
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -97,11 +98,19 @@ class ChatTemplate:
             raise InputError("template_variables takes values by name.")
         if taken := sorted(set(variables) & _RESERVED):
             raise InputError(f"template_variables cannot set {taken[0]!r}, which is the template's own.")
+        _TURNS.set(itertools.count(1))  # of the finding out, too
         template = self._template if variables.get("tools") is None else self._for_tools
         known = [_as_templates_know_it(message) for message in messages]
+        forms: dict[str, frozenset[type]] = {}
         for index, message in enumerate(known):
-            if (content := _texts(index, message.get("content"))) is not None:
-                message["content"] = self._in_its_form(template, str(message["role"]), content, variables)
+            content, role = _texts(index, message.get("content")), str(message["role"])
+            if content is None:
+                continue
+            if role not in forms:  # as the user's, where nothing is found out
+                forms[role] = self._read_forms(template, role, variables) or self._read_forms(
+                    template, "user", variables
+                )
+            message["content"] = content if type(content) in forms[role] or not forms[role] else _other_form(content)
         try:
             return self._written(template, known, variables)
         except jinja2.exceptions.SecurityError as error:
@@ -110,37 +119,28 @@ class ChatTemplate:
             raise InputError(f"The chat template refuses these messages: {error}") from None
 
     def _written(self, template: Any, messages: Sequence[Mapping[str, Json]], variables: Mapping[str, Json]) -> str:
-        _TURNS.set(itertools.count(1))
         given = {"tools": None, "documents": None, **variables, "messages": messages, "add_generation_prompt": True}
         text: str = template.render({**self._tokens, **given})
         return text
 
-    def _in_its_form(
-        self, template: Any, role: str, content: str | list[Json], variables: Mapping[str, Json]
-    ) -> str | list[Json]:
-        """A text, or a list of parts that are texts, as the template reads what this role says."""
-        forms = self._forms.get((template, role)) or self._read_forms(template, role, variables)
-        self._forms[template, role] = forms
-        if type(content) in forms or not forms:  # where nothing is known, as it was given
-            return content
-        return _parts(content) if isinstance(content, str) else "\n".join(part["text"] for part in content)
-
     def _read_forms(self, template: Any, role: str, variables: Mapping[str, Json]) -> frozenset[type]:
-        """Of str and list, which content of a role is written: found by trying both, in a few conversations."""
+        """Of str and list, which content of a role is written: found by trying both, in a few conversations, and remembered."""
+        if (template, role) in self._forms:
+            return self._forms[template, role]
+        found: set[type] = set()
         for others in ("other", _parts("other")):
-            before, after = {"role": "user", "content": others}, {"role": "user", "content": others}
-            system = {"role": "system", "content": others}
-            found = set()
+            system, user = ({"role": name, "content": others} for name in ("system", "user"))
             for content in (_PROBE, _parts(_PROBE)):
                 said = {"role": role, "content": content}
-                tries = {"user": ([said], [system, said])}.get(
-                    role, ([said, after], [before, said, after], [before, said])
-                )
+                tries = [[said]] if role == "user" else [[said, user], [user, said, user], [user, said]]
+                tries += [[system, *messages] for messages in tries]
                 if any(self._tells(template, messages, variables) for messages in tries):
                     found.add(type(content))
             if found:
-                return frozenset(found)
-        return frozenset()
+                break
+        if found and role in _ROLES:
+            self._forms[template, role] = frozenset(found)
+        return frozenset(found)
 
     def _tells(self, template: Any, messages: Sequence[Mapping[str, Json]], variables: Mapping[str, Json]) -> bool:
         """Whether what these messages say is in the prompt, and not as a list is printed."""
@@ -148,11 +148,15 @@ class ChatTemplate:
             text = self._written(template, messages, variables)
         except Exception:  # a template may fail in any way a program may
             return False
-        return _PROBE in text and not _PRINTED.search(text)
+        return _PROBE in text.casefold() and not _PRINTED.search(text)
 
 
 def _parts(text: str) -> list[Json]:
     return [{"type": "text", "text": text}]
+
+
+def _other_form(content: str | list[Json]) -> str | list[Json]:
+    return _parts(content) if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
 def _texts(index: int, content: Json) -> str | list[Json] | None:
@@ -160,11 +164,20 @@ def _texts(index: int, content: Json) -> str | list[Json] | None:
     if isinstance(content, str) or not isinstance(content, Sequence):
         return content if isinstance(content, str) else None
     parts = [part for part in content if isinstance(part, Mapping)]
-    for name in (name for part in parts for name in (*part, part.get("type"))):
-        if isinstance(name, str) and name.lower().removeprefix("input_").startswith(_NO_TEXT):
-            raise InputError(f"Message {index} has a part with {name!r}; of messages, the text alone is read here.")
-    texts = [part for part in parts if part.get("type", "text") in _TEXT and isinstance(part.get("text"), str)]
-    return [{**part, "type": "text"} for part in texts] if content and len(texts) == len(content) else None
+    for part in parts:
+        kind = part.get("type")
+        if isinstance(kind, str):
+            seen = kind if kind.lower().removeprefix("input_").startswith((*_SEEN_OR_HEARD, "file")) else None
+        else:
+            seen = next((name for name in part if name.removesuffix("_url") in _SEEN_OR_HEARD), None)
+        if seen is not None:
+            raise InputError(f"Message {index} has a part with {seen!r}; of messages, the text alone is read here.")
+    texts = [
+        {**part, "type": "text"}
+        for part in parts
+        if isinstance(part.get("text"), str) and (part["type"] in _TEXT if "type" in part else len(part) == 1)
+    ]
+    return texts if content and len(texts) == len(content) else None
 
 
 def _as_templates_know_it(message: Mapping[str, Json]) -> dict[str, Json]:

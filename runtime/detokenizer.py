@@ -20,24 +20,30 @@ class Detokenizer:
     def __init__(self, inner: Any, prompt: Sequence[int] = ()) -> None:
         self._inner = inner
         self._ids = list(prompt[-_CONTEXT - _OF_CHARACTER :])
+        self._prompt = len(self._ids)
         self._start, self._read = self._whole_characters()
 
     def _whole_characters(self) -> tuple[int, int]:
         """From where to where the end of the prompt is whole characters; the answer may go on with half of one."""
-        end = len(self._ids)
+        end = self._prompt
         first = max(0, end - _CONTEXT)
-        for start in range(first, max(-1, first - _OF_CHARACTER), -1):
-            for read in range(end, max(start, end - _OF_CHARACTER), -1):
-                if _INCOMPLETE not in self._decode(self._ids[start:read]):
-                    return start, read
-        return first, end  # bytes that are no characters
+        starts = range(first, max(-1, first - _OF_CHARACTER), -1)
+        places = [(start, read) for start in starts for read in range(end, max(start - 1, end - _OF_CHARACTER), -1)]
+        texts = [self._decode(self._ids[start:read]) for start, read in places]
+        whole = (place for place, text in zip(places, texts, strict=True) if _INCOMPLETE not in text)
+        ended = (place for place, text in zip(places, texts, strict=True) if not text.endswith(_INCOMPLETE))
+        return next(whole, None) or next(ended, (first, end))  # the latter with bytes that are no characters before
 
     def push(self, token: int) -> str:
         """The text that one more token completes; may be empty."""
         self._ids.append(token)
         whole = self._decode(self._ids[self._start :])
+        if whole.endswith(_INCOMPLETE):
+            return ""
+        if self._read < self._prompt and whole.startswith(self._decode(self._ids[self._start : self._prompt])):
+            self._read = self._prompt  # what seemed half a character is the prompt's own
         known = self._decode(self._ids[self._start : self._read])
-        if len(whole) <= len(known) or whole.endswith(_INCOMPLETE):
+        if len(whole) <= len(known):
             return ""
         self._start, self._read = self._read, len(self._ids)
         return whole[len(known) :]

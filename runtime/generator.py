@@ -419,10 +419,9 @@ class Generator:
             )
 
     def _special(self, stops: Sequence[str]) -> list[int]:
-        """The tokens among these names that give no text, in which they would not be found."""
-        inner = self.tokenizer.inner
-        tokens = (inner.token_to_id(stop) for stop in stops)
-        return [token for token in tokens if token is not None and not inner.decode([token], skip_special_tokens=True)]
+        """The special tokens of these names: they give no text, in which they would be found."""
+        added = self.tokenizer.inner.get_added_tokens_decoder().items() if stops else ()
+        return [token for token, added_token in added if added_token.special and added_token.content in stops]
 
     def _limit(self, prompt_tokens: int, wanted: int | None) -> tuple[int, str]:
         room = self.context - prompt_tokens

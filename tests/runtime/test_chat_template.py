@@ -92,7 +92,7 @@ _SYSTEM_FIRST = "{% if messages[0].role != 'system' %}{{ raise_exception('no sys
         (_EACH.replace("CONTENT", _BY_ROLE), "[brief]", "[one][two]"),
         (_SYSTEM_FIRST + _EACH.replace("CONTENT", _LIST), "[brief]", "[one][two]"),
         ("{{ '' ~ style[0] }}" + _EACH.replace("CONTENT", _LIST), "[brief]", "[one][two]"),
-        (_EACH.replace("CONTENT", _LIST.replace("part.text", "part.text | upper")), "", "[ONE][TWO]"),  # tells nothing
+        (_EACH.replace("CONTENT", _LIST.replace("part.text", "part.text | upper")), "[BRIEF]", "[ONE][TWO]"),
     ],
     ids=["list", "string", "only-string", "either", "by-role", "system-first", "variable", "upper"],
 )
@@ -103,6 +103,27 @@ def test_content_comes_in_the_form_that_the_template_reads(source: str, brief: s
     prompt = template.render(messages, variables={"style": "x"})
     assert prompt.removeprefix("x") == f"system:{brief};user:{said};"
     assert messages[1]["content"] is parts
+
+
+def test_what_a_prompt_says_by_itself_does_not_hide_what_is_read() -> None:
+    template = ChatTemplate("<|message|>{{ tools | tojson }}" + _EACH.replace("CONTENT", _LIST), {})
+    tools: list[Any] = [{"name": "send_message", "parameters": {"type": "text", "text": "message"}}]
+    for variables in ({"tools": tools}, {}):
+        assert template.render([{"role": "user", "content": "hi"}], variables=variables).endswith("user:[hi];")
+
+
+def test_every_turn_is_read_where_a_system_message_has_to_be_first() -> None:
+    template = ChatTemplate(_SYSTEM_FIRST + _EACH.replace("CONTENT", _LIST), {})
+    roles = ("system", "user", "assistant", "tool", "somebody", "user")
+    prompt = template.render([{"role": role, "content": role[0]} for role in roles])
+    assert prompt == "".join(f"{role}:[{role[0]}];" for role in roles)
+
+
+@pytest.mark.parametrize("data", [{"filename": "a.txt"}, {"image_count": 3}, {"file": "a"}, {"text": "a", "score": 1}])
+def test_what_a_tool_answers_is_handed_on(data: dict[str, Any]) -> None:
+    template = ChatTemplate("{{ messages[1].content | tojson }}", {})
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "?"}, {"role": "tool", "content": [data]}]
+    assert json.loads(template.render(messages)) == [data]
 
 
 def test_tools_have_their_own_templates_form() -> None:

@@ -77,6 +77,19 @@ def test_an_answer_goes_on_after_bytes(falling_back: Any, prompt: str, answer: s
     assert "".join(pieces) + detokenizer.flush() == answer
 
 
+def test_what_a_prompt_ends_with_is_no_part_of_the_answer(falling_back: Any, inner: Any) -> None:
+    for tokenizer in (falling_back, inner):
+        detokenizer = Detokenizer(tokenizer, tokenizer.encode("the bad \ufffd").ids)
+        assert "".join(map(detokenizer.push, tokenizer.encode(" cat").ids)) == " cat"
+
+
+def test_half_a_character_may_be_all_of_a_prompt_or_come_after_broken_bytes(inner: Any) -> None:
+    first, second = inner.encode("é").ids
+    for prompt in ([first], [*inner.encode("a b").ids, first, *inner.encode("cd").ids, first]):
+        detokenizer = Detokenizer(inner, prompt)
+        assert "".join(map(detokenizer.push, [second, *inner.encode("cat").ids])) == "écat"
+
+
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_an_answer_ends_a_character_that_its_prompt_began(falling_back: Any, inner: Any, cut: int) -> None:
     for tokenizer in (falling_back, inner):
