@@ -173,6 +173,7 @@ def test_zeros_around_an_image(pad: str, attributes: str, fused: bool, tmp_path:
     assert dict(result.graph.operators()) == ({"Conv": 1} if fused else {"Pad": 1, "Conv": 1})
 
 
+@pytest.mark.newest  # ONNX Runtime 1.30 puts zeros that a MaxPool alone reads into its padding, which is minus infinity
 def test_zeros_that_others_read_too_stay_for_them(tmp_path: Path) -> None:
     body = "p = Pad(x, a) c = Conv<kernel_shape=[2,2]>(p, w) m = MaxPool<kernel_shape=[2,2]>(p) y = Add(c, m)"
     constants = {"a": np.array([0, 0, 0, 0, 0, 0, 1, 1])}
