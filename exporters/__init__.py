@@ -19,17 +19,19 @@ from onnxpress.exporters.license import license_files, stated_license
 from onnxpress.exporters.module import export_module
 from onnxpress.exporters.reference import TorchReference
 from onnxpress.exporters.resized import original, resized
+from onnxpress.exporters.shared_weights import share_weights
 from onnxpress.exporters.source import FolderSource, ModuleSource, resolve
 from onnxpress.exporters.tasks import find_task, infer_task
-from onnxpress.exporters.transformers_decoder import export_decoder
+from onnxpress.exporters.transformers_decoder import DecoderReference, export_decoder
 from onnxpress.exporters.transformers_encoder import export_encoder, label_options
-from onnxpress.exporters.transformers_model import TextExport, check_length, load_config
+from onnxpress.exporters.transformers_model import TextExport, check_length, check_memory, load_config
 from onnxpress.exporters.verify import ParityCheck, ParityRow
 from onnxpress.exporters.verify_decoder import DecoderParityCheck
 from onnxpress.manifest import Json
 
 __all__ = [
     "DecoderParityCheck",
+    "DecoderReference",
     "Exported",
     "Found",
     "ParityCheck",
@@ -39,6 +41,7 @@ __all__ = [
     "find",
     "original",
     "resized",
+    "share_weights",
 ]
 
 
@@ -74,6 +77,7 @@ def find(
     config = load_config(found.folder, trust_remote_code=trust_remote_code)
     wanted = infer_task(found.folder, tuple(config.architectures or ()), config) if task is None else find_task(task)
     check_length(found.folder, wanted, config, max_length, trust_remote_code=trust_remote_code)
+    check_memory(found.folder, wanted, config, trust_remote_code=trust_remote_code)
     return Found(source=found, task=wanted.name, config=config, options=label_options(found.folder, wanted, config))
 
 

@@ -19,8 +19,14 @@ from onnxpress.exporters.stored_weights import is_unfolded, left_out, refuse_oth
 from onnxpress.exporters.tasks import Task, heads
 from onnxpress.exporters.tokenizer import Tokenizer
 from onnxpress.graph import Graph
+from onnxpress.machine import free_memory_bytes
 from onnxpress.manifest import Json, Runnable
 
+_MOST_UNFOLDED = 8  # bytes in float32 for each that is stored: of weights of 4 bits
+_LOADING_TAKES, _PROCESS_TAKES = (
+    1.05,
+    2**30,
+)  # of the weights in float32, and bytes beside them: measured with 0.5 to 3 billion
 _LENGTH_WITHOUT_LIMIT = 512  # for models whose positions have no limit and whose tokenizer has none either
 
 
@@ -159,14 +165,40 @@ def check_length(folder: Path, task: Task, config: Any, wanted: int | None, *, t
     """Raise SourceError for a length that a model has no positions for. It is laid out without weights, and none are read."""
     if wanted is None:
         return
-    try:
-        with quiet(), torch.device("meta"):
-            model = task.auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
-    # A config without such a head, code that computes with its weights: said where the model is loaded.
-    except Exception:
+    model = _without_weights(task, config, trust_remote_code=trust_remote_code)
+    if model is None:
         return
     longer = task.name != "text-generation" and may_be_longer(model)
     refuse_longer(folder, wanted, wanted if longer else position_limit(model) or wanted)
+
+
+def check_memory(folder: Path, task: Task, config: Any, *, trust_remote_code: bool = False) -> None:
+    """Raise SourceError for a model that is larger in float32 than the memory that is free, before its weights are read."""
+    free = free_memory_bytes()
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if free is None or _MOST_UNFOLDED * stored < free:
+        return
+    model = _without_weights(task, config, trust_remote_code=trust_remote_code)
+    if model is None:
+        return
+    weights = sum(weight.numel() for weight in model.parameters())
+    needed = 4 * weights * _LOADING_TAKES + _PROCESS_TAKES
+    if needed > free:
+        raise SourceError(
+            f"The model in {folder} has {weights / 1e9:.1f} billion weights: to load it in float32, as it is compared, takes "
+            f"{needed / 2**30:.0f} GiB of memory, and {free / 2**30:.1f} GiB are free. Build it on a machine with more; the "
+            "artifact itself takes as much as its own files."
+        )
+
+
+def _without_weights(task: Task, config: Any, *, trust_remote_code: bool) -> PreTrainedModel | None:
+    """The model, laid out. None for a config without such a head, or code that computes with its weights: said where it is loaded."""
+    try:
+        with quiet(), torch.device("meta"):
+            model: PreTrainedModel = task.auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    except Exception:
+        return None
+    return model
 
 
 def refuse_longer(folder: Path, wanted: int, limit: int) -> None:

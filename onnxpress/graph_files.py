@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxpress.errors import OutputError
@@ -21,7 +24,11 @@ def save(graph: Graph, path: Path) -> None:
         if weights_are_large(graph):
             WrittenWeights(graph, beside(path)).save(graph, path)
         else:
-            ir.save(graph.model, path)
+            model = graph.model.clone()
+            for value, tensor in _large(model):
+                if isinstance(tensor, ir.ExternalTensor):  # in another folder
+                    value.const_value = ir.external_data.convert_tensors_from_external([tensor])[0]
+            ir.save(model, path)
     except OSError as error:
         raise not_written(path, error) from None
 
@@ -31,9 +38,15 @@ class WrittenWeights:
 
     def __init__(self, graph: Graph, path: Path) -> None:
         tensors = [tensor for _, tensor in _large(graph.model)]
-        places = ir.external_data.convert_tensors_to_external(tensors, path.parent, path.name)
+        places = _write(tensors, path)
         # By identity, which clones of a graph share; held, so that no other tensor takes it.
         self._places = {id(tensor): (tensor, place) for tensor, place in zip(tensors, places, strict=True)}
+
+    def take(self, graph: Graph) -> None:
+        """Have a graph read its weights from the file, and hold those that were in memory no longer."""
+        for value, tensor in _large(graph.model):
+            value.const_value = self._places[id(tensor)][1]
+        self._places = {id(place): (place, place) for _, place in self._places.values()}
 
     def save(self, graph: Graph, path: Path) -> None:
         """Write a graph to this folder, and the weights that are not there yet beside it. Raises OSError."""
@@ -41,11 +54,30 @@ class WrittenWeights:
         large = _large(model)
         places = {key: place for key, (_, place) in self._places.items()}
         if new := [tensor for _, tensor in large if id(tensor) not in places]:
-            written = ir.external_data.convert_tensors_to_external(new, path.parent, beside(path).name)
+            written = _write(new, beside(path))
             places |= {id(tensor): place for tensor, place in zip(new, written, strict=True)}
         for value, tensor in large:
             value.const_value = places[id(tensor)]
         ir.save(model, path)
+
+
+def _write(tensors: list[ir.TensorProtocol], path: Path) -> list[ir.ExternalTensor]:
+    """Write tensors to a file, one after the other, and say where they are. Raises OSError."""
+    laid_out = [
+        ir.LazyTensor(partial(_contiguous, tensor), tensor.dtype, shape=ir.Shape(tensor.shape), name=tensor.name)
+        if isinstance(tensor, ir.Tensor)
+        else tensor
+        for tensor in tensors
+    ]
+    return ir.external_data.convert_tensors_to_external(laid_out, path.parent, path.name)
+
+
+def _contiguous(tensor: ir.Tensor[Any]) -> ir.Tensor[Any]:
+    """A transposed view as a copy: written element by element it takes twice as long."""
+    raw = tensor.raw
+    if not isinstance(raw, np.ndarray) or raw.flags.c_contiguous:
+        return tensor
+    return ir.Tensor(np.ascontiguousarray(raw), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name)
 
 
 def weights_are_large(graph: Graph) -> bool:

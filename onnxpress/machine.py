@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import threading
 import time
 from pathlib import Path
+from typing import Self
 
 from onnxpress.manifest import Json
 from onnxpress.runtime.providers import usable_cores
 from onnxpress.runtime.saturation import products_saturate
 
 _CROWDED = 0.3  # of a core: what a machine does beside anything
+_LOOK_EVERY = 0.1  # seconds
 _INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")
 # Of a container, under either version of Linux's control groups: its limit, and where it says what is in use and no page cache.
 _CONTAINERS = (
@@ -40,11 +43,39 @@ def cpu_target() -> str:
     return "cpu-avx2" if products_saturate() else "cpu"
 
 
-def peak_memory_bytes() -> int | None:
-    """The most resident memory that this process had so far; None where the system does not tell."""
-    # getrusage's number is that of the process that started this one, where it was larger.
-    with contextlib.suppress(OSError, ValueError):
-        return 1024 * _field("/proc/self/status", "VmHWM:")
+class PeakMemory:
+    """The most memory that this process has while this lasts; `peak` is in bytes, None where the system does not tell.
+
+    On Linux without mapped files, which leave memory where something else needs the room; looked at ten times a second.
+    """
+
+    def __init__(self) -> None:
+        self._over = threading.Event()
+        self._anonymous = 0
+        self._watch = threading.Thread(target=self._look, daemon=True)
+
+    @property
+    def peak(self) -> int | None:
+        """So far."""
+        return self._anonymous or _peak_resident()
+
+    def __enter__(self) -> Self:
+        self._watch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._watch.join()
+
+    def _look(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            while True:
+                self._anonymous = max(self._anonymous, 1024 * _field("/proc/self/status", "RssAnon:"))
+                if self._over.wait(_LOOK_EVERY):
+                    return
+
+
+def _peak_resident() -> int | None:
     try:
         import resource
     except ImportError:  # Windows

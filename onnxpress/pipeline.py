@@ -34,13 +34,13 @@ from onnxpress.errors import (
     RecipeError,
     SourceError,
 )
-from onnxpress.exporters import Exported, Found, ParityRow, export, find
+from onnxpress.exporters import DecoderReference, Exported, Found, ParityRow, export, find, share_weights
 from onnxpress.foreign import open_onnx
 from onnxpress.gate import Gate
 from onnxpress.golden import Allowed, write_golden
 from onnxpress.graph import Graph
-from onnxpress.graph_files import save
-from onnxpress.machine import OtherProcesses, describe, peak_memory_bytes
+from onnxpress.graph_files import save, weights_are_large
+from onnxpress.machine import OtherProcesses, PeakMemory, describe
 from onnxpress.manifest import Json, Manifest, Runnable
 from onnxpress.module_workload import ModuleWorkload
 from onnxpress.optimizers import make_pass
@@ -141,7 +141,7 @@ def _build(
         check_outside(Path(recipe.distil.checkpoints), folder, "distil.checkpoints")
     evaluation_file = workload_file(recipe.quality.file, "evaluation")
     calibration_file = workload_file(recipe.quality.calibration, "calibration")
-    with ArtifactWriter(folder) as writer:
+    with ArtifactWriter(folder) as writer, PeakMemory() as memory:
         work = writer.folder / ".work"
         bench = Workbench(work, facts, measure=recipe.build.measure)
 
@@ -155,6 +155,8 @@ def _build(
         report.step("export")
         exported = _export(recipe, found)
         bench.half_from_the_start = computes_in_half(exported.graph)
+        if isinstance(exported.reference, DecoderReference) and weights_are_large(exported.graph):
+            share_weights(exported.reference.module, exported.graph, bench.write_weights)
         for path in exported.files:
             shutil.copyfile(path, writer.folder / path.name)
         workload = _workload(recipe, exported, writer.folder, evaluation_file, calibration_file)
@@ -248,7 +250,7 @@ def _build(
             measured |= _times(workload, exported, bench, press)
         shutil.rmtree(work)
         measured["build_seconds"] = round(time.perf_counter() - started, 1)
-        measured["peak_memory_bytes"] = peak_memory_bytes()
+        measured["peak_memory_bytes"] = memory.peak
         if bench.timed and (crowding := others.crowding()) is not None:
             busy = f"Other processes used {crowding:.1f} cores of this machine meanwhile: its times say less than they seem to."
             measured["note"] = f"{measured['note']} {busy}".strip()
@@ -286,9 +288,7 @@ def _in_float32(exported: Exported) -> str:
 def _run_passes(press: Press, recipe: Recipe, task: str) -> None:
     """Those that lose nothing, then the search where there is one, then the others."""
     steps = [make_pass(name, recipe.passes.get(name)) for name in recipe.pass_names(task)]
-    for step in steps:
-        if step.lossless:
-            press.run(step)
+    press.run_lossless([step for step in steps if step.lossless])
     if recipe.automatic:
         press.choose(recipe.plans(task))
     for step in steps:

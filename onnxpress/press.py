@@ -34,6 +34,7 @@ _INT8_CACHE = "int8-cache"  # of the lossy passes the one that leaves the weight
 _SLOWER = 1.05  # a pass must not take more than this share of the time before it
 _MOST_KEPT = 0.5  # of the groups of places, where one precision was chosen: with more it would not be that precision
 _NOISE_MS = 0.05  # differences below this are the clock's
+_TOGETHER_FROM = 2**30  # bytes of weights: to open and compare such a graph takes ten seconds and more
 _PARITY_CACHE = 2**32  # bytes of keys and values while a graph is compared
 
 
@@ -98,6 +99,12 @@ class Press:
         self._slower("prune", session)
         self._take(row, smaller.exported.graph, session, status="kept", reason=judgement.sentence())
 
+    def run_lossless(self, steps: Sequence[Pass]) -> None:
+        """Try the passes that lose nothing; those of a large graph are compared once, behind the last, unless that finds fault."""
+        if self.graph.weight_bytes() < _TOGETHER_FROM or not self._run_together(steps):
+            for step in steps:
+                self.run(step)
+
     def run(self, step: Pass) -> None:
         """Try one pass: keep it, repair it, or undo it; one row of the ledger either way."""
         self._report.step(step.name)
@@ -105,6 +112,41 @@ class Press:
             self._run_lossless(step)
         else:
             self._run_lossy(step)
+
+    def _run_together(self, steps: Sequence[Pass]) -> bool:
+        """Keep all of these passes, if the graph behind them answers as before; else nothing is kept, nor in the ledger."""
+        graph, bytes_before = self.graph.clone(), self.graph.weight_bytes()
+        rows: list[dict[str, Json]] = []
+        for step in steps:
+            self._report.step(step.name)
+            result = step.apply(graph, PassContext(target=self._target))
+            graph = result.graph
+            row = self._row(step.name, result.changes, result.notes)
+            row["bytes_before"], row["bytes"] = bytes_before, (bytes_before := graph.weight_bytes())
+            rows.append(row)
+        changed = [row["pass"] for row in rows if row["changes"]]
+        if len(changed) < 2:
+            return False
+        self._report.step(f"compare what {', '.join(changed)} have changed")
+        try:
+            session = self._bench.open(graph)
+            self._parity.check(session)
+        except (ArtifactError, InputError, ParityError):
+            return False  # by themselves each is told from the others
+        slower = self._slower(changed[-1], session)
+        if slower and not self._recipe.build.keep_all and not self._recipe.build.only:
+            self.measured.pop()
+            return False
+        for row in rows:
+            if row["changes"] == 0:
+                self._record(row, status="unchanged", reason=NOTHING)
+            else:
+                reason = f"answers as before, compared once behind {changed[-1]}" + (f"; {slower}" if slower else "")
+                self._record(row, status="kept", reason=reason)
+        self.graph, self.session = graph, session
+        if self.exact:
+            self.unrounded = session  # so that no session of an older graph stays in memory
+        return True
 
     def _run_lossless(self, step: Pass) -> None:
         result = step.apply(self.graph.clone(), PassContext(target=self._target))

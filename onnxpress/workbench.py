@@ -67,6 +67,15 @@ class Workbench:
         self.note = f"not timed: {why}"
         return why
 
+    def write_weights(self, graph: Graph) -> None:
+        """Write large weights to a file that this graph, and those that are made of it, read them from. Raises OutputError."""
+        path = self._folder / "weights.data"
+        try:
+            self._written = WrittenWeights(graph, path)
+        except OSError as error:
+            raise not_written(path, error) from None
+        self._written.take(graph)
+
     def open(self, graph: Graph, *, itself: bool = False) -> Session:
         """A session of the graph, or of its stand-in but for `itself`; its file goes with it.
 
@@ -80,7 +89,7 @@ class Workbench:
             graph = in_float32(graph)
         try:
             if self._written is None and not stand_in and weights_are_large(graph):
-                self._written = WrittenWeights(graph, self._folder / "weights.data")
+                self.write_weights(graph)
             if self._written is None or stand_in:
                 save(graph, path)
             else:

@@ -19,17 +19,21 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from tiny_decoders import CONTEXT, save_decoder
 
 import onnxpress
-from onnxpress import conversation
+from onnxpress import conversation, press
 from onnxpress.artifact import Artifact
 from onnxpress.cli import main
 from onnxpress.decoder_workload import DecoderWorkload
 from onnxpress.errors import RecipeError, SourceError
-from onnxpress.exporters import Exported, export
+from onnxpress.exporters import Exported, export, transformers_model
 from onnxpress.exporters.transformers_decoder import _own_sampling
+from onnxpress.graph import Graph
+from onnxpress.optimizers.base import PassContext, PassResult
+from onnxpress.optimizers.fuse_rotary import FuseRotary
 from onnxpress.optimizers.targets import target
 from onnxpress.runtime import Generator
 from onnxpress.runtime.chat_template import ChatTemplate
@@ -74,6 +78,61 @@ def test_four_bits_and_where_they_cost_too_much_eight(artifact: Path) -> None:
     assert set(row["metrics"]) >= {"likelihood_kept", "perplexity", "kl_mean", "top1_agreement"}
     assert manifest.options["eos_token_ids"] == [0]
     assert manifest.options["max_length"] == CONTEXT
+
+
+@pytest.mark.parametrize("measure", [False, True])
+def test_passes_of_a_large_model_are_compared_once(
+    measure: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the artifact is the one that they make when each is compared by itself."""
+    options: dict[str, Any] = {"precision": "fp32", "keep_all": True, "measure": measure}
+    single = onnxpress.build(folder, out=tmp_path / "single", **options)
+    monkeypatch.setattr(press, "_TOGETHER_FROM", 0)
+    together = onnxpress.build(folder, out=tmp_path / "together", **options)
+    said = ("pass", "status", "changes", "notes", "bytes_before", "bytes")
+    rows = [[[row[key] for key in said] for row in built.manifest.ledger] for built in (single, together)]
+    assert rows[0] == rows[1]
+    kept = [row for row in together.manifest.ledger if row["status"] == "kept"][1:]
+    assert len(kept) > 2
+    assert all("answers as before, compared once behind pack-projections" in row["reason"] for row in kept)
+    assert [row["pass"] for row in together.measured["rows"]] == (["pack-projections"] if measure else [])
+    assert together.manifest.operators == single.manifest.operators
+    assert together.manifest.files["golden.safetensors"] == single.manifest.files["golden.safetensors"]
+
+
+def test_a_wrong_pass_of_a_large_model_is_found_by_itself(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(_: FuseRotary, graph: Graph, __: PassContext) -> PassResult:
+        name, value = next((n, v) for n, v in graph.model.graph.initializers.items() if n.endswith("norm.weight"))
+        assert value.const_value is not None
+        value.const_value = ir.tensor(value.const_value.numpy() * 1.01, name=name)
+        return PassResult(graph=graph, changes=1)
+
+    monkeypatch.setattr(press, "_TOGETHER_FROM", 0)
+    monkeypatch.setattr(FuseRotary, "apply", wrong)
+    built = onnxpress.build(folder, out=tmp_path / "out", precision="fp32", measure=False)
+    rows = {row["pass"]: row for row in built.manifest.ledger}
+    assert rows["fuse-rotary"]["status"] == "undone"
+    assert "changed the answers" in rows["fuse-rotary"]["reason"]
+    kept = [name for name, row in rows.items() if row["status"] == "kept"]
+    assert kept == ["export", "fuse-skip-norm", "scale-queries"]
+    assert rows["fuse-skip-norm"]["reason"] == "answers as before"
+    assert len(rows) == len(built.manifest.ledger), "each pass has one row"
+
+
+def test_a_model_that_memory_does_not_hold(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused before its weights are read."""
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"are no weights")
+    monkeypatch.setattr(transformers_model, "free_memory_bytes", lambda: 1)
+    with pytest.raises(SourceError, match=r"0\.0 billion weights: .* takes 1 GiB of memory, and 0\.0 GiB are free"):
+        onnxpress.build(tmp_path / "model", out=tmp_path / "out")
+    monkeypatch.setattr(transformers_model, "free_memory_bytes", lambda: 2**31)
+    with pytest.raises(SourceError, match="do not load"):
+        onnxpress.build(tmp_path / "model", out=tmp_path / "out")
 
 
 def test_experts_have_four_bits_in_the_artifact(tmp_path: Path) -> None:

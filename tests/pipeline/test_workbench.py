@@ -280,3 +280,18 @@ def test_long_calls_are_warmed_once() -> None:
     assert calls.count("short") >= 3 * (1 + 2)
     assert times["long"] >= 20
     assert times["short"] >= 4
+
+
+def test_a_small_graph_takes_along_what_it_reads_from_another_folder(
+    network: Path, bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a large one is pressed to is no longer large, and has some of its weights."""
+    exported = open_onnx(network)
+    expected = answers(exported.reference)
+    bench.open(exported.graph)
+    monkeypatch.setattr(graph_files, "_EXTERNAL_FROM", 64_000_000)
+    path = tmp_path / "artifact" / "model.onnx"
+    path.parent.mkdir()
+    graph_files.save(exported.graph, path)
+    assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
+    np.testing.assert_array_equal(answers(Session(path, signature=exported.graph.signature)), expected)

@@ -1,0 +1,49 @@
+"""One copy of a model's weights for the original and its graph: the file that the graph reads them from."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from onnxpress.graph import Graph
+
+
+def share_weights(module: torch.nn.Module, graph: Graph, write: Callable[[Graph], None]) -> None:
+    """Have a module read its weights from where `write` puts those of its graph: a file, which is mapped into memory.
+
+    A file's pages are in memory once, whoever reads them, and leave it where something else needs the room. What the
+    module writes to them stays its own. Weights whose memory the graph does not share stay as they are.
+    """
+    parameters = {weight.data_ptr(): weight for weight in module.parameters()}
+    shared: list[tuple[torch.nn.Parameter, ir.Value, tuple[int, ...]]] = []
+    for value in graph.model.graph.initializers.values():
+        if value.const_value is None or value.const_value.dtype == ir.DataType.STRING:
+            continue
+        array: np.ndarray[Any, Any] = value.const_value.numpy()
+        weight, axes = parameters.get(array.ctypes.data), _axes_as_they_lie(array)
+        if weight is not None and weight.is_contiguous() and array.transpose(axes).shape == tuple(weight.shape):
+            shared.append((weight, value, axes))
+    array = np.empty(0)  # the last one is not held
+    write(graph)
+    files: dict[Path, torch.Tensor] = {}
+    for weight, value, axes in shared:
+        place = value.const_value
+        if not isinstance(place, ir.ExternalTensor) or (place.offset or 0) % weight.element_size():
+            continue
+        path, start = Path(place.path), place.offset or 0
+        if path not in files:
+            files[path] = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+        part = files[path][start : start + weight.nbytes].view(weight.dtype)
+        weight.data = part.view(*place.shape.numpy()).permute(axes)
+    gc.collect()  # what has traced the module may hold its weights in a circle
+
+
+def _axes_as_they_lie(array: np.ndarray[Any, Any]) -> tuple[int, ...]:
+    """The order of axes in which an array's elements follow each other in memory: that of a graph's matrix is transposed."""
+    return tuple(sorted(range(array.ndim), key=lambda axis: -array.strides[axis]))
