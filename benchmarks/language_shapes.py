@@ -3,8 +3,9 @@
     python benchmarks/language_shapes.py --tokenizer FOLDER --out FOLDER [--only NAME]
 
 Writes OUT/smollm2-135m, OUT/qwen2.5-0.5b, OUT/lfm2-350m and OUT/qwen3.5-0.8b (of its text alone), the shapes of these models' published
-configs, as transformers saves them, and OUT/olmoe-halved, OLMoE-1B-7B's with half of its widths, layers and experts. FOLDER
-holds any tokenizer of fewer tokens than theirs: benchmarks/train_language_model.py makes one.
+configs, as transformers saves them, and OUT/olmoe-halved, OLMoE-1B-7B's with half of its widths, layers and experts. The larger
+qwen2.5-1.5b, -3b and -7b, in bfloat16 as they are published, are written where --only names them. FOLDER holds any tokenizer of
+fewer tokens than theirs: benchmarks/train_language_model.py makes one.
 """
 
 from __future__ import annotations
@@ -28,6 +29,24 @@ from transformers import (
     Qwen3_5TextConfig,
 )
 
+
+def qwen2(hidden: int, feed_forward: int, layers: int, heads: tuple[int, int], **more: Any) -> Qwen2Config:
+    """heads: of queries, and of keys and values."""
+    return Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_hidden_layers=layers,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        max_position_embeddings=32768,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        bos_token_id=0,
+        eos_token_id=0,
+        **{"vocab_size": 151936, "tie_word_embeddings": True, **more},
+    )
+
+
+LARGE = ("qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b")
 SHAPES: dict[str, tuple[Any, Any]] = {
     "smollm2-135m": (
         LlamaForCausalLM,
@@ -45,21 +64,12 @@ SHAPES: dict[str, tuple[Any, Any]] = {
             eos_token_id=0,
         ),
     ),
-    "qwen2.5-0.5b": (
+    "qwen2.5-0.5b": (Qwen2ForCausalLM, qwen2(896, 4864, 24, (14, 2))),
+    "qwen2.5-1.5b": (Qwen2ForCausalLM, qwen2(1536, 8960, 28, (12, 2))),
+    "qwen2.5-3b": (Qwen2ForCausalLM, qwen2(2048, 11008, 36, (16, 2))),
+    "qwen2.5-7b": (
         Qwen2ForCausalLM,
-        Qwen2Config(
-            vocab_size=151936,
-            hidden_size=896,
-            intermediate_size=4864,
-            num_hidden_layers=24,
-            num_attention_heads=14,
-            num_key_value_heads=2,
-            max_position_embeddings=32768,
-            rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=0,
-        ),
+        qwen2(3584, 18944, 28, (28, 4), vocab_size=152064, tie_word_embeddings=False),
     ),
     "lfm2-350m": (
         Lfm2ForCausalLM,
@@ -124,7 +134,8 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     for name, (kind, config) in SHAPES.items():
-        if arguments.only in (None, name):
+        if name == arguments.only or (arguments.only is None and name not in LARGE):
+            torch.set_default_dtype(torch.bfloat16 if name in LARGE else torch.float32)
             torch.manual_seed(0)
             kind(config).save_pretrained(arguments.out / name)
             tokenizer.save_pretrained(arguments.out / name)

@@ -12,9 +12,10 @@ import onnx_ir as ir
 import torch
 
 from onnxpress.graph import Graph
+from onnxpress.graph_files import WrittenWeights
 
 
-def share_weights(module: torch.nn.Module, graph: Graph, write: Callable[[Graph], None]) -> None:
+def share_weights(module: torch.nn.Module, graph: Graph, write: Callable[[Graph], WrittenWeights]) -> None:
     """Have a module read its weights from where `write` puts those of its graph: a file, which is mapped into memory.
 
     A file's pages are in memory once, whoever reads them, and leave it where something else needs the room. What the
@@ -30,15 +31,17 @@ def share_weights(module: torch.nn.Module, graph: Graph, write: Callable[[Graph]
         if weight is not None and weight.is_contiguous() and array.transpose(axes).shape == tuple(weight.shape):
             shared.append((weight, value, axes))
     array = np.empty(0)  # the last one is not held
-    write(graph)
-    files: dict[Path, torch.Tensor] = {}
+    written = write(graph)
+    files: dict[str, torch.Tensor] = {}
     for weight, value, axes in shared:
-        place = value.const_value
-        if not isinstance(place, ir.ExternalTensor) or (place.offset or 0) % weight.element_size():
+        assert value.const_value is not None
+        place = written.place(value.const_value)
+        if place is None or (place.offset or 0) % weight.element_size():
             continue
-        path, start = Path(place.path), place.offset or 0
+        path, start = place.path, place.offset or 0
         if path not in files:
-            files[path] = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+            size = Path(path).stat().st_size
+            files[path] = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
         part = files[path][start : start + weight.nbytes].view(weight.dtype)
         weight.data = part.view(*place.shape.numpy()).permute(axes)
     gc.collect()  # what has traced the module may hold its weights in a circle

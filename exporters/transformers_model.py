@@ -23,10 +23,8 @@ from onnxpress.machine import free_memory_bytes
 from onnxpress.manifest import Json, Runnable
 
 _MOST_UNFOLDED = 8  # bytes in float32 for each that is stored: of weights of 4 bits
-_LOADING_TAKES, _PROCESS_TAKES = (
-    1.05,
-    2**30,
-)  # of the weights in float32, and bytes beside them: measured with 0.5 to 3 billion
+_LOADING_TAKES = 1.05  # of the weights in float32
+_PROCESS_TAKES = 2**30  # bytes beside them; both measured with 0.5 to 3 billion weights
 _LENGTH_WITHOUT_LIMIT = 512  # for models whose positions have no limit and whose tokenizer has none either
 
 

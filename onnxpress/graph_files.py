@@ -24,11 +24,7 @@ def save(graph: Graph, path: Path) -> None:
         if weights_are_large(graph):
             WrittenWeights(graph, beside(path)).save(graph, path)
         else:
-            model = graph.model.clone()
-            for value, tensor in _large(model):
-                if isinstance(tensor, ir.ExternalTensor):  # in another folder
-                    value.const_value = ir.external_data.convert_tensors_from_external([tensor])[0]
-            ir.save(model, path)
+            ir.save(graph.model, path)
     except OSError as error:
         raise not_written(path, error) from None
 
@@ -43,10 +39,29 @@ class WrittenWeights:
         self._places = {id(tensor): (tensor, place) for tensor, place in zip(tensors, places, strict=True)}
 
     def take(self, graph: Graph) -> None:
-        """Have a graph read its weights from the file, and hold those that were in memory no longer."""
+        """Have a graph read its weights from the file, mapped into memory, and hold those that were in memory no longer."""
+        mapped: dict[int, ir.TensorProtocol] = {}
+        file: np.ndarray[Any, Any] | None = None  # one mapping: each keeps the file open
         for value, tensor in _large(graph.model):
-            value.const_value = self._places[id(tensor)][1]
-        self._places = {id(place): (place, place) for _, place in self._places.values()}
+            place = self._places[id(tensor)][1]
+            start = place.offset or 0
+            if tensor.dtype.bitwidth < 8 or start % tensor.dtype.itemsize:
+                continue  # not as numpy has them
+            if file is None:
+                file = np.asarray(np.memmap(place.path, mode="r"))
+            if id(tensor) not in mapped:
+                array = file[start : start + tensor.nbytes].view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
+                mapped[id(tensor)] = ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
+            value.const_value = mapped[id(tensor)]
+        self._places = {
+            id(held): (held, place)
+            for key, (tensor, place) in self._places.items()
+            for held in (mapped.get(key, tensor),)
+        }
+
+    def place(self, tensor: ir.TensorProtocol) -> ir.ExternalTensor | None:
+        """Where in the file a tensor is."""
+        return self._places.get(id(tensor), (None, None))[1]
 
     def save(self, graph: Graph, path: Path) -> None:
         """Write a graph to this folder, and the weights that are not there yet beside it. Raises OSError."""
