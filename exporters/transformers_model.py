@@ -184,7 +184,7 @@ def check_memory(folder: Path, task: Task, config: Any, *, trust_remote_code: bo
     if needed > free:
         raise SourceError(
             f"The model in {folder} has {weights / 1e9:.1f} billion weights: to load it in float32, as it is compared, takes "
-            f"{needed / 2**30:.0f} GiB of memory, and {free / 2**30:.1f} GiB are free. Build it on a machine with more; the "
+            f"{needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free. Build it on a machine with more; the "
             "artifact itself takes as much as its own files."
         )
 

@@ -59,6 +59,7 @@ def open_onnx(path: Path, *, task: str | None = None, samples: Path | None = Non
         _check_numeric(reference.signature, path)
         ir.external_data.set_base_dir(model.graph, path.parent)
         ir.external_data.load_to_model(model)  # weights beside the file: the graphs of a build are elsewhere
+        _load_constants(model)
     except ArtifactError as error:
         raise SourceError(str(error)) from None
     except OnnxpressError:
@@ -123,6 +124,17 @@ def _axes(inputs: tuple[TensorSpec, ...]) -> dict[str, tuple[int, int]]:
     leading = _leading_axes(inputs)
     names = sorted({axis for spec in inputs for axis in spec.shape if isinstance(axis, str)})
     return {name: (1, LARGEST_BATCH if name in leading else LARGEST_AXIS) for name in names}
+
+
+def _load_constants(model: ir.Model) -> None:
+    """Read what nodes have in a file beside the model's, as `load_to_model` does for initializers."""
+    for node in model.graph.all_nodes():
+        for name, attribute in node.attributes.items():
+            if attribute.type != ir.AttributeType.TENSOR or attribute.is_ref():
+                continue
+            if isinstance(tensor := attribute.as_tensor(), ir.ExternalTensor):
+                loaded = ir.external_data.convert_tensors_from_external([tensor])[0]
+                node.attributes[name] = ir.AttrTensor(name, loaded)
 
 
 def _check_numeric(signature: Signature, path: Path) -> None:

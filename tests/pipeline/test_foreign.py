@@ -123,13 +123,17 @@ def test_an_onnx_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(runner.run({"x": x, "factor": factor})["y"], 2 * np.maximum(x, 0) ** 2)
 
 
-def test_an_onnx_file_with_its_weights_beside_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("constant", [False, True])
+def test_an_onnx_file_with_its_weights_beside_it(constant: bool, tmp_path: Path) -> None:
     weight = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32)
     shapes = [helper.make_tensor_value_info(name, 1, ["batch", 16]) for name in "xy"]
-    node = helper.make_node("MatMul", ["x", "w"], ["y"])
-    graph = helper.make_graph([node], "graph", shapes[:1], shapes[1:], [numpy_helper.from_array(weight, "w")])
+    nodes, tensor = [helper.make_node("MatMul", ["x", "w"], ["y"])], numpy_helper.from_array(weight, "w")
+    if constant:
+        nodes.insert(0, helper.make_node("Constant", [], ["w"], value=tensor))
+    graph = helper.make_graph(nodes, "graph", shapes[:1], shapes[1:], [] if constant else [tensor])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    onnx.save(model, tmp_path / "file.onnx", save_as_external_data=True, location="weights", size_threshold=0)
+    path = tmp_path / "file.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="weights", size_threshold=0, convert_attribute=True)
     assert (tmp_path / "weights").stat().st_size >= weight.nbytes
     built = onnxpress.build(tmp_path / "file.onnx", out=tmp_path / "out", precision="fp32", measure=False)
     feeds = {"x": np.ones((2, 16), np.float32)}
