@@ -67,8 +67,12 @@ def find(
     max_length: int | None = None,
     example_inputs: object = None,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+    free_memory: int | None = None,
 ) -> Found:
-    """Find a model and its task; the arguments are those of `export`. Raises SourceError, for a length that it cannot have too."""
+    """Find a model and its task; the arguments are those of `export`. Raises SourceError, for a length that it cannot have too.
+
+    free_memory: bytes, which the weights in float32 have to fit into, where it is known.
+    """
     found = resolve(source, revision=revision, example_inputs=example_inputs, dynamic_axes=dynamic_axes)
     if isinstance(found, ModuleSource):
         if task not in (None, "module"):
@@ -77,7 +81,8 @@ def find(
     config = load_config(found.folder, trust_remote_code=trust_remote_code)
     wanted = infer_task(found.folder, tuple(config.architectures or ()), config) if task is None else find_task(task)
     check_length(found.folder, wanted, config, max_length, trust_remote_code=trust_remote_code)
-    check_memory(found.folder, wanted, config, trust_remote_code=trust_remote_code)
+    if free_memory is not None:
+        check_memory(found.folder, wanted, config, free_memory, trust_remote_code=trust_remote_code)
     return Found(source=found, task=wanted.name, config=config, options=label_options(found.folder, wanted, config))
 
 

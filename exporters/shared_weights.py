@@ -12,10 +12,11 @@ import onnx_ir as ir
 import torch
 
 from onnxpress.graph import Graph
-from onnxpress.graph_files import WrittenWeights
+
+Place = Callable[[ir.TensorProtocol], ir.ExternalTensor | None]
 
 
-def share_weights(module: torch.nn.Module, graph: Graph, write: Callable[[Graph], WrittenWeights]) -> None:
+def share_weights(module: torch.nn.Module, graph: Graph, write: Callable[[Graph], Place]) -> None:
     """Have a module read its weights from where `write` puts those of its graph: a file, which is mapped into memory.
 
     A file's pages are in memory once, whoever reads them, and leave it where something else needs the room. What the
@@ -31,11 +32,11 @@ def share_weights(module: torch.nn.Module, graph: Graph, write: Callable[[Graph]
         if weight is not None and weight.is_contiguous() and array.transpose(axes).shape == tuple(weight.shape):
             shared.append((weight, value, axes))
     array = np.empty(0)  # the last one is not held
-    written = write(graph)
+    place_of = write(graph)
     files: dict[str, torch.Tensor] = {}
     for weight, value, axes in shared:
         assert value.const_value is not None
-        place = written.place(value.const_value)
+        place = place_of(value.const_value)
         if place is None or (place.offset or 0) % weight.element_size():
             continue
         path, start = place.path, place.offset or 0

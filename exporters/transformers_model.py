@@ -19,7 +19,6 @@ from onnxpress.exporters.stored_weights import is_unfolded, left_out, refuse_oth
 from onnxpress.exporters.tasks import Task, heads
 from onnxpress.exporters.tokenizer import Tokenizer
 from onnxpress.graph import Graph
-from onnxpress.machine import free_memory_bytes
 from onnxpress.manifest import Json, Runnable
 
 _MOST_UNFOLDED = 8  # bytes in float32 for each that is stored: of weights of 4 bits
@@ -170,11 +169,10 @@ def check_length(folder: Path, task: Task, config: Any, wanted: int | None, *, t
     refuse_longer(folder, wanted, wanted if longer else position_limit(model) or wanted)
 
 
-def check_memory(folder: Path, task: Task, config: Any, *, trust_remote_code: bool = False) -> None:
-    """Raise SourceError for a model that is larger in float32 than the memory that is free, before its weights are read."""
-    free = free_memory_bytes()
+def check_memory(folder: Path, task: Task, config: Any, free: int, *, trust_remote_code: bool = False) -> None:
+    """Raise SourceError for a model that is larger in float32 than the free bytes of memory, before its weights are read."""
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if free is None or _MOST_UNFOLDED * stored < free:
+    if _MOST_UNFOLDED * stored < free:
         return
     model = _without_weights(task, config, trust_remote_code=trust_remote_code)
     if model is None:

@@ -40,7 +40,7 @@ from onnxpress.gate import Gate
 from onnxpress.golden import Allowed, write_golden
 from onnxpress.graph import Graph
 from onnxpress.graph_files import save, weights_are_large
-from onnxpress.machine import OtherProcesses, PeakMemory, describe
+from onnxpress.machine import OtherProcesses, PeakMemory, describe, free_memory_bytes
 from onnxpress.manifest import Json, Manifest, Runnable
 from onnxpress.module_workload import ModuleWorkload
 from onnxpress.optimizers import make_pass
@@ -418,6 +418,7 @@ def _find(recipe: Recipe, given: _Given) -> Found | None:
         revision=model.revision,
         max_length=model.max_length,
         trust_remote_code=model.trust_remote_code,
+        free_memory=free_memory_bytes(),
     )
 
 

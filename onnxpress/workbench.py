@@ -67,15 +67,15 @@ class Workbench:
         self.note = f"not timed: {why}"
         return why
 
-    def write_weights(self, graph: Graph) -> WrittenWeights:
-        """Write a graph's weights to a file that it, and those that are made of it, read them from. Raises OutputError."""
+    def write_weights(self, graph: Graph) -> Callable[[ir.TensorProtocol], ir.ExternalTensor | None]:
+        """Write a graph's weights to a file that it, and those that are made of it, read them from; says where each is. Raises OutputError."""
         path = self._folder / "weights.data"
         try:
             self._written = WrittenWeights(graph, path)
         except OSError as error:
             raise not_written(path, error) from None
         self._written.take(graph)
-        return self._written
+        return self._written.place
 
     def open(self, graph: Graph, *, itself: bool = False) -> Session:
         """A session of the graph, or of its stand-in but for `itself`; its file goes with it.

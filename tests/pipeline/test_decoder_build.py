@@ -24,12 +24,12 @@ import pytest
 from tiny_decoders import CONTEXT, save_decoder
 
 import onnxpress
-from onnxpress import conversation, press
+from onnxpress import conversation, pipeline, press
 from onnxpress.artifact import Artifact
 from onnxpress.cli import main
 from onnxpress.decoder_workload import DecoderWorkload
 from onnxpress.errors import RecipeError, SourceError
-from onnxpress.exporters import Exported, export, transformers_model
+from onnxpress.exporters import Exported, export
 from onnxpress.exporters.transformers_decoder import _own_sampling
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
@@ -80,12 +80,11 @@ def test_four_bits_and_where_they_cost_too_much_eight(artifact: Path) -> None:
     assert manifest.options["max_length"] == CONTEXT
 
 
-@pytest.mark.parametrize("measure", [False, True])
 def test_passes_of_a_large_model_are_compared_once(
-    measure: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the artifact is the one that they make when each is compared by itself."""
-    options: dict[str, Any] = {"precision": "fp32", "keep_all": True, "measure": measure}
+    options: dict[str, Any] = {"precision": "fp32", "keep_all": True}
     single = onnxpress.build(folder, out=tmp_path / "single", **options)
     monkeypatch.setattr(press, "_TOGETHER_FROM", 0)
     together = onnxpress.build(folder, out=tmp_path / "together", **options)
@@ -95,7 +94,7 @@ def test_passes_of_a_large_model_are_compared_once(
     kept = [row for row in together.manifest.ledger if row["status"] == "kept"][1:]
     assert len(kept) > 2
     assert all("answers as before, compared once behind pack-projections" in row["reason"] for row in kept)
-    assert [row["pass"] for row in together.measured["rows"]] == (["pack-projections"] if measure else [])
+    assert [row["pass"] for row in together.measured["rows"]] == ["pack-projections"]
     assert together.manifest.operators == single.manifest.operators
     assert together.manifest.files["golden.safetensors"] == single.manifest.files["golden.safetensors"]
 
@@ -127,10 +126,10 @@ def test_a_model_that_memory_does_not_hold(folder: Path, tmp_path: Path, monkeyp
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folder / name, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"are no weights")
-    monkeypatch.setattr(transformers_model, "free_memory_bytes", lambda: 1)
+    monkeypatch.setattr(pipeline, "free_memory_bytes", lambda: 1)
     with pytest.raises(SourceError, match=r"0\.0 billion weights: .* takes 1\.0 GiB of memory, and 0\.0 GiB are free"):
         onnxpress.build(tmp_path / "model", out=tmp_path / "out")
-    monkeypatch.setattr(transformers_model, "free_memory_bytes", lambda: 2**31)
+    monkeypatch.setattr(pipeline, "free_memory_bytes", lambda: 2**31)
     with pytest.raises(SourceError, match="do not load"):
         onnxpress.build(tmp_path / "model", out=tmp_path / "out")
 
