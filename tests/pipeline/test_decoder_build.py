@@ -127,7 +127,9 @@ def test_a_model_that_memory_does_not_hold(folder: Path, tmp_path: Path, monkeyp
         shutil.copy(folder / name, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"are no weights")
     monkeypatch.setattr(pipeline, "free_memory_bytes", lambda: 1)
-    with pytest.raises(SourceError, match=r"0\.0 billion weights: .* takes 1\.0 GiB of memory, and 0\.0 GiB are free"):
+    with pytest.raises(
+        SourceError, match=r"0\.0 billion weights: .* takes 1\.[23] GiB of memory, and 0\.0 GiB are free"
+    ):
         onnxpress.build(tmp_path / "model", out=tmp_path / "out")
     monkeypatch.setattr(pipeline, "free_memory_bytes", lambda: 2**31)
     with pytest.raises(SourceError, match="do not load"):
