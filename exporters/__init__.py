@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from onnxpress.errors import SourceError
+from onnxpress.errors import ConversionError, SourceError
 from onnxpress.exporters.adapter import check_adapter
 from onnxpress.exporters.exported import Exported
 from onnxpress.exporters.license import license_files, stated_license
@@ -24,7 +24,7 @@ from onnxpress.exporters.source import FolderSource, ModuleSource, resolve
 from onnxpress.exporters.tasks import find_task, infer_task
 from onnxpress.exporters.transformers_decoder import DecoderReference, export_decoder
 from onnxpress.exporters.transformers_encoder import export_encoder, label_options
-from onnxpress.exporters.transformers_model import TextExport, check_length, check_memory, load_config
+from onnxpress.exporters.transformers_model import TextExport, check_length, fitting_dtype, load_config
 from onnxpress.exporters.verify import ParityCheck, ParityRow
 from onnxpress.exporters.verify_decoder import DecoderParityCheck
 from onnxpress.manifest import Json
@@ -49,13 +49,14 @@ __all__ = [
 class Found:
     """A model before anything of it is loaded. config: transformers', None of a plain module.
 
-    options: of a model with labels, what its manifest says of them.
+    options: of a model with labels, what its manifest says of them. dtype: in which precision its large weights fit into memory.
     """
 
     source: FolderSource | ModuleSource
     task: str
     config: Any = None
     options: Mapping[str, Json] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
 
 
 def find(
@@ -68,10 +69,12 @@ def find(
     example_inputs: object = None,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     free_memory: int | None = None,
+    half: bool = False,
 ) -> Found:
     """Find a model and its task; the arguments are those of `export`. Raises SourceError, for a length that it cannot have too.
 
-    free_memory: bytes, which the weights in float32 have to fit into, where it is known.
+    free_memory: bytes, which the weights have to fit into, where it is known. half: whether large weights of a language model may stay in
+    the half precision that they are stored in, where those of float32 do not fit.
     """
     found = resolve(source, revision=revision, example_inputs=example_inputs, dynamic_axes=dynamic_axes)
     if isinstance(found, ModuleSource):
@@ -81,9 +84,11 @@ def find(
     config = load_config(found.folder, trust_remote_code=trust_remote_code)
     wanted = infer_task(found.folder, tuple(config.architectures or ()), config) if task is None else find_task(task)
     check_length(found.folder, wanted, config, max_length, trust_remote_code=trust_remote_code)
+    dtype = torch.float32
     if free_memory is not None:
-        check_memory(found.folder, wanted, config, free_memory, trust_remote_code=trust_remote_code)
-    return Found(source=found, task=wanted.name, config=config, options=label_options(found.folder, wanted, config))
+        dtype = fitting_dtype(found.folder, wanted, config, free_memory, half=half, trust_remote_code=trust_remote_code)
+    options = label_options(found.folder, wanted, config)
+    return Found(source=found, task=wanted.name, config=config, options=options, dtype=dtype)
 
 
 def export(
@@ -133,7 +138,11 @@ def export(
         if adapter is not None:
             check_adapter(Path(adapter))
         exporter: Callable[..., TextExport] = partial(
-            export_decoder, adapter=adapter, hidden_states=hidden_states, uniform_steps=uniform_steps
+            export_decoder,
+            adapter=adapter,
+            hidden_states=hidden_states,
+            uniform_steps=uniform_steps,
+            dtype=source.dtype,
         )
     elif adapter is not None:
         raise SourceError(f"An adapter was given for the task {wanted.name}; adapters go with text-generation.")
@@ -141,14 +150,22 @@ def export(
         raise SourceError(f"hidden_states goes with text-generation; the task {wanted.name} was asked for.")
     else:
         exporter = partial(export_encoder, emit_experts=emit_experts)
-    result = exporter(
-        found.folder,
-        wanted,
-        config,
-        trust_remote_code=trust_remote_code,
-        max_length=max_length,
-        instead=instead,
-    )
+    try:
+        result = exporter(
+            found.folder,
+            wanted,
+            config,
+            trust_remote_code=trust_remote_code,
+            max_length=max_length,
+            instead=instead,
+        )
+    except ConversionError as error:
+        if source.dtype == torch.float32:
+            raise
+        raise ConversionError(
+            f"{error} Its weights stayed in half precision, since memory does not hold them in float32, which not every model takes: "
+            "build it on a machine with more memory."
+        ) from error
     return Exported(
         name=found.name,
         graph=result.graph,

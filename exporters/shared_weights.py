@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from onnxpress.graph import Graph
+from onnxpress.graph import Graph, Widened
 
 Place = Callable[[ir.TensorProtocol], ir.ExternalTensor | None]
 
@@ -27,8 +27,9 @@ def share_weights(module: torch.nn.Module, graph: Graph, write: Callable[[Graph]
     for value in graph.model.graph.initializers.values():
         if value.const_value is None or value.const_value.dtype == ir.DataType.STRING:
             continue
-        array: np.ndarray[Any, Any] = value.const_value.numpy()
-        weight, axes = parameters.get(array.ctypes.data), _axes_as_they_lie(array)
+        constant = value.const_value
+        array: np.ndarray[Any, Any] = (constant.half if isinstance(constant, Widened) else constant).numpy()
+        weight, axes = parameters.get(array.ctypes.data), axes_in_memory(array)
         if weight is not None and weight.is_contiguous() and array.transpose(axes).shape == tuple(weight.shape):
             shared.append((weight, value, axes))
     array = np.empty(0)  # the last one is not held
@@ -48,6 +49,13 @@ def share_weights(module: torch.nn.Module, graph: Graph, write: Callable[[Graph]
     gc.collect()  # what has traced the module may hold its weights in a circle
 
 
-def _axes_as_they_lie(array: np.ndarray[Any, Any]) -> tuple[int, ...]:
+def read_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """A tensor's memory as numpy has it, bfloat16 too."""
+    bfloat16 = tensor.dtype == torch.bfloat16
+    array: np.ndarray[Any, Any] = (tensor.view(torch.uint16) if bfloat16 else tensor).numpy()
+    return array.view(ir.DataType.BFLOAT16.numpy()) if bfloat16 else array
+
+
+def axes_in_memory(array: np.ndarray[Any, Any]) -> tuple[int, ...]:
     """The order of axes in which an array's elements follow each other in memory: that of a graph's matrix is transposed."""
     return tuple(sorted(range(array.ndim), key=lambda axis: -array.strides[axis]))

@@ -38,6 +38,7 @@ from onnxpress.exporters.adapter import merge_adapter
 from onnxpress.exporters.conventions import ROTARY_CHANGES, Conventions, learn, rotary_modules
 from onnxpress.exporters.decoder_operators import Step, add_cache, decoder_operators
 from onnxpress.exporters.experts import arrange_experts, emitted_experts, experts_notes
+from onnxpress.exporters.half_weights import HalfWeights, put_weights
 from onnxpress.exporters.json_files import read_object
 from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.recurrences import (
@@ -91,22 +92,29 @@ def export_decoder(
     adapter: str | os.PathLike[str] | None,
     hidden_states: bool,
     uniform_steps: bool = False,
+    dtype: torch.dtype = torch.float32,
     instead: torch.nn.Module | None = None,
 ) -> TextExport:
     """Export the language model in a folder. Raises SourceError and ConversionError.
 
     max_length: the longest context in tokens, prompt and answer together. adapter: a LoRA folder, merged first.
-    hidden_states: whether they are an output. uniform_steps: the form for CUDA. instead: the model to export in the place of the folder's.
+    hidden_states: whether they are an output. uniform_steps: the form for CUDA. dtype: of its large weights while it is built. instead: the model to export in the place of the folder's.
     """
     tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
     model: Any = instead
     notes: tuple[str, ...] = ()
     if instead is None:
-        model, notes = load_model(folder, wanted, config, trust_remote_code=trust_remote_code)
+        model, notes = load_model(folder, wanted, config, trust_remote_code=trust_remote_code, dtype=dtype)
     if adapter is not None and instead is None:
         notes += (merge_adapter(model, Path(adapter)),)
     if reads_more_than_text(config):
         notes += ("the text of the model alone: its images, sound and video are not read",)
+    halves = None
+    if dtype != torch.float32:
+        halves = HalfWeights(model)
+        notes += (
+            f"large weights stayed in {str(dtype).rpartition('.')[2]} while it was built: memory does not hold them in float32",
+        )
     limit = input_limit(model, tokenizer, max_length)
     if max_length is not None:
         refuse_longer(folder, max_length, limit)
@@ -139,7 +147,7 @@ def export_decoder(
         notes += (f"context: {conventions.positions} of {context} tokens; beyond, {conventions.limited_by}{more}",)
         context = conventions.positions
     graph = export_causal_lm(
-        model, conventions, context=context, hidden_states=hidden_states, uniform_steps=uniform_steps
+        model, conventions, context=context, hidden_states=hidden_states, uniform_steps=uniform_steps, halves=halves
     )
     sampling, remarks = _own_sampling(folder)
     options: dict[str, Json] = {
@@ -164,6 +172,7 @@ def export_causal_lm(
     context: int,
     hidden_states: bool = False,
     uniform_steps: bool = False,
+    halves: HalfWeights | None = None,
 ) -> Graph:
     """The graph of a model whose conventions are known. The model is left as it was. Raises ConversionError."""
     head = model.get_output_embeddings()
@@ -198,10 +207,13 @@ def export_causal_lm(
         *(["hidden_states"] if hidden_states else []),
         *state_names(conventions.states, PRESENT_STATES),
     ]
-    with wrapped.emitting():
+    with ExitStack() as stack:
+        weights = {} if halves is None else stack.enter_context(halves.traced())
+        stack.enter_context(wrapped.emitting())
         ir_model, *_ = trace(
             wrapped, example, shapes=shapes, axes=axes, outputs=outputs, prefix="model.", name=type(model).__name__
         )
+        put_weights(ir_model, weights)
     add_cache(ir_model, conventions)
     arrange_experts(ir_model)
     ir_model.graph.opset_imports.setdefault("com.microsoft", 1)

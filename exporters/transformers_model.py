@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from onnxpress.errors import SourceError
+from onnxpress.exporters.half_weights import stored_half, widen_buffers, without_parameters
 from onnxpress.exporters.pooling import SentencePooling
 from onnxpress.exporters.quiet import quiet
 from onnxpress.exporters.sentence_transformers import declared_length
@@ -24,6 +25,7 @@ from onnxpress.manifest import Json, Runnable
 _MOST_UNFOLDED = 8  # bytes in float32 for each that is stored: of weights of 4 bits
 _LOADING_TAKES = 1.1  # of the weights in float32
 _PROCESS_TAKES = 1.25 * 2**30  # bytes beside them: 7.5 GiB were taken by 1.5 billion weights, 13.6 by 3.1
+_SMALLEST_STACK = 2**20  # numbers of several experts
 _LENGTH_WITHOUT_LIMIT = 512  # for models whose positions have no limit and whose tokenizer has none either
 
 
@@ -88,16 +90,16 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> Any:
 
 
 def load_model(
-    folder: Path, task: Task, config: Any, *, trust_remote_code: bool
+    folder: Path, task: Task, config: Any, *, trust_remote_code: bool, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """The model in float32, in evaluation mode, with its own attention, and remarks on its weights. Raises SourceError."""
+    """The model in evaluation mode, with its own attention, and remarks on its weights; its buffers are of float32. Raises SourceError."""
     unfolded = is_unfolded(config)
     try:
         with quiet():
             model, report = task.auto_class(config).from_pretrained(
                 folder,
                 config=config,
-                dtype=torch.float32,
+                dtype=dtype,
                 attn_implementation="eager",
                 use_safetensors=True,
                 local_files_only=True,
@@ -133,6 +135,12 @@ def load_model(
             f"{missing[0]}. It has heads for {', '.join(heads(tuple(config.architectures or ())))}. Choose one of "
             f"these tasks, or a model that was trained for {task.name}.{_remote_code_hint(folder, trust_remote_code, config)}"
         )
+    if dtype != torch.float32:
+        with quiet(), without_parameters():
+            widen_buffers(
+                model,
+                task.auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code),
+            )
     return model, notes
 
 
@@ -169,22 +177,44 @@ def check_length(folder: Path, task: Task, config: Any, wanted: int | None, *, t
     refuse_longer(folder, wanted, wanted if longer else position_limit(model) or wanted)
 
 
-def check_memory(folder: Path, task: Task, config: Any, free: int, *, trust_remote_code: bool = False) -> None:
-    """Raise SourceError for a model that is larger in float32 than the free bytes of memory, before its weights are read."""
+def fitting_dtype(
+    folder: Path, task: Task, config: Any, free: int, *, half: bool, trust_remote_code: bool = False
+) -> torch.dtype:
+    """In which precision a model's large weights fit into the free bytes of memory: float32, or that of the files, if it is a half one.
+
+    half: whether the rest of the build can do with half precision. Raises SourceError where the model is too large, before its weights are read.
+    """
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if _MOST_UNFOLDED * stored < free:
-        return
+        return torch.float32
     model = _without_weights(task, config, trust_remote_code=trust_remote_code)
     if model is None:
-        return
+        return torch.float32
     weights = sum(weight.numel() for weight in model.parameters())
     needed = 4 * weights * _LOADING_TAKES + _PROCESS_TAKES
-    if needed > free:
-        raise SourceError(
-            f"The model in {folder} has {weights / 1e9:.1f} billion weights: to load it in float32, as it is compared, takes "
-            f"{needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free. Build it on a machine with more; the "
-            "artifact itself takes as much as its own files."
-        )
+    if needed <= free:
+        return torch.float32
+    halves = (
+        None if is_unfolded(config) or _has_experts(model) or task.name != "text-generation" else stored_half(folder)
+    )
+    needed_half = 2 * weights * _LOADING_TAKES + _PROCESS_TAKES
+    if half and halves is not None and needed_half <= free:
+        return halves
+    instead = (
+        ""
+        if halves is None
+        else f" Quantized to 4 bits for a CPU (--precision int4-weights, without pruning or an adapter), it takes {needed_half / 2**30:.1f} GiB."
+    )
+    raise SourceError(
+        f"The model in {folder} has {weights / 1e9:.1f} billion weights: to load it in float32, as it is compared, takes "
+        f"{needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free.{instead} Build it on a machine with more; the "
+        "artifact itself takes as much as its own files."
+    )
+
+
+def _has_experts(model: PreTrainedModel) -> bool:
+    """Whether weights are stacked, which the graph has in another form; those of convolutions over tokens are small."""
+    return any(weight.dim() == 3 and weight.numel() >= _SMALLEST_STACK for weight in model.parameters())
 
 
 def _without_weights(task: Task, config: Any, *, trust_remote_code: bool) -> PreTrainedModel | None:

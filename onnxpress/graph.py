@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxpress.manifest import Signature
@@ -52,3 +55,19 @@ class Graph:
             for value in self.model.graph.initializers.values()
             if value.const_value is not None
         )
+
+    def widens(self) -> bool:
+        """Whether there are constants that are kept in half precision."""
+        return any(isinstance(value.const_value, Widened) for value in self.model.graph.initializers.values())
+
+
+class Widened(ir.LazyTensor):
+    """A constant of float32 that memory and files hold in half precision, without a loss; each reading makes it anew."""
+
+    def __init__(self, half: ir.Tensor[Any]) -> None:
+        super().__init__(partial(_in_float32, half), ir.DataType.FLOAT, ir.Shape(half.shape), name=half.name)
+        self.half = half
+
+
+def _in_float32(half: ir.Tensor[Any]) -> ir.Tensor[Any]:
+    return ir.Tensor(half.numpy().astype(np.float32), name=half.name)

@@ -10,11 +10,12 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.errors import OutputError
-from onnxpress.graph import Graph
+from onnxpress.graph import Graph, Widened
 
 # Bytes of weights from which they are a file of their own, which ONNX Runtime maps into memory: weights inside model.onnx are
 # copied there, for the 0.5B model of benchmarks/language_shapes.py 572 MiB instead of 343.
 _EXTERNAL_FROM = 64_000_000
+_MOVING = ("Gather", "Transpose")
 _INSIDE = 256  # bytes of a constant in model.onnx at most: ONNX Runtime infers shapes from those
 
 
@@ -30,11 +31,14 @@ def save(graph: Graph, path: Path) -> None:
 
 
 class WrittenWeights:
-    """The weights of a graph, written to a file, for the graphs of its folder that have them too. Raises OSError."""
+    """The weights of a graph, written to a file, for the graphs of its folder that have them too. Raises OSError.
 
-    def __init__(self, graph: Graph, path: Path) -> None:
+    halves: whether constants that are kept in half precision are written so, and widened by the graph where it reads them.
+    """
+
+    def __init__(self, graph: Graph, path: Path, *, halves: bool = False) -> None:
         tensors = [tensor for _, tensor in _large(graph.model)]
-        places = _write(tensors, path)
+        places = _write([tensor.half if halves and isinstance(tensor, Widened) else tensor for tensor in tensors], path)
         # By identity, which clones of a graph share; held, so that no other tensor takes it.
         self._places = {id(tensor): (tensor, place) for tensor, place in zip(tensors, places, strict=True)}
 
@@ -45,13 +49,14 @@ class WrittenWeights:
         for value, tensor in _large(graph.model):
             place = self._places[id(tensor)][1]
             start = place.offset or 0
-            if tensor.dtype.bitwidth < 8 or start % tensor.dtype.itemsize:
+            if place.dtype.bitwidth < 8 or start % place.dtype.itemsize:
                 continue  # not as numpy has them
             if file is None:
                 file = np.asarray(np.memmap(place.path, mode="r"))
             if id(tensor) not in mapped:
-                array = file[start : start + tensor.nbytes].view(tensor.dtype.numpy()).reshape(tensor.shape.numpy())
-                mapped[id(tensor)] = ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
+                array = file[start : start + place.nbytes].view(place.dtype.numpy()).reshape(place.shape.numpy())
+                read = ir.Tensor(array, dtype=place.dtype, name=tensor.name)
+                mapped[id(tensor)] = read if place.dtype == tensor.dtype else Widened(read)
             value.const_value = mapped[id(tensor)]
         self._places = {
             id(held): (held, place)
@@ -73,6 +78,8 @@ class WrittenWeights:
             places |= {id(tensor): place for tensor, place in zip(new, written, strict=True)}
         for value, tensor in large:
             value.const_value = places[id(tensor)]
+            if value.const_value.dtype != tensor.dtype:
+                _widen_where_it_is_read(value)
         ir.save(model, path)
 
 
@@ -80,19 +87,42 @@ def _write(tensors: list[ir.TensorProtocol], path: Path) -> list[ir.ExternalTens
     """Write tensors to a file, one after the other, and say where they are. Raises OSError."""
     laid_out = [
         ir.LazyTensor(partial(_contiguous, tensor), tensor.dtype, shape=ir.Shape(tensor.shape), name=tensor.name)
-        if isinstance(tensor, ir.Tensor)
+        if isinstance(tensor, ir.Tensor | Widened)
         else tensor
         for tensor in tensors
     ]
     return ir.external_data.convert_tensors_to_external(laid_out, path.parent, path.name)
 
 
-def _contiguous(tensor: ir.Tensor[Any]) -> ir.Tensor[Any]:
+def _contiguous(tensor: ir.Tensor[Any] | Widened) -> ir.Tensor[Any] | Widened:
     """A transposed view as a copy: written element by element it takes twice as long."""
-    raw = tensor.raw
+    raw = tensor.numpy() if isinstance(tensor, Widened) else tensor.raw
     if not isinstance(raw, np.ndarray) or raw.flags.c_contiguous:
         return tensor
     return ir.Tensor(np.ascontiguousarray(raw), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name)
+
+
+def _widen_where_it_is_read(value: ir.Value) -> None:
+    """Cast a constant of half precision to float32 right before each node that computes with it, and right behind those that move its numbers."""
+    assert value.const_value is not None
+    value.type = ir.TensorType(value.const_value.dtype)
+    for node, index in list(value.uses()):
+        graph, moved = node.graph, node.outputs[0]
+        assert graph is not None
+        if node.domain == "" and node.op_type in _MOVING and index == 0 and not moved.is_graph_output():
+            moved.type = value.type
+            cast = ir.node("Cast", [moved], {"to": ir.DataType.FLOAT})
+            for reader, place in list(moved.uses()):
+                if reader is not cast:
+                    reader.replace_input_with(place, cast.outputs[0])
+            graph.insert_after(node, cast)
+        else:
+            cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+            node.replace_input_with(index, cast.outputs[0])
+            graph.insert_before(node, cast)
+        source = cast.inputs[0]
+        assert source is not None
+        cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), source.shape
 
 
 def weights_are_large(graph: Graph) -> bool:

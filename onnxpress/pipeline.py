@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     import torch
 
 MINIMUM_ONNXRUNTIME = "1.30"
+_ALL_ROUNDED = ("int4-weights", "int8-weights")  # precisions
 _MINIMUM_FOR_GENERATION = "1.32"  # GroupQueryAttention with query_seqlens
 _MINIMUM_FOR_UNIFORM_STEPS = "1.31"  # without
 _SAMPLES, _CALIBRATION_SAMPLES = 200, 128  # that a model is tried on where the recipe says no number
@@ -419,7 +420,16 @@ def _find(recipe: Recipe, given: _Given) -> Found | None:
         max_length=model.max_length,
         trust_remote_code=model.trust_remote_code,
         free_memory=free_memory_bytes(),
+        half=_rounds_all_weights(recipe),
     )
+
+
+def _rounds_all_weights(recipe: Recipe) -> bool:
+    """Whether a language model's weights end as integers, so that nothing has to hold them in float32, or float16, at once."""
+    build, facts = recipe.build, find_target(recipe.build.target)
+    if recipe.automatic or build.only or recipe.model.adapter is not None or recipe.prune is not None:
+        return False
+    return facts.providers == ("cpu",) and (build.precision or facts.generation[0]) in _ALL_ROUNDED
 
 
 def _export(recipe: Recipe, found: Found | None, instead: torch.nn.Module | None = None) -> Exported:

@@ -71,7 +71,7 @@ class Workbench:
         """Write a graph's weights to a file that it, and those that are made of it, read them from; says where each is. Raises OutputError."""
         path = self._folder / "weights.data"
         try:
-            self._written = WrittenWeights(graph, path)
+            self._written = WrittenWeights(graph, path, halves=True)
         except OSError as error:
             raise not_written(path, error) from None
         self._written.take(graph)
@@ -104,6 +104,7 @@ class Workbench:
             **session_options(self._target, graph),
             allow_fallback=True,  # of a graph on its way; the artifact has to run on the target alone
             prepacking=self.timed or _is_quantized(graph),
+            as_written=graph.widens(),
         )
         weakref.finalize(session, _remove, path, beside(path))
         return session

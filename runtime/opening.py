@@ -47,6 +47,7 @@ class Opening:
     exact_products: bool
     flash_attention: bool
     prepacking: bool
+    as_written: bool
     cache_key: str | None
 
     @property
@@ -118,6 +119,10 @@ class Opening:
             options.add_session_config_entry("session.x64quantprecision", "1")
         if not self.prepacking:
             options.add_session_config_entry("session.disable_prepacking", "1")
+        if self.as_written:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            # All have one priority, so that their order decides; else what hangs on constants alone is computed first.
+            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         if record_placement or not self._on_cpu_alone:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         return options

@@ -45,7 +45,7 @@ class Session:
     `fallback_note` then says what did not. disabled_optimizers: names of ONNX Runtime's graph optimizers. exact_products: whether x86
     CPUs keep from faster kernels for signed weights of 8 bits, whose 16-bit sums overflow. flash_attention: whether the CPU provider's
     GroupQueryAttention may take its tiled kernel for prompts. prepacking: whether weights are copied into the form that is fastest to
-    multiply; 4-bit weights are slow without.
+    multiply; 4-bit weights are slow without. as_written: nodes run in the file's order, and none is computed ahead, fused or replaced.
     cache_key: identifies the model in engine caches; None takes its SHA-256 when it is needed.
 
     `run` may be called from several threads at once.
@@ -65,6 +65,7 @@ class Session:
         exact_products: bool = False,
         flash_attention: bool = True,
         prepacking: bool = True,
+        as_written: bool = False,
         cache_key: str | None = None,
     ) -> None:
         check_wheel()
@@ -86,6 +87,7 @@ class Session:
             exact_products=exact_products,
             flash_attention=flash_attention,
             prepacking=prepacking,
+            as_written=as_written,
             cache_key=cache_key,
         )
         self._session, captures = self._opening.open()

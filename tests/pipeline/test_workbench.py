@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,8 @@ import onnxpress
 from onnxpress import graph_files, machine, workbench
 from onnxpress.errors import OutputError, RecipeError
 from onnxpress.foreign import open_onnx
-from onnxpress.graph import Graph
+from onnxpress.graph import Graph, Widened
+from onnxpress.manifest import Signature, TensorSpec
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext
 from onnxpress.optimizers.targets import target
@@ -295,3 +297,59 @@ def test_a_small_graph_takes_along_what_it_reads_from_another_folder(
     graph_files.save(exported.graph, path)
     assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
     np.testing.assert_array_equal(answers(Session(path, signature=exported.graph.signature)), expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+@pytest.mark.parametrize("half", [ir.DataType.BFLOAT16, ir.DataType.FLOAT16])
+def test_weights_in_half_precision_are_widened_one_after_the_other(half: ir.DataType, tmp_path: Path) -> None:
+    """128 MB of them in float32, a table that is an output layer too among them; and the graph answers as it does with them in float32."""
+    random, width, layers = np.random.default_rng(0), 1024, 28
+
+    def constant(name: str, *shape: int) -> ir.Value:
+        numbers = (random.standard_normal(shape, np.float32) / 32).astype(half.numpy())
+        widened = Widened(ir.Tensor(numbers, dtype=half, name=name))
+        return ir.Value(name=name, const_value=widened, type=ir.TensorType(widened.dtype), shape=widened.shape)
+
+    ids = ir.Value(name="ids", shape=ir.Shape(["n"]), type=ir.TensorType(ir.DataType.INT64))
+    table = constant("table", 4096, width)
+    weights = [constant(f"w{index}", width, width) for index in range(layers)]
+    nodes = [ir.node("Gather", [table, ids])]
+    for weight in weights:
+        nodes.append(ir.node("MatMul", [nodes[-1].outputs[0], weight]))
+    nodes.append(ir.node("Transpose", [table], {"perm": [1, 0]}))
+    nodes.append(ir.node("MatMul", [nodes[-2].outputs[0], nodes[-1].outputs[0]]))
+    nodes.append(ir.node("Sum", [nodes[-1].outputs[0]]))
+    y = nodes[-1].outputs[0]
+    y.name, y.type, y.shape = "y", ir.TensorType(ir.DataType.FLOAT), ir.Shape(["n", 4096])
+    inner = ir.Graph([ids], [y], nodes=nodes, initializers=[table, *weights], opset_imports={"": 21})
+    given = TensorSpec(name="ids", dtype="int64", shape=("n",), bounds=(0, 4095))
+    signature = Signature(
+        task="module",
+        inputs=(given,),
+        outputs=(TensorSpec(name="y", dtype="float32", shape=("n", 4096)),),
+        axes={"n": (1, 64)},
+    )
+    graph = Graph(model=ir.Model(inner, ir_version=10), signature=signature)
+    feeds = {"ids": np.arange(3, 8)}
+    graph_files.save(graph, tmp_path / "whole.onnx")
+    assert (tmp_path / "whole.onnx.data").stat().st_size == graph.weight_bytes()
+    expected = Session(tmp_path / "whole.onnx", signature=signature).run(feeds)["y"]
+
+    bench = Workbench(tmp_path / "work", target("cpu"), measure=False)
+    session = bench.open(graph)
+    assert (tmp_path / "work" / "weights.data").stat().st_size == graph.weight_bytes() // 2
+    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # what was freed before hides what is taken now
+    with machine.PeakMemory() as memory:
+        time.sleep(0.3)  # it looks ten times a second
+        before = memory.peak
+        answers = [session.run(feeds)["y"] for _ in range(5)]
+        time.sleep(0.3)
+    assert before is not None
+    assert memory.peak is not None
+    assert memory.peak - before < graph.weight_bytes()
+    for answer in answers:
+        np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=1e-5 * float(np.abs(expected).max()))
+    assert graph.widens()
+    assert {node.op_type for node in graph.model.graph} == {"Gather", "MatMul", "Transpose", "Sum"}, (
+        "its file alone casts"
+    )
