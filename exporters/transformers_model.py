@@ -200,11 +200,13 @@ def fitting_dtype(
     needed_half = 2 * weights * _LOADING_TAKES + _PROCESS_TAKES
     if half and halves is not None and needed_half <= free:
         return halves
-    instead = (
-        ""
-        if halves is None
-        else f" Quantized to 4 bits for a CPU (--precision int4-weights, without pruning or an adapter), it takes {needed_half / 2**30:.1f} GiB."
-    )
+    instead = ""
+    if halves is not None:
+        kept = str(halves).rpartition(".")[2]
+        instead = (
+            f" A build for a CPU in 4 bits (--precision int4-weights, without pruning or an adapter) keeps them in {kept}, and takes "
+            f"{needed_half / 2**30:.1f} GiB."
+        )
     raise SourceError(
         f"The model in {folder} has {weights / 1e9:.1f} billion weights: to load it in float32, as it is compared, takes "
         f"{needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free.{instead} Build it on a machine with more; the "

@@ -135,6 +135,9 @@ class _WeightOnly:
                     None if zeros is None else add_constant(graph, f"{layer.name}_weight_zero_points", zeros),
                 )
             _use_blocks(graph, layer, *shared, bits=bits, block_size=size)
+            if not layer.weight.uses():  # at once: weights that were scaled are in memory, and in no file
+                del graph.model.graph.initializers[str(layer.weight.name)]
+                layer.weight.const_value = None
             touched += (layer.name,)
             count += bits == self.bits
             finer += bits != self.bits

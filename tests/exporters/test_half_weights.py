@@ -166,7 +166,7 @@ def test_half_precision_is_for_what_does_not_fit(tmp_path: Path, monkeypatch: py
     assert fits(4.5 * weights) == torch.float32
     assert fits(3 * weights) == torch.bfloat16
     with pytest.raises(
-        SourceError, match=r"--precision int4-weights, without pruning or an adapter\), it takes 0\.0 GiB"
+        SourceError, match=r"without pruning or an adapter\) keeps them in bfloat16, and takes 0\.0 GiB\. Build it"
     ):
         fits(3 * weights, half=False)
     with pytest.raises(SourceError, match=r"takes 0\.0 GiB of memory, and"):

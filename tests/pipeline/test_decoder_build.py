@@ -21,15 +21,17 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from tiny_decoders import CONTEXT, save_decoder
+from transformers import AutoModelForCausalLM
 
 import onnxpress
-from onnxpress import conversation, pipeline, press
+from onnxpress import conversation, exporters, pipeline, press
 from onnxpress.artifact import Artifact
 from onnxpress.cli import main
 from onnxpress.decoder_workload import DecoderWorkload
 from onnxpress.errors import RecipeError, SourceError
-from onnxpress.exporters import Exported, export
+from onnxpress.exporters import Exported, export, half_weights
 from onnxpress.exporters.transformers_decoder import _own_sampling
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
@@ -134,6 +136,30 @@ def test_a_model_that_memory_does_not_hold(folder: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(pipeline, "free_memory_bytes", lambda: 2**31)
     with pytest.raises(SourceError, match="do not load"):
         onnxpress.build(tmp_path / "model", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "int4-weights", "passes": {"int4-weights": {"method": "awq-gptq", "block_size": 32}}},
+        {"precision": "int8-weights", "cache": "int8"},
+    ],
+)
+def test_a_model_that_memory_holds_in_half_precision_alone(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The artifact is the one of a build in float32."""
+    model = save_decoder(tmp_path / "model", "qwen2")
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(model)
+    built = []
+    for name, dtype in (("whole", torch.float32), ("half", torch.bfloat16)):
+        monkeypatch.setattr(exporters, "fitting_dtype", lambda *_, half, found=dtype, **__: found if half else None)
+        monkeypatch.setattr(half_weights, "_LARGE", 4000)
+        built.append(onnxpress.build(model, out=tmp_path / name, keep_all=True, measure=False, **options))
+    whole, half = (one.manifest for one in built)
+    assert half.ledger[0]["notes"][0].startswith("large weights stayed in bfloat16")
+    assert half.files == whole.files
+    assert [row["reason"] for row in half.ledger[1:]] == [row["reason"] for row in whole.ledger[1:]]
 
 
 def test_experts_have_four_bits_in_the_artifact(tmp_path: Path) -> None:
