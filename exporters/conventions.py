@@ -114,7 +114,7 @@ def learn(model: PreTrainedModel, *, positions: int, rotary_of_longest: bool = F
     """
     try:
         return _learned(model, positions, rotary_of_longest)
-    except ConversionError:
+    except (ConversionError, MemoryError):
         raise
     except Exception as error:  # whatever a model raises that needs more
         raise ConversionError(f"{type(model).__name__} does not run on tokens and positions alone: {error}") from error

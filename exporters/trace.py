@@ -67,7 +67,7 @@ def trace(
                 program = _exported(module, example, dynamic, given=axes is not None)
                 model = _translated(program, example, outputs)
             clean(model, inputs=shapes, prefix=prefix)
-    except ConversionError:
+    except (ConversionError, MemoryError):
         raise
     except Exception as error:  # torch.export raises errors of every kind, and so do models while they are traced
         raise ConversionError(f"{name} does not convert to ONNX: {_first_lines(error)}") from error

@@ -27,7 +27,7 @@ from onnxpress.errors import ArtifactError, OutputError, RecipeError
 from onnxpress.manifest import FileEntry, Json, Manifest
 
 MANIFEST, MEASURED, REPORT = "manifest.json", "measured.json", "report.html"
-_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,20 +181,22 @@ class ArtifactWriter:
 
     def publish(self) -> Artifact:
         """Put the sealed artifact in its place; an artifact that was there is replaced."""
+        from onnxpress.stopping import uninterrupted  # not on devices, which write none
+
         assert self._manifest is not None, "seal first"
         for path in (*self.folder.rglob("*"), self.folder):
             _sync(path)
-        if self.destination.exists():
-            old = self.folder.with_name(self.folder.name + "-old")
-            self.destination.rename(old)
+        old = self.folder.with_name(self.folder.name + "-old")
+        with uninterrupted():
+            if replaces := self.destination.exists():
+                self.destination.rename(old)
             try:
                 self.folder.rename(self.destination)
-            except BaseException:
-                old.rename(self.destination)
+            except OSError:
+                if replaces:
+                    old.rename(self.destination)
                 raise
-            _remove(old)
-        else:
-            self.folder.rename(self.destination)
+        _remove(old)
         _sync(self.destination.parent)
         return Artifact.open(self.destination, verify=False)
 
@@ -203,7 +205,7 @@ class ArtifactWriter:
         prefix = f".{self.destination.name}.part-"
         for leftover in self.destination.parent.glob(f"{glob.escape(prefix)}*"):
             owner, _, kind = leftover.name.removeprefix(prefix).partition("-")
-            if not owner.isdigit() or (int(owner) != os.getpid() and _alive(int(owner))):
+            if not owner.isdigit() or (int(owner) != os.getpid() and is_alive(int(owner))):
                 continue
             if kind == "old" and not self.destination.exists() and (leftover / MANIFEST).is_file():
                 leftover.rename(self.destination)
@@ -212,7 +214,7 @@ class ArtifactWriter:
 
     def _concerns_output(self, error: OSError) -> bool:
         """Whether the disk or the output folder is at fault, and not, say, a file that was to be read elsewhere."""
-        if error.errno in _DISK_TROUBLE:
+        if error.errno in DISK_TROUBLE:
             return True
         return isinstance(error.filename, str) and Path(error.filename).is_relative_to(self.folder)
 
@@ -289,7 +291,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Whether there is a process of this number."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

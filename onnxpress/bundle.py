@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -46,7 +47,7 @@ from onnxpress.bundle_archive import (
 from onnxpress.chunks import LARGEST
 from onnxpress.devices import Device, check_fit, device, providers
 from onnxpress.encryption import SUFFIX, encrypt, read_key
-from onnxpress.errors import ConversionError, RecipeError
+from onnxpress.errors import ConversionError, OutputError, RecipeError
 from onnxpress.manifest import Manifest
 from onnxpress.materials import bill_of_materials, licences
 from onnxpress.on_device import (
@@ -276,6 +277,10 @@ def _optimized(artifact: Artifact, *, elsewhere: bool) -> tuple[bytes, bytes]:
                 warnings.simplefilter("ignore", ResourceWarning)  # it leaves the file open
                 create_config_from_models([model], config, True)
         except Exception as error:  # ONNX Runtime's exceptions share no base
+            if shutil.disk_usage(scratch).free < artifact.file("model.onnx").stat().st_size:
+                raise OutputError(
+                    f"There is no room in {tempfile.gettempdir()} for the model in ONNX Runtime's own format: free some, or set TMPDIR to another folder."
+                ) from None
             raise ConversionError(f"ONNX Runtime cannot write {artifact.path} in its own format: {error}") from None
         lines = [line for line in config.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
         return model.read_bytes(), ("\n".join(lines) + "\n").encode()

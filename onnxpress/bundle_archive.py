@@ -6,6 +6,7 @@ What changed since another bundle is the same tar with the parts alone that the 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import io
 import os
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol, cast
 
+from onnxpress.artifact import is_alive
 from onnxpress.chunks import chunks
 from onnxpress.errors import ArtifactError, OutputError
 from onnxpress.on_device import DESCRIPTION, SIGNATURE, SIGNATURE_DIGEST, BundleError, check
@@ -76,6 +78,8 @@ def _unpack(bundle: Path, scratch: Path) -> Path:
                     raise ValueError(f"it holds {entry.filename!r}, which is compressed")
             archive.extractall(scratch)  # which leaves out what leads outside
     else:
+        if not bundle.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
         with tarfile.open(bundle, "r:") as tar:
             for member in tar:
                 parts = PurePosixPath(member.name).parts
@@ -179,8 +183,14 @@ def replacing(place: Path) -> Iterator[IO[bytes]]:
     """A file that takes its place when it is whole. Raises OutputError."""
     if place.is_dir():
         raise OutputError(f"{place} is a folder; --out names the bundle's file.")
-    part = place.with_name(f".{place.name}.part-{os.getpid()}")
+    parts = f".{place.name}.part-"
+    part = place.with_name(f"{parts}{os.getpid()}")
     try:
+        for leftover in place.parent.glob(f"{glob.escape(parts)}*"):  # of a process that was killed
+            owner = leftover.name.removeprefix(parts)
+            if owner.isdigit() and not is_alive(int(owner)):
+                with contextlib.suppress(OSError):
+                    leftover.unlink()
         place.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             yield file

@@ -7,11 +7,9 @@ Exit codes: 0 done, 1 the artifact is not good enough, 2 wrong use or input.
 from __future__ import annotations
 
 import argparse
-import errno
 import io
 import os
 import re
-import signal
 import sys
 import threading
 import traceback
@@ -21,9 +19,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from onnxpress import __version__
+from onnxpress.artifact import DISK_TROUBLE
 from onnxpress.commands import answer, build, device, examine
 from onnxpress.errors import MissingExtraError, OnnxpressError, UsageError
-from onnxpress.stopping import on_terminate
+from onnxpress.stopping import end_on_signals
 
 _BUILD_PACKAGES = frozenset((
     "torch", "transformers", "optimum", "onnx", "onnx_ir", "onnxscript", "pydantic", "rich", "matplotlib", "accelerate", "safetensors",
@@ -43,8 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdin = Path(os.devnull).open()  # noqa: SIM115
     warnings.showwarning = _print_warning
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_terminate)
+        end_on_signals()
     try:
+        _check_working_folder()
         options, unknown = parser.parse_known_args(_joined(sys.argv[1:] if arguments is None else arguments))
         named = vars(options).pop("prog")
         if unknown:
@@ -71,15 +71,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_no_more()
         return 0
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.filename is not None:
+            code, message = 2, f"{os.fspath(error.filename)!r} cannot be read or written: {error.strerror}."
+        elif error.errno in DISK_TROUBLE:  # of our output
+            _print_no_more()
+            code, message = 2, f"Nothing more can be written: {error.strerror}."
+        else:
             raise
-        _print_no_more()
-        code, message = 2, f"Nothing more can be written: {error.strerror}."
+        if options.debug:
+            traceback.print_exc()
+    except MemoryError:
+        code, message = 2, "There is not enough memory for this."
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
     print(f"onnxpress: {message}", file=sys.stderr)
     return code
+
+
+def _check_working_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UsageError("The working directory was removed: change to one that is there.") from None
 
 
 def _print_no_more() -> None:

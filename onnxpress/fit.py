@@ -8,10 +8,10 @@ by the evaluation samples.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 
 from onnxpress import preflight, terminal
-from onnxpress.artifact import Artifact, ArtifactWriter, check_outside
+from onnxpress.artifact import Artifact, ArtifactWriter, check_outside, is_alive
 from onnxpress.errors import InputError, OutputError
 from onnxpress.evaluation import check_spread
 from onnxpress.exporters import trainable
@@ -57,6 +57,7 @@ from onnxpress.runtime.loading import RUNNERS
 from onnxpress.runtime.text_runner import TextRunner
 from onnxpress.runtime.tokenization import Encoding, Tokenizer, split_words
 from onnxpress.samples import Sample
+from onnxpress.stopping import uninterrupted
 from onnxpress.trials import digest_of_files
 
 # A build has a precision of its own: what training computes in is called autocast here.
@@ -473,6 +474,7 @@ def _trained_already(folder: Path, facts: Mapping[str, Json], how: str = "") -> 
 
 def _check_checkpoint_folder(folder: Path, *, resume: bool) -> dict[str, Json] | None:
     """What fit.json says where a resume finds a training that is done; None where it is to be done. Raises InputError and OutputError."""
+    _tidy(folder)
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if _FACTS in held:
         facts = read_object(folder / _FACTS)
@@ -497,19 +499,41 @@ def _tokenizer(model: Trainable) -> Tokenizer:
 
 
 def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder beside its place and put it there; what a resume would need goes."""
+    """Write a folder beside its place and put it there; what a resume would need goes once it is there."""
+    part, old = folder.with_name(f"{_part_of(folder)}{os.getpid()}"), _old_of(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.part-", dir=folder.parent))
+        part.mkdir()
         try:
             write(part)
-            part.chmod(0o755)
-            if folder.exists():
-                shutil.rmtree(folder)
-            part.replace(folder)
+            with uninterrupted():
+                if folder.exists():
+                    folder.rename(old)
+                part.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         said = getattr(error, "strerror", None) or error
         then = "and go on with --resume" if (folder / _PROGRESS).is_dir() else "or choose another --checkpoint"
         raise OutputError(f"The checkpoint {folder} cannot be written: {said}. Free space, {then}.") from None
+
+
+def _tidy(folder: Path) -> None:
+    """Put right what processes that were killed while they wrote a folder have left of it."""
+    old = _old_of(folder)
+    if old.is_dir() and not os.path.lexists(folder):
+        old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    for part in folder.parent.glob(f"{glob.escape(_part_of(folder))}*"):
+        owner = part.name.removeprefix(_part_of(folder))
+        if owner.isdigit() and not is_alive(int(owner)):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _part_of(folder: Path) -> str:
+    return f".{folder.name}.part-"
+
+
+def _old_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import sys
 import time
 from types import TracebackType
@@ -20,11 +23,21 @@ from onnxpress.stopping import end_if_told
 _SAY_EVERY = 60  # seconds
 
 
+class _Console(Console):
+    """Rich's, which ends the process with code 1 where nobody reads on."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 class Progress:
-    """Steps on stderr: a spinner on a terminal; elsewhere a line a step, and one a minute within; nothing where it is not enabled."""
+    """Steps on stderr: a spinner on a terminal; elsewhere a line a step, and one a minute within; nothing where it is not enabled.
+
+    Nor where it cannot be written any more: no work is lost for it.
+    """
 
     def __init__(self, *, enabled: bool) -> None:
-        self._console = Console(file=sys.stderr, quiet=not enabled, highlight=False)
+        self._console = _Console(file=sys.stderr, quiet=not enabled, highlight=False)
         self._status: Status | None = None
         self._name = ""
         self._started = self._said = 0.0
@@ -53,7 +66,7 @@ class Progress:
         if self._status is not None:
             self._status.update(escape(f"{self._name}: {text}"))
         elif time.perf_counter() - self._said > _SAY_EVERY:
-            self._console.print(f"  [dim]{escape(f'{self._name}: {text}')}[/dim]")
+            self._say(f"  [dim]{escape(f'{self._name}: {text}')}[/dim]")
             self._said = time.perf_counter()
 
     def _finish(self, *, failed: bool = False) -> None:
@@ -62,13 +75,21 @@ class Progress:
             self._status = None
         if self._name:
             mark = "[red]failed[/red]" if failed else f"[dim]{time.perf_counter() - self._started:.1f} s[/dim]"
-            self._console.print(f"  {escape(self._name)} {mark}")
+            self._say(f"  {escape(self._name)} {mark}")
             self._name = ""
+
+    def _say(self, line: str) -> None:
+        try:
+            self._console.print(line)
+        except OSError:
+            self._console.quiet = True
+            with contextlib.suppress(OSError):  # so that nothing fails at the interpreter's exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def print_build(artifact: Artifact) -> None:
     """The ledger as a table, and where the artifact is."""
-    console = Console(highlight=False)
+    console = _Console(highlight=False)
     console.print(ledger_table(artifact))
     times = {row["pass"]: row for row in artifact.measured.get("rows", ())}
     for row in artifact.manifest.ledger:

@@ -156,7 +156,9 @@ class Opening:
         if not self._on_cpu_alone:
             names = ", ".join(provider.name for provider in self.providers)
             return ProviderError(f"ONNX Runtime cannot open {self.path} on {names}: {one_line(error)}")
-        if "Could not find an implementation" in str(error):
+        if "bad_alloc" in str(error):
+            what = "does not fit into the memory that there is"
+        elif "Could not find an implementation" in str(error):
             what = "needs kernels that ONNX Runtime's CPU provider does not have (bfloat16 runs on a card alone)"
         elif "is not a registered function/op" in str(error) or "NOT_IMPLEMENTED" in str(error):
             what = "has operators that this ONNX Runtime does not have"

@@ -314,6 +314,29 @@ def test_a_kill_at_any_step_leaves_no_broken_artifact(tmp_path: Path, replacing:
             place.rmdir()
 
 
+@pytest.mark.parametrize("step", [1, 2])
+def test_an_interrupt_while_an_artifact_is_replaced_waits(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, rename, steps = tmp_path / "tiny", Path.rename, []
+    save_artifact(place, name="old")
+
+    def interrupted(path: Path, to: Path) -> None:
+        rename(path, to)
+        steps.append(to)
+        if len(steps) == step:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_artifact(place, name="new")
+    monkeypatch.undo()
+    assert len(steps) == 2
+    assert Artifact.open(place).manifest.name == "new"
+    with ArtifactWriter(place):
+        assert {path.name for path in tmp_path.iterdir()} == {"tiny", f".tiny.part-{os.getpid()}"}
+
+
 def test_part_folders_of_living_processes_are_left_alone(tmp_path: Path) -> None:
     other = tmp_path / f".tiny.part-{os.getppid()}"
     other.mkdir()

@@ -17,6 +17,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from onnxpress import on_device
 from onnxpress.bundle import bundle
 from onnxpress.cli import main
 from onnxpress.devices import check_fit
-from onnxpress.errors import ArtifactError, OutputError, RecipeError
+from onnxpress.errors import ArtifactError, ConversionError, OutputError, RecipeError
 from onnxpress.on_device import BundleError, canonical, check_files, read_description, self_test
 from onnxpress.runtime.tensor_file import read_tensors
 
@@ -150,6 +151,33 @@ def test_the_same_artifact_gives_the_same_bytes(archive: Path, tmp_path: Path) -
     fits = save_artifact(tmp_path / "x86", target="cpu-avx2", precision="int8").path
     first, second = (bundle(fits, target="windows-x86_64", out=tmp_path / f"{n}.zip").read_bytes() for n in (1, 2))
     assert first == second
+
+
+def test_what_a_killed_bundling_left_is_removed(archive: Path, tmp_path: Path) -> None:
+    living = f".b.tar.part-{os.getppid()}"
+    for name in (living, ".b.tar.part-999999999", ".b.tar.part-mine", ".other.tar.part-999999999"):
+        (tmp_path / name).touch()
+    bundle(archive.with_name("tiny"), target=HERE, out=tmp_path / "b.tar")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "b.tar",
+        living,
+        ".b.tar.part-mine",
+        ".other.tar.part-999999999",
+    }
+
+
+def test_no_room_for_onnx_runtimes_own_format_is_said(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("failed to save")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fails)
+    with pytest.raises(ConversionError, match="in its own format: failed to save"):
+        bundle(archive.with_name("tiny"), target=HERE, out=tmp_path / "b.tar")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+    with pytest.raises(OutputError, match=r"no room in .* set TMPDIR"):
+        bundle(archive.with_name("tiny"), target=HERE, out=tmp_path / "b.tar")
 
 
 def test_a_zip_for_windows_holds_what_a_tar_does(archive: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -316,8 +317,8 @@ def test_python_m_is_the_same_command(artifact: Path, tmp_path: Path) -> None:
     assert run("--help").stdout.startswith("usage: onnxpress [-h]")
     done = run("verify", artifact)
     assert (done.returncode, done.stderr) == (0, "")
-    refused(run("verify", tmp_path / "nothing"), "nothing does not exist")
-    refused(run("verify"), "`onnxpress verify --help` says what there is")
+    refused(onnxpress("verify", tmp_path / "nothing"), "nothing does not exist")
+    refused(onnxpress("verify"), "`onnxpress verify --help` says what there is")
 
 
 def test_a_reader_that_goes_away_is_no_error(artifact: Path) -> None:
@@ -331,8 +332,9 @@ def test_a_reader_that_goes_away_is_no_error(artifact: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_build_that_is_told_to_stop_leaves_nothing(tmp_path: Path) -> None:
-    """SIGTERM, as `timeout` and containers send it, at a moment when the part folder is there."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_build_that_is_told_to_stop_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    """SIGTERM, as `timeout` and containers send it, or SIGHUP of a terminal that closes, at a moment when the part folder is there."""
     folder = save_model(tmp_path / "model", "bert")
     command = [
         sys.executable,
@@ -349,9 +351,53 @@ def test_a_build_that_is_told_to_stop_leaves_nothing(tmp_path: Path) -> None:
         assert process.poll() is None
         time.sleep(0.05)
     time.sleep(1)
-    process.terminate()
-    assert process.wait() == 128 + signal.SIGTERM
+    process.send_signal(number)
+    assert process.wait() == 128 + number
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_nohup_is_heeded(artifact: Path) -> None:
+    line = "import signal; from onnxpress.cli import main; main(['inspect', 'nothing']); signal.raise_signal(signal.SIGHUP); print('on')"
+    ignored = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
+    done = subprocess.run([sys.executable, "-c", line], preexec_fn=ignored, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "on\n")
+
+
+def test_what_the_system_refuses_is_one_clear_error(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused(onnxpress("run", "a" * 300, "--text", "hi"), "cannot be read or written: File name too long")
+    os.mkfifo(tmp_path / "pipe.tar")
+    refused(onnxpress("verify", tmp_path / "pipe.tar"), "it is no file")
+
+    def small() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+    command = [sys.executable, "-m", "onnxpress", "inspect", str(artifact), "--json"]
+    with (tmp_path / "out.json").open("w") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, preexec_fn=small)
+    assert (done.returncode, done.stderr) == (2, "onnxpress: Nothing more can be written: File too large.\n")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    refused(onnxpress("inspect", artifact), "The working directory was removed")
+
+
+def test_progress_that_nobody_reads_ends_nothing() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = (
+        "from onnxpress.terminal import Progress\n"
+        "with Progress(enabled=True) as progress:\n"
+        "    progress.step('one'); progress.step('two')\n"
+        "print('done')"
+    )
+    done = subprocess.run([sys.executable, "-c", line], stdout=subprocess.PIPE, stderr=writer, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stdout) == (0, "done\n")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", line], stdout=subprocess.PIPE, stderr=full, text=True)
+    assert (done.returncode, done.stdout) == (0, "done\n")
 
 
 @pytest.mark.parametrize(
@@ -373,7 +419,7 @@ def test_a_build_ends_even_where_the_exception_is_dropped_or_taken(
         "    return torch.nn.Linear(2, 2), (torch.zeros(3, 2),)\n"
     )  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stopping, "_told", False)
+    monkeypatch.setattr(stopping, "_told", 0)
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     with pytest.raises(SystemExit) as ended:
         main(["build", "ending:make", "--no-measure"])

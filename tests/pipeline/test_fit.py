@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +24,7 @@ from onnxpress.artifact import Artifact
 from onnxpress.cli import main
 from onnxpress.engine import Engine
 from onnxpress.errors import InputError, OutputError, RecipeError, SourceError
-from onnxpress.fit import _accuracy, _balanced_accuracy, fit, fit_samples, torch_runner
+from onnxpress.fit import _accuracy, _balanced_accuracy, _tidy, _write_whole, fit, fit_samples, torch_runner
 from onnxpress.labelled import find_labels, labelled_samples, normalized, read_labelled, split, told
 from onnxpress.optimizers.training import TrainingOptions
 
@@ -560,3 +562,40 @@ def test_the_split_is_stratified_and_seeded() -> None:
     assert split(samples, labels, 3) == (train, held)
     assert split(samples, labels, 4) != (train, held)
     assert not {sample.text for sample in train} & {sample.text for sample in held}
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_an_interrupt_while_the_trained_model_takes_its_place_waits(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename, steps = tmp_path / "checkpoint", Path.rename, []
+    (folder / "progress").mkdir(parents=True)
+
+    def interrupted(path: Path, to: Path) -> None:
+        rename(path, to)
+        steps.append(to)
+        if len(steps) == step:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _write_whole(folder, lambda part: (part / "trained").touch())
+    assert [path.name for path in folder.iterdir()] == ["trained"]
+    assert len(steps) == 2
+    monkeypatch.undo()
+    _tidy(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_put_right(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    (tmp_path / ".checkpoint.old" / "progress").mkdir(parents=True)
+    for owner in (999999999, os.getpid()):
+        (tmp_path / f".checkpoint.part-{owner}").mkdir()
+    _tidy(folder)  # killed between the renames: its training can go on
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", f".checkpoint.part-{os.getpid()}"}
+    assert [path.name for path in folder.iterdir()] == ["progress"]
+    (tmp_path / ".checkpoint.old").mkdir()  # killed behind them
+    _tidy(folder)
+    assert not (tmp_path / ".checkpoint.old").exists()
+    assert [path.name for path in folder.iterdir()] == ["progress"]
