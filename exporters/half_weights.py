@@ -24,6 +24,9 @@ from onnxpress.graph import Widened
 _HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
 _FLOATS = frozenset(("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4"))
 _LARGE = 2**20  # bytes of a weight; smaller ones are float32
+_ROOM = (
+    2**27
+)  # numbers of a weight at most that takes its turn in memory that is kept; tables and output layers have more
 _WHOLE = 256  # bytes of a constant that is one of the weights, and no number beside them
 
 
@@ -119,7 +122,9 @@ class HalfWeights:
 
     def _in_room(self, weight: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
         """A weight in float32, in memory that all take in turns: to get it from the system anew takes longer than the cast."""
-        if self._in_use is not None:  # by a layer around this one
+        if (
+            self._in_use is not None or weight.numel() > _ROOM
+        ):  # a layer is around this one, or the room would be for it alone
             return weight.float()
         self._in_use = layer
         with torch.inference_mode(False):
