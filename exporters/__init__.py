@@ -39,6 +39,7 @@ __all__ = [
     "TorchReference",
     "export",
     "find",
+    "in_half",
     "original",
     "resized",
     "share_weights",
@@ -57,6 +58,16 @@ class Found:
     config: Any = None
     options: Mapping[str, Json] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
+
+
+def in_half(found: Found | None) -> str:
+    """Advice where a model fails whose weights stayed in half precision; nothing elsewhere."""
+    if found is None or found.dtype == torch.float32:
+        return ""
+    return (
+        " Its weights stayed in half precision, since memory does not hold them in float32, which not every model takes: build it on a "
+        "machine with more memory."
+    )
 
 
 def find(
@@ -162,10 +173,7 @@ def export(
     except ConversionError as error:
         if source.dtype == torch.float32:
             raise
-        raise ConversionError(
-            f"{error} Its weights stayed in half precision, since memory does not hold them in float32, which not every model takes: "
-            "build it on a machine with more memory."
-        ) from error
+        raise ConversionError(f"{error}{in_half(source)}") from error
     return Exported(
         name=found.name,
         graph=result.graph,

@@ -6,6 +6,7 @@ that are widened where they are read.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +46,7 @@ def stored_half(folder: Path) -> torch.dtype | None:
 
 def widen_buffers(model: torch.nn.Module, skeleton: torch.nn.Module) -> None:
     """Give a model that was made in half precision the buffers of one that was made in float32, but for those that were loaded."""
-    made, loaded = dict(skeleton.named_buffers()), set(model.state_dict())
+    made, loaded = dict(skeleton.named_buffers(remove_duplicate=False)), set(model.state_dict())
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             whole = f"{path}.{name}".lstrip(".")
@@ -55,10 +56,12 @@ def widen_buffers(model: torch.nn.Module, skeleton: torch.nn.Module) -> None:
 
 @contextmanager
 def without_parameters() -> Iterator[None]:
-    """Modules that are made while this lasts have no memory for their parameters, but buffers as ever."""
+    """Modules that this thread makes while this lasts have no memory for their parameters, but buffers as ever."""
+    thread = threading.get_ident()
 
     def laid_out(_: torch.nn.Module, __: str, weight: torch.nn.Parameter | None) -> Any:
-        return weight if weight is None else _parameter(weight.to("meta"))
+        here = threading.get_ident() == thread  # the hook is all threads'
+        return _parameter(weight.to("meta")) if here and weight is not None else weight
 
     hook = register_module_parameter_registration_hook(laid_out)
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from onnxpress.errors import SourceError
+from onnxpress.errors import ConversionError, SourceError
 from onnxpress.exporters.half_weights import stored_half, widen_buffers, without_parameters
 from onnxpress.exporters.pooling import SentencePooling
 from onnxpress.exporters.quiet import quiet
@@ -136,11 +136,15 @@ def load_model(
             f"these tasks, or a model that was trained for {task.name}.{_remote_code_hint(folder, trust_remote_code, config)}"
         )
     if dtype != torch.float32:
-        with quiet(), without_parameters():
-            widen_buffers(
-                model,
-                task.auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code),
-            )
+        made = task.auto_class(config)
+        try:
+            with quiet(), without_parameters():
+                skeleton = made.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        except Exception as error:  # code that computes with its weights when it is made
+            raise ConversionError(
+                f"{type(model).__name__} is not made without its weights: {_one_line(error)}."
+            ) from error
+        widen_buffers(model, skeleton)
     return model, notes
 
 
@@ -200,16 +204,17 @@ def fitting_dtype(
     needed_half = 2 * weights * _LOADING_TAKES + _PROCESS_TAKES
     if half and halves is not None and needed_half <= free:
         return halves
-    instead = ""
-    if halves is not None:
-        kept = str(halves).rpartition(".")[2]
+    also = instead = ""
+    if halves is not None and half:
+        also = f", and {needed_half / 2**30:.1f} in {str(halves).rpartition('.')[2]}, as it is stored"
+    elif halves is not None:
         instead = (
-            f" A build for a CPU in 4 bits (--precision int4-weights, without pruning or an adapter) keeps them in {kept}, and takes "
-            f"{needed_half / 2**30:.1f} GiB."
+            " A build for a CPU in 4 or 8 bits (--precision int4-weights or int8-weights, without pruning or an adapter) keeps them in "
+            f"{str(halves).rpartition('.')[2]}, and takes {needed_half / 2**30:.1f} GiB."
         )
     raise SourceError(
         f"The model in {folder} has {weights / 1e9:.1f} billion weights: to load it in float32, as it is compared, takes "
-        f"{needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free.{instead} Build it on a machine with more; the "
+        f"{needed / 2**30:.1f} GiB of memory{also}, and {free / 2**30:.1f} GiB are free.{instead} Build it on a machine with more; the "
         "artifact itself takes as much as its own files."
     )
 

@@ -147,7 +147,7 @@ class ArtifactWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _remove(self.folder)
+        remove(self.folder)
         if error is not None:
             for parent in self._new_parents:
                 with suppress(OSError):  # somebody else has put something there
@@ -181,22 +181,21 @@ class ArtifactWriter:
 
     def publish(self) -> Artifact:
         """Put the sealed artifact in its place; an artifact that was there is replaced."""
-        from onnxpress.stopping import uninterrupted  # not on devices, which write none
-
         assert self._manifest is not None, "seal first"
         for path in (*self.folder.rglob("*"), self.folder):
             _sync(path)
         old = self.folder.with_name(self.folder.name + "-old")
-        with uninterrupted():
-            if replaces := self.destination.exists():
+        try:
+            if self.destination.exists():
                 self.destination.rename(old)
-            try:
-                self.folder.rename(self.destination)
-            except OSError:
-                if replaces:
-                    old.rename(self.destination)
-                raise
-        _remove(old)
+            self.folder.rename(self.destination)
+        except BaseException:  # an interrupt, too
+            if old.exists() and not self.destination.exists():
+                old.rename(self.destination)
+            raise
+        finally:
+            if self.destination.exists():
+                remove(old)
         _sync(self.destination.parent)
         return Artifact.open(self.destination, verify=False)
 
@@ -210,7 +209,7 @@ class ArtifactWriter:
             if kind == "old" and not self.destination.exists() and (leftover / MANIFEST).is_file():
                 leftover.rename(self.destination)
             else:
-                _remove(leftover)
+                remove(leftover)
 
     def _concerns_output(self, error: OSError) -> bool:
         """Whether the disk or the output folder is at fault, and not, say, a file that was to be read elsewhere."""
@@ -276,9 +275,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a folder, a file or a link, where it is there."""
     if path.is_symlink() or path.is_file():
-        path.unlink()
+        path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -295,7 +295,7 @@ def is_alive(process: int) -> bool:
     """Whether there is a process of this number."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 the artifact is not good enough, 2 wrong use or input.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import re
@@ -44,7 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         end_on_signals()
     try:
-        _check_working_folder()
         options, unknown = parser.parse_known_args(_joined(sys.argv[1:] if arguments is None else arguments))
         named = vars(options).pop("prog")
         if unknown:
@@ -73,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is not None:
             code, message = 2, f"{os.fspath(error.filename)!r} cannot be read or written: {error.strerror}."
+        elif isinstance(error, FileNotFoundError):
+            code, message = 2, "The working directory was removed: change to one that is there."
         elif error.errno in DISK_TROUBLE:  # of our output
             _print_no_more()
             code, message = 2, f"Nothing more can be written: {error.strerror}."
@@ -85,15 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
-    print(f"onnxpress: {message}", file=sys.stderr)
+    _print_warning(message)
     return code
-
-
-def _check_working_folder() -> None:
-    try:
-        Path.cwd()
-    except FileNotFoundError:
-        raise UsageError("The working directory was removed: change to one that is there.") from None
 
 
 def _print_no_more() -> None:
@@ -143,4 +138,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"onnxpress: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        print(f"onnxpress: {message}", file=sys.stderr)

@@ -11,7 +11,6 @@ import dataclasses
 import glob
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 
 from onnxpress import preflight, terminal
-from onnxpress.artifact import Artifact, ArtifactWriter, check_outside, is_alive
+from onnxpress.artifact import Artifact, ArtifactWriter, check_outside, is_alive, remove
 from onnxpress.errors import InputError, OutputError
 from onnxpress.evaluation import check_spread
 from onnxpress.exporters import trainable
@@ -57,13 +56,13 @@ from onnxpress.runtime.loading import RUNNERS
 from onnxpress.runtime.text_runner import TextRunner
 from onnxpress.runtime.tokenization import Encoding, Tokenizer, split_words
 from onnxpress.samples import Sample
-from onnxpress.stopping import uninterrupted
 from onnxpress.trials import digest_of_files
 
 # A build has a precision of its own: what training computes in is called autocast here.
 _TRAINING = {field.name for field in dataclasses.fields(TrainingOptions)} - {"checkpoints", "precision"} | {"autocast"}
 _OF_FROZEN = {"seed"}  # the one of them that a frozen encoder reads
 _PROGRESS = "training"  # in the checkpoint's folder, until training is done
+_OLD = "-old"  # how the name of what was there before ends, while something takes its place
 _EVALUATION = "evaluation.jsonl"
 _FACTS = "fit.json"
 
@@ -500,19 +499,22 @@ def _tokenizer(model: Trainable) -> Tokenizer:
 
 def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     """Write a folder beside its place and put it there; what a resume would need goes once it is there."""
-    part, old = folder.with_name(f"{_part_of(folder)}{os.getpid()}"), _old_of(folder)
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100  resolve() would follow a link
+    part = folder.with_name(f"{_part_of(folder)}{os.getpid()}")
+    old = part.with_name(f"{part.name}{_OLD}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part.mkdir()
         try:
             write(part)
-            with uninterrupted():
-                if folder.exists():
-                    folder.rename(old)
-                part.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+            if os.path.lexists(folder):
+                folder.rename(old)
+            part.rename(folder)
+        finally:  # of an interrupt, too
+            if not os.path.lexists(folder) and os.path.lexists(old):
+                old.rename(folder)
+            remove(part)
+            remove(old)
     except (OSError, SafetensorError) as error:
         said = getattr(error, "strerror", None) or error
         then = "and go on with --resume" if (folder / _PROGRESS).is_dir() else "or choose another --checkpoint"
@@ -521,19 +523,16 @@ def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
 
 def _tidy(folder: Path) -> None:
     """Put right what processes that were killed while they wrote a folder have left of it."""
-    old = _old_of(folder)
-    if old.is_dir() and not os.path.lexists(folder):
-        old.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    for part in folder.parent.glob(f"{glob.escape(_part_of(folder))}*"):
-        owner = part.name.removeprefix(_part_of(folder))
-        if owner.isdigit() and not is_alive(int(owner)):
-            shutil.rmtree(part, ignore_errors=True)
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100
+    for leftover in folder.parent.glob(f"{glob.escape(_part_of(folder))}*"):
+        owner = leftover.name.removeprefix(_part_of(folder)).removesuffix(_OLD)
+        if not owner.isdigit() or (int(owner) != os.getpid() and is_alive(int(owner))):
+            continue
+        if leftover.name.endswith(_OLD) and not os.path.lexists(folder):
+            leftover.rename(folder)
+        else:
+            remove(leftover)
 
 
 def _part_of(folder: Path) -> str:
     return f".{folder.name}.part-"
-
-
-def _old_of(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")

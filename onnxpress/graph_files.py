@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,20 +45,7 @@ class WrittenWeights:
 
     def take(self, graph: Graph) -> None:
         """Have a graph read its weights from the file, mapped into memory, and hold those that were in memory no longer."""
-        mapped: dict[int, ir.TensorProtocol] = {}
-        file: np.ndarray[Any, Any] | None = None  # one mapping: each keeps the file open
-        for value, tensor in _large(graph.model):
-            place = self._places[id(tensor)][1]
-            start = place.offset or 0
-            if place.dtype.bitwidth < 8 or start % place.dtype.itemsize:
-                continue  # not as numpy has them
-            if file is None:
-                file = np.asarray(np.memmap(place.path, mode="r"))
-            if id(tensor) not in mapped:
-                array = file[start : start + place.nbytes].view(place.dtype.numpy()).reshape(place.shape.numpy())
-                read = ir.Tensor(array, dtype=place.dtype, name=tensor.name)
-                mapped[id(tensor)] = read if place.dtype == tensor.dtype else Widened(read)
-            value.const_value = mapped[id(tensor)]
+        mapped = _map(graph, {key: place for key, (_, place) in self._places.items()})
         self._places = {
             id(held): (held, place)
             for key, (tensor, place) in self._places.items()
@@ -69,18 +57,40 @@ class WrittenWeights:
         return self._places.get(id(tensor), (None, None))[1]
 
     def save(self, graph: Graph, path: Path) -> None:
-        """Write a graph to this folder, and the weights that are not there yet beside it. Raises OSError."""
+        """Write a graph to this folder, and the weights that are not there yet beside it, from where the graph reads them then. Raises OSError."""
         model = graph.model.clone()
         large = _large(model)
         places = {key: place for key, (_, place) in self._places.items()}
         if new := [tensor for _, tensor in large if id(tensor) not in places]:
-            written = _write(new, beside(path))
-            places |= {id(tensor): place for tensor, place in zip(new, written, strict=True)}
+            written = {id(tensor): place for tensor, place in zip(new, _write(new, beside(path)), strict=True)}
+            places |= written
         for value, tensor in large:
             value.const_value = places[id(tensor)]
             if value.const_value.dtype != tensor.dtype:
                 _widen_where_it_is_read(value)
         ir.save(model, path)
+        if new:
+            _map(graph, written)
+
+
+def _map(graph: Graph, places: Mapping[int, ir.ExternalTensor]) -> dict[int, ir.TensorProtocol]:
+    """Have a graph read constants from files, by the identities of those that it holds; gives what it holds then by the same."""
+    mapped: dict[int, ir.TensorProtocol] = {}
+    files: dict[str, np.ndarray[Any, Any]] = {}  # one mapping each: it keeps the file open
+    for value, tensor in _large(graph.model):
+        place = places.get(id(tensor))
+        start = 0 if place is None else place.offset or 0
+        if place is None or place.dtype.bitwidth < 8 or start % place.dtype.itemsize:
+            continue  # not as numpy has them
+        if place.path not in files:
+            files[place.path] = np.asarray(np.memmap(place.path, mode="r"))
+        if id(tensor) not in mapped:
+            part = files[place.path][start : start + place.nbytes]
+            array = part.view(place.dtype.numpy()).reshape(place.shape.numpy())
+            read = ir.Tensor(array, dtype=place.dtype, name=tensor.name)
+            mapped[id(tensor)] = read if place.dtype == tensor.dtype else Widened(read)
+        value.const_value = mapped[id(tensor)]
+    return mapped
 
 
 def _write(tensors: list[ir.TensorProtocol], path: Path) -> list[ir.ExternalTensor]:

@@ -34,7 +34,7 @@ from onnxpress.errors import (
     RecipeError,
     SourceError,
 )
-from onnxpress.exporters import DecoderReference, Exported, Found, ParityRow, export, find, share_weights
+from onnxpress.exporters import DecoderReference, Exported, Found, ParityRow, export, find, in_half, share_weights
 from onnxpress.foreign import open_onnx
 from onnxpress.gate import Gate
 from onnxpress.golden import Allowed, write_golden
@@ -190,7 +190,7 @@ def _build(
                 f"The graph of {exported.name} does not take what the original takes: {str(error).rstrip('.')}.{_fixed_axes(found, exported)}"
             ) from None
         except ParityError as error:
-            advice = _in_float32(exported) or _fixed_axes(found, exported)
+            advice = in_half(found) or _in_float32(exported) or _fixed_axes(found, exported)
             raise ParityError(f"{error}{advice}") from None
         try:
             gate = Gate(workload, exported.reference, budget)

@@ -7,6 +7,8 @@ import errno
 import os
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -58,29 +60,29 @@ class Progress:
         self._started = self._said = time.perf_counter()
         if self._console.is_terminal:
             self._status = self._console.status(escape(name))
-            self._status.start()
+            self._show(self._status.start)
 
     def detail(self, text: str) -> None:
         """Say what the step is at."""
         end_if_told()
         if self._status is not None:
-            self._status.update(escape(f"{self._name}: {text}"))
+            self._show(partial(self._status.update, escape(f"{self._name}: {text}")))
         elif time.perf_counter() - self._said > _SAY_EVERY:
-            self._say(f"  [dim]{escape(f'{self._name}: {text}')}[/dim]")
+            self._show(partial(self._console.print, f"  [dim]{escape(f'{self._name}: {text}')}[/dim]"))
             self._said = time.perf_counter()
 
     def _finish(self, *, failed: bool = False) -> None:
         if self._status is not None:
-            self._status.stop()
+            self._show(self._status.stop)
             self._status = None
         if self._name:
             mark = "[red]failed[/red]" if failed else f"[dim]{time.perf_counter() - self._started:.1f} s[/dim]"
-            self._say(f"  {escape(self._name)} {mark}")
+            self._show(partial(self._console.print, f"  {escape(self._name)} {mark}"))
             self._name = ""
 
-    def _say(self, line: str) -> None:
+    def _show(self, show: Callable[[], object]) -> None:
         try:
-            self._console.print(line)
+            show()
         except OSError:
             self._console.quiet = True
             with contextlib.suppress(OSError):  # so that nothing fails at the interpreter's exit

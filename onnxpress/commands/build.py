@@ -86,6 +86,7 @@ def add_build(commands: Any) -> None:
 def _build(options: argparse.Namespace) -> int:
     from onnxpress.recipe import recipe_of
 
+    Path.cwd()  # without one, torch's libraries end the process
     chosen = others(options, "source", "out", "json", "resume", "pass_option", "prune", "distil", "column")
     if options.pass_option:
         passes = _pass_options(options.pass_option)
@@ -159,6 +160,7 @@ def add_fit(commands: Any) -> None:
 
 
 def _fit(options: argparse.Namespace) -> int:
+    Path.cwd()
     from onnxpress import terminal
     from onnxpress.fit import fit
 

@@ -122,6 +122,29 @@ def test_layers_in_layers_do_not_share_the_memory_that_is_taken_in_turns(monkeyp
     assert torch.equal(model(x), expected)
 
 
+def test_buffers_that_were_rounded_are_made_anew() -> None:
+    """One that several modules have, and one that the files gave."""
+
+    def made() -> torch.nn.Module:
+        model, shared = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)), torch.tensor(0.1)
+        for layer in model:
+            layer.register_buffer("factor", shared, persistent=False)
+        model.register_buffer("loaded", torch.tensor(3.0))
+        return model
+
+    model = made().bfloat16()
+    model.loaded.fill_(0.3)  # type: ignore[operator, union-attr]
+    with half_weights.without_parameters():
+        skeleton = made()
+    assert {weight.device.type for weight in skeleton.parameters()} == {"meta"}
+    half_weights.widen_buffers(model, skeleton)
+    found = dict(model.named_buffers(remove_duplicate=False))
+    assert {name: buffer.dtype for name, buffer in found.items()} == dict.fromkeys(found, torch.float32)
+    assert found["0.factor"] == found["1.factor"] == torch.tensor(0.1)
+    assert found["loaded"] == torch.tensor(0.3, dtype=torch.bfloat16).float()
+    assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
+
+
 def test_how_weights_are_stored(tmp_path: Path) -> None:
     assert stored_half(tmp_path) is None
     file = tmp_path / "model.safetensors"
@@ -169,7 +192,10 @@ def test_half_precision_is_for_what_does_not_fit(tmp_path: Path, monkeypatch: py
         SourceError, match=r"without pruning or an adapter\) keeps them in bfloat16, and takes 0\.0 GiB\. Build it"
     ):
         fits(3 * weights, half=False)
-    with pytest.raises(SourceError, match=r"takes 0\.0 GiB of memory, and"):
+    with pytest.raises(
+        SourceError,
+        match=r"takes 0\.0 GiB of memory, and 0\.0 in bfloat16, as it is stored, and 0\.0 GiB are free\. Build it",
+    ):
         fits(weights)
 
     monkeypatch.setattr(transformers_model, "_SMALLEST_STACK", 1000)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interrupting import interrupt_rename
 from tiny_artifacts import fill, manifest, save_artifact
 
 from onnxpress.artifact import Artifact, ArtifactWriter
@@ -314,27 +315,17 @@ def test_a_kill_at_any_step_leaves_no_broken_artifact(tmp_path: Path, replacing:
             place.rmdir()
 
 
-@pytest.mark.parametrize("step", [1, 2])
-def test_an_interrupt_while_an_artifact_is_replaced_waits(
-    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("step", "found"), [(1, "old"), (2, "new")])
+def test_an_interrupt_while_an_artifact_is_replaced_leaves_one(
+    step: int, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, rename, steps = tmp_path / "tiny", Path.rename, []
+    place = tmp_path / "tiny"
     save_artifact(place, name="old")
-
-    def interrupted(path: Path, to: Path) -> None:
-        rename(path, to)
-        steps.append(to)
-        if len(steps) == step:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(Path, "rename", interrupted)
+    interrupt_rename(monkeypatch, step)
     with pytest.raises(KeyboardInterrupt):
         save_artifact(place, name="new")
-    monkeypatch.undo()
-    assert len(steps) == 2
-    assert Artifact.open(place).manifest.name == "new"
-    with ArtifactWriter(place):
-        assert {path.name for path in tmp_path.iterdir()} == {"tiny", f".tiny.part-{os.getpid()}"}
+    assert Artifact.open(place).manifest.name == found
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
 def test_part_folders_of_living_processes_are_left_alone(tmp_path: Path) -> None:

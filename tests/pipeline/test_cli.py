@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pty
 import resource
 import signal
 import subprocess
@@ -356,7 +357,7 @@ def test_a_build_that_is_told_to_stop_leaves_nothing(number: signal.Signals, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_nohup_is_heeded(artifact: Path) -> None:
+def test_nohup_is_heeded() -> None:
     line = "import signal; from onnxpress.cli import main; main(['inspect', 'nothing']); signal.raise_signal(signal.SIGHUP); print('on')"
     ignored = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
     done = subprocess.run([sys.executable, "-c", line], preexec_fn=ignored, capture_output=True, text=True)
@@ -380,7 +381,7 @@ def test_what_the_system_refuses_is_one_clear_error(
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    refused(onnxpress("inspect", artifact), "The working directory was removed")
+    refused(onnxpress("build", artifact), "The working directory was removed")
 
 
 def test_progress_that_nobody_reads_ends_nothing() -> None:
@@ -398,6 +399,27 @@ def test_progress_that_nobody_reads_ends_nothing() -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([sys.executable, "-c", line], stdout=subprocess.PIPE, stderr=full, text=True)
     assert (done.returncode, done.stdout) == (0, "done\n")
+
+
+def test_a_terminal_that_is_closed_ends_nothing_either() -> None:
+    master, terminal = pty.openpty()
+    line = (
+        "import os\n"
+        "from onnxpress.terminal import Progress\n"
+        "with Progress(enabled=True) as progress:\n"
+        "    progress.step('one'); progress.detail('half'); os.write(1, b'begun\\n'); input()\n"
+        "    progress.detail('whole'); progress.step('two')\n"
+        "print('done')"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", line], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=terminal, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        os.close(master)
+        os.close(terminal)
+        assert process.communicate("\n")[0] == "done\n"
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from interrupting import interrupt_rename
 from tiny_models import CONFIGS, add_pooling, save_model, save_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -564,38 +564,36 @@ def test_the_split_is_stratified_and_seeded() -> None:
     assert not {sample.text for sample in train} & {sample.text for sample in held}
 
 
-@pytest.mark.parametrize("step", [1, 2])
-def test_an_interrupt_while_the_trained_model_takes_its_place_waits(
-    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("step", "found"), [(1, "training"), (2, "trained")])
+def test_an_interrupt_while_the_trained_model_takes_its_place_leaves_one_or_the_other(
+    step: int, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, rename, steps = tmp_path / "checkpoint", Path.rename, []
-    (folder / "progress").mkdir(parents=True)
-
-    def interrupted(path: Path, to: Path) -> None:
-        rename(path, to)
-        steps.append(to)
-        if len(steps) == step:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(Path, "rename", interrupted)
+    folder = tmp_path / "checkpoint"
+    (folder / "training").mkdir(parents=True)
+    interrupt_rename(monkeypatch, step)
     with pytest.raises(KeyboardInterrupt):
         _write_whole(folder, lambda part: (part / "trained").touch())
-    assert [path.name for path in folder.iterdir()] == ["trained"]
-    assert len(steps) == 2
-    monkeypatch.undo()
-    _tidy(folder)
+    assert [path.name for path in folder.iterdir()] == [found]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
-def test_what_a_kill_left_of_a_checkpoint_is_put_right(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint"
-    (tmp_path / ".checkpoint.old" / "progress").mkdir(parents=True)
-    for owner in (999999999, os.getpid()):
+def test_what_a_kill_left_of_a_checkpoint_is_put_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, dead, living = tmp_path / "checkpoint", 999999999, os.getppid()
+    (tmp_path / f".checkpoint.part-{dead}-old" / "training").mkdir(parents=True)
+    for owner in (dead, living, os.getpid(), 10**20):  # of a container's processes each may have the number of this one
         (tmp_path / f".checkpoint.part-{owner}").mkdir()
+    (tmp_path / ".checkpoint.part-mine").touch()
     _tidy(folder)  # killed between the renames: its training can go on
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", f".checkpoint.part-{os.getpid()}"}
-    assert [path.name for path in folder.iterdir()] == ["progress"]
-    (tmp_path / ".checkpoint.old").mkdir()  # killed behind them
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "checkpoint",
+        f".checkpoint.part-{living}",
+        ".checkpoint.part-mine",
+    }
+    assert [path.name for path in folder.iterdir()] == ["training"]
+    (tmp_path / f".checkpoint.part-{dead}-old").symlink_to(tmp_path)  # killed behind them
     _tidy(folder)
-    assert not (tmp_path / ".checkpoint.old").exists()
-    assert [path.name for path in folder.iterdir()] == ["progress"]
+    assert not os.path.lexists(tmp_path / f".checkpoint.part-{dead}-old")
+    assert [path.name for path in folder.iterdir()] == ["training"]
+    for name in (".", "/"):
+        monkeypatch.chdir(folder)
+        _tidy(Path(name))

@@ -1,0 +1,23 @@
+"""An interrupt at a step that no clock hits."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def interrupt_rename(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Send SIGINT right behind the so many-th rename of a path."""
+    rename, steps = Path.rename, [0]
+
+    def interrupted(path: Path, to: Any) -> Path:
+        renamed = rename(path, to)
+        steps[0] += 1
+        if steps[0] == step:
+            signal.raise_signal(signal.SIGINT)
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", interrupted)
