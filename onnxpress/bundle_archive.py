@@ -78,7 +78,7 @@ def _unpack(bundle: Path, scratch: Path) -> Path:
                     raise ValueError(f"it holds {entry.filename!r}, which is compressed")
             archive.extractall(scratch)  # which leaves out what leads outside
     else:
-        if not bundle.is_file():  # a pipe would be waited for
+        if bundle.exists() and not bundle.is_file():  # a pipe would be waited for
             raise ValueError("it is no file")
         with tarfile.open(bundle, "r:") as tar:
             for member in tar:

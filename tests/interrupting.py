@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,14 @@ import pytest
 
 
 def interrupt_rename(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Send SIGINT right behind the so many-th rename of a path."""
+    """Raise KeyboardInterrupt right behind the so many-th rename of a path, as Ctrl-C does where it is not ignored."""
     rename, steps = Path.rename, [0]
 
     def interrupted(path: Path, to: Any) -> Path:
         renamed = rename(path, to)
         steps[0] += 1
         if steps[0] == step:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         return renamed
 
     monkeypatch.setattr(Path, "rename", interrupted)
