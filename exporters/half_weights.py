@@ -125,9 +125,8 @@ class HalfWeights:
 
     def _in_room(self, weight: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
         """A weight in float32, in memory that all take in turns: to get it from the system anew takes longer than the cast."""
-        if (
-            self._in_use is not None or weight.numel() > _ROOM
-        ):  # a layer is around this one, or the room would be for it alone
+        # A layer may be around this one, or have two; and for the largest the room would be theirs alone.
+        if self._in_use is not None or weight.numel() > _ROOM:
             return weight.float()
         self._in_use = layer
         with torch.inference_mode(False):
