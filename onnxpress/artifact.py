@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import glob
 import hashlib
 import json
 import os
-import shutil
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,6 +23,7 @@ from typing import Self
 from onnxpress.encryption import SUFFIX, decrypt, read_key
 from onnxpress.errors import ArtifactError, OutputError, RecipeError
 from onnxpress.manifest import FileEntry, Json, Manifest
+from onnxpress.whole import part_of, put, remove, remove_leftovers
 
 MANIFEST, MEASURED, REPORT = "manifest.json", "measured.json", "report.html"
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -121,7 +120,7 @@ class ArtifactWriter:
 
     def __init__(self, destination: Path | str) -> None:
         self.destination = Path(os.path.abspath(destination))  # noqa: PTH100  resolve() would follow a link at the end
-        self.folder = self.destination.parent / f".{self.destination.name}.part-{os.getpid()}"
+        self.folder = part_of(self.destination)
         self._manifest: Manifest | None = None
         self._new_parents: list[Path] = []  # made for this artifact, innermost first
 
@@ -135,7 +134,7 @@ class ArtifactWriter:
             parents = [self.destination.parent, *self.destination.parent.parents]
             self._new_parents = [parent for parent in parents if not parent.exists()]
             self.destination.parent.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
+            remove_leftovers(self.destination)
             self.folder.mkdir()
         except OSError as error:
             raise OutputError(
@@ -184,32 +183,9 @@ class ArtifactWriter:
         assert self._manifest is not None, "seal first"
         for path in (*self.folder.rglob("*"), self.folder):
             _sync(path)
-        old = self.folder.with_name(self.folder.name + "-old")
-        try:
-            if self.destination.exists():
-                self.destination.rename(old)
-            self.folder.rename(self.destination)
-        except BaseException:  # an interrupt, too
-            if old.exists() and not self.destination.exists():
-                old.rename(self.destination)
-            raise
-        finally:
-            if self.destination.exists():
-                remove(old)
+        put(self.folder, self.destination)
         _sync(self.destination.parent)
         return Artifact.open(self.destination, verify=False)
-
-    def _remove_leftovers(self) -> None:
-        """Part folders of writers that are dead. One that was killed between its two renames left the old artifact."""
-        prefix = f".{self.destination.name}.part-"
-        for leftover in self.destination.parent.glob(f"{glob.escape(prefix)}*"):
-            owner, _, kind = leftover.name.removeprefix(prefix).partition("-")
-            if not owner.isdigit() or (int(owner) != os.getpid() and is_alive(int(owner))):
-                continue
-            if kind == "old" and not self.destination.exists() and (leftover / MANIFEST).is_file():
-                leftover.rename(self.destination)
-            else:
-                remove(leftover)
 
     def _concerns_output(self, error: OSError) -> bool:
         """Whether the disk or the output folder is at fault, and not, say, a file that was to be read elsewhere."""
@@ -275,28 +251,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remove(path: Path) -> None:
-    """Remove a folder, a file or a link, where it is there."""
-    if path.is_symlink() or path.is_file():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def is_alive(process: int) -> bool:
-    """Whether there is a process of this number."""
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -6,7 +6,6 @@ What changed since another bundle is the same tar with the parts alone that the 
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import io
 import os
@@ -19,11 +18,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol, cast
 
-from onnxpress.artifact import is_alive
 from onnxpress.chunks import chunks
 from onnxpress.errors import ArtifactError, OutputError
 from onnxpress.on_device import DESCRIPTION, SIGNATURE, SIGNATURE_DIGEST, BundleError, check
 from onnxpress.on_device_update import CHUNKS
+from onnxpress.whole import part_of, remove, remove_leftovers
 
 Source = Path | bytes
 
@@ -183,14 +182,9 @@ def replacing(place: Path) -> Iterator[IO[bytes]]:
     """A file that takes its place when it is whole. Raises OutputError."""
     if place.is_dir():
         raise OutputError(f"{place} is a folder; --out names the bundle's file.")
-    parts = f".{place.name}.part-"
-    part = place.with_name(f"{parts}{os.getpid()}")
+    part = part_of(place)
     try:
-        for leftover in place.parent.glob(f"{glob.escape(parts)}*"):  # of a process that was killed
-            owner = leftover.name.removeprefix(parts)
-            if owner.isdigit() and not is_alive(int(owner)):
-                with contextlib.suppress(OSError):
-                    leftover.unlink()
+        remove_leftovers(place)
         place.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             yield file
@@ -200,8 +194,7 @@ def replacing(place: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise OutputError(f"The bundle {place} cannot be written: {error.strerror or error}.") from None
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        remove(part)
 
 
 def write_tar(file: Writable, files: Iterable[tuple[str, Source]]) -> None:

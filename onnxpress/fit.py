@@ -8,7 +8,6 @@ by the evaluation samples.
 from __future__ import annotations
 
 import dataclasses
-import glob
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from onnxpress import preflight, terminal
-from onnxpress.artifact import Artifact, ArtifactWriter, check_outside, is_alive, remove
+from onnxpress.artifact import Artifact, ArtifactWriter, check_outside
 from onnxpress.errors import InputError, OutputError
 from onnxpress.evaluation import check_spread
 from onnxpress.exporters import trainable
@@ -57,12 +56,12 @@ from onnxpress.runtime.text_runner import TextRunner
 from onnxpress.runtime.tokenization import Encoding, Tokenizer, split_words
 from onnxpress.samples import Sample
 from onnxpress.trials import digest_of_files
+from onnxpress.whole import part_of, put, remove, remove_leftovers
 
 # A build has a precision of its own: what training computes in is called autocast here.
 _TRAINING = {field.name for field in dataclasses.fields(TrainingOptions)} - {"checkpoints", "precision"} | {"autocast"}
 _OF_FROZEN = {"seed"}  # the one of them that a frozen encoder reads
 _PROGRESS = "training"  # in the checkpoint's folder, until training is done
-_OLD = "-old"  # how the name of what was there before ends, while something takes its place
 _EVALUATION = "evaluation.jsonl"
 _FACTS = "fit.json"
 
@@ -473,7 +472,7 @@ def _trained_already(folder: Path, facts: Mapping[str, Json], how: str = "") -> 
 
 def _check_checkpoint_folder(folder: Path, *, resume: bool) -> dict[str, Json] | None:
     """What fit.json says where a resume finds a training that is done; None where it is to be done. Raises InputError and OutputError."""
-    _tidy(folder)
+    remove_leftovers(Path(os.path.abspath(folder)))  # noqa: PTH100  resolve() would follow a link
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if _FACTS in held:
         facts = read_object(folder / _FACTS)
@@ -500,39 +499,16 @@ def _tokenizer(model: Trainable) -> Tokenizer:
 def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     """Write a folder beside its place and put it there; what a resume would need goes once it is there."""
     folder = Path(os.path.abspath(folder))  # noqa: PTH100  resolve() would follow a link
-    part = folder.with_name(f"{_part_of(folder)}{os.getpid()}")
-    old = part.with_name(f"{part.name}{_OLD}")
+    part = part_of(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part.mkdir()
         try:
             write(part)
-            if os.path.lexists(folder):
-                folder.rename(old)
-            part.rename(folder)
-        finally:  # of an interrupt, too
-            if not os.path.lexists(folder) and os.path.lexists(old):
-                old.rename(folder)
+            put(part, folder)
+        finally:
             remove(part)
-            remove(old)
     except (OSError, SafetensorError) as error:
         said = getattr(error, "strerror", None) or error
         then = "and go on with --resume" if (folder / _PROGRESS).is_dir() else "or choose another --checkpoint"
         raise OutputError(f"The checkpoint {folder} cannot be written: {said}. Free space, {then}.") from None
-
-
-def _tidy(folder: Path) -> None:
-    """Put right what processes that were killed while they wrote a folder have left of it."""
-    folder = Path(os.path.abspath(folder))  # noqa: PTH100
-    for leftover in folder.parent.glob(f"{glob.escape(_part_of(folder))}*"):
-        owner = leftover.name.removeprefix(_part_of(folder)).removesuffix(_OLD)
-        if not owner.isdigit() or (int(owner) != os.getpid() and is_alive(int(owner))):
-            continue
-        if leftover.name.endswith(_OLD) and not os.path.lexists(folder):
-            leftover.rename(folder)
-        else:
-            remove(leftover)
-
-
-def _part_of(folder: Path) -> str:
-    return f".{folder.name}.part-"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from onnxpress.artifact import Artifact
 from onnxpress.cli import main
 from onnxpress.engine import Engine
 from onnxpress.errors import InputError, OutputError, RecipeError, SourceError
-from onnxpress.fit import _accuracy, _balanced_accuracy, _tidy, _write_whole, fit, fit_samples, torch_runner
+from onnxpress.fit import _accuracy, _balanced_accuracy, _write_whole, fit, fit_samples, torch_runner
 from onnxpress.labelled import find_labels, labelled_samples, normalized, read_labelled, split, told
 from onnxpress.optimizers.training import TrainingOptions
 
@@ -575,25 +574,3 @@ def test_an_interrupt_while_the_trained_model_takes_its_place_leaves_one_or_the_
         _write_whole(folder, lambda part: (part / "trained").touch())
     assert [path.name for path in folder.iterdir()] == [found]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
-
-
-def test_what_a_kill_left_of_a_checkpoint_is_put_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, dead, living = tmp_path / "checkpoint", 999999999, os.getppid()
-    (tmp_path / f".checkpoint.part-{dead}-old" / "training").mkdir(parents=True)
-    for owner in (dead, living, os.getpid(), 10**20):  # of a container's processes each may have the number of this one
-        (tmp_path / f".checkpoint.part-{owner}").mkdir()
-    (tmp_path / ".checkpoint.part-mine").touch()
-    _tidy(folder)  # killed between the renames: its training can go on
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "checkpoint",
-        f".checkpoint.part-{living}",
-        ".checkpoint.part-mine",
-    }
-    assert [path.name for path in folder.iterdir()] == ["training"]
-    (tmp_path / f".checkpoint.part-{dead}-old").symlink_to(tmp_path)  # killed behind them
-    _tidy(folder)
-    assert not os.path.lexists(tmp_path / f".checkpoint.part-{dead}-old")
-    assert [path.name for path in folder.iterdir()] == ["training"]
-    for name in (".", "/"):
-        monkeypatch.chdir(folder)
-        _tidy(Path(name))
