@@ -25,7 +25,7 @@ from onnxpress.samples import LONG, builtin_samples, overlap, spread
 from onnxpress.workload import Answers
 
 _KEPT_BYTES = 256 * 2**20  # of the original's logits
-_LEAST_POSITIONS = 8  # of one text
+_LEAST_POSITIONS = 16  # of one text: each is read as a whole, however few of its tokens are asked
 _CALIBRATED_ANSWERS = 16  # positions of a calibration text whose logits are asked for
 _WINDOW = 256  # tokens of one piece of a long text
 _PROMPT = 128  # tokens of the prompt that is timed
@@ -80,7 +80,8 @@ class DecoderWorkload:
                 f"{file or 'The built-in texts'}: no text has two tokens, so there is nothing to predict."
             )
         most = max(_LEAST_POSITIONS, _KEPT_BYTES // (4 * self._vocabulary))
-        self._evaluation = windows[: min(samples, max(1, most // _LEAST_POSITIONS))]
+        asked = min(samples, max(1, most // _LEAST_POSITIONS))
+        self._evaluation = [windows[index] for index in spread(len(windows), asked)]
         self._positions = max(1, most // len(self._evaluation))
         self._next = np.concatenate([np.array(window)[self._asked(window) + 1] for window in self._evaluation])
         self.notes += (f"judged at {len(self._next)} tokens of {len(self._evaluation)} texts",)

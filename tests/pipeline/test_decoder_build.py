@@ -26,7 +26,7 @@ from tiny_decoders import CONTEXT, save_decoder
 from transformers import AutoModelForCausalLM
 
 import onnxpress
-from onnxpress import conversation, exporters, pipeline, press
+from onnxpress import conversation, decoder_workload, exporters, pipeline, press
 from onnxpress.artifact import Artifact
 from onnxpress.cli import main
 from onnxpress.decoder_workload import DecoderWorkload
@@ -583,6 +583,21 @@ def test_perplexity_is_that_of_the_next_tokens(folder: Path, artifact: Path, tmp
         expected = (np.exp(2.0) + 319) / np.exp(2.0)
         assert tried.metrics(flat, knowing)["perplexity"] == pytest.approx(expected)
         assert found["likelihood_kept"] == pytest.approx(expected / 320)
+
+
+def test_few_logits_are_asked_of_few_whole_texts_from_all_over_a_file(
+    folder: Path, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "own.txt"
+    text.write_text("the man in the land and the thing in the end. " * 20, encoding="utf-8")
+    every = [window for window, _ in workload(folder, artifact, text).questions()]
+    monkeypatch.setattr(decoder_workload, "_KEPT_BYTES", 3 * 16 * 320 * 4)  # of the logits of three texts
+    found = workload(folder, artifact, text)
+    windows, positions = zip(*found.questions(), strict=True)
+    assert len(every) > 3
+    assert list(windows) == [every[0], every[(len(every) - 1) // 2], every[-1]]
+    assert [len(asked) for asked in positions] == [min(16, len(window) - 1) for window in windows]
+    assert f"judged at {sum(map(len, positions))} tokens of 3 texts" in found.notes
 
 
 def test_tokens_that_the_model_has_not_are_left_out_and_said(folder: Path, artifact: Path) -> None:
