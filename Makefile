@@ -63,6 +63,7 @@ bundle: $(VENV)/.demo ## MODEL built for a device and packed into one file (TARG
 
 deploy: ## bundle, then bring it to HOST=user@device over ssh, test it there, switch to it (DEPLOY_OPTIONS="--python venv/bin/python")
 	@test -n "$(HOST)" || { echo "HOST is needed: make deploy HOST=pi@raspberrypi.local MODEL=$(MODEL) TARGET=raspberry-pi-5"; exit 2; }
+	@case "$(TARGET)" in windows-*|android-*|browser) echo "A bundle for $(TARGET) is a zip, which is not deployed over ssh: make bundle, and copy it there."; exit 2;; esac
 	@$(MAKE) --no-print-directory bundle
 	@$(BIN)/onnxpress deploy "$(OUT)/$(MODEL)-$(TARGET).tar" "$(HOST)" $(DEPLOY_OPTIONS)
 

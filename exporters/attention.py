@@ -38,10 +38,27 @@ def fused_attention(model: PreTrainedModel) -> Iterator[None]:
     Raises ConversionError where the model computes attention by itself. Only for tracing: run with real numbers
     inside, the model answers nonsense.
     """
-    AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, _mask)
-    with attention_implementation(model, _NAME):
+    with registered_attention(model, _NAME, _attention, _mask):
         yield
+
+
+@contextmanager
+def registered_attention(
+    model: PreTrainedModel, name: str, attention: Callable[..., Any], mask: Callable[..., Any]
+) -> Iterator[None]:
+    """Let a model's attention be a function of the interface while this lasts; the interface, which outlives models, holds it no longer then."""
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+    try:
+        with attention_implementation(model, name):
+            yield
+    finally:
+        AttentionInterface.register(name, _ended)
+        AttentionMaskInterface.register(name, _ended)
+
+
+def _ended(*_: Any, **__: Any) -> Any:
+    raise AssertionError("this attention was for an export that has ended")
 
 
 def uses_interface(model: PreTrainedModel) -> bool:

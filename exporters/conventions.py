@@ -20,10 +20,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from onnxpress.errors import ConversionError
-from onnxpress.exporters.attention import attention_implementation, uses_interface
+from onnxpress.exporters.attention import registered_attention, uses_interface
 from onnxpress.exporters.experts import ExpertsForm, recorded_experts
 from onnxpress.exporters.indexers import CHOICES, IndexerCalls, silent_indexers
 from onnxpress.exporters.own_attention import OwnAttention, replaced_attention, scale_and_window
@@ -157,12 +157,10 @@ def _recorded(
 ) -> _Recorder:
     """What a forward pass met in which these indexers are silent."""
     recorder = _Recorder(model, positions)
-    AttentionInterface.register(_NAME, recorder.attention)
-    AttentionMaskInterface.register(_NAME, recorder.mask)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         if uses_interface(model):
-            stack.enter_context(attention_implementation(model, _NAME))
+            stack.enter_context(registered_attention(model, _NAME, recorder.attention, recorder.mask))
         stack.enter_context(rotary_functions(model, recorder.rotary))
         stack.enter_context(rotary_modules(model, recorder.source))
         stack.enter_context(recorded_experts(model, recorder.experts))

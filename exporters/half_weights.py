@@ -25,9 +25,8 @@ from onnxpress.graph import Widened
 _HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
 _FLOATS = frozenset(("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4"))
 _LARGE = 2**20  # bytes of a weight; smaller ones are float32
-_ROOM = (
-    2**27
-)  # numbers of a weight at most that takes its turn in memory that is kept; tables and output layers have more
+# Numbers of a weight at most that takes its turn in memory that is kept; tables and output layers have more.
+_ROOM = 2**27
 _WHOLE = 256  # bytes of a constant that is one of the weights, and no number beside them
 
 

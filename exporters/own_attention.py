@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from onnxpress.errors import ConversionError
-from onnxpress.exporters.attention import attention_implementation, uses_interface
+from onnxpress.exporters.attention import registered_attention, uses_interface
 
 _PRODUCTS = frozenset({"matmul", "bmm"})
 # Between the products, without the underscores of methods and the letters that their other forms begin with (__radd__, __itruediv__).
@@ -107,9 +107,7 @@ def replaced_attention(
     name, mask: for the interface.
     """
     if uses_interface(model):
-        AttentionInterface.register(name, attention)
-        AttentionMaskInterface.register(name, mask)
-        with attention_implementation(model, name):
+        with registered_attention(model, name, attention, mask):
             yield
         return
 

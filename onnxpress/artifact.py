@@ -198,7 +198,7 @@ def check_outside(folder: Path, artifact: Path, what: str) -> None:
     """Raise RecipeError for a folder to keep things in that is inside of an artifact, which is replaced as a whole."""
     if folder.resolve().is_relative_to(artifact.resolve()):
         raise RecipeError(
-            f"The folder {folder} of {what} is inside of the artifact {artifact}, which is replaced as a whole: choose another."
+            f"{folder}, of {what}, is inside of the artifact {artifact}, which is replaced as a whole: choose another."
         )
 
 

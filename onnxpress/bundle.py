@@ -64,7 +64,7 @@ from onnxpress.signing import Signer
 from onnxpress.web import PACKAGES, web_files
 
 # What the runtime imports of onnxpress.
-_CORE = ("__init__.py", "errors.py", "manifest.py", "artifact.py", "encryption.py")
+_CORE = ("__init__.py", "errors.py", "manifest.py", "artifact.py", "encryption.py", "whole.py")
 _OPERATORS = "required_operators_and_types.config"
 _LARGEST = 2**31  # bytes of a model in ONNX Runtime's own format, from which the list of operators is taken
 _HERE = Path(__file__).parent
@@ -120,6 +120,8 @@ def bundle(
     )
     if place.suffix != f".{facts.archive}":
         raise RecipeError(f"A bundle for {target} is a {facts.archive}; {place} has to end in .{facts.archive}.")
+    if delta is not None and place.exists() and place.samefile(delta):
+        raise RecipeError(f"{place} is the bundle of --delta, which would be gone: choose another --out.")
     check_outside(place, source.path, "the bundle")
     with contextlib.ExitStack() as stack:
         files = _contents(source, target, facts)
@@ -315,10 +317,11 @@ def _readme(artifact: Artifact, target: str, facts: Device, requires: list[str],
             "```",
             "",
         ]
-    lines += [
-        "The folder is a model package that ONNX Runtime opens by itself (OrtModelPackageApi; in Python `ModelPackageContext`),",
-        f"component `model`. Golden inputs and outputs are in model/{target}/golden.safetensors.",
-    ]
+    if "--key" not in options:  # encrypted, it opens through run.py alone
+        lines += [
+            "The folder is a model package that ONNX Runtime opens by itself (OrtModelPackageApi; in Python `ModelPackageContext`),",
+            f"component `model`. Golden inputs and outputs are in model/{target}/golden.safetensors.",
+        ]
     return "\n".join(lines) + "\n"
 
 

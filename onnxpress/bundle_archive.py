@@ -51,6 +51,8 @@ def unpacked(bundle: Path, signed_by: Path | None = None) -> Iterator[tuple[Path
         try:
             if not bundle.is_dir():
                 folder = _unpack(bundle, Path(scratch))
+            elif (bundle / "manifest.json").is_file() and not (bundle / DESCRIPTION).exists():
+                raise ArtifactError(f"{bundle} is no bundle; of an artifact `onnxpress bundle` makes one.")
             description, found = check(folder, signed_by)
             if folder != bundle and not _is_as_written(bundle, folder, description, Path(scratch)):
                 raise ArtifactError(
@@ -70,6 +72,8 @@ def unpacked(bundle: Path, signed_by: Path | None = None) -> Iterator[tuple[Path
 
 def _unpack(bundle: Path, scratch: Path) -> Path:
     """The bundle's folder in scratch: plain files alone, none outside of it."""
+    if bundle.exists() and not bundle.is_file():  # a pipe would be waited for
+        raise ValueError("it is no file")
     if bundle.suffix == ".zip":
         with zipfile.ZipFile(bundle) as archive:
             for entry in archive.infolist():
@@ -77,8 +81,6 @@ def _unpack(bundle: Path, scratch: Path) -> Path:
                     raise ValueError(f"it holds {entry.filename!r}, which is compressed")
             archive.extractall(scratch)  # which leaves out what leads outside
     else:
-        if bundle.exists() and not bundle.is_file():  # a pipe would be waited for
-            raise ValueError("it is no file")
         with tarfile.open(bundle, "r:") as tar:
             for member in tar:
                 parts = PurePosixPath(member.name).parts

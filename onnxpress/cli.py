@@ -23,7 +23,7 @@ from onnxpress import __version__
 from onnxpress.artifact import DISK_TROUBLE
 from onnxpress.commands import answer, build, device, examine
 from onnxpress.errors import MissingExtraError, OnnxpressError, UsageError
-from onnxpress.stopping import end_on_signals
+from onnxpress.stopping import end_if_told, end_on_signals
 
 _BUILD_PACKAGES = frozenset((
     "torch", "transformers", "optimum", "onnx", "onnx_ir", "onnxscript", "pydantic", "rich", "matplotlib", "accelerate", "safetensors",
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is not None:
             code, message = 2, f"{os.fspath(error.filename)!r} cannot be read or written: {error.strerror}."
-        elif isinstance(error, FileNotFoundError):
+        elif isinstance(error, FileNotFoundError) and not _working_directory():
             code, message = 2, "The working directory was removed: change to one that is there."
         elif error.errno in DISK_TROUBLE:  # of our output
             _print_no_more()
@@ -84,11 +84,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
     except MemoryError:
         code, message = 2, "There is not enough memory for this."
+    except Exception:
+        end_if_told()
+        raise
     except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
+        code, message = 130, "Interrupted."
+    end_if_told()  # while a library is loaded it makes an error of its own of what ends the process
     _print_warning(message)
     return code
+
+
+def _working_directory() -> bool:
+    try:
+        Path.cwd()
+    except OSError:
+        return False
+    return True
 
 
 def _print_no_more() -> None:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +18,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from onnxpress.bundle_archive import entries, folder_name, known_parts, unpacked, write_tar
+from onnxpress.encryption import SUFFIX
 from onnxpress.errors import DeployError, RecipeError, SelfTestError
 from onnxpress.on_device import DESCRIPTION
 from onnxpress.on_device_update import NotGoodError
@@ -53,8 +55,16 @@ def deploy(
     with unpacked(Path(bundle), signed_by) as (folder, description, _):
         if not (folder / "update.py").is_file():
             raise RecipeError(f"A bundle for {description['target']} cannot be deployed over ssh; copy {bundle} there.")
+        encrypted = any(path.endswith(SUFFIX) for path in description["files"])
+        if encrypted != (key is not None):
+            fault = (
+                "is encrypted: name the place of its key there with --key"
+                if encrypted
+                else "is not encrypted: leave --key out"
+            )
+            raise RecipeError(f"{bundle} {fault}.")
         there = (place or f"onnxpress/{folder_name(description['name'], description['target'])}").removeprefix("~/")
-        if there.rstrip("/") in ("", "~", ".", ".."):
+        if there.rstrip("/") in ("", ".", "..") or there.startswith(("~", "-")):
             raise RecipeError(f"{place!r} is no place of its own for a bundle; name a folder.")
         known = _known(_run([*ssh, host, _asking(python, there)], host, python))
         options = ["-"] if key is None else ["-", "--key", key]
@@ -112,12 +122,22 @@ def _send(
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
         except BaseException:
-            process.kill()
-            process.wait()
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
+            _end(process)
             raise
-    return process.wait(), counted.size, whole
+    try:
+        return process.wait(), counted.size, whole
+    except BaseException:  # a signal
+        _end(process)
+        print("All was sent: the device may still test it and switch to it. Look there.", file=sys.stderr)
+        raise
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
 
 
 class _Counted:

@@ -103,6 +103,10 @@ def fit(
     folder = (
         Path(checkpoint) if checkpoint is not None else artifact_folder.with_name(f"{artifact_folder.name}-checkpoint")
     )
+    if folder.resolve() == Path.cwd():
+        raise InputError(
+            "The checkpoint takes the place of its folder, which cannot be the working directory: name one in it."
+        )
     if "file" in options:
         raise InputError("fit judges the artifact by its evaluation samples: give them as evaluation, and no file.")
     chosen = {name: options.pop(name) for name in list(options) if name in _TRAINING}

@@ -315,6 +315,8 @@ def open_artifact(folder: Path, description: dict[str, Any], key: str | None = N
 
 
 def _missing(error: ImportError, description: dict[str, Any]) -> BundleError:
+    if not isinstance(error, ModuleNotFoundError):
+        return BundleError(f"{error.name or 'A package'} is here and cannot be imported: {error}")
     needed = " ".join(f'"{name}"' for name in description["requires"])
     return BundleError(f"{error.name or error} cannot be imported here: python -m pip install {needed}")
 
@@ -384,7 +386,11 @@ def _check_speed(verdict: Verdict, artifact: Any, session: Any, budget: dict[str
 
 def _compare(verdict: Verdict, what: str, found: float, unit: str, allowed: float | None, more: str) -> None:
     limit = "no budget" if allowed is None else f"allowed {allowed:g}"
-    verdict.add(what, f"{found:.1f} {unit}{more} ({limit})", allowed is None or found <= allowed)
+    verdict.add(
+        what,
+        f"{found:.3g} {unit}{more} ({limit})" if found < 1 else f"{found:.1f} {unit}{more} ({limit})",
+        allowed is None or found <= allowed,
+    )
 
 
 def _milliseconds(call: Callable[[], Any]) -> float:
@@ -478,33 +484,55 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("give a text, --self-test or --check")
     if options.pair and not options.texts:
         parser.error("--pair goes with texts")
+    if options.key is not None and options.check:
+        parser.error("--check compares files, encrypted ones too: leave --key out")
     if options.json and not options.self_test:
         parser.error("--json goes with --self-test; answers are JSON as they are")
-    if options.self_test:
-        verdict = self_test(folder, signed_by=options.signed_by, key=options.key)
-        if options.json:
-            lines = [{"what": what, "found": found, "good": good} for what, found, good in verdict.lines]
-            print(json.dumps({"good": verdict.good, "lines": lines}))
-        else:
-            for what, found, good in verdict.lines:
-                print(f"{'ok  ' if good else 'BAD '} {what:<16} {found}")
-            print(f"verdict: {'good' if verdict.good else 'NOT GOOD'}")
-        return 0 if verdict.good else 1
+    code = 0
     try:
         if options.check:
-            print(*check(options.check, options.signed_by)[1], sep="\n")
+            lines = iter(check(options.check, options.signed_by)[1])
+        elif options.self_test:
+            verdict = self_test(folder, signed_by=options.signed_by, key=options.key)
+            lines, code = _page(verdict, as_json=options.json), 0 if verdict.good else 1
         else:
-            for answer in _answers(load(signed_by=options.signed_by, key=options.key), options.texts, options.pair):
-                print(json.dumps(answer, ensure_ascii=False))
-        sys.stdout.flush()  # here, so that a pipe without a reader is met here and not at the end
-    except BrokenPipeError:  # the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            answers = _answers(load(signed_by=options.signed_by, key=options.key), options.texts, options.pair)
+            lines = (json.dumps(answer, ensure_ascii=False) for answer in answers)
+        for line in lines:
+            if not _print(line):  # what a bundle is found to be does not hang on who reads it
+                break
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
     except Exception as error:
         if not isinstance(error, BundleError) and not _is_ours(error):
             raise
         print(error, file=sys.stderr)
         return 2
-    return 0
+    return code
+
+
+def _page(verdict: Verdict, *, as_json: bool) -> Iterator[str]:
+    """The lines of a verdict."""
+    if as_json:
+        lines = [{"what": what, "found": found, "good": good} for what, found, good in verdict.lines]
+        yield json.dumps({"good": verdict.good, "lines": lines})
+        return
+    for what, found, good in verdict.lines:
+        yield f"{'ok  ' if good else 'BAD '} {what:<16} {found}"
+    yield f"verdict: {'good' if verdict.good else 'NOT GOOD'}"
+
+
+def _print(line: str) -> bool:
+    """Print a line; whether it could be."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is held still goes nowhere
+        if not isinstance(error, BrokenPipeError):
+            print(f"Nothing more can be printed: {error.strerror}.", file=sys.stderr)
+        return False
+    return True
 
 
 if __name__ == "__main__":

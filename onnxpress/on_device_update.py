@@ -8,8 +8,9 @@
     PLACE/previous         a link to the one before
 
 Needs Python 3.11 on a POSIX system and nothing else; the self-test needs what run.py needs. Exit codes: 0 switched, 4 the self-test is
-not good, 3 the current bundle is not the one that the changes are of, or damaged, 2 anything else; where it is not 0, nothing was switched, and nothing of the new bundle is left. With --signed-by, the run.py
-beside this file, or the current one's, checks the signature before anything of the new bundle is run.
+not good, 3 the current bundle is not the one that the changes are of, or damaged, 2 anything else, 128 and a signal's number where that ended it; where
+it is not 0, nothing was switched, and nothing of the new bundle is left. With --signed-by, the run.py
+beside this file, or the current one's, checks the signature before anything of the new bundle is run. An older bundle that was signed is taken, too.
 """
 
 import sys
@@ -22,6 +23,7 @@ if __name__ == "__main__":
         del sys.path[0]  # the bundle's folder: nothing is imported from there
 import argparse
 import contextlib
+import errno
 import hashlib
 import io
 import itertools
@@ -42,6 +44,7 @@ _LARGEST = 2**26  # bytes of what no other file gives the size of
 _RELEASE, _PART = re.compile(r"[0-9a-f]{16}(-\d+)?"), re.compile(r"\.part-\d+")
 _CHUNK = re.compile(r"(\d{1,8})-[0-9a-f]{32}")
 _BLOCK = 2**20
+_switching = False  # from where on signals are not heard
 
 
 class UpdateError(Exception):
@@ -80,18 +83,20 @@ def update(place: Path, stream: IO[bytes], *, signed_by: str | None = None, key:
                 release, number = releases / f"{name}-{number}", number + 1
             for path in (part, *part.rglob("*")):
                 _sync_folder(path)
+            _switch_whole()
             part.rename(release)
             _sync_folder(releases)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+        links = {"current": release}
+        if before is not None and not before.name.startswith(name):  # the same again leaves the way back as it was
+            links = {"previous": before, **links}
         try:
-            _link(place / "current", release.name)
+            _link(place, links)
         except OSError:
             shutil.rmtree(release, ignore_errors=True)
             raise
         with contextlib.suppress(OSError):  # what was asked for is done; the next update puts this right
-            if before is not None and not before.name.startswith(name):  # the same again leaves the way back as it was
-                _link(place / "previous", before.name)
             # The one before stays for as long as somebody may be using it: until the next update.
             kept = {before, *((place / link).resolve() for link in ("current", "previous"))}
             for old in releases.iterdir():
@@ -102,15 +107,19 @@ def update(place: Path, stream: IO[bytes], *, signed_by: str | None = None, key:
 
 def back(place: Path, *, signed_by: str | None = None) -> Path:
     """Switch to the release before the current one, if it is whole; returns its folder. Raises UpdateError."""
-    if not (place / "previous").is_symlink():
+    if not (place / "current").is_symlink():
         raise UpdateError(f"{place} has no release before the current one.")
     with _alone(place):
-        current, previous = ((place / link).resolve() for link in ("current", "previous"))
-        if not previous.is_dir() or previous == current:
+        current, previous = (Path(os.path.realpath(place / link)) for link in ("current", "previous"))
+        releases = Path(os.path.realpath(place / "releases"))
+        others = [path for path in releases.iterdir() if _RELEASE.fullmatch(path.name) and path != current]
+        if previous not in others and len(others) == 1:  # killed between the links
+            previous = others[0]
+        if current.parent != releases or previous not in others:
             raise UpdateError(f"{place} has no release before the current one.")
         _check(previous, place / "current", signed_by)
-        _link(place / "current", previous.name)
-        _link(place / "previous", current.name)
+        _switch_whole()
+        _link(place, {"previous": current, "current": previous})
         return previous
 
 
@@ -138,6 +147,8 @@ def _alone(place: Path) -> Iterator[None]:
     """No other update is at work in this place. A lock of the system: whoever dies lets go of it."""
     import fcntl  # of POSIX systems; the rest of this file is imported on others too
 
+    if (place / DESCRIPTION).exists():
+        raise UpdateError(f"{place} is a bundle itself; name the place that has bundles in its folder releases.")
     place.mkdir(parents=True, exist_ok=True)
     with (place / ".lock").open("a") as lock:
         try:
@@ -155,6 +166,10 @@ def _receive(stream: IO[bytes], part: Path, current: Path) -> None:
             raise UpdateError(f"This is no bundle: it does not begin with {DESCRIPTION}.")
         text = _member(archive, first).read()
         files, sizes, chunks = _described(text)
+        with contextlib.suppress(OSError):
+            ours, its = _whose((current / DESCRIPTION).read_bytes()), _whose(text)
+            if ours is not None and its is not None and ours != its:
+                raise UpdateError(f"{current.parent} has {ours}, and this is {its}: choose another place.")
         here = _parts_of(current)
         wanted = {name for names in chunks.values() for name in names}
         needed = sum(size for path, size in sizes.items() if files[path] not in here)
@@ -181,6 +196,8 @@ def _receive(stream: IO[bytes], part: Path, current: Path) -> None:
                     raise UpdateError(
                         f"The bundle holds {path!r} at another size than {DESCRIPTION} says. Nothing was changed."
                     )
+                if path in files and _is_here(files[path], here):
+                    continue  # it is linked, as what is not sent
                 if path in _BESIDE or path in files:
                     with _new(part / path) as place:
                         shutil.copyfileobj(content, place, _BLOCK)
@@ -189,7 +206,14 @@ def _receive(stream: IO[bytes], part: Path, current: Path) -> None:
                     shutil.copyfileobj(content, store, _BLOCK)
             store.flush()
             for path, digest in files.items():
-                _assemble(part / path, digest, chunks.get(path, [digest]), here | sent)
+                try:
+                    _assemble(part / path, digest, chunks.get(path, [digest]), here | sent)
+                except OSError as error:
+                    if error.errno not in (errno.EACCES, errno.EIO):
+                        raise
+                    raise PartsError(
+                        f"{path} of the current bundle cannot be read: {error.strerror}. Send the whole bundle."
+                    ) from None
         (part / CHUNKS).unlink()
 
 
@@ -223,6 +247,17 @@ def _assemble(place: Path, digest: str, parts: list[str], found: dict[str, tuple
             )
 
 
+def _is_here(digest: str, here: dict[str, tuple[Path, int, int]]) -> bool:
+    """Whether the current bundle has a whole file, undamaged."""
+    if digest not in here:
+        return False
+    try:
+        with here[digest][0].open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == digest
+    except OSError:
+        return False
+
+
 def _parts_of(folder: Path) -> dict[str, tuple[Path, int, int]]:
     """Where the current bundle has the content of a digest: {digest: (file, start, bytes)}."""
     try:
@@ -232,13 +267,28 @@ def _parts_of(folder: Path) -> dict[str, tuple[Path, int, int]]:
     found: dict[str, tuple[Path, int, int]] = {}
     for path, digest in files.items():
         file, start = folder.resolve() / path, 0
-        if not file.is_file() or file.stat().st_size != sizes[path]:
+        try:
+            whole = file.is_file() and file.stat().st_size == sizes[path]
+        except OSError:
+            continue
+        if not whole:
             continue
         found[digest] = (file, 0, sizes[path])
         for entry in chunks.get(path, ()):
             found[entry] = (file, start, _chunk_size(entry))
             start += _chunk_size(entry)
     return found
+
+
+def _whose(text: bytes) -> str | None:
+    """Of which model a bundle.json is, and for which device; None where it was changed."""
+    try:
+        content = json.loads(text)
+        rest = json.dumps({name: value for name, value in content.items() if name != "digest"}, sort_keys=True)
+        whole = hashlib.sha256(rest.encode()).hexdigest() == content["digest"]
+        return f"{content['name']} for {content['target']}" if whole else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def _described(text: bytes) -> tuple[dict[str, str], dict[str, int], dict[str, list[str]]]:
@@ -321,13 +371,15 @@ def _self_test(part: Path, key: str | None) -> None:
         raise NotGoodError("The self-test is not good: nothing was switched, and the new bundle is gone again.")
 
 
-def _link(link: Path, release: str) -> None:
-    """Point a link to a release, in one step."""
-    new = link.with_name(f".{link.name}-{os.getpid()}")
-    new.unlink(missing_ok=True)
-    new.symlink_to(Path("releases") / release)
-    new.replace(link)
-    _sync_folder(link.parent)
+def _link(place: Path, links: dict[str, Path]) -> None:
+    """Point links to releases, each in one step, in this order, once all have been made."""
+    made = {place / name: place / f".{name}-{os.getpid()}" for name in links}
+    for new, release in zip(made.values(), links.values(), strict=True):
+        new.unlink(missing_ok=True)
+        new.symlink_to(Path("releases") / release.name)
+    for link, new in made.items():
+        new.replace(link)
+    _sync_folder(place)
 
 
 def _sync_folder(path: Path) -> None:
@@ -339,8 +391,19 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+class _EndedError(BaseException):
+    """A signal wants the end."""
+
+
 def _end(number: int, _: Any) -> None:
-    raise SystemExit(128 + number)
+    if not _switching:
+        raise _EndedError(number)
+
+
+def _switch_whole() -> None:
+    """From here on to the end no signal is heard, so that both links are switched."""
+    global _switching
+    _switching = True
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -354,8 +417,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.back == (options.file is not None):
         parser.error("give the bundle's file, or --back")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)  # so that what was begun is removed
+    if options.back and options.key is not None:
+        parser.error("--back tests nothing anew: leave --key out")
+    if options.file == "-" and sys.stdin is None:
+        parser.error("standard input is closed")
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _end)  # so that what was begun is removed
     try:
         if options.back:
             release = back(options.place, signed_by=options.signed_by)
@@ -364,6 +432,10 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             with Path(options.file).open("rb") as file:
                 release = update(options.place, file, signed_by=options.signed_by, key=options.key)
+    except _EndedError as ended:
+        with contextlib.suppress(OSError):
+            print("Interrupted. Nothing was changed.", file=sys.stderr)
+        return 128 + int(ended.args[0])
     except UpdateError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -377,8 +449,10 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    with contextlib.suppress(OSError):  # whoever listened may be gone
-        print(f"{options.place / 'current'} is now {release.name}")
+    try:
+        print(f"{options.place / 'current'} is now {release.name}", flush=True)
+    except OSError:  # whoever listened may be gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 _told = 0  # the signal's number
+_times = 0
 
 
 def end_on_signals() -> None:
@@ -23,7 +24,7 @@ def end_if_told() -> None:
 
 
 def _on_signal(number: int, _: Any) -> None:
-    global _told
-    if not _told:  # a second one would end the tidying
-        _told = number
+    global _told, _times
+    _told, _times = _told or number, _times + 1
+    if _times != 2:  # a second one would end the tidying; from a third on that is what is wanted
         end_if_told()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ from onnxpress.optimizers.base import Pass, PassContext, PassResult
 from onnxpress.optimizers.targets import Target
 from onnxpress.runtime.providers import one_line
 from onnxpress.runtime.session import Session
+from onnxpress.whole import part_of, remove, remove_leftovers
 from onnxpress.workbench import RowByRow, Workbench
 
 Times = dict[str, tuple[float, float]]  # milliseconds of the graph before and after, by shape: {"1x32": (5.2, 2.1)}
@@ -222,8 +222,9 @@ class Notebook:
 
     def write(self, trials: Sequence[Trial]) -> None:
         """Keep these trials. Raises OutputError."""
-        part = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        part = part_of(self.path)
         try:
+            remove_leftovers(self.path)
             part.write_text(_Page(about=self._about, trials=list(trials)).model_dump_json(indent=1), encoding="utf-8")
             part.replace(self.path)
         except OSError as error:
@@ -231,7 +232,7 @@ class Notebook:
                 f"Writing {self.path} failed: {error.strerror or error}. Free space or choose another folder for --resume."
             ) from None
         finally:
-            part.unlink(missing_ok=True)
+            remove(part)
 
 
 def notebook_folder(folder: Path, artifact: Path) -> Path:

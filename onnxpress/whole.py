@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import shutil
@@ -13,7 +14,7 @@ _OLD = "old"  # kind of what was in a place before, while something else takes i
 
 def part_of(place: Path) -> Path:
     """Where this process writes what is to take a place, until it is whole."""
-    return place.with_name(f"{_prefix(place)}{os.getpid()}")
+    return place.parent / f"{_prefix(place)}{os.getpid()}"
 
 
 def put(part: Path, place: Path) -> None:
@@ -23,6 +24,10 @@ def put(part: Path, place: Path) -> None:
         if os.path.lexists(place):
             place.rename(old)
         part.rename(place)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise OSError(error.errno, "another process has put one there meanwhile", str(place)) from None
+        raise
     finally:
         if os.path.lexists(old) and not os.path.lexists(place):
             old.rename(place)
@@ -37,7 +42,7 @@ def remove_leftovers(place: Path) -> None:
     prefix = _prefix(place)
     for leftover in place.parent.glob(f"{glob.escape(prefix)}*"):
         owner, _, kind = leftover.name.removeprefix(prefix).partition("-")
-        if not owner.isdigit() or kind not in ("", _OLD) or (int(owner) != os.getpid() and _is_alive(int(owner))):
+        if not owner.isdecimal() or kind not in ("", _OLD) or (int(owner) != os.getpid() and _is_alive(int(owner))):
             continue
         if kind == _OLD and leftover.exists() and not os.path.lexists(place):
             leftover.rename(place)

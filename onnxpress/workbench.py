@@ -9,6 +9,7 @@ either: half precision would look faster than it is.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -33,6 +34,7 @@ from onnxpress.timing import alternate
 _NO_NUMBERS = frozenset((ir.DataType.BOOL, ir.DataType.STRING, ir.DataType.UNDEFINED))
 # Of the weights' size: a graph is timed beside the one before it, both with their weights packed.
 _TIMED_TAKES = 2.5
+_numbers = itertools.count(1)  # one for all: what is left of an earlier session removes its own file, and no other's
 
 
 class Workbench:
@@ -45,7 +47,6 @@ class Workbench:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._target = target
-        self._count = 0
         self._written: WrittenWeights | None = None
         self.note = untried(target)
         self.timed = measure and not self.note
@@ -83,8 +84,7 @@ class Workbench:
         Weights are in the form that is fastest to multiply. Where nothing is timed, those of a graph in floating point are read from the
         mapped file instead: prompts take a third longer, and no memory is needed for a second copy.
         """
-        self._count += 1
-        path = self._folder / f"{self._count:03}.onnx"
+        path = self._folder / f"{next(_numbers):03}.onnx"
         stand_in = not itself and self.stands_in(graph)
         if stand_in:
             graph = in_float32(graph)

@@ -65,7 +65,7 @@ class QuestionAnswerer(TextRunner):
     def answer_texts(self, samples: Sequence[Sample], *, top_k: int | None = None) -> list[Json]:
         """The answers for each (question, context)."""
         if any(isinstance(sample, str) for sample in samples):
-            raise InputError("A question needs a context: give each --text, the question, a --pair, the context.")
+            raise InputError("A question needs a context: give each question one with --pair.")
         return list(self.predict(list(samples), top_k=1 if top_k is None else top_k))  # type: ignore[arg-type]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -46,6 +48,16 @@ def test_rotary_embeddings_are_told_apart(name: str, width: int, interleaved: bo
 def test_layers_with_frequencies_of_their_own_have_tables_of_their_own() -> None:
     assert len(learn(make_model("gemma3"), positions=CONTEXT).tables) == 2
     assert len(learn(make_model("llama"), positions=CONTEXT).tables) == 1
+
+
+def test_nothing_holds_a_model_that_was_asked() -> None:
+    for name in ("llama", "qwen3-moe"):
+        model = make_model(name)
+        learn(model, positions=CONTEXT)
+        held = weakref.ref(model)
+        del model
+        gc.collect()
+        assert held() is None, name
 
 
 def test_norms_are_told_by_their_offset() -> None:

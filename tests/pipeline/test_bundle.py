@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import io
 import json
@@ -47,10 +48,16 @@ def unpacked(archive: Path, tmp_path: Path) -> Path:
     return tmp_path / f"tiny-{HERE}"
 
 
+# An installation that leads to the sources would stand in for what a bundle lacks.
+_NOT_INSTALLED = (
+    "sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in getattr(finder, '__module__', '')]; "
+)
+
+
 def run(folder: Path, *arguments: str, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """run.py in a process of its own, where some packages cannot be imported."""
+    """run.py in a process of its own, where some packages cannot be imported, and onnxpress' own is not installed."""
     blocked = ", ".join(f"{name}=None" for name in without)
-    code = f"import runpy, sys; sys.modules.update({blocked}); sys.argv = {['run.py', *arguments]!r}; "
+    code = f"import runpy, sys; sys.modules.update({blocked}); sys.argv = {['run.py', *arguments]!r}; {_NOT_INSTALLED}"
     code += f"runpy.run_path({str(folder / 'run.py')!r}, run_name='__main__')"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder.parent)
 
@@ -109,6 +116,36 @@ def test_a_bare_python_imports_nothing_of_the_folder_either(unpacked: Path, name
     command = [sys.executable, "-S", unpacked / "update.py", unpacked.parent / "there", "--back"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert "has no release before" in done.stderr
+
+
+def test_all_that_it_imports_is_in_it(unpacked: Path) -> None:
+    library = unpacked / "lib"
+    wanted = set()
+    for path in library.rglob("*.py"):
+        if path.parent.name == "onnxpress" and path.name == "__init__.py":
+            continue  # on a computer it has more
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("onnxpress."):
+                wanted.add(library / f"{str(node.module).replace('.', '/')}.py")
+    assert len(wanted) > 10
+    assert not [path for path in wanted if not path.exists() and not path.with_suffix("").is_dir()]
+
+
+def test_what_is_found_does_not_hang_on_who_reads_it(unpacked: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(unpacked / "run.py")]
+    with Path("/dev/full").open("w") as full:
+        for stdout, said in ((writer, ""), (full, "Nothing more can be printed: No space left on device.\n")):
+            for arguments in (["--self-test"], ["--self-test", "--json"], ["--check"]):
+                done = subprocess.run([*command, *arguments], stdout=stdout, stderr=subprocess.PIPE, text=True)
+                assert (done.returncode, done.stderr) == (0, said)
+    done = subprocess.run([*command, "a text"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    (unpacked / "README.md").write_text("changed")
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run([*command, "--self-test"], stdout=full, stderr=subprocess.DEVNULL).returncode == 1
 
 
 def test_the_runtime_is_the_bundles_own(unpacked: Path) -> None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
 import random
 import resource
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 from large_artifacts import save_large
-from tiny_artifacts import HERE
+from tiny_artifacts import HERE, save_artifact
 
 from onnxpress import on_device_update
 from onnxpress.bundle import bundle
@@ -283,6 +288,118 @@ def test_the_way_back_is_checked(archives: dict[str, Path], tmp_path: Path) -> N
     with pytest.raises(UpdateError, match=r"README\.md was changed"):
         back(tmp_path)
     assert (tmp_path / "current").resolve() == second.resolve()
+
+
+@pytest.mark.parametrize("undone", [0, 1])
+def test_a_kill_between_the_links_leaves_the_way_back(
+    archives: dict[str, Path], undone: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """undone: how many of the two renames are done."""
+    first = put(tmp_path, archives["old"]).resolve()
+    second = put(tmp_path, archives["delta"]).resolve()
+    replace, done = Path.replace, [0]
+
+    def killed(path: Path, to: Path) -> Path:
+        if done[0] == undone:
+            raise SystemExit
+        done[0] += 1
+        return replace(path, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(SystemExit):
+            back(tmp_path)
+    assert (tmp_path / "current").resolve() == second
+    assert back(tmp_path) == first
+    assert back(tmp_path) == second
+    done[0] = 0
+    third = bundle(archives["new"].with_name("new"), target=HERE, memory_mb=5000, out=tmp_path / "third.tar")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(SystemExit):
+            put(tmp_path, third)
+    assert (tmp_path / "current").resolve() == second
+    release = put(tmp_path, third)
+    assert (tmp_path / "current").resolve() == release.resolve()
+    assert back(tmp_path) == second
+
+
+def test_a_way_back_that_leads_elsewhere_is_not_gone(archives: dict[str, Path], tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    current = put(there, archives["old"]).resolve()
+    shutil.copytree(current, tmp_path / current.name[::-1])
+    for target in (tmp_path / current.name[::-1], "previous", "releases"):
+        (there / "previous").unlink(missing_ok=True)
+        (there / "previous").symlink_to(target)
+        with pytest.raises(UpdateError, match="has no release before the current one"):
+            back(there)
+        assert (there / "current").resolve() == current
+
+
+def test_a_bundle_is_no_place_for_bundles(archives: dict[str, Path], tmp_path: Path) -> None:
+    current = put(tmp_path, archives["old"])
+    before = content(tmp_path)
+    for place in (current, tmp_path / "current"):
+        with pytest.raises(UpdateError, match="is a bundle itself"):
+            put(place, archives["new"])
+    assert content(tmp_path) == before
+
+
+def test_another_model_does_not_take_the_place(archives: dict[str, Path], tmp_path: Path) -> None:
+    put(tmp_path, archives["old"])
+    before = content(tmp_path)
+    other = bundle(save_artifact(tmp_path.with_name(f"{tmp_path.name}-other") / "tiny").path, target=HERE)
+    with pytest.raises(UpdateError, match=f"has large for {HERE}, and this is tiny for {HERE}"):
+        put(tmp_path, other)
+    assert content(tmp_path) == before
+
+
+def test_a_current_file_that_cannot_be_read_asks_for_the_whole(
+    archives: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = put(tmp_path, archives["old"]) / "run.py"
+    before, node, digest = content(tmp_path), broken.stat().st_ino, hashlib.file_digest
+
+    def fails(file: BinaryIO, kind: str) -> Any:
+        if os.fstat(file.fileno()).st_ino == node:
+            raise OSError(errno.EIO, "Input/output error")
+        return digest(file, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", fails)
+    with pytest.raises(PartsError, match="of the current bundle cannot be read: Input/output error"):
+        put(tmp_path, archives["delta"])
+    assert content(tmp_path) == before
+    release = put(tmp_path, archives["new"])
+    assert (release / "run.py").stat().st_ino != node
+    assert (release / "update.py").stat().st_nlink == 2, "what is alike is shared"
+
+
+def test_a_delta_does_not_take_the_place_of_what_it_builds_upon(archives: dict[str, Path], tmp_path: Path) -> None:
+    whole = tmp_path / "old.tar"
+    shutil.copy(archives["old"], whole)
+    with pytest.raises(RecipeError, match="is the bundle of --delta"):
+        bundle(archives["new"].with_name("new"), target=HERE, delta=whole, out=tmp_path / "." / "old.tar")
+    assert whole.read_bytes() == archives["old"].read_bytes()
+
+
+def test_an_interrupt_is_said(archives: dict[str, Path], tmp_path: Path) -> None:
+    run = [sys.executable, Path(on_device_update.__file__), tmp_path, "-"]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = subprocess.Popen(run, stdin=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heard)
+        assert process.stdin is not None
+        process.stdin.write(archives["new"].read_bytes()[:2_000_000])
+        process.stdin.flush()
+        process.send_signal(number)
+        assert process.communicate()[1] == b"Interrupted. Nothing was changed.\n"
+        assert process.returncode == 128 + number
+    assert not content(tmp_path / "releases")
+    done = subprocess.run("exec " + shlex.join(map(str, run)) + " <&-", shell=True, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr.splitlines()[-1].endswith(b"standard input is closed")) == (2, True)
+
+
+def heard() -> None:
+    """Signals end the process, though whoever runs the tests may have them ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_a_damaged_description_of_the_current_one_does_not_block_the_next(

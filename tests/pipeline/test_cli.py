@@ -364,12 +364,42 @@ def test_nohup_is_heeded() -> None:
     assert (done.returncode, done.stdout) == (0, "on\n")
 
 
+def test_the_third_signal_is_obeyed_where_the_first_was_dropped() -> None:
+    """Python drops what is raised in a weak reference's callback; the second would end what tidies up behind the first."""
+    line = (
+        "import signal, weakref; from onnxpress.stopping import end_on_signals; end_on_signals(); thing = type('', (), {})()\n"
+        "weakref.finalize(thing, signal.raise_signal, signal.SIGTERM); del thing\n"
+        "print('one'); signal.raise_signal(signal.SIGTERM); print('two'); signal.raise_signal(signal.SIGTERM); print('three')"
+    )
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "one\ntwo\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 130)])
+def test_a_signal_is_no_error_of_the_library_that_it_met(number: int, code: int) -> None:
+    """Nor is the exit code another one where nobody can read what is said."""
+    line = (
+        f"import signal, sys; from onnxpress import cli; from onnxpress.errors import ProviderError\n"
+        "def meets(_):\n"
+        "    try:\n"
+        f"        signal.raise_signal({int(number)})\n"
+        "    except SystemExit:\n"
+        "        raise ProviderError('ONNX Runtime does not load') from None\n"
+        "cli.examine.doctor = meets; cli.examine.add_doctor = lambda c: c.add_parser('doctor').set_defaults(command=meets)\n"
+        "sys.exit(cli.main(['doctor']))"
+    )
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", line], stderr=full)
+    assert done.returncode == code
+
+
 def test_what_the_system_refuses_is_one_clear_error(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused(onnxpress("run", "a" * 300, "--text", "hi"), "cannot be read or written: File name too long")
-    os.mkfifo(tmp_path / "pipe.tar")
-    refused(onnxpress("verify", tmp_path / "pipe.tar"), "it is no file")
+    for name in ("pipe.tar", "pipe.zip"):
+        os.mkfifo(tmp_path / name)
+        refused(onnxpress("verify", tmp_path / name), "it is no file")
 
     def small() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
@@ -442,6 +472,7 @@ def test_a_build_ends_even_where_the_exception_is_dropped_or_taken(
     )  # fmt: skip
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stopping, "_told", 0)
+    monkeypatch.setattr(stopping, "_times", 0)
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     with pytest.raises(SystemExit) as ended:
         main(["build", "ending:make", "--no-measure"])

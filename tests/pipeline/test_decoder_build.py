@@ -26,7 +26,7 @@ from tiny_decoders import CONTEXT, save_decoder
 from transformers import AutoModelForCausalLM
 
 import onnxpress
-from onnxpress import conversation, decoder_workload, exporters, pipeline, press
+from onnxpress import conversation, decoder_workload, exporters, graph_files, pipeline, press
 from onnxpress.artifact import Artifact
 from onnxpress.cli import main
 from onnxpress.decoder_workload import DecoderWorkload
@@ -155,6 +155,9 @@ def test_a_model_that_memory_holds_in_half_precision_alone(
     for name, dtype in (("whole", torch.float32), ("half", torch.bfloat16)):
         monkeypatch.setattr(exporters, "fitting_dtype", lambda *_, half, found=dtype, **__: found if half else None)
         monkeypatch.setattr(half_weights, "_LARGE", 4000)
+        monkeypatch.setattr(
+            graph_files, "_EXTERNAL_FROM", 1000
+        )  # weights are files of their own, as those of large models
         built.append(onnxpress.build(model, out=tmp_path / name, keep_all=True, measure=False, **options))
     whole, half = (one.manifest for one in built)
     assert half.ledger[0]["notes"][0].startswith("large weights stayed in bfloat16")

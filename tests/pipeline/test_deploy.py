@@ -196,13 +196,17 @@ def test_signatures_are_checked_before_anything_is_sent(send: Callable[..., int]
 
 
 def test_an_encrypted_model_is_tested_with_the_devices_key(
-    send: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    archives: dict[str, Path], send: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "key").write_text(bytes(32).hex())
     place = bundle(save_artifact(tmp_path / "tiny").path, target=HERE, encrypt_with=bytes(32))
-    with pytest.raises(SelfTestError):
+    with pytest.raises(RecipeError, match="is encrypted: name the place of its key there"):
         send(place)
-    assert "is encrypted; it needs its key" in capfd.readouterr().out
+    with pytest.raises(RecipeError, match="is not encrypted: leave --key out"):
+        send(archives["old"], key="env:NOTHING")
+    with pytest.raises(SelfTestError):
+        send(place, key="env:NOTHING")
+    assert "has no variable of the name" in capfd.readouterr().out
     send(place, key=f"file:{tmp_path / 'key'}")
 
 

@@ -540,6 +540,7 @@ def test_files_and_options_that_cannot_be(model: Path, tmp_path: Path) -> None:
     refused("balanced goes with", balanced=True, task="multi-label-classification")
     refused("no artifact", kind=OutputError, out=tmp_path / "full")
     refused("there already", kind=OutputError, checkpoint=tmp_path / "full")
+    refused("cannot be the working directory", checkpoint=".")
     refused("takes 1 to 40 tokens", kind=SourceError, max_length=99)
     assert not list(tmp_path.glob("out*"))
     assert not list(tmp_path.glob(".*"))

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+from interrupting import interrupt_rename
 
 from onnxpress.whole import part_of, put, remove_leftovers
-from tests.interrupting import interrupt_rename
 
 DEAD, LIVING = 999999999, os.getppid()
 
@@ -57,4 +57,11 @@ def test_what_killed_processes_left_is_put_right(tmp_path: Path) -> None:
     remove_leftovers(place)
     assert names(tmp_path) == left
     assert names(place) == {"training"}
+    (tmp_path / ".checkpoint.part-²").touch()  # a digit, and no number
+    place.joinpath("training").rmdir()
+    place.rmdir()
+    (tmp_path / f".checkpoint.part-{DEAD}-old").symlink_to("nothing")
+    remove_leftovers(place)
+    assert names(tmp_path) == {*left, ".checkpoint.part-²"} - {"checkpoint"}
     remove_leftovers(Path("/"))  # nothing is beside it
+    assert part_of(Path("/")).parent == Path("/")
