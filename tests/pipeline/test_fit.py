@@ -23,7 +23,15 @@ from onnxpress.artifact import Artifact
 from onnxpress.cli import main
 from onnxpress.engine import Engine
 from onnxpress.errors import InputError, OutputError, RecipeError, SourceError
-from onnxpress.fit import _accuracy, _balanced_accuracy, _write_whole, fit, fit_samples, torch_runner
+from onnxpress.fit import (
+    _accuracy,
+    _balanced_accuracy,
+    _check_checkpoint_folder,
+    _write_whole,
+    fit,
+    fit_samples,
+    torch_runner,
+)
 from onnxpress.labelled import find_labels, labelled_samples, normalized, read_labelled, split, told
 from onnxpress.optimizers.training import TrainingOptions
 
@@ -575,3 +583,13 @@ def test_an_interrupt_while_the_trained_model_takes_its_place_leaves_one_or_the_
         _write_whole(folder, lambda part: (part / "trained").touch())
     assert [path.name for path in folder.iterdir()] == [found]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_training_that_a_kill_put_aside_can_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".checkpoint.part-999999999-old" / "training").mkdir(parents=True)
+    (tmp_path / ".checkpoint.part-999999999").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert _check_checkpoint_folder(Path("checkpoint"), resume=True) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    _write_whole(Path("checkpoint"), lambda part: (part / "trained").touch())
+    assert [path.name for path in tmp_path.rglob("*")] == ["checkpoint", "trained"]
