@@ -76,7 +76,7 @@ def deploy(
                 break
     if code == NotGoodError.exit_code:
         raise SelfTestError(f"The self-test on {host} is not good; what was current there still is.")
-    if code == _SSH_FAILED and whole:
+    if whole and (code == _SSH_FAILED or code < 0):
         raise DeployError(
             f"The connection to {host} broke after all was sent: it may have switched. Deploy again, or look there."
         )

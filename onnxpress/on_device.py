@@ -19,10 +19,12 @@ if sys.path:  # what is imported below must not come from the bundle's folder
     sys.path[:] = [path for path in sys.path if os.path.realpath(path or ".") != here]
 import argparse
 import base64
+import contextlib
 import hashlib
 import io
 import json
 import platform
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +40,7 @@ _WORDS = {
 }  # fmt: skip
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 _TIMED_SECONDS, _TIMED_CALLS = 2.0, 50
+_interrupted = False
 
 
 class BundleError(Exception):
@@ -478,6 +481,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="the verdict as JSON")
     options = parser.parse_args(arguments)
     folder = Path(__file__).resolve().parent
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # Windows has others
     if (bool(options.texts), options.self_test, bool(options.check)).count(True) != 1:
@@ -494,22 +499,31 @@ def main(arguments: list[str] | None = None) -> int:
             lines = iter(check(options.check, options.signed_by)[1])
         elif options.self_test:
             verdict = self_test(folder, signed_by=options.signed_by, key=options.key)
+            if _interrupted:  # while a package was loaded, which makes an error of its own of it
+                raise KeyboardInterrupt
             lines, code = _page(verdict, as_json=options.json), 0 if verdict.good else 1
         else:
             answers = _answers(load(signed_by=options.signed_by, key=options.key), options.texts, options.pair)
             lines = (json.dumps(answer, ensure_ascii=False) for answer in answers)
         for line in lines:
-            if not _print(line):  # what a bundle is found to be does not hang on who reads it
+            if (failed := _print(line)) is not None:  # what a bundle is found to be does not hang on who reads it
+                code = 2 if options.texts and not isinstance(failed, BrokenPipeError) else code
                 break
     except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
+        _say("Interrupted.")
         return 130
     except Exception as error:
-        if not isinstance(error, BundleError) and not _is_ours(error):
+        if not _interrupted and not isinstance(error, BundleError) and not _is_ours(error):
             raise
-        print(error, file=sys.stderr)
-        return 2
+        _say("Interrupted." if _interrupted else error)
+        return 130 if _interrupted else 2
     return code
+
+
+def _interrupt(*_: Any) -> None:
+    global _interrupted
+    _interrupted = True
+    raise KeyboardInterrupt
 
 
 def _page(verdict: Verdict, *, as_json: bool) -> Iterator[str]:
@@ -523,16 +537,23 @@ def _page(verdict: Verdict, *, as_json: bool) -> Iterator[str]:
     yield f"verdict: {'good' if verdict.good else 'NOT GOOD'}"
 
 
-def _print(line: str) -> bool:
-    """Print a line; whether it could be."""
+def _say(text: object) -> None:
+    """Whoever listened may be gone, and the exit code says it too."""
+    with contextlib.suppress(OSError):
+        if sys.stderr is not None:
+            print(text, file=sys.stderr)
+
+
+def _print(line: str) -> OSError | None:
+    """Print a line; returns why it could not be."""
     try:
         print(line, flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is held still goes nowhere
         if not isinstance(error, BrokenPipeError):
-            print(f"Nothing more can be printed: {error.strerror}.", file=sys.stderr)
-        return False
-    return True
+            _say(f"Nothing more can be printed: {error.strerror}.")
+        return error
+    return None
 
 
 if __name__ == "__main__":

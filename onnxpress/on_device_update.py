@@ -44,7 +44,7 @@ _LARGEST = 2**26  # bytes of what no other file gives the size of
 _RELEASE, _PART = re.compile(r"[0-9a-f]{16}(-\d+)?"), re.compile(r"\.part-\d+")
 _CHUNK = re.compile(r"(\d{1,8})-[0-9a-f]{32}")
 _BLOCK = 2**20
-_switching = False  # from where on signals are not heard
+_deaf = False  # whether signals are not heard any more
 
 
 class UpdateError(Exception):
@@ -83,14 +83,14 @@ def update(place: Path, stream: IO[bytes], *, signed_by: str | None = None, key:
                 release, number = releases / f"{name}-{number}", number + 1
             for path in (part, *part.rglob("*")):
                 _sync_folder(path)
-            _switch_whole()
+            _hear_no_more()
             part.rename(release)
             _sync_folder(releases)
         finally:
             shutil.rmtree(part, ignore_errors=True)
         links = {"current": release}
         if before is not None and not before.name.startswith(name):  # the same again leaves the way back as it was
-            links = {"previous": before, **links}
+            links["previous"] = before
         try:
             _link(place, links)
         except OSError:
@@ -110,22 +110,22 @@ def back(place: Path, *, signed_by: str | None = None) -> Path:
     if not (place / "current").is_symlink():
         raise UpdateError(f"{place} has no release before the current one.")
     with _alone(place):
+        _finish(place)
         current, previous = (Path(os.path.realpath(place / link)) for link in ("current", "previous"))
         releases = Path(os.path.realpath(place / "releases"))
-        others = [path for path in releases.iterdir() if _RELEASE.fullmatch(path.name) and path != current]
-        if previous not in others and len(others) == 1:  # killed between the links
-            previous = others[0]
-        if current.parent != releases or previous not in others:
+        inside = all(path.parent == releases and _RELEASE.fullmatch(path.name) for path in (current, previous))
+        if not inside or not previous.is_dir() or previous == current:
             raise UpdateError(f"{place} has no release before the current one.")
         _check(previous, place / "current", signed_by)
-        _switch_whole()
-        _link(place, {"previous": current, "current": previous})
+        _hear_no_more()
+        _link(place, {"current": previous, "previous": current})
         return previous
 
 
 def _current(place: Path) -> Path | None:
     """The release that is switched to; what a killed update left is removed. Raises UpdateError where the place is another's."""
     link, releases = place / "current", place / "releases"
+    _finish(place)
     foreign = [
         path.name for path in releases.iterdir() if not _RELEASE.fullmatch(path.name) and not _PART.fullmatch(path.name)
     ]
@@ -147,8 +147,10 @@ def _alone(place: Path) -> Iterator[None]:
     """No other update is at work in this place. A lock of the system: whoever dies lets go of it."""
     import fcntl  # of POSIX systems; the rest of this file is imported on others too
 
-    if (place / DESCRIPTION).exists():
-        raise UpdateError(f"{place} is a bundle itself; name the place that has bundles in its folder releases.")
+    if (place / DESCRIPTION).exists() or any(_RELEASE.fullmatch(path.name) for path in place.glob("*")):
+        raise UpdateError(
+            f"{place} is a bundle itself, or holds some; name the place that has them in its folder releases."
+        )
     place.mkdir(parents=True, exist_ok=True)
     with (place / ".lock").open("a") as lock:
         try:
@@ -372,23 +374,39 @@ def _self_test(part: Path, key: str | None) -> None:
 
 
 def _link(place: Path, links: dict[str, Path]) -> None:
-    """Point links to releases, each in one step, in this order, once all have been made."""
-    made = {place / name: place / f".{name}-{os.getpid()}" for name in links}
-    for new, release in zip(made.values(), links.values(), strict=True):
-        new.unlink(missing_ok=True)
-        new.symlink_to(Path("releases") / release.name)
-    for link, new in made.items():
-        new.replace(link)
+    """Point `current` to a release, and then `previous`, each in one step. Raises OSError where `current` is what it was."""
+    new = {name: place / f".{name}-next" for name in links}
+    try:
+        for name, release in links.items():
+            new[name].symlink_to(Path("releases") / release.name)
+        new["current"].replace(place / "current")
+    except OSError:
+        with contextlib.suppress(OSError):
+            _finish(place)
+        raise
+    with contextlib.suppress(OSError):  # what was asked for is done; the next one finishes it
+        _finish(place)
     _sync_folder(place)
+
+
+def _finish(place: Path) -> None:
+    """Do what `_link` had still to do when it was killed: `previous`, where `current` was switched."""
+    current, previous = place / ".current-next", place / ".previous-next"
+    if previous.is_symlink() and not current.is_symlink():
+        previous.replace(place / "previous")
+    previous.unlink(missing_ok=True)  # before the other one: alone it says that `current` was switched
+    current.unlink(missing_ok=True)
 
 
 def _sync_folder(path: Path) -> None:
     """The names in a folder survive a power cut, as its files do, where the file system knows how."""
-    if path.is_dir():
-        descriptor = os.open(path, os.O_RDONLY)
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-        os.close(descriptor)
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 class _EndedError(BaseException):
@@ -396,14 +414,22 @@ class _EndedError(BaseException):
 
 
 def _end(number: int, _: Any) -> None:
-    if not _switching:
+    if not _deaf:
+        _hear_no_more()  # a second one would end the tidying
         raise _EndedError(number)
 
 
-def _switch_whole() -> None:
-    """From here on to the end no signal is heard, so that both links are switched."""
-    global _switching
-    _switching = True
+def _hear_no_more() -> None:
+    """From here on to the end: both links are switched, or what was begun is removed."""
+    global _deaf
+    _deaf = True
+
+
+def _say(text: object) -> None:
+    """Whoever listened may be gone, and the exit code says it too."""
+    with contextlib.suppress(OSError):
+        if sys.stderr is not None:
+            print(text, file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -433,21 +459,17 @@ def main(arguments: list[str] | None = None) -> int:
             with Path(options.file).open("rb") as file:
                 release = update(options.place, file, signed_by=options.signed_by, key=options.key)
     except _EndedError as ended:
-        with contextlib.suppress(OSError):
-            print("Interrupted. Nothing was changed.", file=sys.stderr)
+        _say("Interrupted. Nothing was changed.")
         return 128 + int(ended.args[0])
     except UpdateError as error:
-        print(error, file=sys.stderr)
+        _say(error)
         return error.exit_code
     except (tarfile.TarError, EOFError) as error:
-        print(f"The bundle ended too early, or is no tar: {error}. Nothing was changed.", file=sys.stderr)
+        _say(f"The bundle ended too early, or is no tar: {error}. Nothing was changed.")
         return 2
     except OSError as error:
         what = f" ({error.filename})" if error.filename else ""
-        print(
-            f"The bundle cannot be put in its place: {error.strerror or error}{what}. Nothing was changed.",
-            file=sys.stderr,
-        )
+        _say(f"The bundle cannot be put in its place: {error.strerror or error}{what}. Nothing was changed.")
         return 2
     try:
         print(f"{options.place / 'current'} is now {release.name}", flush=True)

@@ -140,12 +140,14 @@ def test_what_is_found_does_not_hang_on_who_reads_it(unpacked: Path) -> None:
             for arguments in (["--self-test"], ["--self-test", "--json"], ["--check"]):
                 done = subprocess.run([*command, *arguments], stdout=stdout, stderr=subprocess.PIPE, text=True)
                 assert (done.returncode, done.stderr) == (0, said)
+        assert subprocess.run([*command, "a text"], stdout=full, stderr=subprocess.DEVNULL).returncode == 2
     done = subprocess.run([*command, "a text"], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
     (unpacked / "README.md").write_text("changed")
     with Path("/dev/full").open("w") as full:
-        assert subprocess.run([*command, "--self-test"], stdout=full, stderr=subprocess.DEVNULL).returncode == 1
+        assert subprocess.run([*command, "--self-test"], stdout=full, stderr=full).returncode == 1
+        assert subprocess.run([*command, "--check"], stdout=full, stderr=full).returncode == 2
 
 
 def test_the_runtime_is_the_bundles_own(unpacked: Path) -> None:

@@ -309,19 +309,63 @@ def test_a_kill_between_the_links_leaves_the_way_back(
         patch.setattr(Path, "replace", killed)
         with pytest.raises(SystemExit):
             back(tmp_path)
-    assert (tmp_path / "current").resolve() == second
-    assert back(tmp_path) == first
-    assert back(tmp_path) == second
+    assert (tmp_path / "current").resolve() == (first if undone else second)
+    assert back(tmp_path) == (second if undone else first)
+    assert back(tmp_path) == (first if undone else second)
+    assert (tmp_path / "current").resolve() == second or back(tmp_path) == second
     done[0] = 0
     third = bundle(archives["new"].with_name("new"), target=HERE, memory_mb=5000, out=tmp_path / "third.tar")
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", killed)
         with pytest.raises(SystemExit):
             put(tmp_path, third)
-    assert (tmp_path / "current").resolve() == second
-    release = put(tmp_path, third)
-    assert (tmp_path / "current").resolve() == release.resolve()
-    assert back(tmp_path) == second
+    switched = (tmp_path / "current").resolve()
+    assert (switched == second) != bool(undone)
+    assert back(tmp_path) == (second if undone else first)
+    assert back(tmp_path) == switched
+    assert not list(tmp_path.glob(".*-next"))
+
+
+def test_a_first_update_that_is_killed_has_no_way_back(
+    archives: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current = put(tmp_path, archives["old"]).resolve()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: sys.exit())
+        with pytest.raises(SystemExit):
+            put(tmp_path, archives["delta"])
+    put(tmp_path, archives["old"])  # the same again
+    with pytest.raises(UpdateError, match="has no release before the current one"):
+        back(tmp_path)
+    assert (tmp_path / "current").resolve().name == f"{current.name}-1"
+
+
+@pytest.mark.parametrize(("step", "switched"), [(1, False), (2, True)])
+def test_a_link_that_cannot_be_switched(
+    archives: dict[str, Path], step: int, switched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = put(tmp_path, archives["old"]).resolve()
+    before = content(tmp_path)
+    replace, steps = Path.replace, [0]
+
+    def fails(path: Path, to: Path) -> Path:
+        steps[0] += 1
+        if steps[0] == step:
+            raise OSError(errno.EIO, "Input/output error")
+        return replace(path, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fails)
+        if switched:
+            put(tmp_path, archives["delta"])
+        else:
+            with pytest.raises(OSError, match="Input/output error"):
+                put(tmp_path, archives["delta"])
+    if not switched:
+        assert content(tmp_path) == before
+        assert not list(tmp_path.glob(".*-next"))
+    else:
+        assert back(tmp_path) == first
 
 
 def test_a_way_back_that_leads_elsewhere_is_not_gone(archives: dict[str, Path], tmp_path: Path) -> None:
@@ -339,7 +383,7 @@ def test_a_way_back_that_leads_elsewhere_is_not_gone(archives: dict[str, Path], 
 def test_a_bundle_is_no_place_for_bundles(archives: dict[str, Path], tmp_path: Path) -> None:
     current = put(tmp_path, archives["old"])
     before = content(tmp_path)
-    for place in (current, tmp_path / "current"):
+    for place in (current, tmp_path / "current", tmp_path / "releases"):
         with pytest.raises(UpdateError, match="is a bundle itself"):
             put(place, archives["new"])
     assert content(tmp_path) == before
