@@ -98,7 +98,7 @@ def update(place: Path, stream: IO[bytes], *, signed_by: str | None = None, key:
             raise
         with contextlib.suppress(OSError):  # what was asked for is done; the next update puts this right
             # The one before stays for as long as somebody may be using it: until the next update.
-            kept = {before, *((place / link).resolve() for link in ("current", "previous"))}
+            kept = {before, *(Path(os.path.realpath(place / link)) for link in ("current", "previous"))}
             for old in releases.iterdir():
                 if _RELEASE.fullmatch(old.name) and old.resolve() not in kept:
                     shutil.rmtree(old, ignore_errors=True)
