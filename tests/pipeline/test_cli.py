@@ -380,6 +380,7 @@ def test_a_signal_is_no_error_of_the_library_that_it_met(number: int, code: int)
     """Nor is the exit code another one where nobody can read what is said."""
     line = (
         f"import signal, sys; from onnxpress import cli; from onnxpress.errors import ProviderError\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background, it is ignored\n"
         "def meets(_):\n"
         "    try:\n"
         f"        signal.raise_signal({int(number)})\n"
