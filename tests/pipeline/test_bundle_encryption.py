@@ -105,7 +105,13 @@ def test_it_answers_and_leaves_no_file(folder: Path, monkeypatch: pytest.MonkeyP
     assert set(folder.rglob("*")) == before
     assert not list((tmp_path / "scratch").iterdir())
     assert self_test(folder, key="env:THE_KEY").good
-    command = [sys.executable, folder / "run.py", "--check", "--key", "env:THE_KEY"]  # as the README of a module's bundle has it
+    command = [
+        sys.executable,
+        folder / "run.py",
+        "--check",
+        "--key",
+        "env:THE_KEY",
+    ]  # as the README of a module's bundle has it
     assert subprocess.run(command, capture_output=True).returncode == 0
 
 
