@@ -115,6 +115,15 @@ def measured(model: torch.nn.Module, folder: Path, arguments: argparse.Namespace
         budget="100%",  # of random weights
         **options,
     ).path
+    compiled = onnxpress.build(
+        model,
+        out=folder / "openvino",
+        target="openvino",
+        precision="int8-qdq",
+        calibration=str(folder / IMAGES),
+        budget="100%",
+        **options,
+    ).path
     onnx.save(onnx.load(plain / "model.onnx"), folder / FLOAT)  # weights inside, which the artifact may have beside it
     quant_pre_process(str(folder / FLOAT), str(folder / "ready.onnx"), skip_symbolic_shape=True)
     quantization.quantize_static(
@@ -134,6 +143,9 @@ def measured(model: torch.nn.Module, folder: Path, arguments: argparse.Namespace
         System(name="OpenVINO int8 (NNCF)", environment="openvino", peer="images:openvino:int8"),
         System(name="onnxpress fp32", environment=None, peer="images:ours:fp32", artifact=plain),
         System(name="onnxpress int8-qdq", environment=None, peer="images:ours:int8", artifact=pressed),
+        System(
+            name="onnxpress int8-qdq for openvino", environment=None, peer="images:ours:openvino", artifact=compiled
+        ),
     ]
     times: dict[str, dict[str, list[float]]] = {
         system.name: {str(batch): [] for batch in arguments.batch} for system in systems

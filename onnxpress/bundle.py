@@ -242,8 +242,10 @@ def _contents(artifact: Artifact, target: str, facts: Device) -> dict[str, Sourc
 
 def _requirements(artifact: Artifact, *, secured: bool) -> list[str]:
     """What the device needs beside Python, for pip."""
-    wheel = "onnxruntime" if providers(artifact.manifest) == ("cpu",) else "onnxruntime-gpu"
+    first = providers(artifact.manifest)[0]
+    wheel = "onnxruntime" if first in ("cpu", "openvino") else "onnxruntime-gpu"
     packages = [f"{wheel}>={artifact.manifest.minimum_onnxruntime}", "numpy>=2.0", "tokenizers>=0.21", "tqdm>=4.66"]
+    packages += ["onnxruntime-ep-openvino>=1.8"] * (first == "openvino")
     packages += ["jinja2>=3.1.6"] * (artifact.manifest.task == "text-generation")
     return [*packages, "cryptography>=45"] if secured else packages
 

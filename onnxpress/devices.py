@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from onnxpress.manifest import Manifest
 
 _ANY_CPU = ("fp32", "int8-weights", "int4-weights")  # precisions that no CPU has kernels of its own for
-_X86, _ARM, _NVIDIA = ("cpu", "cpu-avx2"), ("cpu-arm64",), ("tensorrt", "cuda")
+_X86, _ARM, _NVIDIA = ("cpu", "cpu-avx2", "openvino"), ("cpu-arm64",), ("tensorrt", "cuda")
+_COMPILED = (*_NVIDIA, "openvino")  # for a provider beside the CPU's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +65,13 @@ def device(name: str) -> Device:
 
 def providers(manifest: Manifest) -> tuple[str, ...]:
     """Execution providers of an artifact on its device, in order, as `load` takes them."""
-    return (manifest.target, "cpu") if manifest.target in _NVIDIA else ("cpu",)
+    return (manifest.target, "cpu") if manifest.target in _COMPILED else ("cpu",)
 
 
 def check_fit(name: str, manifest: Manifest) -> None:
     """Raise RecipeError where an artifact's quantization is not the device's, with the build that is."""
     builds = device(name).builds
-    any_cpu = manifest.precision in _ANY_CPU and not {manifest.target, *builds} & set(_NVIDIA)
+    any_cpu = manifest.precision in _ANY_CPU and manifest.target not in _COMPILED and not set(builds) & set(_NVIDIA)
     # `only`: several passes, of which precision is the last.
     any_cpu = any_cpu and not manifest.recipe.get("build", {}).get("only")
     if manifest.target not in builds and not any_cpu:

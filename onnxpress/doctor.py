@@ -18,6 +18,7 @@ _PACKAGES = (
     "onnxruntime",
     "onnxruntime-gpu",
     "onnxruntime-ep-nv-tensorrt-rtx",
+    "onnxruntime-ep-openvino",
     "numpy",
     "tokenizers",
     "torch",

@@ -78,7 +78,7 @@ class Manifest:
     """All that is known about an artifact and does not depend on the moment or the machine's speed.
 
     options are the task's: labels, max_length, pooling and the like. session holds what ONNX Runtime has to be
-    told (disabled_optimizers, exact_products, flash_attention, tokens_per_chunk, providers where they are not the CPU's). ledger has one row a pass. files maps each file's relative path to its digest.
+    told (disabled_optimizers, exact_products, flash_attention, half_floats, tokens_per_chunk, providers where they are not the CPU's). ledger has one row a pass. files maps each file's relative path to its digest.
     """
 
     name: str

@@ -18,6 +18,7 @@ _OURS = "Apache-2.0"
 _PACKAGES = {
     "onnxruntime": "MIT",
     "onnxruntime-gpu": "MIT",
+    "onnxruntime-ep-openvino": "MIT",
     "numpy": "BSD-3-Clause AND 0BSD AND MIT AND Zlib AND CC0-1.0",
     "tokenizers": "Apache-2.0",
     "tqdm": "MPL-2.0 AND MIT",

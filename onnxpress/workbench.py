@@ -134,6 +134,8 @@ def session_options(target: Target, graph: Graph) -> dict[str, Any]:
     options: dict[str, Any] = {"disabled_optimizers": [*target.disabled_optimizers, *fatal_optimizers(graph.model)]}
     if target.exact_products:
         options["exact_products"] = True
+    if target.half_floats and (holds_half(graph) or _is_quantized(graph)):
+        options["half_floats"] = True
     # A cache of int8 has kernels of its own, with another one for single tokens.
     if not target.flash_attention and any(
         spec.name.startswith(PAST) and spec.dtype == "float32" for spec in graph.signature.inputs

@@ -24,6 +24,7 @@ from onnxpress.optimizers.int8_dynamic import Int8Dynamic
 from onnxpress.optimizers.int8_prompts import Int8Prompts
 from onnxpress.optimizers.pack_attention import PackAttention
 from onnxpress.optimizers.pack_projections import PackProjections
+from onnxpress.optimizers.plain_attention import PlainAttention
 from onnxpress.optimizers.qdq import Fp8Qdq, Int8Qdq
 from onnxpress.optimizers.scale_queries import ScaleQueries
 from onnxpress.optimizers.select_early import SelectEarly
@@ -42,6 +43,7 @@ PASSES: Mapping[str, type[Pass]] = {
     "select-early": SelectEarly,
     "scale-queries": ScaleQueries,
     "pack-projections": PackProjections,
+    "plain-attention": PlainAttention,
     "cuda-attention": CudaAttention,
     "cuda-opset": CudaOpset,
     "pack-attention": PackAttention,

@@ -4,7 +4,7 @@
 
 Activations have one scale a tensor, measured on calibration inputs; weights are symmetric, with one scale an output channel.
 int8-qdq follows the target (targets.QdqForm): ONNX Runtime's CPU provider turns the pairs into QLinearConv, QLinearAdd and so on,
-TensorRT's parser takes symmetric int8 with biases in float. On the CPU embedding tables are 8-bit blocks, as with int8. fp8-qdq is the same in FP8 E4M3, for NVIDIA GPUs from Ada on.
+TensorRT's parser takes symmetric int8 with biases in float, OpenVINO compiles what layers read. On CPUs embedding tables are 8-bit blocks, as with int8. fp8-qdq is the same in FP8 E4M3, for NVIDIA GPUs from Ada on.
 ONNX operators QuantizeLinear and DequantizeLinear, opset 13 (per channel) and 19 (FP8).
 
 Not for ConvTranspose on the CPU, for which ONNX Runtime has no integer kernel.
@@ -48,7 +48,9 @@ _FP8: Literal["float8e4m3fn"] = "float8e4m3fn"
 _DTYPES = {"uint8": np.dtype(np.uint8), "int8": np.dtype(np.int8), _FP8: np.dtype(ml_dtypes.float8_e4m3fn)}
 _LARGEST_FP8 = 448.0
 _LARGEST_BIAS = 2**30  # of an int32 bias; the sums of products need room too
-_FP8_FORM = QdqForm(activations=_FP8, weights=_FP8, symmetric=True, weight_limit=448, integer_bias=False, chained=False)
+_FP8_FORM = QdqForm(
+    activations=_FP8, weights=_FP8, symmetric=True, weight_limit=448, integer_bias=False, chained=False, tables=False
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,7 @@ def _quantize(options: Int8Qdq, graph: Graph, context: PassContext, form: QdqFor
     tables: tuple[str, ...] = ()
     if form.chained:
         spell_for_integers(graph, context.keep)
+    if form.tables:
         tied, tables = quantize_embeddings(graph, bits=8, preferred_block=128, keep=context.keep)
         notes += (f"{tied.tables} embedding tables", *tied.notes) if tables else tied.notes
     plan = _plan(graph, context, form)

@@ -19,7 +19,8 @@ class QdqForm:
 
     activations, weights: dtypes. symmetric: activations have zero point 0. weight_limit: the largest weight, away from its zero
     point. integer_bias: biases of convolutions and Gemm are int32. chained: a kernel is an integer one only where its output is
-    quantized as well, so that what lies between layers is quantized too; else only what layers and residual sums read.
+    quantized as well, so that what lies between layers is quantized too; else only what layers and residual sums read. tables: embedding
+    tables are blocks of 8 bits (GatherBlockQuantized).
     """
 
     activations: Literal["uint8", "int8", "float8e4m3fn"]
@@ -28,6 +29,7 @@ class QdqForm:
     weight_limit: int
     integer_bias: bool
     chained: bool
+    tables: bool
 
 
 GENERATION = "text-generation"  # the task of language models, whose default precision is another one
@@ -44,7 +46,7 @@ class Target:
     disabled_optimizers: ONNX Runtime graph optimizers that lose time here, or answers. qdq: how int8-qdq writes integers. uniform_steps: language models are exported
     for a kernel that is not told how many new tokens each row of a step has. exact_products: the session keeps from kernels whose
     16-bit sums overflow, on CPUs that have no others for signed weights of 8 bits (Session). flash_attention: prompts of language models may take GroupQueryAttention's tiled
-    kernel.
+    kernel. half_floats: what is float in graphs of integers, and graphs of half precision, may be computed in half precision.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Target:
     uniform_steps: bool = False
     exact_products: bool = False
     flash_attention: bool = True
+    half_floats: bool = False
 
     def allowed_precisions(self, task: str) -> tuple[str, ...]:
         """What `--precision` may be for a task, the default first. Raises RecipeError where the task does not run here."""
@@ -64,8 +67,8 @@ class Target:
         allowed = self.generation if task == GENERATION else others
         if not allowed:
             raise RecipeError(
-                f"Target {self.name!r} takes no language models: their attention is ONNX Runtime's own operator, which TensorRT's "
-                "parser does not know. Build with --target cuda."
+                f"Target {self.name!r} takes no language models: their attention is ONNX Runtime's own operator, which it does not know. "
+                f"Build with --target {'cuda' if 'cuda' in self.providers else 'cpu'}."
             )
         return allowed
 
@@ -76,9 +79,17 @@ _DECODER = ("fuse-skip-norm", "fuse-rotary")
 
 _WEIGHT_ONLY = {"int8-weights": ("int8-weights",), "int4-weights": ("int4-weights",)}
 
-_X86 = QdqForm(activations="uint8", weights="int8", symmetric=False, weight_limit=127, integer_bias=True, chained=True)
+_X86 = QdqForm(
+    activations="uint8", weights="int8", symmetric=False, weight_limit=127, integer_bias=True, chained=True, tables=True
+)
 _NVIDIA = QdqForm(
-    activations="int8", weights="int8", symmetric=True, weight_limit=127, integer_bias=False, chained=False
+    activations="int8",
+    weights="int8",
+    symmetric=True,
+    weight_limit=127,
+    integer_bias=False,
+    chained=False,
+    tables=False,
 )
 # Of the CPU provider, on which graphs for NVIDIA's are tried where there is no GPU: one drops a Relu before FP8, one takes kernels whose
 # 16-bit sums overflow on CPUs without VNNI for signed weights of 8 bits, one rounds biases, and loses those that 32 bits do not hold.
@@ -194,6 +205,26 @@ TARGETS: Mapping[str, Target] = {
         # (tests/optimizers/test_tensorrt_rtx.py); its speed is not measured here.
         qdq=_NVIDIA,
         disabled_optimizers=_WRONG_FOR_NVIDIA,
+    ),
+    "openvino": Target(
+        name="openvino",
+        providers=("openvino",),
+        lossless=(*_CLEAN, "select-early", "plain-attention"),
+        # Attention as one operator is left to the CPU provider, which cuts the graph in two at each: MiniLM, Xeon with AMX, 2 threads, at
+        # (1,32)/(1,128)/(32,128), float32: 3.5/11.0/342 ms, and 1.9/8.6/190 in matrix products (both in bfloat16, as OpenVINO likes).
+        precisions={
+            "int8-qdq": ("int8-qdq",),
+            "bf16": ("bf16",),
+            "fp32": (),
+        },
+        generation=(),
+        # Xeon with AMX, 2 threads, batch 1/8, ms; likeness to float in brackets. Only what layers read, as here / chained, as for the CPU
+        # provider / symmetric int8, as for NVIDIA: PP-LCNet 1.9/6.4 (0.904), 5.8/25.4 (0.572), 1.6/6.0 (0.866); ResNet-50 4.7/26.1 (0.991),
+        # 4.7/26.4 (0.991), 4.6/24.2 (0.985); HGNetV2 8.8/43.5 (0.855), 6.0/29.6 (0.859), 9.1/46.7 (0.845); ConvNeXtV2 9.5/51.8 (0.9996),
+        # 10.3/56.7 (0.9995), 8.6/48.9 (0.907).
+        qdq=dataclasses.replace(_X86, integer_bias=False, chained=False),
+        half_floats=True,
+        disabled_optimizers=(),
     ),
 }
 

@@ -6,6 +6,7 @@ from onnxpress.runtime.fill_mask import FillMask
 from onnxpress.runtime.generator import Generation, Generator, Piece
 from onnxpress.runtime.loading import load
 from onnxpress.runtime.module_runner import ModuleRunner
+from onnxpress.runtime.openvino import OpenVINO
 from onnxpress.runtime.providers import CPU
 from onnxpress.runtime.question_answerer import QuestionAnswerer
 from onnxpress.runtime.session import Session
@@ -23,6 +24,7 @@ __all__ = [
     "Generator",
     "ModuleRunner",
     "NvTensorRtRtx",
+    "OpenVINO",
     "Piece",
     "QuestionAnswerer",
     "Session",

@@ -122,6 +122,7 @@ def open_session(
         disabled_optimizers=manifest.session.get("disabled_optimizers", ()),
         exact_products=manifest.session.get("exact_products", False),
         flash_attention=manifest.session.get("flash_attention", True),
+        half_floats=manifest.session.get("half_floats", False),
         cache_key=manifest.files[MODEL].sha256,
     )
 

@@ -19,9 +19,9 @@ from onnxpress.errors import ArtifactError, OnnxpressError, ProviderError
 from onnxpress.manifest import Signature
 from onnxpress.runtime.cuda import CAPTURES, CUDA
 from onnxpress.runtime.device import ON_CARD
-from onnxpress.runtime.providers import CPU, Provider, one_line, refusal, usable_cores
+from onnxpress.runtime.openvino import OpenVINO
+from onnxpress.runtime.providers import CPU, PLUGINS, Provider, one_line, refusal, usable_cores
 from onnxpress.runtime.saturation import products_saturate
-from onnxpress.runtime.tensorrt import NvTensorRtRtx
 
 _NO_CAPTURE = "graph capture"  # in what ONNX Runtime says of a session that cannot capture
 # What may run on the CPU for a session on a card: arithmetic with shapes and positions, which ONNX Runtime puts there itself.
@@ -48,18 +48,19 @@ class Opening:
     flash_attention: bool
     prepacking: bool
     as_written: bool
+    half_floats: bool
     cache_key: str | None
 
     @property
     def threads(self) -> int:
         """Cores that a session works on."""
-        cpu = next((provider for provider in self.providers if isinstance(provider, CPU)), CPU())
-        return cpu.threads or usable_cores()
+        given = (provider.threads for provider in self.providers if isinstance(provider, CPU | OpenVINO))
+        return next(filter(None, given), None) or usable_cores()
 
-    def open(self, *, threads: int | None = None, record_placement: bool = False) -> tuple[Any, bool]:
+    def open(self, *, one_thread: bool = False, record_placement: bool = False) -> tuple[Any, bool]:
         """ONNX Runtime's session, and whether its runs can be captured as CUDA graphs.
 
-        threads: other than `threads`. record_placement: for `placement`, below. Raises ArtifactError, ProviderError.
+        one_thread: whether a run has the thread that asks, or one beside it, and no other. record_placement: for `placement`, below. Raises ArtifactError, ProviderError.
         """
         import onnxruntime
 
@@ -67,11 +68,13 @@ class Opening:
             onnxruntime.set_default_logger_severity(3)  # it warns of plugin providers that nobody asked for
         if self.content is None and not self.path.is_file():
             raise ArtifactError(f"The model {self.path} does not exist.")
-        options = self._options(threads or self.threads, record_placement=record_placement)
+        options = self._options(1 if one_thread else self.threads, record_placement=record_placement)
         providers = self._provider_options()
         for provider in self.providers:
-            if isinstance(provider, NvTensorRtRtx):  # a plugin is given as a device; CPU comes behind it by itself
-                options.add_provider_for_devices(provider.devices(), {})
+            if isinstance(provider, PLUGINS):
+                streams = self.threads if one_thread else 1
+                told = provider.plugin_options(self.threads, half_floats=self.half_floats, streams=streams)
+                options.add_provider_for_devices(provider.devices(), told)
                 providers = {}
         files = {} if self.content is None else dict(self.content())
 

@@ -15,6 +15,7 @@ from typing import ClassVar
 from onnxpress.errors import ProviderError
 from onnxpress.manifest import Signature
 from onnxpress.runtime.cuda import CUDA
+from onnxpress.runtime.openvino import OpenVINO
 from onnxpress.runtime.tensorrt import NvTensorRtRtx, TensorRT
 from onnxpress.runtime.wheel import check_wheel
 
@@ -42,8 +43,9 @@ class CPU:
         """Nothing that could be missing."""
 
 
-Provider = CPU | CUDA | TensorRT | NvTensorRtRtx
-PROVIDERS: Mapping[str, type[Provider]] = {kind.name: kind for kind in (CPU, CUDA, TensorRT, NvTensorRtRtx)}
+Provider = CPU | CUDA | TensorRT | NvTensorRtRtx | OpenVINO
+PROVIDERS: Mapping[str, type[Provider]] = {kind.name: kind for kind in (CPU, CUDA, TensorRT, NvTensorRtRtx, OpenVINO)}
+PLUGINS = (NvTensorRtRtx, OpenVINO)  # given to a session as a device; CPU comes behind by itself
 
 
 def make_providers(given: str | Provider | Sequence[str | Provider]) -> tuple[Provider, ...]:
@@ -65,9 +67,10 @@ def make_providers(given: str | Provider | Sequence[str | Provider]) -> tuple[Pr
     names = [provider.name for provider in made]
     if not names or len(set(names)) != len(names):
         raise ProviderError(f"Providers {names} were asked for; give at least one, and each once.")
-    if "tensorrt-rtx" in names and {"cuda", "tensorrt"} & set(names):
+    plugins = [provider.name for provider in made if isinstance(provider, PLUGINS)]
+    if plugins and names not in (plugins[:1], [plugins[0], CPU.name]):
         raise ProviderError(
-            f"Providers {names} were asked for; ONNX Runtime takes the plugin tensorrt-rtx alone or with cpu behind it."
+            f"Providers {names} were asked for; ONNX Runtime takes the plugin {plugins[0]} alone or with cpu behind it."
         )
     return tuple(made)
 

@@ -17,6 +17,7 @@ from onnxpress.runtime.cuda import CUDA
 from onnxpress.runtime.device import ON_CARD, DeviceMemory, HostMemory, device_memory
 from onnxpress.runtime.feeds import check_feeds, declared_signature
 from onnxpress.runtime.opening import Opening, left_on_cpu, placement
+from onnxpress.runtime.openvino import OpenVINO
 from onnxpress.runtime.providers import CPU, Provider, check_provider, make_providers, one_line, refusal
 from onnxpress.runtime.replay import (
     MOST_GRAPHS,
@@ -46,6 +47,7 @@ class Session:
     CPUs keep from faster kernels for signed weights of 8 bits, whose 16-bit sums overflow. flash_attention: whether the CPU provider's
     GroupQueryAttention may take its tiled kernel for prompts. prepacking: whether weights are copied into the form that is fastest to
     multiply; 4-bit weights are slow without. as_written: nodes run in the file's order, and none is computed ahead, fused or replaced.
+    half_floats: whether OpenVINO may compute floats in half precision, where the processor has it.
     cache_key: identifies the model in engine caches; None takes its SHA-256 when it is needed.
 
     `run` may be called from several threads at once.
@@ -66,6 +68,7 @@ class Session:
         flash_attention: bool = True,
         prepacking: bool = True,
         as_written: bool = False,
+        half_floats: bool = False,
         cache_key: str | None = None,
     ) -> None:
         check_wheel()
@@ -88,6 +91,7 @@ class Session:
             flash_attention=flash_attention,
             prepacking=prepacking,
             as_written=as_written,
+            half_floats=half_floats,
             cache_key=cache_key,
         )
         self._session, captures = self._opening.open()
@@ -122,8 +126,11 @@ class Session:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether everything runs on the CPU provider."""
-        return self.providers == ("cpu",)
+        """Whether everything runs on this machine's CPU."""
+        on_cpu = (
+            isinstance(one, CPU) or (isinstance(one, OpenVINO) and one.device == "CPU") for one in self._providers
+        )
+        return all(on_cpu)
 
     @property
     def threads(self) -> int:
@@ -192,7 +199,7 @@ class Session:
         self.check(feeds)
         with self._one_thread_lock:
             if self._one_thread is None:
-                self._one_thread, _ = self._opening.open(threads=1)
+                self._one_thread, _ = self._opening.open(one_thread=True)
         return self._run(self._one_thread, feeds, run_options(NO_GRAPH) if self.captures else None)
 
     def check(self, feeds: Arrays) -> None:

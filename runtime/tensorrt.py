@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from onnxpress.errors import InputError, ProviderError
 from onnxpress.manifest import Signature
 from onnxpress.runtime.cuda import check_device_id, check_number
 from onnxpress.runtime.nvidia import check_card, check_loads, gpu_name, tensorrt_version
+from onnxpress.runtime.plugin import plugin_devices
 from onnxpress.runtime.wheel import onnxruntime_version, provider_library, version_of
 
 _RTX_PACKAGE = "onnxruntime-ep-nv-tensorrt-rtx"
@@ -204,6 +204,10 @@ class NvTensorRtRtx:
         """Options as ONNX Runtime takes them; shapes are dynamic without profiles."""
         return {}
 
+    def plugin_options(self, threads: int, *, half_floats: bool, streams: int = 1) -> dict[str, str]:
+        """Options as ONNX Runtime takes them with `devices`: none."""
+        return {}
+
     def check(self) -> None:
         """Look for the provider's package and its card. Raises ProviderError naming what is missing."""
         if all(version_of(f"{_RTX_PACKAGE}{cuda}") is None for cuda in ("", "-cu13", "-cu12")):
@@ -216,21 +220,7 @@ class NvTensorRtRtx:
 
     def devices(self) -> list[Any]:
         """The card as ONNX Runtime's sessions take it from a plugin provider. Raises ProviderError."""
-        import onnxruntime
-
-        def found() -> list[Any]:
-            return [device for device in onnxruntime.get_ep_devices() if device.ep_name == self.registered_as]
-
-        if not found():
-            try:
-                library = importlib.import_module(_RTX_PACKAGE.replace("-", "_")).get_library_path()
-                onnxruntime.register_execution_provider_library(self.registered_as, library)
-            except Exception as error:  # ONNX Runtime's errors have no common base but Exception
-                raise ProviderError(
-                    f"The provider tensorrt-rtx was asked for and does not load: {' '.join(str(error).split())[:300]}. "
-                    f"pip install --force-reinstall {_RTX_PACKAGE}, or ask for cuda or cpu."
-                ) from error
-        cards = found()
+        cards = plugin_devices(self.name, self.registered_as, _RTX_PACKAGE)
         if self.device_id >= len(cards):
             raise ProviderError(
                 f"The provider tensorrt-rtx was asked for with device_id {self.device_id}; it takes {len(cards)} of this "

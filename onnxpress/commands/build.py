@@ -22,7 +22,8 @@ def add_build(commands: Any) -> None:
     parser.add_argument("source", help="recipe.toml, model folder, hub id, package.module:factory, or FILE.onnx")
     parser.add_argument("--task", help="e.g. feature-extraction, text-classification; found out where possible")
     parser.add_argument(
-        "--target", help="cpu, cpu-avx2 (x86 without VNNI), cpu-arm64, cuda, tensorrt (default: this machine's CPU)"
+        "--target",
+        help="cpu, cpu-avx2 (x86 without VNNI), cpu-arm64, openvino (Intel), cuda, tensorrt (default: this machine's CPU)",
     )
     parser.add_argument(
         "--precision",

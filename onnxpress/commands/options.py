@@ -24,7 +24,7 @@ def add_providers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--provider",
         action="append",
-        help="cpu, cuda, tensorrt, tensorrt-rtx (default: what the artifact was built for); repeatable, in order",
+        help="cpu, openvino, cuda, tensorrt, tensorrt-rtx (default: what the artifact was built for); repeatable, in order",
     )
     parser.add_argument("--allow-fallback", action="store_true", help="take what loads, and say what it was")
 
