@@ -166,6 +166,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help="sentence-transformers folder")
     parser.add_argument("--artifact", type=Path, required=True, help="onnxpress artifact, int8")
     parser.add_argument("--artifact-fp32", type=Path, help="onnxpress artifact, fp32")
+    parser.add_argument(
+        "--artifact-openvino", type=Path, nargs="+", default=[], help="onnxpress artifacts for the target openvino"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="systems whose names contain one of these")
     parser.add_argument("--cache", type=Path, default=ROOT / ".bench-cache", help="where peers keep their exports")
@@ -179,7 +182,11 @@ def ours(arguments: argparse.Namespace) -> list[System]:
         systems.append(
             System(name="onnxpress fp32", environment=None, peer="ours:fp32", artifact=arguments.artifact_fp32)
         )
-    return [*systems, System(name="onnxpress int8", environment=None, peer="ours:int8", artifact=arguments.artifact)]
+    systems.append(System(name="onnxpress int8", environment=None, peer="ours:int8", artifact=arguments.artifact))
+    for number, artifact in enumerate(arguments.artifact_openvino):
+        name = f"onnxpress for openvino, {artifact.name}"
+        systems.append(System(name=name, environment=None, peer=f"ours:openvino-{number}", artifact=artifact))
+    return systems
 
 
 def chosen(systems: list[System], only: list[str] | None) -> list[System]:

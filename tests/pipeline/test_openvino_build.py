@@ -60,7 +60,8 @@ def test_a_classifier_answers_like_pytorch(precision: str, half: bool, classifie
     tokenizer = tf.AutoTokenizer.from_pretrained(classifier)
     with torch.no_grad():
         expected = original(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits.softmax(-1).numpy()
-    found = np.array([[row[f"LABEL_{index}"] for index in range(3)] for row in runner.predict(TEXTS)])  # type: ignore[union-attr]
+    labels = [original.config.id2label[index] for index in range(3)]
+    found = np.array([[row["scores"][label] for label in labels] for row in runner.predict(TEXTS)])  # type: ignore[union-attr]
     np.testing.assert_allclose(found, expected, atol=1e-5 if precision == "fp32" else 0.02)
 
 
