@@ -62,7 +62,8 @@ def test_a_classifier_answers_like_pytorch(precision: str, half: bool, classifie
         expected = original(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits.softmax(-1).numpy()
     labels = [original.config.id2label[index] for index in range(3)]
     found = np.array([[row["scores"][label] for label in labels] for row in runner.predict(TEXTS)])  # type: ignore[union-attr]
-    np.testing.assert_allclose(found, expected, atol=1e-5 if precision == "fp32" else 0.02)
+    tolerance = {"fp32": 1e-5, "bf16": 0.02, "int8-qdq": 0.1}[precision]  # 8 bits of a model of width 32
+    np.testing.assert_allclose(found, expected, atol=tolerance)
 
 
 @needs_openvino
