@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from loadable import loads
 from tiny_artifacts import HERE
 from tiny_decoders import save_decoder
 from tiny_models import load_text_model, save_model
@@ -21,22 +22,13 @@ from onnxpress.cli import main
 from onnxpress.devices import check_fit
 from onnxpress.errors import ProviderError, RecipeError
 from onnxpress.runtime import openvino
-from onnxpress.runtime.providers import check_provider
 from onnxpress.runtime.saturation import products_saturate
 
 QUICK = {"measure": False, "samples": 24, "calibration_samples": 16}
 TEXTS = ["the cat sat on a mat", "a red dog ran to the blue house", "the"]
 
 
-def loads() -> bool:
-    try:
-        check_provider("openvino")
-    except ProviderError:
-        return False
-    return True
-
-
-needs_openvino = pytest.mark.skipif(not loads(), reason="the package onnxruntime-ep-openvino is not here")
+needs_openvino = pytest.mark.skipif(not loads("openvino"), reason="the package onnxruntime-ep-openvino is not here")
 exact = pytest.mark.skipif(
     products_saturate(), reason="int8 for OpenVINO was not tried on CPUs whose products overflow"
 )

@@ -11,25 +11,18 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from loadable import loads
 from small_graphs import small_graph
 from tiny_artifacts import save_artifact, save_embedder
 
 from onnxpress.errors import InputError, ProviderError
 from onnxpress.runtime import CPU, OpenVINO, Session, load, openvino
-from onnxpress.runtime.providers import check_provider, make_providers
+from onnxpress.runtime.providers import make_providers
 
 ATTENTION = "y = Attention<q_num_heads=4, kv_num_heads=4>(x, x, x)"
 
 
-def loads() -> bool:
-    try:
-        check_provider("openvino")
-    except ProviderError:
-        return False
-    return True
-
-
-needs_openvino = pytest.mark.skipif(not loads(), reason="the package onnxruntime-ep-openvino is not here")
+needs_openvino = pytest.mark.skipif(not loads("openvino"), reason="the package onnxruntime-ep-openvino is not here")
 
 
 def numbers(*shape: int) -> np.ndarray:
@@ -39,7 +32,7 @@ def numbers(*shape: int) -> np.ndarray:
 @pytest.mark.skipif(sys.platform != "linux", reason="the extra dev has no package for this system")
 def test_the_development_packages_have_it() -> None:
     """So that the tests below are skipped nowhere else without a word."""
-    assert loads() or platform.machine() != "x86_64"
+    assert loads("openvino") or platform.machine() != "x86_64"
 
 
 def test_the_package_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from loadable import loads
 from tiny_artifacts import SIGNATURE, save_embedder
 
 from onnxpress.errors import InputError, ProviderError
@@ -50,14 +51,6 @@ def test_the_cpu_wheel_says_that_it_has_no_gpu_provider(name: str, tmp_path: Pat
     path = save_embedder(tmp_path / "model.onnx")
     with pytest.raises(ProviderError, match=rf"{name} .* not in the installed wheel .*onnxpress\[gpu\]"):
         Session(path, providers=[name])
-
-
-def loads(name: str) -> bool:
-    try:
-        check_provider(name)
-    except ProviderError:
-        return False
-    return True
 
 
 @pytest.mark.skipif(loads("cuda"), reason="this machine has a card that loads, so nothing falls back")
