@@ -6,6 +6,7 @@ in gate, what a model is tried on in workload.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import os
@@ -44,6 +45,7 @@ from onnxpress.machine import OtherProcesses, PeakMemory, describe, free_memory_
 from onnxpress.manifest import Json, Manifest, Runnable
 from onnxpress.module_workload import ModuleWorkload
 from onnxpress.optimizers import make_pass
+from onnxpress.optimizers.openvino_forms import respell
 from onnxpress.optimizers.processes import check_alone
 from onnxpress.optimizers.stand_in import computes_in_half, holds_half
 from onnxpress.optimizers.targets import Target
@@ -433,11 +435,19 @@ def _rounds_all_weights(recipe: Recipe) -> bool:
 
 
 def _export(recipe: Recipe, found: Found | None, instead: torch.nn.Module | None = None) -> Exported:
-    model = recipe.model
+    model, facts = recipe.model, find_target(recipe.build.target)
     if found is None:
         samples = recipe.quality.file or recipe.quality.calibration
-        return open_onnx(Path(model.source), task=model.task, samples=None if samples is None else Path(samples))
-    facts = find_target(recipe.build.target)
+        exported = open_onnx(Path(model.source), task=model.task, samples=None if samples is None else Path(samples))
+    else:
+        exported = _export_module(found, recipe, facts, instead)
+    if "openvino" in facts.providers:  # before anything runs on it
+        return dataclasses.replace(exported, notes=(*exported.notes, *respell(exported.graph)))
+    return exported
+
+
+def _export_module(found: Found, recipe: Recipe, facts: Target, instead: torch.nn.Module | None) -> Exported:
+    model = recipe.model
     return export(
         found,
         max_length=model.max_length,

@@ -36,9 +36,10 @@ from onnxpress.optimizers.linear import (
     unused_name,
 )
 from onnxpress.optimizers.matching import constant, insert, only_user
+from onnxpress.optimizers.openvino_forms import misread
 from onnxpress.optimizers.opset import raise_opset
 from onnxpress.optimizers.qdq_forms import spell_for_integers
-from onnxpress.optimizers.qdq_plan import Layer, Plan, name_of, plan_chained, plan_inputs
+from onnxpress.optimizers.qdq_plan import Layer, Plan, layers, name_of, plan_chained, plan_inputs
 from onnxpress.optimizers.rounding import Float, activation_uint8
 from onnxpress.optimizers.smooth import check_smooth, smooth_norms
 from onnxpress.optimizers.targets import QdqForm
@@ -108,6 +109,8 @@ def _quantize(options: Int8Qdq, graph: Graph, context: PassContext, form: QdqFor
         tied, tables = quantize_embeddings(graph, bits=8, preferred_block=128, keep=context.keep)
         notes += (f"{tied.tables} embedding tables", *tied.notes) if tables else tied.notes
     plan = _plan(graph, context, form)
+    if form.wary:
+        notes += _misread(graph, context)
     if not plan.layers:
         drop_unused_constants(graph)
         notes += (
@@ -138,7 +141,17 @@ def _quantize(options: Int8Qdq, graph: Graph, context: PassContext, form: QdqFor
 
 
 def _plan(graph: Graph, context: PassContext, form: QdqForm) -> Plan:
-    return (plan_chained if form.chained else plan_inputs)(graph, context.keep | routers(graph))
+    keep = context.keep | routers(graph)
+    return plan_chained(graph, keep) if form.chained else plan_inputs(graph, keep, wary=form.wary)
+
+
+def _misread(graph: Graph, context: PassContext) -> tuple[str, ...]:
+    """What stays in float because of how OpenVINO would read it, for the ledger."""
+    reasons = {
+        layer.name: misread(layer.x, layer.node) for layer in layers(graph, context.keep, transposed_convolutions=True)
+    }
+    found = [f"{name} ({reason})" for name, reason in reasons.items() if reason]
+    return (f"{len(found)} layers stay in float, which OpenVINO would misread: {', '.join(found)}",) if found else ()
 
 
 def _outputs(copy: Graph, plan: Plan) -> dict[ir.Node, ir.Value]:

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from onnxpress.graph import Graph
 from onnxpress.optimizers.linear import attribute, linears
 from onnxpress.optimizers.matching import constant, only_user
+from onnxpress.optimizers.openvino_forms import misread
 
 # Operators with an integer kernel of their own, whose output has a range of its own. HardSwish becomes a Mul (qdq.py). HardSigmoid has none and
 # stays between two pairs: it is the gate of a product over an image (squeeze and excitation), whose kernel wants both factors as integers.
@@ -138,9 +139,11 @@ def plan_chained(graph: Graph, keep: Collection[str]) -> Plan:
     )
 
 
-def plan_inputs(graph: Graph, keep: Collection[str]) -> Plan:
-    """For NVIDIA's TensorRT: what layers read, and of a sum behind a convolution the other summand, which is fused with it."""
+def plan_inputs(graph: Graph, keep: Collection[str], *, wary: bool) -> Plan:
+    """For compilers: what layers read, and of a sum behind a convolution the other summand, which is fused with it. wary: QdqForm."""
     chosen = layers(graph, keep, transposed_convolutions=True)
+    if wary:
+        chosen = tuple(layer for layer in chosen if not misread(layer.x, layer.node))
     convolutions = {layer.output for layer in chosen if layer.node.op_type == "Conv"}
     readers = {(layer.node, 0) for layer in chosen}
     owners = {layer.x: layer.x for layer in chosen}
@@ -150,7 +153,9 @@ def plan_inputs(graph: Graph, keep: Collection[str]) -> Plan:
             continue
         for one, other in ((0, 1), (1, 0)):
             convolved, residual = node.inputs[one], node.inputs[other]
-            if convolved in convolutions and residual is not None and _is_computed(residual):
+            if convolved not in convolutions or residual is None or not _is_computed(residual):
+                continue
+            if not (wary and misread(residual)):
                 readers.add((node, other))
                 owners[residual] = residual
                 sums.append(node)

@@ -20,7 +20,7 @@ class QdqForm:
     activations, weights: dtypes. symmetric: activations have zero point 0. weight_limit: the largest weight, away from its zero
     point. integer_bias: biases of convolutions and Gemm are int32. chained: a kernel is an integer one only where its output is
     quantized as well, so that what lies between layers is quantized too; else only what layers and residual sums read. tables: embedding
-    tables are blocks of 8 bits (GatherBlockQuantized).
+    tables are blocks of 8 bits (GatherBlockQuantized). wary: layers that OpenVINO would misread stay in float (openvino_forms.py).
     """
 
     activations: Literal["uint8", "int8", "float8e4m3fn"]
@@ -30,6 +30,7 @@ class QdqForm:
     integer_bias: bool
     chained: bool
     tables: bool
+    wary: bool = False
 
 
 GENERATION = "text-generation"  # the task of language models, whose default precision is another one
@@ -222,7 +223,7 @@ TARGETS: Mapping[str, Target] = {
         # provider / symmetric int8, as for NVIDIA: PP-LCNet 1.9/6.4 (0.904), 5.8/25.4 (0.572), 1.6/6.0 (0.866); ResNet-50 4.7/26.1 (0.991),
         # 4.7/26.4 (0.991), 4.6/24.2 (0.985); HGNetV2 8.8/43.5 (0.855), 6.0/29.6 (0.859), 9.1/46.7 (0.845); ConvNeXtV2 9.5/51.8 (0.9996),
         # 10.3/56.7 (0.9995), 8.6/48.9 (0.907).
-        qdq=dataclasses.replace(_X86, integer_bias=False, chained=False),
+        qdq=dataclasses.replace(_X86, integer_bias=False, chained=False, wary=True),
         half_floats=True,
         disabled_optimizers=(),
     ),

@@ -1,0 +1,282 @@
+"""Spells what OpenVINO misreads as it reads it right, and says which layers it would misread on integers.
+
+    ReduceMean(x), without the axes that it took   →   Squeeze(ReduceMean(x)), over an x of four axes or more; other reductions, too
+    Gather(x), of one place on an axis             →   Squeeze(Slice(x))
+    AveragePool(x), that counts its padding        →   AveragePool(Pad(x))
+    Conv(x, w)                                     →   Conv(x, w, b), with a b that is next to nothing
+
+OpenVINO 2026.4 on a CPU, onnxruntime-ep-openvino 1.8.1, answers by other numbers, and says nothing, where
+
+- the mean over the last of three axes is added to, or multiplied by, numbers of each channel (in float32 too; a batch of one is right)
+- a mean that counts its padding is taken of what was multiplied or added to by numbers of each channel, if anything in the graph is quantized
+- one place on an axis is taken of what a matrix product of integers gives
+- what a convolution of integers without a bias gives is read quantized and in float
+- what a layer of integers reads was multiplied by negative numbers of each channel, or is a maximum; and others (`misread`)
+
+Found by random graphs beside the CPU provider without its optimizers; tests/optimizers/test_openvino_forms.py has one of each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxpress.errors import ConversionError
+from onnxpress.graph import Graph
+from onnxpress.optimizers.fuse_convolutions import normalization
+from onnxpress.optimizers.linear import add_constant, attribute, replace_value
+from onnxpress.optimizers.matching import body_nodes, constant, insert, rank
+from onnxpress.optimizers.opset import raise_opset
+
+_REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum",
+               "ReduceLogSumExp", "ReduceSumSquare")  # fmt: skip
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_AXES = 4
+_NOTHING = 1e-12  # OpenVINO drops a bias of zeros
+_OPSET = 13  # the first whose Squeeze has its axes as an input
+
+_SUMS = ("ReduceMean", "ReduceSum")
+_EXTREMES = frozenset({"GlobalMaxPool", *_REDUCTIONS}) - frozenset(_SUMS)
+# Operators over which factors are carried.
+_CARRYING = frozenset({
+    "AveragePool", "Clip", "Concat", "DepthToSpace", "Dropout", "Expand", "Flatten", "Gather", "GlobalAveragePool", "Identity",
+    "LeakyRelu", "MaxPool", "Pad", "Relu", "Reshape", "Resize", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze", *_SUMS,
+})  # fmt: skip
+_REARRANGING = frozenset({"Flatten", "Gather", "Reshape", "Squeeze", "Unsqueeze"})
+_SUM, _NARROW_MEAN = "a sum", "a mean over fewer than four axes"
+_POSITIVE = frozenset({"Relu", "Sigmoid", "HardSigmoid", "Softmax"})
+_SMALL_GROUP, _LARGE_GROUP = 16, 32  # channels
+_CARRIED_WRONGLY = frozenset({"Gather", _NARROW_MEAN})
+
+
+def respell(graph: Graph) -> tuple[str, ...]:
+    """Change a graph; says what was done. Answers stay the same to 1e-12."""
+    try:
+        if body_nodes(graph, *_REDUCTIONS, "Gather", "AveragePool"):
+            raise_opset(graph, _OPSET)
+    except ConversionError as error:
+        return (f"reductions and others stay as they are, and OpenVINO may misread them: {error}",)
+    done = {
+        "reductions": sum(_keep_axes(graph, node) for node in body_nodes(graph, *_REDUCTIONS)),
+        "places taken": sum(_slice(graph, node) for node in body_nodes(graph, "Gather")),
+        "padded means": sum(_pad_before(graph, node) for node in body_nodes(graph, "AveragePool")),
+        "convolutions without a bias": sum(
+            _give_bias(graph, node) for node in body_nodes(graph, "Conv", "ConvTranspose")
+        ),
+    }
+    found = ", ".join(f"{count} {what}" for what, count in done.items() if count)
+    return (f"spelled as OpenVINO reads them right: {found}",) if found else ()
+
+
+def _axes(node: ir.Node) -> list[int]:
+    """Over which axes, counted from the first, a reduction of floats goes that has to be spelled anew; else none."""
+    x = node.inputs[0]
+    count = rank(x)
+    axes = attribute(node, "axes", None)  # an attribute before opset 18, of ReduceSum before 13
+    if axes is None and len(node.inputs) > 1:
+        array = constant(node.inputs[1])
+        axes = None if array is None else array.reshape(-1).tolist()
+    if axes is None or count is None or x is None or x.dtype not in _FLOATS or attribute(node, "keepdims", 1):
+        return []
+    return sorted(int(axis) % count for axis in axes)
+
+
+def _keep_axes(graph: Graph, node: ir.Node) -> bool:
+    axes, x, output = _axes(node), node.inputs[0], node.outputs[0]
+    if not axes:
+        return False
+    assert x is not None
+    assert x.shape is not None
+    name = node.name or str(output.name)
+
+    def numbers(what: str, *of: int) -> ir.Value:
+        return add_constant(graph, f"{name}_{what}", np.array(of, np.int64))
+
+    new = list(
+        range(1, 1 + _AXES - len(x.shape))
+    )  # behind the batch: OpenVINO fails over one behind quantized channels
+    sizes: list[int | str | None] = [size if isinstance(size, int) else size.value for size in x.shape]
+    shape = [*sizes[:1], *[1] * len(new), *sizes[1:]]
+    axes = [axis + len(new) if axis else axis for axis in axes]
+    if new:
+        x = insert(node, "Unsqueeze", [x, numbers("new", *new)], name=f"{name}_wide", dtype=x.dtype, shape=shape)
+    shape = [1 if axis in axes else size for axis, size in enumerate(shape)]
+    attributes = {"axes": axes} if "axes" in node.attributes else {}
+    kept = insert(
+        node,
+        node.op_type,
+        [x] if attributes else [x, numbers("axes", *axes)],
+        {**attributes, "keepdims": 1},
+        name=f"{name}_kept",
+        dtype=output.dtype,
+        shape=shape,
+    )
+    squeezed = insert(
+        node,
+        "Squeeze",
+        [kept, numbers("gone", *sorted([*axes, *new]))],
+        name=f"{name}_squeezed",
+        dtype=output.dtype,
+        shape=output.shape,
+    )
+    replace_value(graph, output, squeezed)
+    graph.model.graph.remove(node, safe=True)
+    return True
+
+
+def _slice(graph: Graph, node: ir.Node) -> bool:
+    """Where the place is fixed."""
+    x, output, index = node.inputs[0], node.outputs[0], constant(node.inputs[1])
+    if x is None or x.dtype not in _FLOATS or constant(x) is not None or index is None or index.ndim:
+        return False
+    name, place, axis = node.name or str(output.name), int(index), attribute(node, "axis", 0)
+    end = place + 1 or np.iinfo(np.int64).max  # -1 is the last
+    bounds = [
+        add_constant(graph, f"{name}_{what}", np.array([number], np.int64))
+        for what, number in (("start", place), ("end", end), ("axis", axis))
+    ]
+    sliced = insert(node, "Slice", [x, *bounds], name=f"{name}_sliced", dtype=x.dtype)
+    if x.shape is not None:
+        sliced.shape = ir.Shape([1 if at == axis % len(x.shape) else size for at, size in enumerate(x.shape)])
+    squeezed = insert(
+        node, "Squeeze", [sliced, bounds[2]], name=f"{name}_squeezed", dtype=output.dtype, shape=output.shape
+    )
+    replace_value(graph, output, squeezed)
+    graph.model.graph.remove(node, safe=True)
+    return True
+
+
+def _pad_before(graph: Graph, node: ir.Node) -> bool:
+    x, around = node.inputs[0], list(attribute(node, "pads", []))
+    if x is None or x.dtype not in _FLOATS or not any(around) or not attribute(node, "count_include_pad", 0):
+        return False
+    if attribute(node, "ceil_mode", 0):  # which windows then hang over the end is said of the padding
+        return False
+    half = len(around) // 2
+    name = node.name or str(node.outputs[0].name)
+    amounts = np.array([0, 0, *around[:half], 0, 0, *around[half:]], np.int64)
+    inputs = [
+        x,
+        add_constant(graph, f"{name}_around", amounts),
+        add_constant(graph, f"{name}_nothing", np.array(_NOTHING, x.dtype.numpy())),
+    ]
+    padded = insert(node, "Pad", inputs, name=f"{name}_pad", dtype=x.dtype)
+    if x.shape is not None:
+        more = amounts.reshape(2, -1).sum(0).tolist()
+        padded.shape = ir.Shape(
+            [size + by if isinstance(size, int) else None for size, by in zip(x.shape, more, strict=True)]
+        )
+        padded.shape[0] = x.shape[0]
+    node.replace_input_with(0, padded)
+    node.attributes.pop("pads")
+    node.attributes.pop("count_include_pad")
+    return True
+
+
+def _give_bias(graph: Graph, node: ir.Node) -> bool:
+    weight = constant(node.inputs[1])
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if weight is None or weight.dtype != np.float32 or node.outputs[0].dtype != ir.DataType.FLOAT:
+        return False
+    if bias is not None and ((array := constant(bias)) is None or array.any()):
+        return False
+    channels = weight.shape[0] if node.op_type == "Conv" else weight.shape[1] * attribute(node, "group", 1)
+    node.resize_inputs(3)
+    node.replace_input_with(
+        2, add_constant(graph, f"{node.name or node.outputs[0].name}_bias", np.full(channels, _NOTHING, np.float32))
+    )
+    return True
+
+
+def misread(value: ir.Value, layer: ir.Node | None = None) -> str:
+    """Why OpenVINO would misread a value that is quantized, or what a layer of integers makes of it; or nothing.
+
+    It carries factors, and what is added behind them, over other operators to what quantizes behind those. Tried operator by operator
+    with a convolution or matrix product behind; a norm of the last of three axes and what comes after it are read right.
+    """
+    return ("" if layer is None else _misread_layer(value, layer)) or _misread_value(value)
+
+
+def _misread_layer(x: ir.Value, node: ir.Node) -> str:
+    weight = node.inputs[1]
+    if node.op_type not in ("Conv", "ConvTranspose") or weight is None or weight.shape is None:
+        return ""
+    channels, others, *_ = weight.shape.numpy()  # of a Conv: out, in of a group; of a ConvTranspose: in, out
+    if node.op_type == "ConvTranspose":
+        return "ConvTranspose of channels that are no multiple of 4" if channels % 4 else ""
+    groups = attribute(node, "group", 1)
+    small = max(channels // groups, others) <= _SMALL_GROUP or others >= _LARGE_GROUP
+    if groups > 1 and not small and any(attribute(node, "pads", [])) and not _is_positive(x):
+        return "Conv of padded groups that reads negative numbers"
+    return ""
+
+
+def _is_positive(value: ir.Value | None) -> bool:
+    """Whether nothing in a value is below zero, so that zero is its smallest code."""
+    node = None if value is None else value.producer()
+    if node is None:
+        return False
+    if node.op_type == "Clip":
+        low = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        return low is not None and bool((low >= 0).all())
+    if node.op_type == "Concat":
+        return all(map(_is_positive, node.inputs))
+    return node.op_type in _POSITIVE or (node.op_type in _CARRYING - {"Pad"} and _is_positive(node.inputs[0]))
+
+
+def _misread_value(value: ir.Value) -> str:
+    waiting: list[tuple[ir.Value, frozenset[str]]] = [(value, frozenset())]  # …, and what is between it and the layer
+    seen = set()
+    while waiting:
+        value, between = waiting.pop()
+        node = value.producer()
+        if node is None or node.domain != "" or (value, between) in seen:
+            continue
+        seen.add((value, between))
+        factor, adds = _factor(node), _adds(node)
+        if node.op_type in _EXTREMES:
+            return node.op_type
+        if node.op_type == "Concat" and rank(node.outputs[0]) == 3:
+            return "Concat of three axes"  # it fails to compile
+        exposed = not (adds or _SUM in between) or between & _REARRANGING
+        if factor is not None and exposed and (factor < 0).any() and not _is_of_last_axis(node, factor):
+            return f"{node.op_type} by negative numbers"
+        if (factor is not None or adds) and (carried := between & _CARRIED_WRONGLY):
+            return f"{node.op_type} before {min(carried)}"
+        if factor is None and not adds and node.op_type not in _CARRYING:
+            continue
+        between |= {_SUM if adds else node.op_type}
+        if node.op_type in _SUMS and (rank(node.inputs[0]) or 0) < _AXES:
+            between |= {_NARROW_MEAN}
+        sources = node.inputs if node.op_type in ("Concat", "Mul", "Add", "Sub") else node.inputs[:1]
+        waiting += [(source, between) for source in sources if source is not None]
+    return ""
+
+
+def _factor(node: ir.Node) -> npt.NDArray[Any] | None:
+    """What a node multiplies its input by, where that is fixed."""
+    if node.op_type == "Neg":
+        return np.array(-1.0)
+    if node.op_type == "BatchNormalization":
+        found = normalization(node)
+        return None if found is None else found[0]
+    places = {"Mul": node.inputs, "Div": node.inputs[1:]}.get(node.op_type, ())
+    return next((array for value in places if (array := constant(value)) is not None), None)
+
+
+def _adds(node: ir.Node) -> bool:
+    if node.op_type == "BatchNormalization":
+        return normalization(node) is not None
+    return node.op_type in ("Add", "Sub") and any(constant(value) is not None for value in node.inputs)
+
+
+def _is_of_last_axis(node: ir.Node, factor: npt.NDArray[Any]) -> bool:
+    """Of three axes, as transformers have them."""
+    return (
+        node.op_type != "BatchNormalization"
+        and rank(node.outputs[0]) == 3
+        and factor.size == (factor.shape or (1,))[-1]
+    )
