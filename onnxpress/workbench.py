@@ -132,7 +132,7 @@ class Workbench:
 def session_options(target: Target, graph: Graph) -> dict[str, Any]:
     """How a graph is opened on a target, as Session and the manifest take it; what is as usual is left out."""
     options: dict[str, Any] = {"disabled_optimizers": [*target.disabled_optimizers, *fatal_optimizers(graph.model)]}
-    if target.exact_products:
+    if target.exact_products and ("cpu" in target.providers or _is_quantized(graph)):
         options["exact_products"] = True
     if target.half_floats and (holds_half(graph) or _is_quantized(graph)):
         options["half_floats"] = True

@@ -147,6 +147,8 @@ def plan_inputs(graph: Graph, keep: Collection[str], *, wary: bool) -> Plan:
     convolutions = {layer.output for layer in chosen if layer.node.op_type == "Conv"}
     readers = {(layer.node, 0) for layer in chosen}
     owners = {layer.x: layer.x for layer in chosen}
+    if wary:
+        _share_joined(graph, owners, readers)
     sums: list[ir.Node] = []
     for node in graph.model.graph:
         if node.op_type != "Add" or node.domain != "" or name_of(node) in keep:
@@ -161,6 +163,18 @@ def plan_inputs(graph: Graph, keep: Collection[str], *, wary: bool) -> Plan:
                 sums.append(node)
                 break
     return Plan(layers=chosen, between=tuple(sums), owners=owners, integer=frozenset(), readers=frozenset(readers))
+
+
+def _share_joined(graph: Graph, owners: dict[ir.Value, ir.Value], readers: set[tuple[ir.Node, int]]) -> None:
+    """Quantize the parts of what layers alone read with the whole's range, so that integers are joined."""
+    for node in graph.model.graph:
+        whole = node.outputs[0]
+        if node.op_type != "Concat" or node.domain != "" or whole not in owners or whole.is_graph_output():
+            continue
+        parts = [value for value in node.inputs if value is not None]
+        if all((use.node, use.idx) in readers for use in whole.uses()) and all(map(_is_computed, parts)):
+            owners |= dict.fromkeys(parts, whole)
+            readers |= {(node, place) for place in range(len(node.inputs))}
 
 
 def _linear_layers(graph: Graph) -> Iterator[Layer]:

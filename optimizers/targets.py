@@ -225,6 +225,9 @@ TARGETS: Mapping[str, Target] = {
         # 10.3/56.7 (0.9995), 8.6/48.9 (0.907).
         qdq=dataclasses.replace(_X86, integer_bias=False, chained=False, wary=True),
         half_floats=True,
+        # OpenVINO 2026.4 on a Haswell, emulated (qemu-x86_64 -cpu Haswell): a product of 224 by 1,000 with weights of all 8 bits is off by
+        # 10 % of its size, on VNNI by nothing.
+        exact_products=True,
         disabled_optimizers=(),
     ),
 }

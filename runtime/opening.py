@@ -66,6 +66,11 @@ class Opening:
 
         if not self._on_cpu_alone:
             onnxruntime.set_default_logger_severity(3)  # it warns of plugin providers that nobody asked for
+        if self.exact_products and any(map(_overflows, self.providers)) and products_saturate():
+            raise ProviderError(
+                f"{self.path} multiplies 8-bit integers, and OpenVINO's sums of them overflow on this CPU, which has no VNNI: its answers would "
+                "be wrong. Build it with --precision fp32 or bf16, or with --target cpu-avx2 for the CPU provider."
+            )
         if self.content is None and not self.path.is_file():
             raise ArtifactError(f"The model {self.path} does not exist.")
         options = self._options(1 if one_thread else self.threads, record_placement=record_placement)
@@ -168,6 +173,10 @@ class Opening:
         else:
             what = "is corrupt or not a model that this ONNX Runtime reads"
         return ArtifactError(f"{self.path} {what}: {one_line(error)}")
+
+
+def _overflows(provider: Provider) -> bool:
+    return isinstance(provider, OpenVINO) and provider.device == "CPU"
 
 
 @contextlib.contextmanager

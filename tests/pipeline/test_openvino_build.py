@@ -49,6 +49,7 @@ def test_a_classifier_answers_like_pytorch(precision: str, half: bool, classifie
     built = onnxpress.build(classifier, out=tmp_path / "out", target="openvino", precision=precision, **QUICK)
     assert built.manifest.session["providers"] == ["openvino"]
     assert built.manifest.session.get("half_floats", False) is half
+    assert built.manifest.session.get("exact_products", False) is (precision == "int8-qdq")
     assert "Attention" not in built.manifest.operators
     runner = onnxpress.load(built.path)
     assert runner.session.providers == ("openvino",)

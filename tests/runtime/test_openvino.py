@@ -16,7 +16,7 @@ from small_graphs import small_graph
 from tiny_artifacts import save_artifact, save_embedder
 
 from onnxpress.errors import InputError, ProviderError
-from onnxpress.runtime import CPU, OpenVINO, Session, load, openvino
+from onnxpress.runtime import CPU, OpenVINO, Session, load, opening, openvino
 from onnxpress.runtime.providers import make_providers
 
 ATTENTION = "y = Attention<q_num_heads=4, kv_num_heads=4>(x, x, x)"
@@ -99,6 +99,18 @@ def test_answers_as_the_cpu_provider_does(tmp_path: Path) -> None:
     wrong = {"x": numbers(1, 2, 31)}
     with pytest.raises(InputError):
         there.run(wrong)
+
+
+@needs_openvino
+def test_integers_are_refused_where_their_sums_overflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On CPUs without VNNI, where a session on the CPU provider takes other kernels."""
+    graph = small_graph("y = MatMul(x, w)", weights={"w": numbers(32, 32)})
+    ir.save(graph.model, tmp_path / "model.onnx")
+    monkeypatch.setattr(opening, "products_saturate", lambda: True)
+    with pytest.raises(ProviderError, match=r"no VNNI.*--precision fp32 or bf16"):
+        Session(tmp_path / "model.onnx", providers=["openvino"], exact_products=True)
+    assert Session(tmp_path / "model.onnx", providers=["openvino"]).providers == ("openvino",)
+    assert Session(tmp_path / "model.onnx", exact_products=True).providers == ("cpu",)
 
 
 @needs_openvino
