@@ -222,6 +222,9 @@ def _build(
             )
             press.begin_with(smaller, Parity(smaller.exported))
         _run_passes(press, recipe, workload.task)
+        if bench.on_target and "openvino" in facts.providers and press.session.fallback_note:
+            missing = "put plain-attention into `only`, or " if "Attention" in press.graph.operators() else ""
+            raise RecipeError(f"{press.session.fallback_note} For {exported.name}, {missing}build with --target cpu.")
         if facts.uniform_steps and attends_in_float(press.graph):
             raise RecipeError(
                 f"The attention of {exported.name} is still in float32, for which the provider {facts.name} has no kernel: `only` has to "

@@ -134,7 +134,7 @@ def session_options(target: Target, graph: Graph) -> dict[str, Any]:
     options: dict[str, Any] = {"disabled_optimizers": [*target.disabled_optimizers, *fatal_optimizers(graph.model)]}
     if target.exact_products and ("cpu" in target.providers or _is_quantized(graph)):
         options["exact_products"] = True
-    if target.half_floats and (holds_half(graph) or _is_quantized(graph)):
+    if target.half_floats and (holds_bfloat16(graph) or _is_quantized(graph)):
         options["half_floats"] = True
     # A cache of int8 has kernels of its own, with another one for single tokens.
     if not target.flash_attention and any(

@@ -3,11 +3,13 @@
     ReduceMean(x), without the axes that it took   →   Squeeze(ReduceMean(x)), over an x of four axes or more; other reductions, too
     Gather(x), of one place on an axis             →   Squeeze(Slice(x))
     AveragePool(x), that counts its padding        →   AveragePool(Pad(x))
-    Conv(x, w)                                     →   Conv(x, w, b), with a b that is next to nothing
+    Gelu(MaxPool(x)), and others                   →   Gelu(MaxPool(x) + b), with a b that is next to nothing
+    Conv(x, w)                                     →   Conv(x, w, b), with such a b
 
 OpenVINO 2026.4 on a CPU, onnxruntime-ep-openvino 1.8.1, answers by other numbers, and says nothing, where
 
 - the mean over the last of three axes is added to, or multiplied by, numbers of each channel (in float32 too; a batch of one is right)
+- the maximum over windows of what a convolution gives goes through a function that does not only rise (in float32 too): it is taken behind that
 - a mean that counts its padding is taken of what was multiplied or added to by numbers of each channel, if anything in the graph is quantized
 - one place on an axis is taken of what a matrix product of integers gives
 - what a convolution of integers without a bias gives is read quantized and in float
@@ -27,7 +29,7 @@ import onnx_ir as ir
 from onnxpress.errors import ConversionError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.fuse_convolutions import normalization
-from onnxpress.optimizers.linear import add_constant, attribute, replace_value
+from onnxpress.optimizers.linear import add_constant, attribute, insert_behind, replace_value, unused_name
 from onnxpress.optimizers.matching import body_nodes, constant, insert, rank
 from onnxpress.optimizers.opset import raise_opset
 
@@ -47,6 +49,9 @@ _CARRYING = frozenset({
 })  # fmt: skip
 _REARRANGING = frozenset({"Flatten", "Gather", "Reshape", "Squeeze", "Unsqueeze"})
 _SUM, _NARROW_MEAN = "a sum", "a mean over fewer than four axes"
+_RISING = frozenset({
+    "Add", "AveragePool", "BatchNormalization", "Concat", "Conv", "ConvTranspose", "GlobalAveragePool", "MaxPool", "Relu",
+})  # fmt: skip
 _POSITIVE = frozenset({"Relu", "Sigmoid", "HardSigmoid", "Softmax"})
 _SMALL_GROUP, _LARGE_GROUP = 16, 32  # channels
 _CARRIED_WRONGLY = frozenset({"Gather", _NARROW_MEAN})
@@ -63,6 +68,7 @@ def respell(graph: Graph) -> tuple[str, ...]:
         "reductions": sum(_keep_axes(graph, node) for node in body_nodes(graph, *_REDUCTIONS)),
         "places taken": sum(_slice(graph, node) for node in body_nodes(graph, "Gather")),
         "padded means": sum(_pad_before(graph, node) for node in body_nodes(graph, "AveragePool")),
+        "windows' maxima": sum(_part(graph, node) for node in body_nodes(graph, "MaxPool")),
         "convolutions without a bias": sum(
             _give_bias(graph, node) for node in body_nodes(graph, "Conv", "ConvTranspose")
         ),
@@ -173,6 +179,22 @@ def _pad_before(graph: Graph, node: ir.Node) -> bool:
     node.replace_input_with(0, padded)
     node.attributes.pop("pads")
     node.attributes.pop("count_include_pad")
+    return True
+
+
+def _part(graph: Graph, node: ir.Node) -> bool:
+    """From what comes behind, but for operators over which a maximum may be moved."""
+    x, output = node.inputs[0], node.outputs[0]
+    places = [(use.node, use.idx) for use in output.uses()]
+    if x is None or x.dtype not in _FLOATS or all(user.op_type in _RISING for user, _ in places):
+        return False
+    nothing = add_constant(graph, f"{node.name or output.name}_nothing", np.array(_NOTHING, x.dtype.numpy()))
+    added = ir.node("Add", [output, nothing], name=f"{node.name or output.name}_parted")
+    insert_behind(graph, output, [added])
+    added.outputs[0].name = unused_name(graph.model.graph, f"{output.name}_parted")
+    added.outputs[0].type, added.outputs[0].shape = output.type, output.shape
+    for user, place in places:
+        user.replace_input_with(place, added.outputs[0])
     return True
 
 

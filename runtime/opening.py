@@ -163,11 +163,17 @@ class Opening:
             return refused
         if not self._on_cpu_alone:
             names = ", ".join(provider.name for provider in self.providers)
-            return ProviderError(f"ONNX Runtime cannot open {self.path} on {names}: {one_line(error)}")
+            compiled = any(isinstance(provider, OpenVINO) for provider in self.providers)
+            advice = (
+                " OpenVINO does not take this graph: build for cpu (onnxpress build --target cpu)." if compiled else ""
+            )
+            return ProviderError(f"ONNX Runtime cannot open {self.path} on {names}: {one_line(error)}.{advice}")
         if "bad_alloc" in str(error):
             what = "does not fit into the memory that there is"
         elif "Could not find an implementation" in str(error):
-            what = "needs kernels that ONNX Runtime's CPU provider does not have (bfloat16 runs on a card alone)"
+            what = (
+                "needs kernels that ONNX Runtime's CPU provider does not have (bfloat16 runs on a card, or on openvino)"
+            )
         elif "is not a registered function/op" in str(error) or "NOT_IMPLEMENTED" in str(error):
             what = "has operators that this ONNX Runtime does not have"
         else:

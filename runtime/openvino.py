@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
-from onnxpress.errors import ProviderError
-from onnxpress.manifest import Signature
+import numpy as np
+
+from onnxpress.errors import InputError, ProviderError
+from onnxpress.manifest import Arrays, Signature
 from onnxpress.runtime.plugin import plugin_devices
 from onnxpress.runtime.wheel import version_of
 
 _PACKAGE = "onnxruntime-ep-openvino"
 _HALF = {"CPU": "bf16", "GPU": "f16"}
+_INTEGERS = np.iinfo(np.int32)  # what OpenVINO's kernels compute with, whatever the graph says
+_loaded_in: list[int] = []  # the process whose threads the library has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +56,8 @@ class OpenVINO:
         """
         options = {}
         if self.device in _HALF:
-            options["INFERENCE_PRECISION_HINT"] = _HALF[self.device] if half_floats else "f32"
+            half = half_floats and (self.device != "CPU" or _cpu_has_bfloat16())
+            options["INFERENCE_PRECISION_HINT"] = _HALF[self.device] if half else "f32"
         if self.device == "CPU":
             options |= {"NUM_STREAMS": str(streams), "INFERENCE_NUM_THREADS": str(threads)}
         return {"load_config": json.dumps({self.device: options})} if options else {}
@@ -62,8 +71,21 @@ class OpenVINO:
             )
         self.devices()
 
+    def check_inputs(self, feeds: Arrays) -> None:
+        """Raise InputError for integers that OpenVINO would wrap at 32 bits, ProviderError in a process that was forked behind it."""
+        _check_process()
+        for name, array in feeds.items():
+            wide = array.dtype.kind in "iu" and array.dtype.itemsize >= 4 and array.dtype != np.int32 and array.size
+            if wide and not _INTEGERS.min <= array.min() <= array.max() <= _INTEGERS.max:
+                raise InputError(
+                    f"The input {name} has {array.min()} to {array.max()}; OpenVINO computes with integers of 32 bits. "
+                    "Ask for the provider cpu, with a build for it."
+                )
+
     def devices(self) -> list[Any]:
         """The device as ONNX Runtime's sessions take it from a plugin provider. Raises ProviderError."""
+        _check_process()
+        _loaded_in[:] = [os.getpid()]
         found = plugin_devices(self.name, self.registered_as, _PACKAGE)
         names = [str(one.ep_metadata.get("ov_device", "")) for one in found]
         if self.device not in names:
@@ -72,3 +94,22 @@ class OpenVINO:
                 "Ask for another, or for the provider cpu."
             )
         return [found[names.index(self.device)]]
+
+
+def _check_process() -> None:
+    """Raise ProviderError where the library's threads are another process's: it would wait for them for ever."""
+    if _loaded_in and _loaded_in != [os.getpid()]:
+        raise ProviderError(
+            "This process was forked from one that had OpenVINO open, whose threads do not survive that: start processes with "
+            "multiprocessing's spawn, or fork before anything is opened on openvino."
+        )
+
+
+@cache
+def _cpu_has_bfloat16() -> bool:
+    """Where the system does not say, OpenVINO decides."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return True
+    return re.search(r"\b(avx512_bf16|amx_bf16)\b", flags) is not None

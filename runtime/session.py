@@ -208,6 +208,8 @@ class Session:
         for provider in self._providers:
             if isinstance(provider, TensorRT):
                 provider.check_sizes(sizes)
+            elif isinstance(provider, OpenVINO):
+                provider.check_inputs(feeds)
 
     def binding(self, graph: int | None = None) -> Binding:
         """Inputs and outputs bound to buffers that stay where they are from run to run; graph: the number of its CUDA graph."""

@@ -105,6 +105,18 @@ CASES = {
         "float[batch,16,6,6] y",
         "1 padded means",
     ),
+    "windows' maxima": Case(
+        "c = Conv(x, c20, shift) p = MaxPool<kernel_shape=[3,3], pads=[1,1,1,1]>(c) y = Gelu(p)",
+        IMAGE,
+        "float[batch,20,6,6] y",
+        "1 windows' maxima",
+    ),
+    "windows' maxima, rearranged": Case(
+        "c = Conv(x, c20, shift) p = MaxPool<kernel_shape=[3,3], pads=[1,1,1,1]>(c) r = Reshape(p, flat) a = Abs(r) y = MatMul(a, w36)",
+        IMAGE,
+        "float[batch,20,16] y",
+        "1 windows' maxima",
+    ),
     "negative factor": Case(
         "f = Mul(x, signs4) r = Relu(f) c = Conv(r, c20, shift) y = Conv(c, c16, bias)",
         IMAGE,
@@ -163,7 +175,7 @@ def graph_of(case: Case) -> Graph:
         "scale": scale, "signs": signs, "shift": shift, "shift6": weight(6, of=1), "bias": bias, "bias48": weight(48, of=1),
         "scale4": scale.reshape(20, 1, 1), "signs4": signs.reshape(20, 1, 1), "shift4": shift.reshape(20, 1, 1),
         "zeros": np.zeros(20, np.float32), "ones": np.ones(20, np.float32),
-        "w": weight(20, 16, of=20), "w6": weight(6, 16, of=6), "w16": weight(16, 16, of=16), "w20": weight(20, 20, of=20),
+        "w": weight(20, 16, of=20), "w6": weight(6, 16, of=6), "w16": weight(16, 16, of=16), "w20": weight(20, 20, of=20), "w36": weight(36, 16, of=36),
         "w720": weight(720, 16, of=720),
         "c16": weight(16, 20, 1, 1, of=20), "c20": weight(20, 20, 1, 1, of=20), "d20": weight(20, 20, 1, 1, of=20),
         "c16of48": weight(16, 48, 1, 1, of=48), "c16of16": weight(16, 16, 1, 1, of=16),

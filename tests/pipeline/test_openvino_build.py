@@ -80,6 +80,13 @@ def test_a_build_is_timed_on_it(classifier: Path, tmp_path: Path, capfd: pytest.
     assert "Warning" not in capfd.readouterr().err
 
 
+@needs_openvino
+def test_what_it_has_no_kernel_for_is_said_in_the_words_of_a_build(classifier: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"Attention \(2\) would run on the CPU.*put plain-attention into `only`"):
+        onnxpress.build(classifier, out=tmp_path / "out", target="openvino", only=["int8-qdq"], **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
 class Averages(torch.nn.Module):
     """A mean over the last of three axes and numbers of each channel, which OpenVINO misreads in batches, in float32 too."""
 

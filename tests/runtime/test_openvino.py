@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 import threading
@@ -70,7 +71,8 @@ def test_is_taken_alone_or_before_the_cpu(names: tuple[str, ...]) -> None:
 def test_floats_are_computed_as_the_artifact_says() -> None:
     said = {half: OpenVINO().plugin_options(3, half_floats=half)["load_config"] for half in (False, True)}
     assert '"INFERENCE_PRECISION_HINT": "f32"' in said[False]
-    assert '"INFERENCE_PRECISION_HINT": "bf16"' in said[True]
+    here = "bf16" if openvino._cpu_has_bfloat16() else "f32"
+    assert f'"INFERENCE_PRECISION_HINT": "{here}"' in said[True]
     assert '"INFERENCE_NUM_THREADS": "3"' in said[True]
     assert (
         '"INFERENCE_PRECISION_HINT": "f16"' in OpenVINO(device="GPU").plugin_options(1, half_floats=True)["load_config"]
@@ -111,6 +113,51 @@ def test_integers_are_refused_where_their_sums_overflow(monkeypatch: pytest.Monk
         Session(tmp_path / "model.onnx", providers=["openvino"], exact_products=True)
     assert Session(tmp_path / "model.onnx", providers=["openvino"]).providers == ("openvino",)
     assert Session(tmp_path / "model.onnx", exact_products=True).providers == ("cpu",)
+
+
+@needs_openvino
+def test_integers_that_it_would_wrap_are_refused(tmp_path: Path) -> None:
+    """It computes with 32 bits, also where a graph has 64: a time in milliseconds would be another one."""
+    graph = small_graph(
+        "y = Mul(x, w)", inputs="int64[batch] x", outputs="int64[batch] y", weights={"w": np.array([3])}
+    )
+    ir.save(graph.model, tmp_path / "model.onnx")
+    session = Session(tmp_path / "model.onnx", providers=["openvino"])
+    assert session.run({"x": np.array([5, -7])})["y"].tolist() == [15, -21]
+    for large in (2**31, 1_764_500_000_000, -(2**31) - 1):
+        with pytest.raises(InputError, match="integers of 32 bits"):
+            session.run({"x": np.array([1, large])})
+
+
+@needs_openvino
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system forks no processes")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_is_told_not_to_wait_for_threads_that_it_has_not(tmp_path: Path) -> None:
+    path = save_embedder(tmp_path / "model.onnx")
+    session = Session(path, providers=["openvino"])
+    feeds = {"input_ids": np.ones((1, 3), np.int64), "attention_mask": np.ones((1, 3), np.int64)}
+    session.run_on_one_thread(feeds)
+    child = os.fork()
+    if not child:
+        told = 0
+        for attempt in (lambda: session.run(feeds), lambda: Session(path, providers=["openvino"])):
+            try:
+                attempt()
+            except ProviderError as error:
+                told += "forked" in str(error)
+        os._exit(told)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    session.run(feeds)
+
+
+@pytest.mark.parametrize(("flags", "hint"), [("flags : avx2 amx_bf16", "bf16"), ("flags : avx512_vnni", "f32")])
+def test_bfloat16_is_asked_for_where_the_cpu_has_it(flags: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: flags)
+    openvino._cpu_has_bfloat16.cache_clear()
+    try:
+        assert f'"{hint}"' in OpenVINO().plugin_options(1, half_floats=True)["load_config"]
+    finally:
+        openvino._cpu_has_bfloat16.cache_clear()
 
 
 @needs_openvino
