@@ -20,6 +20,7 @@ Found by random graphs beside the CPU provider without its optimizers; tests/opt
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -58,21 +59,34 @@ _CARRIED_WRONGLY = frozenset({"Gather", _NARROW_MEAN})
 
 
 def respell(graph: Graph) -> tuple[str, ...]:
-    """Change a graph; says what was done. Answers stay the same to 1e-12."""
+    """Change what is misread in floats; says what was done. Answers stay the same to 1e-12."""
     try:
-        if body_nodes(graph, *_REDUCTIONS, "Gather", "AveragePool"):
+        if body_nodes(graph, *_REDUCTIONS):
             raise_opset(graph, _OPSET)
     except ConversionError as error:
-        return (f"reductions and others stay as they are, and OpenVINO may misread them: {error}",)
-    done = {
-        "reductions": sum(_keep_axes(graph, node) for node in body_nodes(graph, *_REDUCTIONS)),
-        "places taken": sum(_slice(graph, node) for node in body_nodes(graph, "Gather")),
-        "padded means": sum(_pad_before(graph, node) for node in body_nodes(graph, "AveragePool")),
-        "windows' maxima": sum(_part(graph, node) for node in body_nodes(graph, "MaxPool")),
-        "convolutions without a bias": sum(
-            _give_bias(graph, node) for node in body_nodes(graph, "Conv", "ConvTranspose")
-        ),
-    }
+        return (f"reductions stay as they are, and OpenVINO may misread them: {error}",)
+    return _said(
+        {
+            "reductions": sum(_keep_axes(graph, node) for node in body_nodes(graph, *_REDUCTIONS)),
+            "windows' maxima": sum(_part(graph, node) for node in body_nodes(graph, "MaxPool")),
+        }
+    )
+
+
+def respell_for_integers(graph: Graph) -> tuple[str, ...]:
+    """Change what is misread beside integers, in a graph of opset 13 or later; as `respell`."""
+    return _said(
+        {
+            "places taken": sum(_slice(graph, node) for node in body_nodes(graph, "Gather")),
+            "padded means": sum(_pad_before(graph, node) for node in body_nodes(graph, "AveragePool")),
+            "convolutions without a bias": sum(
+                _give_bias(graph, node) for node in body_nodes(graph, "Conv", "ConvTranspose")
+            ),
+        }
+    )
+
+
+def _said(done: Mapping[str, int]) -> tuple[str, ...]:
     found = ", ".join(f"{count} {what}" for what, count in done.items() if count)
     return (f"spelled as OpenVINO reads them right: {found}",) if found else ()
 
@@ -134,23 +148,23 @@ def _keep_axes(graph: Graph, node: ir.Node) -> bool:
 
 
 def _slice(graph: Graph, node: ir.Node) -> bool:
-    """Where the place is fixed."""
+    """Where one place is taken, which is fixed."""
     x, output, index = node.inputs[0], node.outputs[0], constant(node.inputs[1])
-    if x is None or x.dtype not in _FLOATS or constant(x) is not None or index is None or index.ndim:
+    if x is None or x.dtype not in _FLOATS or constant(x) is not None or index is None or index.shape not in ((), (1,)):
         return False
-    name, place, axis = node.name or str(output.name), int(index), attribute(node, "axis", 0)
+    name, place, axis = node.name or str(output.name), int(index.reshape(())), attribute(node, "axis", 0)
     end = place + 1 or np.iinfo(np.int64).max  # -1 is the last
     bounds = [
         add_constant(graph, f"{name}_{what}", np.array([number], np.int64))
         for what, number in (("start", place), ("end", end), ("axis", axis))
     ]
-    sliced = insert(node, "Slice", [x, *bounds], name=f"{name}_sliced", dtype=x.dtype)
+    taken = insert(node, "Slice", [x, *bounds], name=f"{name}_sliced", dtype=x.dtype)
     if x.shape is not None:
-        sliced.shape = ir.Shape([1 if at == axis % len(x.shape) else size for at, size in enumerate(x.shape)])
-    squeezed = insert(
-        node, "Squeeze", [sliced, bounds[2]], name=f"{name}_squeezed", dtype=output.dtype, shape=output.shape
-    )
-    replace_value(graph, output, squeezed)
+        taken.shape = ir.Shape([1 if at == axis % len(x.shape) else size for at, size in enumerate(x.shape)])
+    if not index.ndim:
+        inputs = [taken, bounds[2]]
+        taken = insert(node, "Squeeze", inputs, name=f"{name}_squeezed", dtype=output.dtype, shape=output.shape)
+    replace_value(graph, output, taken)
     graph.model.graph.remove(node, safe=True)
     return True
 

@@ -36,7 +36,7 @@ from onnxpress.optimizers.linear import (
     unused_name,
 )
 from onnxpress.optimizers.matching import constant, insert, only_user
-from onnxpress.optimizers.openvino_forms import misread
+from onnxpress.optimizers.openvino_forms import misread, respell_for_integers
 from onnxpress.optimizers.opset import raise_opset
 from onnxpress.optimizers.qdq_forms import spell_for_integers
 from onnxpress.optimizers.qdq_plan import Layer, Plan, layers, name_of, plan_chained, plan_inputs
@@ -105,6 +105,8 @@ def _quantize(options: Int8Qdq, graph: Graph, context: PassContext, form: QdqFor
     tables: tuple[str, ...] = ()
     if form.chained:
         spell_for_integers(graph, context.keep)
+    if form.wary:
+        notes += respell_for_integers(graph)
     if form.tables:
         tied, tables = quantize_embeddings(graph, bits=8, preferred_block=128, keep=context.keep)
         notes += (f"{tied.tables} embedding tables", *tied.notes) if tables else tied.notes

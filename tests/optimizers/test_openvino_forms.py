@@ -16,7 +16,7 @@ from small_graphs import assert_same_answers, small_graph
 
 from onnxpress.graph import Graph
 from onnxpress.optimizers import make_pass
-from onnxpress.optimizers.openvino_forms import respell
+from onnxpress.optimizers.openvino_forms import respell, respell_for_integers
 from onnxpress.runtime import Session
 from onnxpress.runtime.saturation import products_saturate
 
@@ -84,6 +84,12 @@ CASES = {
         "h = MatMul(x, w20) g = Gather<axis=-2>(h, minus) s = Softmax(g) y = MatMul(s, w)",
         TOKENS,
         "float[batch,16] y",
+        "1 places",
+    ),
+    "one token, whose axis stays": Case(
+        "h = MatMul(x, w20) g = Gather<axis=1>(h, one) s = Softmax(g) y = MatMul(s, w)",
+        TOKENS,
+        "float[batch,1,16] y",
         "1 places",
     ),
     "read twice": Case(
@@ -215,13 +221,13 @@ def test_answers_stay_the_same(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     graph = graph_of(case)
     ir.save(graph.model, tmp_path / "before.onnx")
-    notes = respell(graph)
+    notes = respell(graph) + respell_for_integers(graph)
     ir.save(graph.model, tmp_path / "after.onnx")
     onnx.checker.check_model(tmp_path / "after.onnx", full_check=True)
     assert_same_answers(tmp_path, [feeds_of(case, batch, seed=batch) for batch in (1, 3)])
     assert case.spelled in "".join(notes)
     assert bool(case.spelled) == bool(notes)
-    assert respell(graph) == ()
+    assert respell(graph) + respell_for_integers(graph) == ()
 
 
 @needs_openvino
@@ -259,7 +265,7 @@ def test_what_needs_no_other_spelling_is_left_alone() -> None:
         weights={"one": np.array([1]), "some": np.arange(4), "table": np.ones((5, 8), np.float32)},
     )
     before = graph.operators()
-    assert respell(graph) == ()
+    assert respell(graph) + respell_for_integers(graph) == ()
     assert graph.operators() == before
 
 
