@@ -47,7 +47,7 @@ class Chain:
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
         size = int(self.random.choice([4, 6]))
-        width = int(self.random.choice([8, 20, 32]))
+        width = int(self.random.choice([8, 20, 30, 32]))
         self.sizes = [width, size, size] if self.random.random() < 0.6 else [size, width]
         self.given = list(self.sizes)
         self.end = "x"
@@ -124,8 +124,9 @@ class Chain:
             self.put("Add", self.end, str(self.random.choice(same)))
 
     def join(self) -> None:
-        """With an earlier image of this size."""
-        same = [(name, sizes) for name, sizes in self.earlier if sizes[1:] == self.sizes[1:] and len(sizes) == 3]
+        """With an earlier image of this size, or earlier tokens."""
+        rank = len(self.sizes)
+        same = [(name, sizes) for name, sizes in self.earlier if sizes[1:] == self.sizes[1:] and len(sizes) == rank]
         if same:
             name, sizes = same[int(self.random.integers(len(same)))]
             self.put("Concat", self.end, name, sizes=[self.sizes[0] + sizes[0], *self.sizes[1:]], axis=1)
@@ -231,6 +232,8 @@ TOKENS: dict[str, Step] = {
     "mean of tokens": lambda chain: chain.reduce("ReduceMean", [1]),
     "mean of features": lambda chain: chain.reduce("ReduceMean", [2]),
     "sum of tokens": lambda chain: chain.reduce("ReduceSum", [1]),
+    "minimum of tokens": lambda chain: chain.reduce("ReduceMin", [1]),
+    "Concat": Chain.join,
     "maximum of tokens": lambda chain: chain.reduce("ReduceMax", [1]),
     "first": lambda chain: chain.put("Gather", chain.end, chain.constant(np.array(0)), sizes=chain.sizes[1:], axis=1),
     "Softmax": lambda chain: chain.put("Softmax", axis=-1),

@@ -15,7 +15,7 @@ OpenVINO 2026.4 on a CPU, onnxruntime-ep-openvino 1.8.1, answers by other number
 - what a convolution of integers without a bias gives is read quantized and in float
 - what a layer of integers reads was multiplied by negative numbers of each channel, or is a maximum; and others (`misread`)
 
-Found by random graphs beside the CPU provider without its optimizers; tests/optimizers/test_openvino_forms.py has one of each.
+Found by random graphs beside the CPU provider without its optimizers (benchmarks/random_graphs.py), and by variations of them; tests/optimizers/test_openvino_forms.py has one of each.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 
 from onnxpress.errors import ConversionError
 from onnxpress.graph import Graph
@@ -36,9 +37,10 @@ from onnxpress.optimizers.opset import raise_opset
 
 _REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum",
                "ReduceLogSumExp", "ReduceSumSquare")  # fmt: skip
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 _AXES = 4
 _NOTHING = 1e-12  # OpenVINO drops a bias of zeros
+_NOTHING_HALF = 1e-7  # about float16's smallest
 _OPSET = 13  # the first whose Squeeze has its axes as an input
 
 _SUMS = ("ReduceMean", "ReduceSum")
@@ -60,17 +62,20 @@ _CARRIED_WRONGLY = frozenset({"Gather", _NARROW_MEAN})
 
 def respell(graph: Graph) -> tuple[str, ...]:
     """Change what is misread in floats; says what was done. Answers stay the same to 1e-12."""
-    try:
-        if body_nodes(graph, *_REDUCTIONS):
+    model = graph.model
+    if any(value.dtype is None for node in model.graph for value in node.outputs):  # a file that says no shapes
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    notes: tuple[str, ...] = ()
+    reductions = 0
+    if any(_axes(node) for node in body_nodes(graph, *_REDUCTIONS)):
+        try:
             raise_opset(graph, _OPSET)
-    except ConversionError as error:
-        return (f"reductions stay as they are, and OpenVINO may misread them: {error}",)
-    return _said(
-        {
-            "reductions": sum(_keep_axes(graph, node) for node in body_nodes(graph, *_REDUCTIONS)),
-            "windows' maxima": sum(_part(graph, node) for node in body_nodes(graph, "MaxPool")),
-        }
-    )
+            reductions = sum(_keep_axes(graph, node) for node in body_nodes(graph, *_REDUCTIONS))
+        except ConversionError as error:
+            notes = (f"reductions stay as they are, and OpenVINO may misread them: {error}",)
+    maxima = sum(_part(graph, node) for node in body_nodes(graph, "MaxPool"))
+    return _said({"reductions": reductions, "windows' maxima": maxima}) + notes
 
 
 def respell_for_integers(graph: Graph) -> tuple[str, ...]:
@@ -89,6 +94,10 @@ def respell_for_integers(graph: Graph) -> tuple[str, ...]:
 def _said(done: Mapping[str, int]) -> tuple[str, ...]:
     found = ", ".join(f"{count} {what}" for what, count in done.items() if count)
     return (f"spelled as OpenVINO reads them right: {found}",) if found else ()
+
+
+def _nothing(dtype: ir.DataType) -> npt.NDArray[Any]:
+    return np.array(_NOTHING_HALF if dtype == ir.DataType.FLOAT16 else _NOTHING, dtype.numpy())
 
 
 def _axes(node: ir.Node) -> list[int]:
@@ -181,7 +190,7 @@ def _pad_before(graph: Graph, node: ir.Node) -> bool:
     inputs = [
         x,
         add_constant(graph, f"{name}_around", amounts),
-        add_constant(graph, f"{name}_nothing", np.array(_NOTHING, x.dtype.numpy())),
+        add_constant(graph, f"{name}_nothing", _nothing(x.dtype)),
     ]
     padded = insert(node, "Pad", inputs, name=f"{name}_pad", dtype=x.dtype)
     if x.shape is not None:
@@ -202,7 +211,7 @@ def _part(graph: Graph, node: ir.Node) -> bool:
     places = [(use.node, use.idx) for use in output.uses()]
     if x is None or x.dtype not in _FLOATS or all(user.op_type in _RISING for user, _ in places):
         return False
-    nothing = add_constant(graph, f"{node.name or output.name}_nothing", np.array(_NOTHING, x.dtype.numpy()))
+    nothing = add_constant(graph, f"{node.name or output.name}_nothing", _nothing(x.dtype))
     added = ir.node("Add", [output, nothing], name=f"{node.name or output.name}_parted")
     insert_behind(graph, output, [added])
     added.outputs[0].name = unused_name(graph.model.graph, f"{output.name}_parted")
@@ -242,12 +251,16 @@ def _misread_layer(x: ir.Value, node: ir.Node) -> str:
         return ""
     channels, others, *_ = weight.shape.numpy()  # of a Conv: out, in of a group; of a ConvTranspose: in, out
     if node.op_type == "ConvTranspose":
-        return "ConvTranspose of channels that are no multiple of 4" if channels % 4 else ""
+        return "ConvTranspose of input channels that are no multiple of 4" if channels % 4 else ""
     groups = attribute(node, "group", 1)
     small = max(channels // groups, others) <= _SMALL_GROUP or others >= _LARGE_GROUP
-    if groups > 1 and not small and any(attribute(node, "pads", [])) and not _is_positive(x):
+    if groups > 1 and not small and _is_padded(node) and not _is_positive(x):
         return "Conv of padded groups that reads negative numbers"
     return ""
+
+
+def _is_padded(node: ir.Node) -> bool:
+    return any(attribute(node, "pads", [])) or attribute(node, "auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER")
 
 
 def _is_positive(value: ir.Value | None) -> bool:
@@ -260,7 +273,7 @@ def _is_positive(value: ir.Value | None) -> bool:
         return low is not None and bool((low >= 0).all())
     if node.op_type == "Concat":
         return all(map(_is_positive, node.inputs))
-    return node.op_type in _POSITIVE or (node.op_type in _CARRYING - {"Pad"} and _is_positive(node.inputs[0]))
+    return node.op_type in _POSITIVE or (node.op_type in _CARRYING - {"Pad", "Resize"} and _is_positive(node.inputs[0]))
 
 
 def _misread_value(value: ir.Value) -> str:
@@ -275,6 +288,8 @@ def _misread_value(value: ir.Value) -> str:
         factor, adds = _factor(node), _adds(node)
         if node.op_type in _EXTREMES:
             return node.op_type
+        if node.op_type == "AveragePool" and attribute(node, "count_include_pad", 0) and _is_padded(node):
+            return "AveragePool that counts its padding"
         if node.op_type == "Concat" and rank(node.outputs[0]) == 3:
             return "Concat of three axes"  # it fails to compile
         exposed = not (adds or _SUM in between) or between & _REARRANGING
@@ -294,7 +309,7 @@ def _misread_value(value: ir.Value) -> str:
 
 def _factor(node: ir.Node) -> npt.NDArray[Any] | None:
     """What a node multiplies its input by, where that is fixed."""
-    if node.op_type == "Neg":
+    if node.op_type == "Neg" or (node.op_type == "Sub" and constant(node.inputs[0]) is not None):
         return np.array(-1.0)
     if node.op_type == "BatchNormalization":
         found = normalization(node)

@@ -159,7 +159,7 @@ def plan_inputs(graph: Graph, keep: Collection[str], *, wary: bool) -> Plan:
                 continue
             if not (wary and misread(residual)):
                 readers.add((node, other))
-                owners[residual] = residual
+                owners.setdefault(residual, residual)
                 sums.append(node)
                 break
     return Plan(layers=chosen, between=tuple(sums), owners=owners, integer=frozenset(), readers=frozenset(readers))
@@ -167,13 +167,13 @@ def plan_inputs(graph: Graph, keep: Collection[str], *, wary: bool) -> Plan:
 
 def _share_joined(graph: Graph, owners: dict[ir.Value, ir.Value], readers: set[tuple[ir.Node, int]]) -> None:
     """Quantize the parts of what layers alone read with the whole's range, so that integers are joined."""
-    for node in graph.model.graph:
+    for node in reversed(graph.model.graph):
         whole = node.outputs[0]
         if node.op_type != "Concat" or node.domain != "" or whole not in owners or whole.is_graph_output():
             continue
         parts = [value for value in node.inputs if value is not None]
         if all((use.node, use.idx) in readers for use in whole.uses()) and all(map(_is_computed, parts)):
-            owners |= dict.fromkeys(parts, whole)
+            owners |= dict.fromkeys(parts, owners[whole])
             readers |= {(node, place) for place in range(len(node.inputs))}
 
 

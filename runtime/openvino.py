@@ -85,8 +85,8 @@ class OpenVINO:
     def devices(self) -> list[Any]:
         """The device as ONNX Runtime's sessions take it from a plugin provider. Raises ProviderError."""
         _check_process()
-        _loaded_in[:] = [os.getpid()]
         found = plugin_devices(self.name, self.registered_as, _PACKAGE)
+        _loaded_in[:] = [os.getpid()]
         names = [str(one.ep_metadata.get("ov_device", "")) for one in found]
         if self.device not in names:
             raise ProviderError(

@@ -155,7 +155,19 @@ CASES = {
         "r = Relu(x) t = ConvTranspose<strides=[2,2]>(r, t30, bias) g = Gelu(t) y = Conv(g, c16of16, bias)",
         "float[batch,30,6,6] x",
         "float[batch,16,12,12] y",
-        left="ConvTranspose of channels",
+        left="ConvTranspose of input channels",
+    ),
+    "a joined part that is added, too": Case(
+        "a = Conv(x, c20, shift) r = Relu(a) b = Conv(r, d20, shift) s = Add(b, r) j = Concat<axis=1>(r, s) k = Concat<axis=1>(j, x) "
+        "h = Conv(j, c16of40, bias) i = Conv(k, c16of60, bias) y = Add(h, i)",
+        IMAGE,
+        "float[batch,16,6,6] y",
+    ),
+    "taken away from numbers, flattened": Case(
+        "n = Sub(shift4, x) f = Flatten(n) y = MatMul(f, w720)",
+        IMAGE,
+        "float[batch,16] y",
+        left="Sub by negative numbers",
     ),
     "tokens joined": Case(
         "a = Slice(x, one, four, one) b = Slice(x, none, one, one) j = Concat<axis=1>(a, b) y = MatMul(j, w)",
@@ -184,7 +196,8 @@ def graph_of(case: Case) -> Graph:
         "w": weight(20, 16, of=20), "w6": weight(6, 16, of=6), "w16": weight(16, 16, of=16), "w20": weight(20, 20, of=20), "w36": weight(36, 16, of=36),
         "w720": weight(720, 16, of=720),
         "c16": weight(16, 20, 1, 1, of=20), "c20": weight(20, 20, 1, 1, of=20), "d20": weight(20, 20, 1, 1, of=20),
-        "c16of48": weight(16, 48, 1, 1, of=48), "c16of16": weight(16, 16, 1, 1, of=16),
+        "c16of48": weight(16, 48, 1, 1, of=48), "c16of40": weight(16, 40, 1, 1, of=40),
+        "c16of60": weight(16, 60, 1, 1, of=60), "c16of16": weight(16, 16, 1, 1, of=16),
         "groups": weight(48, 24, 3, 3, of=216), "t30": weight(30, 16, 2, 2, of=30),
     }  # fmt: skip
     used = {
@@ -267,6 +280,28 @@ def test_what_needs_no_other_spelling_is_left_alone() -> None:
     before = graph.operators()
     assert respell(graph) + respell_for_integers(graph) == ()
     assert graph.operators() == before
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("float16", np.float16), ("double", np.float64), ("float", np.float32)])
+def test_what_is_next_to_nothing_is_something_in_every_type(kind: str, dtype: Any) -> None:
+    """Also in a file that says nothing of what is between its inputs and outputs."""
+    body = "n = Neg(x) p = MaxPool<kernel_shape=[1,1]>(n) g = Abs(p) m = ReduceMean<keepdims=0>(g, axes) y = Relu(m)"
+    graph = small_graph(
+        body,
+        inputs=f"{kind}[batch,4,8,8] x",
+        outputs=f"{kind}[batch,4] y",
+        weights={"axes": np.array([2, 3])},
+        opset=20,
+        ir_version=10,
+    )
+    for node in list(graph.model.graph)[:-1]:
+        node.outputs[0].type = node.outputs[0].shape = None
+    assert "1 reductions, 1 windows' maxima" in "".join(respell(graph))
+    added = next(node for node in graph.model.graph if node.op_type == "Add")
+    nothing = ir.convenience.get_const_tensor(added.inputs[1])
+    assert nothing is not None
+    assert nothing.numpy().dtype == dtype
+    assert 0 < float(nothing.numpy()) < 2e-7
 
 
 def test_graphs_of_old_opsets_are_brought_to_one_that_has_the_words() -> None:

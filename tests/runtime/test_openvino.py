@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -140,12 +141,15 @@ def test_a_forked_process_is_told_not_to_wait_for_threads_that_it_has_not(tmp_pa
     child = os.fork()
     if not child:
         told = 0
-        for attempt in (lambda: session.run(feeds), lambda: Session(path, providers=["openvino"])):
-            try:
-                attempt()
-            except ProviderError as error:
-                told += "forked" in str(error)
-        os._exit(told)
+        signal.alarm(60)
+        try:
+            for attempt in (lambda: session.run(feeds), lambda: Session(path, providers=["openvino"])):
+                try:
+                    attempt()
+                except ProviderError as error:
+                    told += "forked" in str(error)
+        finally:
+            os._exit(told)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
     session.run(feeds)
 
