@@ -332,8 +332,10 @@ class _Writer:
         inputs = [
             add_constant(self._graph, f"{name}_quantized", integers),
             add_constant(self._graph, f"{name}_scale", scales),
-            add_constant(self._graph, f"{name}_zero_point", np.zeros(scales.shape).astype(integers.dtype)),
         ]
+        if not self._form.wary:  # layers that share one run in floats on OpenVINO
+            zero_point = np.zeros(scales.shape).astype(integers.dtype)
+            inputs.append(add_constant(self._graph, f"{name}_zero_point", zero_point))
         return insert(
             before,
             "DequantizeLinear",
