@@ -34,7 +34,7 @@ from onnxpress.runtime import Session
 
 LEAST = {"int8-qdq": 0.97, "fp32": 0.9999}
 LAST = 16  # features of the last layer
-OPSET, IR_VERSION = 20, 9
+OPSET, IR_VERSION = 21, 10
 
 Array = npt.NDArray[Any]
 
@@ -158,6 +158,20 @@ class Chain:
         self.reshape(sizes[0], heads * 4)
         self.linear(sizes[-1], bias=False)
 
+    def block(self) -> None:
+        """A convolution beside what it reads, and a Relu."""
+        before = self.end
+        self.convolve(self.sizes[0], int(self.random.choice([1, 3])), bias=bool(self.random.random() < 0.5))
+        self.put("Add", *([self.end, before] if self.random.random() < 0.5 else [before, self.end]))
+        if self.random.random() < 0.7:
+            self.put("Relu")
+
+    def group_norm(self) -> None:
+        """Of all channels."""
+        width = self.sizes[0]
+        scale, shift = self.constant(self.factors((width,))), self.constant(self.normal(width))
+        self.put("GroupNormalization", self.end, scale, shift, num_groups=1)
+
     def transposed_convolution(self) -> None:
         """Twice the size."""
         inner, height, width = self.sizes
@@ -211,7 +225,10 @@ IMAGES: dict[str, Step] = {
     "ConvTranspose": Chain.transposed_convolution,
     "gate": Chain.gate,
     "Concat": Chain.join,
+    "block": Chain.block,
+    "GroupNormalization": Chain.group_norm,
     "MaxPool": pooled("MaxPool"),
+    "Relu, MaxPool": lambda chain: (chain.put("Relu"), pooled("MaxPool")(chain)),
     "AveragePool": pooled("AveragePool"),
     "padded mean": pooled("AveragePool", count_include_pad=1),
     "GlobalAveragePool": lambda chain: chain.put("GlobalAveragePool", sizes=[chain.sizes[0], 1, 1]),

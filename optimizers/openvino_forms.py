@@ -6,6 +6,12 @@
     Gelu(MaxPool(x)), and others                   →   Gelu(MaxPool(x) + b), with a b that is next to nothing
     Conv(x, w)                                     →   Conv(x, w, b), with such a b
 
+And what it reads right and runs slowly as it runs it fast
+
+    x * s, s of a number a channel, (C, 1, 1)      →   x * s, (1, C, 1, 1): else x is put into another layout, and back
+    GroupNormalization(x), of one group            →   LayerNormalization(x) * s + b, likewise
+    constants that several nodes read              →   one for each: else a layer's bias and what follows are nodes of their own
+
 OpenVINO 2026.4 on a CPU, onnxruntime-ep-openvino 1.8.1, answers by other numbers, and says nothing, where
 
 - the mean over the last of three axes is added to, or multiplied by, numbers of each channel (in float32 too; a batch of one is right)
@@ -42,6 +48,7 @@ _AXES = 4
 _NOTHING = 1e-12  # OpenVINO drops a bias of zeros
 _NOTHING_HALF = 1e-7  # about float16's smallest
 _OPSET = 13  # the first whose Squeeze has its axes as an input
+_LARGEST_OWN = 8192  # numbers of a constant that is copied for each reader
 
 _SUMS = ("ReduceMean", "ReduceSum")
 _EXTREMES = frozenset({"GlobalMaxPool", *_REDUCTIONS}) - frozenset(_SUMS)
@@ -61,7 +68,7 @@ _CARRIED_WRONGLY = frozenset({"Gather", _NARROW_MEAN})
 
 
 def respell(graph: Graph) -> tuple[str, ...]:
-    """Change what is misread in floats; says what was done. Answers stay the same to 1e-12."""
+    """Change what is misread or slow in floats; says what was misread. Answers stay the same but for rounding."""
     model = graph.model
     if any(value.dtype is None for node in model.graph for value in node.outputs):  # a file that says no shapes
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -75,6 +82,10 @@ def respell(graph: Graph) -> tuple[str, ...]:
         except ConversionError as error:
             notes = (f"reductions stay as they are, and OpenVINO may misread them: {error}",)
     maxima = sum(_part(graph, node) for node in body_nodes(graph, "MaxPool"))
+    for node in body_nodes(graph, "GroupNormalization"):
+        _norm_over_layer(graph, node)
+    for node in body_nodes(graph, "Add", "Sub", "Mul", "Div"):
+        _name_all_axes(graph, node)
     return _said({"reductions": reductions, "windows' maxima": maxima}) + notes
 
 
@@ -89,6 +100,16 @@ def respell_for_integers(graph: Graph) -> tuple[str, ...]:
             ),
         }
     )
+
+
+def own_constants(graph: Graph) -> None:
+    """Give each node that reads a small constant of the main graph one of its own."""
+    for value in list(graph.model.graph.initializers.values()):
+        if value.const_value is None or value.const_value.size > _LARGEST_OWN or value.is_graph_input():
+            continue
+        uses = [(use.node, use.idx) for use in value.uses() if use.node.graph is graph.model.graph]
+        for node, place in uses[1:]:
+            node.replace_input_with(place, add_constant(graph, str(value.name), value.const_value.numpy()))
 
 
 def _said(done: Mapping[str, int]) -> tuple[str, ...]:
@@ -154,6 +175,41 @@ def _keep_axes(graph: Graph, node: ir.Node) -> bool:
     replace_value(graph, output, squeezed)
     graph.model.graph.remove(node, safe=True)
     return True
+
+
+def _name_all_axes(graph: Graph, node: ir.Node) -> None:
+    """Of a constant beside an image."""
+    count = rank(node.outputs[0])
+    for place, value in enumerate(node.inputs):
+        array = constant(value)
+        if value is not None and array is not None and count is not None and count >= _AXES and 1 < array.ndim < count:
+            wide = array.reshape(*[1] * (count - array.ndim), *array.shape)
+            node.replace_input_with(place, add_constant(graph, str(value.name), wide))
+
+
+def _norm_over_layer(graph: Graph, node: ir.Node) -> None:
+    x, output, count = node.inputs[0], node.outputs[0], rank(node.inputs[0])
+    scale, bias = constant(node.inputs[1]), constant(node.inputs[2])
+    if attribute(node, "num_groups", 0) != 1 or count is None or x is None or scale is None or bias is None:
+        return
+    name = node.name or str(output.name)
+    value = x
+    for op_type, what, array in (
+        ("LayerNormalization", "one", np.ones((1,) * (count - 1), scale.dtype)),
+        ("Mul", "scale", scale.reshape(1, -1, *[1] * (count - 2))),
+        ("Add", "shift", bias.reshape(1, -1, *[1] * (count - 2))),
+    ):
+        value = insert(
+            node,
+            op_type,
+            [value, add_constant(graph, f"{name}_{what}", array)],
+            {"axis": 1, "epsilon": attribute(node, "epsilon", 1e-5)} if value is x else {},
+            name=f"{name}_{op_type}",
+            dtype=output.dtype,
+            shape=output.shape,
+        )
+    replace_value(graph, output, value)
+    graph.model.graph.remove(node, safe=True)
 
 
 def _slice(graph: Graph, node: ir.Node) -> bool:

@@ -36,7 +36,7 @@ from onnxpress.optimizers.linear import (
     unused_name,
 )
 from onnxpress.optimizers.matching import constant, insert, only_user
-from onnxpress.optimizers.openvino_forms import misread, respell_for_integers
+from onnxpress.optimizers.openvino_forms import misread, own_constants, respell_for_integers
 from onnxpress.optimizers.opset import raise_opset
 from onnxpress.optimizers.qdq_forms import spell_for_integers
 from onnxpress.optimizers.qdq_plan import Layer, Plan, layers, name_of, plan_chained, plan_inputs
@@ -135,6 +135,8 @@ def _quantize(options: Int8Qdq, graph: Graph, context: PassContext, form: QdqFor
             writer.write_integer_bias(layer)
     drop_unused_constants(graph)
     merge_constants(graph.model.graph)  # weights that layers share
+    if form.wary:
+        own_constants(graph)
     kinds = sorted({layer.node.op_type for layer in plan.layers} | {node.op_type for node in plan.between})
     scales = len(set(plan.owners.values()))
     summary = f"{len(plan.layers)} layers and {len(plan.between)} nodes between ({', '.join(kinds)}), {scales} activation scales"

@@ -149,6 +149,7 @@ def plan_inputs(graph: Graph, keep: Collection[str], *, wary: bool) -> Plan:
     owners = {layer.x: layer.x for layer in chosen}
     if wary:
         _share_joined(graph, owners, readers)
+        _pool_integers(graph, owners, readers)
     sums: list[ir.Node] = []
     for node in graph.model.graph:
         if node.op_type != "Add" or node.domain != "" or name_of(node) in keep:
@@ -160,6 +161,9 @@ def plan_inputs(graph: Graph, keep: Collection[str], *, wary: bool) -> Plan:
             if not (wary and misread(residual)):
                 readers.add((node, other))
                 owners.setdefault(residual, residual)
+                if wary and convolved is not None and _after_activation(node.outputs[0]) in owners:
+                    readers.add((node, one))
+                    owners.setdefault(convolved, convolved)
                 sums.append(node)
                 break
     return Plan(layers=chosen, between=tuple(sums), owners=owners, integer=frozenset(), readers=frozenset(readers))
@@ -175,6 +179,19 @@ def _share_joined(graph: Graph, owners: dict[ir.Value, ir.Value], readers: set[t
         if all((use.node, use.idx) in readers for use in whole.uses()) and all(map(_is_computed, parts)):
             owners |= dict.fromkeys(parts, owners[whole])
             readers |= {(node, place) for place in range(len(node.inputs))}
+
+
+def _pool_integers(graph: Graph, owners: dict[ir.Value, ir.Value], readers: set[tuple[ir.Node, int]]) -> None:
+    """Quantize what windows' maxima are taken of, if layers alone read them: the maximum's code is the codes' maximum."""
+    for node in reversed(graph.model.graph):
+        x, maximum = node.inputs[0] if node.inputs else None, node.outputs[0]
+        if node.op_type != "MaxPool" or node.domain != "" or maximum not in owners or len(node.outputs) > 1:
+            continue
+        if x is None or only_user(x, "MaxPool") is None or maximum.is_graph_output() or not _is_computed(x):
+            continue
+        if all((use.node, use.idx) in readers for use in maximum.uses()):
+            owners[x] = owners[maximum]
+            readers.add((node, 0))
 
 
 def _linear_layers(graph: Graph) -> Iterator[Layer]:
