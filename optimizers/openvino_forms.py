@@ -11,6 +11,7 @@ And what it reads right and runs slowly as it runs it fast
     x * s, s of a number a channel, (C, 1, 1)      →   x * s, (1, C, 1, 1): else x is put into another layout, and back
     GroupNormalization(x), of one group            →   LayerNormalization(x) * s + b, likewise
     constants that several nodes read              →   one for each: else a layer's bias and what follows are nodes of their own
+    layer(scale * (q - zero point)) + b            →   layer(scale * q) + (b - scale * zero point * the weights' sums)
 
 OpenVINO 2026.4 on a CPU, onnxruntime-ep-openvino 1.8.1, answers by other numbers, and says nothing, where
 
@@ -38,7 +39,7 @@ from onnxpress.errors import ConversionError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.fuse_convolutions import normalization
 from onnxpress.optimizers.linear import add_constant, attribute, insert_behind, replace_value, unused_name
-from onnxpress.optimizers.matching import body_nodes, constant, insert, rank
+from onnxpress.optimizers.matching import body_nodes, constant, insert, only_user, produced_by, rank
 from onnxpress.optimizers.opset import raise_opset
 
 _REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum",
@@ -100,6 +101,76 @@ def respell_for_integers(graph: Graph) -> tuple[str, ...]:
             ),
         }
     )
+
+
+def fold_zero_points(graph: Graph) -> None:
+    """Take zero points of activations into the biases of the layers of integers that read them: all layers that read no padding."""
+    for node in body_nodes(graph, "DequantizeLinear"):
+        scale, zero_point = constant(node.inputs[1]), constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        uses = list(node.outputs[0].uses())
+        if scale is None or zero_point is None or zero_point.size != 1 or node.outputs[0].is_graph_output():
+            continue
+        weights = [_weight(use.node) if use.idx == 0 else None for use in uses]
+        if not zero_point.any() or (weights and all(weight is not None for weight in weights)):
+            for use, weight in zip(uses, weights, strict=True):
+                if zero_point.any() and weight is not None:
+                    _add_to_bias(graph, use.node, -float(scale) * float(zero_point) * weight)
+            node.resize_inputs(2)
+
+
+def _weight(layer: ir.Node) -> npt.NDArray[np.float64] | None:
+    """The sums of the numbers that make each output channel of a layer of integers that reads nothing but its input."""
+    kinds = ("MatMul", "Gemm", "Conv")
+    producer = (
+        produced_by(layer.inputs[1], "DequantizeLinear") if layer.domain == "" and layer.op_type in kinds else None
+    )
+    if producer is None or (layer.op_type == "Conv" and _is_padded(layer)):
+        return None
+    integers, scales = constant(producer.inputs[0]), constant(producer.inputs[1])
+    bias = layer.inputs[2] if len(layer.inputs) > 2 else None
+    if integers is None or scales is None or (bias is not None and constant(bias) is None):
+        return None
+    axis = attribute(producer, "axis", 1)
+    rest = tuple(at for at in range(integers.ndim) if at != axis)
+    sums: npt.NDArray[np.float64] = integers.sum(axis=rest, dtype=np.int64) * scales.astype(np.float64)
+    return sums
+
+
+def _add_to_bias(graph: Graph, layer: ir.Node, shift: npt.NDArray[np.float64]) -> None:
+    """The layer's third input, or what is added behind a MatMul."""
+    output = layer.outputs[0]
+    holder, place = layer, 2
+    if layer.op_type == "MatMul":
+        add = only_user(output, "Add")
+        place = 0 if add is None or add.inputs[1] is output else 1
+        array = None if add is None else constant(add.inputs[place])
+        if add is None or array is None or array.shape not in ((), shift.shape):
+            bias = add_constant(graph, f"{layer.name or output.name}_shift", shift.astype(np.float32))
+            added = ir.node("Add", [output, bias], name=f"{layer.name or output.name}_shifted")
+            _put_behind(graph, output, added)
+            return
+        holder = add
+    bias_value = holder.inputs[place] if len(holder.inputs) > place else None
+    old = constant(bias_value)
+    new = (shift if old is None else old.astype(np.float64) + shift).astype(np.float32)
+    if len(holder.inputs) <= place:
+        holder.resize_inputs(place + 1)
+    name = f"{layer.name or output.name}_bias"
+    holder.replace_input_with(place, add_constant(graph, name, new))
+
+
+def _put_behind(graph: Graph, value: ir.Value, node: ir.Node) -> None:
+    """Let a node that reads a value give what the value's other readers read."""
+    uses = [(use.node, use.idx) for use in value.uses() if use.node is not node]
+    insert_behind(graph, value, [node])
+    output = node.outputs[0]
+    output.name = unused_name(graph.model.graph, str(node.name))
+    output.type, output.shape = value.type, value.shape
+    if value.is_graph_output():
+        replace_value(graph, value, output)
+        node.replace_input_with(0, value)
+    for user, place in uses:
+        user.replace_input_with(place, output)
 
 
 def own_constants(graph: Graph) -> None:
@@ -268,12 +339,7 @@ def _part(graph: Graph, node: ir.Node) -> bool:
     if x is None or x.dtype not in _FLOATS or all(user.op_type in _RISING for user, _ in places):
         return False
     nothing = add_constant(graph, f"{node.name or output.name}_nothing", _nothing(x.dtype))
-    added = ir.node("Add", [output, nothing], name=f"{node.name or output.name}_parted")
-    insert_behind(graph, output, [added])
-    added.outputs[0].name = unused_name(graph.model.graph, f"{output.name}_parted")
-    added.outputs[0].type, added.outputs[0].shape = output.type, output.shape
-    for user, place in places:
-        user.replace_input_with(place, added.outputs[0])
+    _put_behind(graph, output, ir.node("Add", [output, nothing], name=f"{node.name or output.name}_parted"))
     return True
 
 

@@ -36,7 +36,7 @@ from onnxpress.optimizers.linear import (
     unused_name,
 )
 from onnxpress.optimizers.matching import constant, insert, only_user
-from onnxpress.optimizers.openvino_forms import misread, own_constants, respell_for_integers
+from onnxpress.optimizers.openvino_forms import fold_zero_points, misread, own_constants, respell_for_integers
 from onnxpress.optimizers.opset import raise_opset
 from onnxpress.optimizers.qdq_forms import spell_for_integers
 from onnxpress.optimizers.qdq_plan import Layer, Plan, layers, name_of, plan_chained, plan_inputs
@@ -133,6 +133,8 @@ def _quantize(options: Int8Qdq, graph: Graph, context: PassContext, form: QdqFor
     if form.integer_bias:
         for layer in plan.layers:
             writer.write_integer_bias(layer)
+    if form.wary:
+        fold_zero_points(graph)
     drop_unused_constants(graph)
     merge_constants(graph.model.graph)  # weights that layers share
     if form.wary:
