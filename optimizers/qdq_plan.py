@@ -149,7 +149,6 @@ def plan_inputs(graph: Graph, keep: Collection[str], *, wary: bool) -> Plan:
     owners = {layer.x: layer.x for layer in chosen}
     if wary:
         _share_joined(graph, owners, readers)
-        _pool_integers(graph, owners, readers)
     sums: list[ir.Node] = []
     for node in graph.model.graph:
         if node.op_type != "Add" or node.domain != "" or name_of(node) in keep:
@@ -166,6 +165,8 @@ def plan_inputs(graph: Graph, keep: Collection[str], *, wary: bool) -> Plan:
                     owners.setdefault(convolved, convolved)
                 sums.append(node)
                 break
+    if wary:
+        _pool_integers(graph, owners, readers)
     return Plan(layers=chosen, between=tuple(sums), owners=owners, integer=frozenset(), readers=frozenset(readers))
 
 

@@ -309,3 +309,132 @@ def test_graphs_of_old_opsets_are_brought_to_one_that_has_the_words() -> None:
     graph = small_graph(body, inputs="float[batch,4,8] x", outputs="float[batch,8] y", opset=11)
     assert "1 reductions" in "".join(respell(graph))
     assert graph.model.opset_imports[""] >= 13
+
+
+def test_constants_beside_images_name_all_axes(tmp_path: Path) -> None:
+    """OpenVINO else puts the image into another layout for each of them, and back."""
+    body = "f = Mul(x, layer) a = Add(column, f) d = Div(a, two) y = GroupNormalization<num_groups=1, epsilon=0.1>(d, scale, shift)"
+    weights = {
+        "scale": np.linspace(-1, 2, 20, dtype=np.float32),
+        "shift": np.linspace(2, 3, 20, dtype=np.float32),
+        "layer": np.linspace(0.5, 1, 20, dtype=np.float32).reshape(20, 1, 1),
+        "column": np.linspace(0.5, 1, 6, dtype=np.float32).reshape(6, 1),
+        "two": np.array([2], np.float32),
+    }
+    graph = small_graph(body, inputs=IMAGE, outputs="float[batch,20,6,6] y", weights=weights, opset=21, ir_version=10)
+    ir.save(graph.model, tmp_path / "before.onnx")
+    assert respell(graph) == ()
+    ir.save(graph.model, tmp_path / "after.onnx")
+    onnx.checker.check_model(tmp_path / "after.onnx", full_check=True)
+    assert_same_answers(tmp_path, [{"x": 0.1 * feeds_of(CASES["groups"], 3, seed=1)["x"][:, :20]}], tolerance=2e-6)
+    assert "GroupNormalization" not in graph.operators()
+    axes = {len(value.shape) for node in graph.model.graph for value in node.inputs if value.is_initializer()}  # type: ignore[arg-type]
+    assert axes == {1, 3, 4}  # that by 2, the norm's own 1, and the others
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_norms_of_several_groups_are_left_alone(groups: int) -> None:
+    weights = {"scale": np.ones(20, np.float32), "shift": np.ones(20, np.float32)}
+    body = f"y = GroupNormalization<num_groups={groups}>(x, scale, shift)"
+    graph = small_graph(body, inputs=IMAGE, outputs="float[batch,20,6,6] y", weights=weights, opset=21, ir_version=10)
+    respell(graph)
+    assert graph.operators() == {"GroupNormalization": 1}
+
+
+FOLDED = {
+    "MatMul": (1, "m = MatMul(x, w) a = Add(shift, m) y = Softmax(a)", TOKENS),
+    "no bias": (1, "y = MatMul(x, w)", TOKENS),
+    "an added tensor": (1, "m = MatMul(x, w) y = Add(m, x)", TOKENS),
+    "three layers": (1, "m = MatMul(x, w) k = MatMul(x, v) n = Add(k, shift) s = Mul(m, n) y = Add(s, m)", TOKENS),
+    "Gemm": (2, "f = ReduceMean<keepdims=0>(x, one) g = Gemm<transB=1>(f, w, shift) y = Gemm(g, v)", TOKENS),
+    "Conv": (2, "c = Conv(x, c20, shift) g = Conv<group=5>(c, groups) y = Relu(g)", IMAGE),
+    "padding": (0, "y = Conv<pads=[1,1,1,1]>(x, k20)", IMAGE),
+    "read with padding, too": (0, "c = Conv(x, c20) d = Conv<pads=[1,1,1,1], strides=[1,1], kernel_shape=[3,3]>(x, k20) y = Sub(c, d)", IMAGE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_zero_points_go_into_biases(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers stay what they are with zero points, but for rounding in float32."""
+    count, body, inputs = FOLDED[name]
+    random = np.random.default_rng(0)
+    shapes = {
+        "w": (20, 20), "v": (20, 20), "shift": (20,),
+        "c20": (20, 20, 1, 1), "groups": (20, 4, 1, 1), "k20": (20, 20, 3, 3),
+    }  # fmt: skip
+    used = {
+        name: (random.standard_normal(shape) / 4).astype(np.float32)
+        for name, shape in shapes.items()
+        if name in body.replace("(", " ").replace(")", " ").replace(",", " ").split()
+    }
+    used["one"] = np.array([1])
+    sizes = inputs.split("[")[1].split("]")[0] if "ReduceMean" not in body else "batch,20"
+    shape = (1, 6, 20) if inputs == TOKENS else (1, 20, 6, 6)
+    samples = [
+        {"x": random.uniform(-1, 3, shape).astype(np.float32)} for _ in range(4)
+    ]  # zero is no code in the middle
+
+    def quantized() -> Graph:
+        graph = small_graph(body, inputs=inputs, outputs=f"float[{sizes}] y", weights=used, opset=20, ir_version=10)
+        return make_pass("int8-qdq").apply(graph, calibrated(samples, tmp_path, kind="openvino")).graph
+
+    folded = quantized()
+    monkeypatch.setattr("onnxpress.optimizers.qdq.fold_zero_points", lambda graph: None)
+    ir.save(quantized().model, tmp_path / "before.onnx")
+    ir.save(folded.model, tmp_path / "after.onnx")
+    onnx.checker.check_model(tmp_path / "after.onnx", full_check=True)
+    kinds = [node.inputs for node in folded.model.graph if node.op_type == "DequantizeLinear"]
+    activations = [inputs for inputs in kinds if inputs[0] is not None and inputs[0].producer() is not None]
+    assert sum(len(inputs) == 2 for inputs in activations) == count
+    answers = []
+    for path in ("before.onnx", "after.onnx"):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = onnxruntime.InferenceSession(tmp_path / path, options, providers=["CPUExecutionProvider"])
+        answers.append(session.run(None, samples[0])[0])
+    np.testing.assert_allclose(answers[0], answers[1], rtol=0, atol=2e-5)
+
+
+def test_nothing_that_openvino_runs_slowly_is_shared(tmp_path: Path) -> None:
+    """Layers of one width, beside a convolution, whose biases are equal: no constant of theirs has two readers, no weight a zero point."""
+    body = "c = Conv(x, c20, b) d = Conv(c, c20, b) r = Reshape(d, flat) t = Transpose<perm=[0,2,1]>(r) m = MatMul(t, w) y = Add(m, b)"
+    random = np.random.default_rng(0)
+    weights = {
+        "c20": random.standard_normal((20, 20, 1, 1)).astype(np.float32),
+        "w": random.standard_normal((20, 20)).astype(np.float32),
+        "b": np.zeros(20, np.float32),
+        "flat": np.array([0, 20, 36]),
+    }
+    graph = small_graph(body, inputs=IMAGE, outputs="float[batch,36,20] y", weights=weights, opset=20, ir_version=10)
+    samples = [feeds_of(CASES["minimum"], 1, seed=seed) for seed in range(4)]
+    result = make_pass("int8-qdq").apply(graph, calibrated(samples, tmp_path, kind="openvino"))
+    assert "3 layers" in "".join(result.notes)
+    initializers = result.graph.model.graph.initializers.values()
+    assert [value.name for value in initializers if len(value.uses()) > 1] == []
+    of_weights = [
+        node
+        for node in result.graph.model.graph
+        if node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].is_initializer()
+    ]
+    assert [len(node.inputs) for node in of_weights] == [2, 2, 2]
+
+
+def test_sums_and_pools_of_integers(tmp_path: Path) -> None:
+    """Both summands of a sum that layers read are quantized, and a window's maximum is taken of codes; other sums keep their floats."""
+    body = (
+        "c = Conv(x, c20, b) r = Relu(c) p = MaxPool<kernel_shape=[3,3]>(r) d = Conv(p, d20, b) s = Add(p, d) "
+        "t = Relu(s) e = Conv(t, e20, b) f = Add(e, t) y = Sigmoid(f)"
+    )
+    random = np.random.default_rng(0)
+    weights = {name: random.standard_normal((20, 20, 1, 1)).astype(np.float32) / 4 for name in ("c20", "d20", "e20")}
+    weights["b"] = random.standard_normal(20).astype(np.float32)
+    graph = small_graph(body, inputs=IMAGE, outputs="float[batch,20,4,4] y", weights=weights, opset=20, ir_version=10)
+    samples = [feeds_of(CASES["minimum"], 1, seed=seed) for seed in range(4)]
+    quantized = make_pass("int8-qdq").apply(graph, calibrated(samples, tmp_path, kind="openvino")).graph
+    read = {
+        node.name: [getattr(value.producer(), "op_type", "") for value in node.inputs if value is not None]
+        for node in quantized.model.graph
+    }
+    assert read["MaxPool_2"] == ["DequantizeLinear"]
+    assert read["Add_4"] == ["DequantizeLinear"] * 2
+    assert read["Add_7"] == ["Conv", "DequantizeLinear"]
