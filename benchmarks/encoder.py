@@ -71,6 +71,8 @@ def main() -> None:
 
     rows = {name: [report.spread(times[column]) for column in columns] for name, times in medians.items()}
     report.show("milliseconds at batch x length", rows, columns)
+    quickest = {name: [f"{times[column]:.4g}" for column in columns] for name, times in fastest.items()}
+    report.show("the same, the fastest call of all", quickest, columns)
     report.show_machine(machine)
     for name, item in about.items():
         best = "; ".join(f"{column}: {setting}" for column, setting in settings[name].items() if setting)
