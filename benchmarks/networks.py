@@ -1,6 +1,6 @@
 """int8 of well-known networks of images side by side: onnxpress, onnxruntime's quantize_static and OpenVINO, milliseconds.
 
-    python benchmarks/networks.py [--only resnet50 pp-lcnet …] [--batch 1 8] [--rounds 5] [--json FILE]
+    python benchmarks/networks.py [--only resnet50 pp-lcnet …] [--batch 1 8] [--rounds 5] [--systems openvino …] [--json FILE]
 
 The networks are transformers' with random weights and the statistics of random images: speed does not hang on weights, accuracy does,
 so that nothing is said of it here (convolution.py does, of trained ones). Each is built at fp32 and int8-qdq; the others get the fp32
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--systems", nargs="+", metavar="NAME", help="systems whose names contain one of these")
     parser.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_args()
     machine = report.facts()
@@ -123,15 +124,15 @@ def measured(model: torch.nn.Module, folder: Path, arguments: argparse.Namespace
         budget="100%",  # of random weights
         **options,
     ).path
-    compiled = onnxpress.build(
-        model,
-        out=folder / "openvino",
-        target="openvino",
-        precision="int8-qdq",
-        calibration=str(folder / IMAGES),
-        budget="100%",
-        **options,
-    ).path
+    for_openvino: dict[str, Any] = {
+        **options, "target": "openvino", "precision": "int8-qdq", "calibration": str(folder / IMAGES), "budget": "100%",
+    }  # fmt: skip
+    compiled = onnxpress.build(model, out=folder / "openvino", **for_openvino).path
+    for batch in arguments.batch:
+        fixed = {NAME: torch.from_numpy(images(batch, SIZE))}
+        onnxpress.build(
+            model, out=folder / "fixed" / str(batch), **{**for_openvino, "example_inputs": fixed, "dynamic_axes": {}}
+        )
     onnx.save(onnx.load(plain / "model.onnx"), folder / FLOAT)  # weights inside, which the artifact may have beside it
     quant_pre_process(str(folder / FLOAT), str(folder / "ready.onnx"), skip_symbolic_shape=True)
     quantization.quantize_static(
@@ -154,7 +155,11 @@ def measured(model: torch.nn.Module, folder: Path, arguments: argparse.Namespace
         System(
             name="onnxpress int8-qdq for openvino", environment=None, peer="images:ours:openvino", artifact=compiled
         ),
+        System(
+            name="the same, built for one batch", environment=None, peer="images:ours:fixed", artifact=folder / "fixed"
+        ),
     ]
+    systems = turns.chosen(systems, arguments.systems)
     times: dict[str, dict[str, Rounds]] = {
         system.name: {str(batch): {"median_ms": [], "min_ms": []} for batch in arguments.batch} for system in systems
     }

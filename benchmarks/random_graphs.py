@@ -1,6 +1,6 @@
 """Random graphs on OpenVINO beside the CPU provider without its optimizers: what it misreads shows here. No clock is read.
 
-    python benchmarks/random_graphs.py [--graphs 1000] [--first 0] [--precision int8-qdq fp32] [--as-exported]
+    python benchmarks/random_graphs.py [--graphs 1000] [--first 0] [--precision int8-qdq fp32] [--as-exported] [--fixed]
 
 Each graph is a chain of operators as encoders and convolution networks have them, with random weights, spelled as a build for OpenVINO spells
 it; --as-exported leaves that out. Those are printed whose answers, for one to three samples, have a likeness (share of variance) below 0.97 on integers and
@@ -178,14 +178,14 @@ class Chain:
         weight = self.constant(self.normal(inner, 12, 2, 2, of=inner))
         self.put("ConvTranspose", self.end, weight, sizes=[12, 2 * height, 2 * width], strides=[2, 2])
 
-    def model(self) -> onnx.ModelProto:
+    def model(self, batch: int | str = "batch") -> onnx.ModelProto:
         """With a layer at the end."""
         if len(self.sizes) == 3:
             self.convolve(LAST, 1, bias=False)
         else:
             self.linear(LAST, bias=bool(self.random.random() < 0.5))
-        x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", *self.given])
-        y = helper.make_tensor_value_info(self.end, TensorProto.FLOAT, ["batch", *self.sizes])
+        x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, *self.given])
+        y = helper.make_tensor_value_info(self.end, TensorProto.FLOAT, [batch, *self.sizes])
         graph = helper.make_graph(self.nodes, "random", [x], [y], self.weights)
         made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
         return onnx.shape_inference.infer_shapes(made)
@@ -296,12 +296,12 @@ class Plain:
         return dict(zip(names, self.session.run(names, dict(feeds)), strict=True))
 
 
-def written(path: Path, folder: Path, precision: str, *, spelled: bool, sizes: list[int]) -> str:
+def written(path: Path, folder: Path, precision: str, *, spelled: bool, sizes: list[int], batch: int) -> str:
     """Write the graph as a build has it to folder/model.onnx; what stays in float."""
     graph = open_onnx(path, task=None, samples=None).graph
     if spelled:
         respell(graph)
-    samples = [{"x": samples_of(sizes, 1, 100 + index)} for index in range(16)]
+    samples = [{"x": samples_of(sizes, batch, 100 + index)} for index in range(16)]
     calibration = Calibration(lambda graph: Plain(graph, folder), lambda: samples)
     context = PassContext(
         target=target("openvino"),
@@ -333,6 +333,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="the first graph's number, which is its seed")
     parser.add_argument("--precision", nargs="+", choices=LEAST, default=list(LEAST))
     parser.add_argument("--as-exported", action="store_true", help="do not spell graphs as builds do")
+    parser.add_argument("--fixed", action="store_true", help="graphs of one batch, 1 to 3")
     arguments = parser.parse_args()
     onnxruntime.set_default_logger_severity(4)
     found = dict.fromkeys(["right", "misread", "do not compile"], 0)
@@ -340,16 +341,22 @@ def main() -> None:
         folder = Path(name)
         for seed in range(arguments.first, arguments.first + arguments.graphs):
             chain, names = random_chain(seed)
-            onnx.save(chain.model(), folder / "random.onnx")
+            batches = (1 + seed % 3,) if arguments.fixed else (1, 2, 3)
+            onnx.save(chain.model(batches[0] if arguments.fixed else "batch"), folder / "random.onnx")
             for precision in arguments.precision:
                 left = written(
-                    folder / "random.onnx", folder, precision, spelled=not arguments.as_exported, sizes=chain.given
+                    folder / "random.onnx",
+                    folder,
+                    precision,
+                    spelled=not arguments.as_exported,
+                    sizes=chain.given,
+                    batch=batches[0],
                 )
                 plain = Plain(folder / "model.onnx", folder)
                 try:
                     session = Session(folder / "model.onnx", providers=["openvino", "cpu"])
                     alike = []
-                    for batch in (1, 2, 3):
+                    for batch in batches:
                         feeds = {"x": samples_of(chain.given, batch, batch)}
                         alike.append(likeness(session.run(feeds)[chain.end], plain.run(feeds)[chain.end]))
                 except OnnxpressError as error:

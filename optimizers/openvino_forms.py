@@ -37,6 +37,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferenc
 
 from onnxpress.errors import ConversionError
 from onnxpress.graph import Graph
+from onnxpress.optimizers.dependencies import ELEMENTWISE
 from onnxpress.optimizers.fuse_convolutions import normalization
 from onnxpress.optimizers.linear import add_constant, attribute, insert_behind, replace_value, unused_name
 from onnxpress.optimizers.matching import body_nodes, constant, insert, only_user, produced_by, rank
@@ -59,7 +60,7 @@ _CARRYING = frozenset({
     "LeakyRelu", "MaxPool", "Pad", "Relu", "Reshape", "Resize", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze", *_SUMS,
 })  # fmt: skip
 _REARRANGING = frozenset({"Flatten", "Gather", "Reshape", "Squeeze", "Unsqueeze"})
-_SUM, _NARROW_MEAN = "a sum", "a mean over fewer than four axes"
+_SUM, _NARROW_MEAN, _FUNCTION = "a sum", "a mean over fewer than four axes", "a function"
 _RISING = frozenset({
     "Add", "AveragePool", "BatchNormalization", "Concat", "Conv", "ConvTranspose", "GlobalAveragePool", "MaxPool", "Relu",
 })  # fmt: skip
@@ -409,7 +410,11 @@ def _misread_value(value: ir.Value) -> str:
         seen.add((value, between))
         factor, adds = _factor(node), _adds(node)
         if node.op_type in _EXTREMES:
-            return node.op_type
+            return node.op_type  # with what rounds its functions, in graphs of fixed shapes
+        if _FUNCTION in between or (factor is None and not adds and node.op_type in ELEMENTWISE - _CARRYING):
+            if node.op_type in ELEMENTWISE | _CARRYING and (argument := _argument(node)) is not None:
+                waiting.append((argument, between | {_FUNCTION}))
+            continue
         if node.op_type == "AveragePool" and attribute(node, "count_include_pad", 0) and _is_padded(node):
             return "AveragePool that counts its padding"
         if node.op_type == "Concat" and rank(node.outputs[0]) == 3:
@@ -427,6 +432,14 @@ def _misread_value(value: ir.Value) -> str:
         sources = node.inputs if node.op_type in ("Concat", "Mul", "Add", "Sub") else node.inputs[:1]
         waiting += [(source, between) for source in sources if source is not None]
     return ""
+
+
+def _argument(node: ir.Node) -> ir.Value | None:
+    """Of what a node is a function, if of one value alone; Mul(x, Sigmoid(x)) is one of x."""
+    read = {value for value in node.inputs if value is not None and constant(value) is None}
+    gates = {value for value in read if (gate := value.producer()) is not None and set(gate.inputs) <= read}
+    values = list(read - gates) if len(read) > 1 else list(read)
+    return values[0] if len(values) == 1 else None
 
 
 def _factor(node: ir.Node) -> npt.NDArray[Any] | None:

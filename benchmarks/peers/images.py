@@ -47,15 +47,19 @@ class File:
 
 
 class Ours:
+    """artifact: for any batch; or a folder with one for each, named by its size."""
+
     def __init__(self, artifact: Path) -> None:
         import onnxpress
 
-        self.runner: Any = onnxpress.load(artifact)
+        folders = [path for path in artifact.iterdir() if path.name.isdigit()]
+        self.runners: dict[int, Any] = {int(path.name): onnxpress.load(path) for path in folders}
+        self.any_batch: Any = None if folders else onnxpress.load(artifact)
         self.description = f"onnxpress {onnxpress.__version__}"
 
     def shape(self, batch: int, size: int) -> tuple[Callable[[], Any], str]:
-        feeds = {NAME: images(batch, size)}
-        return lambda: self.runner.run(feeds), ""
+        feeds, runner = {NAME: images(batch, size)}, self.runners.get(batch, self.any_batch)
+        return lambda: runner.run(feeds), ""
 
 
 class OpenVino:
