@@ -71,10 +71,7 @@ _CARRIED_WRONGLY = frozenset({"Gather", _NARROW_MEAN})
 
 def respell(graph: Graph) -> tuple[str, ...]:
     """Change what is misread or slow in floats; says what was misread. Answers stay the same but for rounding."""
-    model = graph.model
-    if any(value.dtype is None for node in model.graph for value in node.outputs):  # a file that says no shapes
-        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    _infer_shapes(graph)
     notes: tuple[str, ...] = ()
     reductions = 0
     if any(_axes(node) for node in body_nodes(graph, *_REDUCTIONS)):
@@ -102,6 +99,20 @@ def respell_for_integers(graph: Graph) -> tuple[str, ...]:
             ),
         }
     )
+
+
+def _infer_shapes(graph: Graph) -> None:
+    """Of a file that says none; ONNX's inference (1.23) does not know the norm's."""
+    norms = body_nodes(graph, "GroupNormalization")
+    while any(value.dtype is None for node in graph.model.graph for value in node.outputs):
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph.model)
+        ShapeInferencePass(check_type=False, strict_mode=False)(graph.model)
+        stuck = [(node.inputs[0], node.outputs[0]) for node in norms if node.outputs[0].dtype is None]
+        known = [(x, output) for x, output in stuck if x is not None and x.dtype is not None]
+        for x, output in known:
+            output.type, output.shape = x.type, x.shape
+        if not known:
+            break
 
 
 def fold_zero_points(graph: Graph) -> None:

@@ -111,6 +111,13 @@ CASES = {
         "float[batch,16,6,6] y",
         "1 padded means",
     ),
+    "padded mean of norms": Case(
+        "g = GroupNormalization<num_groups=1>(x, scale, shift) h = GroupNormalization<num_groups=1>(g, scale, shift) "
+        "p = AveragePool<kernel_shape=[3,3], pads=[1,1,1,1], count_include_pad=1>(h) y = Conv(p, c16, bias)",
+        IMAGE,
+        "float[batch,16,6,6] y",
+        "1 padded means",
+    ),
     "windows' maxima": Case(
         "c = Conv(x, c20, shift) p = MaxPool<kernel_shape=[3,3], pads=[1,1,1,1]>(c) y = Gelu(p)",
         IMAGE,
@@ -205,7 +212,7 @@ def graph_of(case: Case) -> Graph:
         for name, array in weights.items()
         if name in case.body.replace("(", " ").replace(")", " ").replace(",", " ").split()
     }
-    return small_graph(case.body, inputs=case.inputs, outputs=case.outputs, weights=used, opset=20, ir_version=10)
+    return small_graph(case.body, inputs=case.inputs, outputs=case.outputs, weights=used, opset=21, ir_version=10)
 
 
 def feeds_of(case: Case, batch: int, seed: int) -> dict[str, Any]:
