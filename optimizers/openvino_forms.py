@@ -120,9 +120,11 @@ def fold_zero_points(graph: Graph) -> None:
     for node in body_nodes(graph, "DequantizeLinear"):
         scale, zero_point = constant(node.inputs[1]), constant(node.inputs[2]) if len(node.inputs) > 2 else None
         uses = list(node.outputs[0].uses())
-        if scale is None or zero_point is None or zero_point.size != 1 or node.outputs[0].is_graph_output():
+        if scale is None or scale.dtype != np.float32 or zero_point is None or zero_point.size != 1:
             continue
-        weights = [_weight(use.node) if use.idx == 0 else None for use in uses]
+        if node.outputs[0].is_graph_output():
+            continue
+        weights = [_weight(use.node, graph) if use.idx == 0 else None for use in uses]
         if not zero_point.any() or (weights and all(weight is not None for weight in weights)):
             for use, weight in zip(uses, weights, strict=True):
                 if zero_point.any() and weight is not None:
@@ -130,17 +132,18 @@ def fold_zero_points(graph: Graph) -> None:
             node.resize_inputs(2)
 
 
-def _weight(layer: ir.Node) -> npt.NDArray[np.float64] | None:
-    """The sums of the numbers that make each output channel of a layer of integers that reads nothing but its input."""
-    kinds = ("MatMul", "Gemm", "Conv")
-    producer = (
-        produced_by(layer.inputs[1], "DequantizeLinear") if layer.domain == "" and layer.op_type in kinds else None
-    )
-    if producer is None or (layer.op_type == "Conv" and _is_padded(layer)):
+def _weight(layer: ir.Node, graph: Graph) -> npt.NDArray[np.float64] | None:
+    """The sums of the numbers that make each output channel of a layer of int8-qdq's that reads nothing but its input."""
+    if layer.domain != "" or layer.op_type not in ("MatMul", "Gemm", "Conv") or layer.graph is not graph.model.graph:
+        return None
+    producer = produced_by(layer.inputs[1], "DequantizeLinear")
+    if producer is None or len(producer.inputs) > 2 or (layer.op_type == "Conv" and _is_padded(layer)):
+        return None
+    if layer.op_type == "Gemm" and any(attribute(layer, name, 1.0) != 1.0 for name in ("alpha", "beta")):
         return None
     integers, scales = constant(producer.inputs[0]), constant(producer.inputs[1])
     bias = layer.inputs[2] if len(layer.inputs) > 2 else None
-    if integers is None or scales is None or (bias is not None and constant(bias) is None):
+    if integers is None or scales is None or scales.ndim != 1 or (bias is not None and constant(bias) is None):
         return None
     axis = attribute(producer, "axis", 1)
     rest = tuple(at for at in range(integers.ndim) if at != axis)
@@ -273,7 +276,9 @@ def _name_all_axes(graph: Graph, node: ir.Node) -> None:
 def _norm_over_layer(graph: Graph, node: ir.Node) -> None:
     x, output, count = node.inputs[0], node.outputs[0], rank(node.inputs[0])
     scale, bias = constant(node.inputs[1]), constant(node.inputs[2])
-    if attribute(node, "num_groups", 0) != 1 or count is None or x is None or scale is None or bias is None:
+    if attribute(node, "num_groups", 0) != 1 or x is None or scale is None or bias is None:
+        return
+    if count is None or count < _AXES:
         return
     name = node.name or str(output.name)
     value = x

@@ -16,7 +16,7 @@ from small_graphs import assert_same_answers, small_graph
 
 from onnxpress.graph import Graph
 from onnxpress.optimizers import make_pass
-from onnxpress.optimizers.openvino_forms import respell, respell_for_integers
+from onnxpress.optimizers.openvino_forms import fold_zero_points, respell, respell_for_integers
 from onnxpress.runtime import Session
 from onnxpress.runtime.saturation import products_saturate
 
@@ -422,6 +422,24 @@ def test_zero_points_go_into_biases(name: str, tmp_path: Path, monkeypatch: pyte
         session = onnxruntime.InferenceSession(tmp_path / path, options, providers=["CPUExecutionProvider"])
         answers.append(session.run(None, samples[0])[0])
     np.testing.assert_allclose(answers[0], answers[1], rtol=0, atol=2e-5)
+
+
+def test_zero_points_of_quantized_files_stay_where_weights_have_some_too(tmp_path: Path) -> None:
+    body = (
+        "q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) w = DequantizeLinear<axis=1>(w8, s, z) m = MatMul(d, w) "
+        "r = Reshape(m, rows) y = Gemm<alpha=2.0>(r, v)"
+    )
+    random = np.random.default_rng(0)
+    weights = {
+        "s": np.array(0.02, np.float32), "z": np.array(100, np.uint8), "w8": random.integers(0, 255, (20, 20)).astype(np.uint8),
+        "v": random.standard_normal((20, 16)).astype(np.float32), "rows": np.array([-1, 20]),
+    }  # fmt: skip
+    graph = small_graph(body, inputs=TOKENS, outputs="float[rows,16] y", weights=weights, opset=20, ir_version=10)
+    ir.save(graph.model, tmp_path / "before.onnx")
+    fold_zero_points(graph)
+    ir.save(graph.model, tmp_path / "after.onnx")
+    assert_same_answers(tmp_path, [feeds_of(CASES["mean"], 2, seed=1)], tolerance=1e-4)
+    assert all(len(node.inputs) == 3 for node in graph.model.graph if node.op_type == "DequantizeLinear")
 
 
 def test_nothing_that_openvino_runs_slowly_is_shared(tmp_path: Path) -> None:
