@@ -193,5 +193,5 @@ def chosen(systems: list[System], only: list[str] | None) -> list[System]:
     """The systems that were asked for."""
     found = [system for system in systems if only is None or any(part.lower() in system.name.lower() for part in only)]
     if not found:
-        sys.exit(f"--only {' '.join(only or ())} names none of: {', '.join(system.name for system in systems)}.")
+        sys.exit(f"{' '.join(only or ())} names none of: {', '.join(system.name for system in systems)}.")
     return found

@@ -10,8 +10,9 @@ And what it reads right and runs slowly as it runs it fast
 
     x * s, s of a number a channel, (C, 1, 1)      →   x * s, (1, C, 1, 1): else x is put into another layout, and back
     GroupNormalization(x), of one group            →   LayerNormalization(x) * s + b, likewise
-    constants that several nodes read              →   one for each: else a layer's bias and what follows are nodes of their own
+    small constants that several nodes read        →   one for each: else a layer's bias and what follows are nodes of their own
     layer(scale * (q - zero point)) + b            →   layer(scale * q) + (b - scale * zero point * the weights' sums)
+                                                       (these two beside integers alone)
 
 OpenVINO 2026.4 on a CPU, onnxruntime-ep-openvino 1.8.1, answers by other numbers, and says nothing, where
 
@@ -27,7 +28,7 @@ Found by random graphs beside the CPU provider without its optimizers (benchmark
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -83,8 +84,9 @@ def respell(graph: Graph) -> tuple[str, ...]:
     maxima = sum(_part(graph, node) for node in body_nodes(graph, "MaxPool"))
     for node in body_nodes(graph, "GroupNormalization"):
         _norm_over_layer(graph, node)
+    wide: dict[tuple[ir.Value, int], ir.Value] = {}
     for node in body_nodes(graph, "Add", "Sub", "Mul", "Div"):
-        _name_all_axes(graph, node)
+        _name_all_axes(graph, node, wide)
     return _said({"reductions": reductions, "windows' maxima": maxima}) + notes
 
 
@@ -115,63 +117,52 @@ def _infer_shapes(graph: Graph) -> None:
             break
 
 
-def fold_zero_points(graph: Graph) -> None:
-    """Take zero points of activations into the biases of the layers of integers that read them: all layers that read no padding."""
-    for node in body_nodes(graph, "DequantizeLinear"):
-        scale, zero_point = constant(node.inputs[1]), constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        uses = list(node.outputs[0].uses())
-        if scale is None or scale.dtype != np.float32 or zero_point is None or zero_point.size != 1:
-            continue
-        if node.outputs[0].is_graph_output():
-            continue
-        weights = [_weight(use.node, graph) if use.idx == 0 else None for use in uses]
-        if not zero_point.any() or (weights and all(weight is not None for weight in weights)):
-            for use, weight in zip(uses, weights, strict=True):
-                if zero_point.any() and weight is not None:
-                    _add_to_bias(graph, use.node, -float(scale) * float(zero_point) * weight)
-            node.resize_inputs(2)
+def fold_zero_points(graph: Graph, layers: Collection[ir.Node]) -> None:
+    """Take the zero points of what layers of integers read into their biases, where such layers alone read it, and without padding.
+
+    layers: MatMul, Gemm, Conv and ConvTranspose as int8-qdq writes them.
+    """
+    for node in dict.fromkeys(produced_by(layer.inputs[0], "DequantizeLinear") for layer in layers):
+        assert node is not None
+        scale, zero_point = constant(node.inputs[1]), constant(node.inputs[2])
+        assert scale is not None
+        assert zero_point is not None
+        if zero_point.any():
+            uses = list(node.outputs[0].uses())
+            if not all(use.idx == 0 and use.node in layers and _reads_no_padding(use.node) for use in uses):
+                continue
+            for use in uses:
+                _add_to_bias(graph, use.node, -scale.item() * zero_point.item())
+        node.resize_inputs(2)
 
 
-def _weight(layer: ir.Node, graph: Graph) -> npt.NDArray[np.float64] | None:
-    """The sums of the numbers that make each output channel of a layer of int8-qdq's that reads nothing but its input."""
-    if layer.domain != "" or layer.op_type not in ("MatMul", "Gemm", "Conv") or layer.graph is not graph.model.graph:
-        return None
-    producer = produced_by(layer.inputs[1], "DequantizeLinear")
-    if producer is None or len(producer.inputs) > 2 or (layer.op_type == "Conv" and _is_padded(layer)):
-        return None
-    if layer.op_type == "Gemm" and any(attribute(layer, name, 1.0) != 1.0 for name in ("alpha", "beta")):
-        return None
-    integers, scales = constant(producer.inputs[0]), constant(producer.inputs[1])
-    bias = layer.inputs[2] if len(layer.inputs) > 2 else None
-    if integers is None or scales is None or scales.ndim != 1 or (bias is not None and constant(bias) is None):
-        return None
-    axis = attribute(producer, "axis", 1)
-    rest = tuple(at for at in range(integers.ndim) if at != axis)
-    sums: npt.NDArray[np.float64] = integers.sum(axis=rest, dtype=np.int64) * scales.astype(np.float64)
-    return sums
+def _reads_no_padding(layer: ir.Node) -> bool:
+    return layer.op_type in ("MatMul", "Gemm") or (layer.op_type == "Conv" and not _is_padded(layer))
 
 
-def _add_to_bias(graph: Graph, layer: ir.Node, shift: npt.NDArray[np.float64]) -> None:
-    """The layer's third input, or what is added behind a MatMul."""
-    output = layer.outputs[0]
-    holder, place = layer, 2
+def _add_to_bias(graph: Graph, layer: ir.Node, number: float) -> None:
+    """What a layer answers to this number everywhere: its third input, or what is added behind a MatMul."""
+    dequantize, output = produced_by(layer.inputs[1], "DequantizeLinear"), layer.outputs[0]
+    assert dequantize is not None
+    integers, scales = constant(dequantize.inputs[0]), constant(dequantize.inputs[1])
+    assert integers is not None
+    assert scales is not None
+    rest = tuple(axis for axis in range(integers.ndim) if axis != attribute(dequantize, "axis", 1))
+    shift = number * integers.sum(axis=rest, dtype=np.int64) * scales.astype(np.float64)
+    name, holder, place = layer.name or str(output.name), layer, 2
     if layer.op_type == "MatMul":
         add = only_user(output, "Add")
         place = 0 if add is None or add.inputs[1] is output else 1
         array = None if add is None else constant(add.inputs[place])
         if add is None or array is None or array.shape not in ((), shift.shape):
-            bias = add_constant(graph, f"{layer.name or output.name}_shift", shift.astype(np.float32))
-            added = ir.node("Add", [output, bias], name=f"{layer.name or output.name}_shifted")
-            _put_behind(graph, output, added)
+            bias = add_constant(graph, f"{name}_shift", shift.astype(np.float32))
+            _put_behind(graph, output, ir.node("Add", [output, bias], name=f"{name}_shifted"))
             return
         holder = add
-    bias_value = holder.inputs[place] if len(holder.inputs) > place else None
-    old = constant(bias_value)
-    new = (shift if old is None else old.astype(np.float64) + shift).astype(np.float32)
-    if len(holder.inputs) <= place:
-        holder.resize_inputs(place + 1)
-    name = f"{layer.name or output.name}_bias"
-    holder.replace_input_with(place, add_constant(graph, name, new))
+    holder.resize_inputs(max(len(holder.inputs), place + 1))
+    old = constant(holder.inputs[place])
+    new = shift if old is None else old + shift
+    holder.replace_input_with(place, add_constant(graph, f"{name}_bias", new.astype(np.float32)))
 
 
 def _put_behind(graph: Graph, value: ir.Value, node: ir.Node) -> None:
@@ -189,13 +180,14 @@ def _put_behind(graph: Graph, value: ir.Value, node: ir.Node) -> None:
 
 
 def own_constants(graph: Graph) -> None:
-    """Give each node that reads a small constant of the main graph one of its own."""
+    """Give each node that reads a small constant of the main graph one of its own, of a graph with layers of integers."""
     for value in list(graph.model.graph.initializers.values()):
-        if value.const_value is None or value.const_value.size > _LARGEST_OWN or value.is_graph_input():
+        tensor = value.const_value
+        if tensor is None or tensor.size > _LARGEST_OWN or tensor.dtype == ir.DataType.STRING or value.is_graph_input():
             continue
         uses = [(use.node, use.idx) for use in value.uses() if use.node.graph is graph.model.graph]
         for node, place in uses[1:]:
-            node.replace_input_with(place, add_constant(graph, str(value.name), value.const_value.numpy()))
+            node.replace_input_with(place, add_constant(graph, str(value.name), tensor.numpy()))
 
 
 def _said(done: Mapping[str, int]) -> tuple[str, ...]:
@@ -263,14 +255,17 @@ def _keep_axes(graph: Graph, node: ir.Node) -> bool:
     return True
 
 
-def _name_all_axes(graph: Graph, node: ir.Node) -> None:
-    """Of a constant beside an image."""
+def _name_all_axes(graph: Graph, node: ir.Node, wide: dict[tuple[ir.Value, int], ir.Value]) -> None:
+    """Of a constant beside an image. wide: those that were made, by constant and number of axes."""
     count = rank(node.outputs[0])
     for place, value in enumerate(node.inputs):
         array = constant(value)
-        if value is not None and array is not None and count is not None and count >= _AXES and 1 < array.ndim < count:
-            wide = array.reshape(*[1] * (count - array.ndim), *array.shape)
-            node.replace_input_with(place, add_constant(graph, str(value.name), wide))
+        if value is None or array is None or count is None or count < _AXES or not 1 < array.ndim < count:
+            continue
+        if (value, count) not in wide:
+            named = array.reshape(*[1] * (count - array.ndim), *array.shape)
+            wide[value, count] = add_constant(graph, str(value.name), named)
+        node.replace_input_with(place, wide[value, count])
 
 
 def _norm_over_layer(graph: Graph, node: ir.Node) -> None:
@@ -426,7 +421,7 @@ def _misread_value(value: ir.Value) -> str:
         seen.add((value, between))
         factor, adds = _factor(node), _adds(node)
         if node.op_type in _EXTREMES:
-            return node.op_type  # with what rounds its functions, in graphs of fixed shapes
+            return node.op_type  # also where functions of it are rounded, for which OpenVINO rounds too early
         if _FUNCTION in between or (factor is None and not adds and node.op_type in ELEMENTWISE - _CARRYING):
             if node.op_type in ELEMENTWISE | _CARRYING and (argument := _argument(node)) is not None:
                 waiting.append((argument, between | {_FUNCTION}))
@@ -451,11 +446,20 @@ def _misread_value(value: ir.Value) -> str:
 
 
 def _argument(node: ir.Node) -> ir.Value | None:
-    """Of what a node is a function, if of one value alone; Mul(x, Sigmoid(x)) is one of x."""
-    read = {value for value in node.inputs if value is not None and constant(value) is None}
-    gates = {value for value in read if (gate := value.producer()) is not None and set(gate.inputs) <= read}
-    values = list(read - gates) if len(read) > 1 else list(read)
-    return values[0] if len(values) == 1 else None
+    """Of what a node is a function, if of one value alone, however it is spelled: Mul(x, Sigmoid(x)) is one of x."""
+
+    def read(of: ir.Node) -> set[ir.Value]:
+        return {value for value in of.inputs if value is not None and constant(value) is None}
+
+    values, seen = read(node), set[ir.Value]()
+    while len(values) > 1:
+        value = next((value for value in values if produced_by(value, *ELEMENTWISE)), None)
+        producer = None if value is None else value.producer()
+        if value is None or producer is None:
+            return None
+        seen.add(value)
+        values = (values | read(producer)) - seen
+    return next(iter(values), None)
 
 
 def _factor(node: ir.Node) -> npt.NDArray[Any] | None:

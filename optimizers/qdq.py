@@ -134,7 +134,7 @@ def _quantize(options: Int8Qdq, graph: Graph, context: PassContext, form: QdqFor
         for layer in plan.layers:
             writer.write_integer_bias(layer)
     if form.wary:
-        fold_zero_points(graph)
+        fold_zero_points(graph, {layer.node for layer in plan.layers})
     drop_unused_constants(graph)
     merge_constants(graph.model.graph)  # weights that layers share
     if form.wary:

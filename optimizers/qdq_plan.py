@@ -140,7 +140,10 @@ def plan_chained(graph: Graph, keep: Collection[str]) -> Plan:
 
 
 def plan_inputs(graph: Graph, keep: Collection[str], *, wary: bool) -> Plan:
-    """For compilers: what layers read, and of a sum behind a convolution the other summand, which is fused with it. wary: QdqForm."""
+    """For compilers: what layers read, and of a sum behind a convolution the other summand, which is fused with it.
+
+    wary: QdqForm; also the convolution's own summand, where layers read the sum, and what is joined or pooled for layers alone.
+    """
     chosen = layers(graph, keep, transposed_convolutions=True)
     if wary:
         chosen = tuple(layer for layer in chosen if not misread(layer.x, layer.node))
@@ -183,7 +186,9 @@ def _share_joined(graph: Graph, owners: dict[ir.Value, ir.Value], readers: set[t
 
 
 def _pool_integers(graph: Graph, owners: dict[ir.Value, ir.Value], readers: set[tuple[ir.Node, int]]) -> None:
-    """Quantize what windows' maxima are taken of, if layers alone read them: the maximum's code is the codes' maximum."""
+    """Quantize what windows' maxima are taken of, if layers alone read them: the maximum's code is the codes' maximum, so
+    that nothing is lost by it, and `keep` not asked.
+    """
     for node in reversed(graph.model.graph):
         x, maximum = node.inputs[0] if node.inputs else None, node.outputs[0]
         if node.op_type != "MaxPool" or node.domain != "" or maximum not in owners or len(node.outputs) > 1:
