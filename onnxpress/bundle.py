@@ -235,7 +235,8 @@ def _contents(artifact: Artifact, target: str, facts: Device) -> dict[str, Sourc
         files["run.py"] = _HERE / "on_device.py"
         if facts.archive == "tar":
             files["update.py"] = _HERE / "on_device_update.py"  # for POSIX systems
-        files |= {f"lib/onnxpress/{name}": _HERE / name for name in _CORE}
+        core = (*_CORE, "conversation.py") if manifest.task == "text-generation" else _CORE
+        files |= {f"lib/onnxpress/{name}": _HERE / name for name in core}
         files |= {f"lib/onnxpress/runtime/{path.name}": path for path in sorted((_HERE / "runtime").glob("*.py"))}
     return files | web_files(artifact) if target == "browser" else files
 
@@ -306,6 +307,8 @@ def _readme(artifact: Artifact, target: str, facts: Device, requires: list[str],
             * (facts.machine == "aarch64" and requires[0].startswith("onnxruntime-gpu")),
             f"python run.py --self-test{options}     # every file, the golden answers, latency and memory: exit code 0 or 1",
             f"python run.py {_example(manifest)[0]}{options}",
+            *[f"python run.py --chat{options}     # where it has a chat template"]
+            * (manifest.task == "text-generation"),
             "```",
             *_SIGNED_WORDS * ("--signed-by" in options),
             "",

@@ -1,4 +1,4 @@
-"""`onnxpress generate` and `onnxpress chat`: language models on the terminal, token by token."""
+"""`onnxpress generate`, `onnxpress chat` and a bundle's `run.py --chat`: language models on the terminal, token by token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from onnxpress.commands.options import print_json
 from onnxpress.errors import InputError, UsageError
 from onnxpress.manifest import Json
 from onnxpress.runtime import Generation, Generator, load
@@ -35,6 +34,8 @@ def generate(runner: Generator, prompts: list[str], *, as_json: bool, **options:
         generations = runner.generate(prompts, **options)
         seconds = time.perf_counter() - started
         if as_json:
+            from onnxpress.commands.options import print_json  # which bundles lack
+
             print_json([_described(item) for item in generations])
         else:
             for index, item in enumerate(generations):
@@ -49,7 +50,7 @@ def generate(runner: Generator, prompts: list[str], *, as_json: bool, **options:
 def chat(runner: Generator, *, system: str | None, **options: Any) -> int:
     """A conversation, until the input ends; 1 where a message that was piped in got no answer."""
     if runner.template is None:
-        raise InputError("This model has no chat template, so it cannot chat: use `onnxpress generate`.")
+        raise InputError("This model has no chat template, so it cannot chat: give it a prompt to go on with.")
     first = [] if system is None else [{"role": "system", "content": system}]
     messages: list[dict[str, Json]] = list(first)
     runner.stream([[0]], **options)  # which says now what is wrong with the options

@@ -2,6 +2,7 @@
 
     python run.py --self-test [--json]    files, golden outputs, latency and memory: one page, exit code 0 or 1
     python run.py "a text" […]            one JSON answer a line
+    python run.py --chat                  a conversation with a language model, until the input ends
     python run.py --check [FOLDER]        files and signature alone, of this bundle or of another one
 
 Needs Python 3.11 with onnxruntime, numpy and tokenizers; and cryptography for signatures and encrypted models. Nothing else of the
@@ -469,11 +470,23 @@ def _answers(runner: Any, texts: list[str], pairs: list[str]) -> Iterator[Any]:
         yield from runner.answer_texts(list(zip(texts, pairs, strict=True)) if pairs else texts)
 
 
+def _chat(runner: Any) -> int:
+    from onnxpress.runtime.generator import Generator
+
+    if not isinstance(runner, Generator):
+        raise BundleError("This model generates no text, so it cannot chat.")
+    from onnxpress.conversation import chat
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which stops an answer, and not the program
+    return chat(runner, system=None)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="*", metavar="TEXT")
     parser.add_argument("--pair", action="append", default=[], help="the second text of each; a question's context")
+    parser.add_argument("--chat", action="store_true")
     parser.add_argument("--self-test", action="store_true")
     parser.add_argument("--check", nargs="?", type=Path, const=Path(__file__).resolve().parent, metavar="FOLDER")
     parser.add_argument("--signed-by", type=Path, metavar="FILE", help="PEM: the signer's public key, or certificates")
@@ -485,14 +498,16 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGINT, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # Windows has others
-    if (bool(options.texts), options.self_test, bool(options.check)).count(True) != 1:
-        parser.error("give a text, --self-test or --check")
+    if (bool(options.texts), options.chat, options.self_test, bool(options.check)).count(True) != 1:
+        parser.error("give a text, --chat, --self-test or --check")
     if options.pair and not options.texts:
         parser.error("--pair goes with texts")
     if options.json and not options.self_test:
         parser.error("--json goes with --self-test; answers are JSON as they are")
     code = 0
     try:
+        if options.chat:
+            return _chat(load(signed_by=options.signed_by, key=options.key))
         if options.check:
             lines = iter(check(options.check, options.signed_by)[1])
         elif options.self_test:

@@ -10,14 +10,16 @@ measured with those before it already quantized and corrected.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import Stream
-from onnxpress.optimizers.linear import add_constant
-from onnxpress.optimizers.matching import constant
+from onnxpress.optimizers.linear import add_constant, put_behind
+from onnxpress.optimizers.matching import constant, only_user
 from onnxpress.optimizers.qdq_plan import Layer
 
 
@@ -35,28 +37,40 @@ def correct_biases(
     expected, found = stream(original), stream(graph)
     corrected = 0
     for layer in layers:
-        place = _bias_place(layer)
-        if place is None:
+        if _bias_place(layer.node) is None:
             continue
         wanted = expected.means(outputs[layer.node], layer.output_axis)
         error = (wanted - found.means(layer.output, layer.output_axis)).astype(np.float32)
-        node, index = place
-        bias = node.inputs[index] if index < len(node.inputs) else None
-        array = np.zeros_like(error) if bias is None else constant(bias)
-        assert array is not None
-        node.resize_inputs(max(len(node.inputs), index + 1))
-        node.replace_input_with(index, add_constant(graph, f"{layer.name}_corrected_bias", array + error))
+        add_to_bias(graph, layer.node, error)
         found.add(layer.output, error, layer.output_axis)
         corrected += 1
     return (f"{corrected} of {len(layers)} biases corrected",)
 
 
-def _bias_place(layer: Layer) -> tuple[ir.Node, int] | None:
+def add_to_bias(graph: Graph, layer: ir.Node, shift: npt.NDArray[Any]) -> None:
+    """Add numbers, (channels,), to the bias of a Conv, ConvTranspose, Gemm or MatMul; one that has none is given one."""
+    name, output, place = layer.name or str(layer.outputs[0].name), layer.outputs[0], _bias_place(layer)
+    if place is None:
+        bias = add_constant(graph, f"{name}_bias", shift.astype(np.float32))
+        put_behind(graph, output, ir.node("Add", [output, bias], name=f"{name}_shifted"))
+        return
+    node, index = place
+    node.resize_inputs(max(len(node.inputs), index + 1))
+    old = constant(node.inputs[index])
+    new = shift if old is None else old + shift
+    node.replace_input_with(index, add_constant(graph, f"{name}_bias", new.astype(np.float32)))
+
+
+def _bias_place(layer: ir.Node) -> tuple[ir.Node, int] | None:
     """The node and input that hold a layer's bias; None for a MatMul without one."""
-    if layer.node.op_type != "MatMul":
-        return layer.node, 2
-    if layer.bias is None:
+    if layer.op_type != "MatMul":
+        return layer, 2
+    add = only_user(layer.outputs[0], "Add")
+    if add is None:
         return None
-    node = layer.output.producer()
-    assert node is not None
-    return node, next(index for index, value in enumerate(node.inputs) if value is layer.bias)
+    index = int(add.inputs[0] is layer.outputs[0])
+    bias, weight = constant(add.inputs[index]), layer.inputs[1]
+    fits = (
+        bias is not None and weight is not None and weight.shape is not None and bias.shape in ((), weight.shape[-1:])
+    )
+    return (add, index) if fits else None

@@ -132,6 +132,20 @@ def insert_behind(graph: Graph, value: ir.Value, nodes: Sequence[ir.Node]) -> No
         body.insert_before(body[0], nodes)
 
 
+def put_behind(graph: Graph, value: ir.Value, node: ir.Node) -> None:
+    """Let a node that reads a value give what the value's other readers read."""
+    uses = [(use.node, use.idx) for use in value.uses() if use.node is not node]
+    insert_behind(graph, value, [node])
+    output = node.outputs[0]
+    output.name = unused_name(graph.model.graph, str(node.name))
+    output.type, output.shape = value.type, value.shape
+    if value.is_graph_output():
+        replace_value(graph, value, output)
+        node.replace_input_with(0, value)
+    for user, place in uses:
+        user.replace_input_with(place, output)
+
+
 def replace_constant(graph: Graph, node: ir.Node, place: int, array: npt.NDArray[np.generic]) -> ir.Value:
     """Let one input of a node be another constant, under the old name where nothing else reads the old one."""
     value = node.inputs[place]

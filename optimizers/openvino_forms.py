@@ -11,8 +11,7 @@ And what it reads right and runs slowly as it runs it fast
     x * s, s of a number a channel, (C, 1, 1)      →   x * s, (1, C, 1, 1): else x is put into another layout, and back
     GroupNormalization(x), of one group            →   LayerNormalization(x) * s + b, likewise
     small constants that several nodes read        →   one for each: else a layer's bias and what follows are nodes of their own
-    layer(scale * (q - zero point)) + b            →   layer(scale * q) + (b - scale * zero point * the weights' sums)
-                                                       (these two beside integers alone)
+                                                       (beside integers alone)
 
 OpenVINO 2026.4 on a CPU, onnxruntime-ep-openvino 1.8.1, answers by other numbers, and says nothing, where
 
@@ -21,14 +20,13 @@ OpenVINO 2026.4 on a CPU, onnxruntime-ep-openvino 1.8.1, answers by other number
 - a mean that counts its padding is taken of what was multiplied or added to by numbers of each channel, if anything in the graph is quantized
 - one place on an axis is taken of what a matrix product of integers gives
 - what a convolution of integers without a bias gives is read quantized and in float
-- what a layer of integers reads was multiplied by negative numbers of each channel, or is a maximum; and others (`misread`)
 
-Found by random graphs beside the CPU provider without its optimizers (benchmarks/random_graphs.py), and by variations of them; tests/optimizers/test_openvino_forms.py has one of each.
+What no spelling mends is openvino_misread.py's. Found as said there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -38,36 +36,20 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferenc
 
 from onnxpress.errors import ConversionError
 from onnxpress.graph import Graph
-from onnxpress.optimizers.dependencies import ELEMENTWISE
-from onnxpress.optimizers.fuse_convolutions import normalization
-from onnxpress.optimizers.linear import add_constant, attribute, insert_behind, replace_value, unused_name
-from onnxpress.optimizers.matching import body_nodes, constant, insert, only_user, produced_by, rank
+from onnxpress.optimizers.linear import add_constant, attribute, put_behind, replace_value
+from onnxpress.optimizers.matching import body_nodes, constant, insert, rank
+from onnxpress.optimizers.openvino_misread import AXES, REDUCTIONS
 from onnxpress.optimizers.opset import raise_opset
 
-_REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum",
-               "ReduceLogSumExp", "ReduceSumSquare")  # fmt: skip
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
-_AXES = 4
 _NOTHING = 1e-12  # OpenVINO drops a bias of zeros
 _NOTHING_HALF = 1e-7  # about float16's smallest
 _OPSET = 13  # the first whose Squeeze has its axes as an input
 _LARGEST_OWN = 8192  # numbers of a constant that is copied for each reader
 
-_SUMS = ("ReduceMean", "ReduceSum")
-_EXTREMES = frozenset({"GlobalMaxPool", *_REDUCTIONS}) - frozenset(_SUMS)
-# Operators over which factors are carried.
-_CARRYING = frozenset({
-    "AveragePool", "Clip", "Concat", "DepthToSpace", "Dropout", "Expand", "Flatten", "Gather", "GlobalAveragePool", "Identity",
-    "LeakyRelu", "MaxPool", "Pad", "Relu", "Reshape", "Resize", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze", *_SUMS,
-})  # fmt: skip
-_REARRANGING = frozenset({"Flatten", "Gather", "Reshape", "Squeeze", "Unsqueeze"})
-_SUM, _NARROW_MEAN, _FUNCTION = "a sum", "a mean over fewer than four axes", "a function"
 _RISING = frozenset({
     "Add", "AveragePool", "BatchNormalization", "Concat", "Conv", "ConvTranspose", "GlobalAveragePool", "MaxPool", "Relu",
 })  # fmt: skip
-_POSITIVE = frozenset({"Relu", "Sigmoid", "HardSigmoid", "Softmax"})
-_SMALL_GROUP, _LARGE_GROUP = 16, 32  # channels
-_CARRIED_WRONGLY = frozenset({"Gather", _NARROW_MEAN})
 
 
 def respell(graph: Graph) -> tuple[str, ...]:
@@ -75,10 +57,10 @@ def respell(graph: Graph) -> tuple[str, ...]:
     _infer_shapes(graph)
     notes: tuple[str, ...] = ()
     reductions = 0
-    if any(_axes(node) for node in body_nodes(graph, *_REDUCTIONS)):
+    if any(_axes(node) for node in body_nodes(graph, *REDUCTIONS)):
         try:
             raise_opset(graph, _OPSET)
-            reductions = sum(_keep_axes(graph, node) for node in body_nodes(graph, *_REDUCTIONS))
+            reductions = sum(_keep_axes(graph, node) for node in body_nodes(graph, *REDUCTIONS))
         except ConversionError as error:
             notes = (f"reductions stay as they are, and OpenVINO may misread them: {error}",)
     maxima = sum(_part(graph, node) for node in body_nodes(graph, "MaxPool"))
@@ -115,68 +97,6 @@ def _infer_shapes(graph: Graph) -> None:
             output.type, output.shape = x.type, x.shape
         if not known:
             break
-
-
-def fold_zero_points(graph: Graph, layers: Collection[ir.Node]) -> None:
-    """Take the zero points of what layers of integers read into their biases, where such layers alone read it, and without padding.
-
-    layers: MatMul, Gemm, Conv and ConvTranspose as int8-qdq writes them.
-    """
-    for node in dict.fromkeys(produced_by(layer.inputs[0], "DequantizeLinear") for layer in layers):
-        assert node is not None
-        scale, zero_point = constant(node.inputs[1]), constant(node.inputs[2])
-        assert scale is not None
-        assert zero_point is not None
-        if zero_point.any():
-            uses = list(node.outputs[0].uses())
-            if not all(use.idx == 0 and use.node in layers and _reads_no_padding(use.node) for use in uses):
-                continue
-            for use in uses:
-                _add_to_bias(graph, use.node, -scale.item() * zero_point.item())
-        node.resize_inputs(2)
-
-
-def _reads_no_padding(layer: ir.Node) -> bool:
-    return layer.op_type in ("MatMul", "Gemm") or (layer.op_type == "Conv" and not _is_padded(layer))
-
-
-def _add_to_bias(graph: Graph, layer: ir.Node, number: float) -> None:
-    """What a layer answers to this number everywhere: its third input, or what is added behind a MatMul."""
-    dequantize, output = produced_by(layer.inputs[1], "DequantizeLinear"), layer.outputs[0]
-    assert dequantize is not None
-    integers, scales = constant(dequantize.inputs[0]), constant(dequantize.inputs[1])
-    assert integers is not None
-    assert scales is not None
-    rest = tuple(axis for axis in range(integers.ndim) if axis != attribute(dequantize, "axis", 1))
-    shift = number * integers.sum(axis=rest, dtype=np.int64) * scales.astype(np.float64)
-    name, holder, place = layer.name or str(output.name), layer, 2
-    if layer.op_type == "MatMul":
-        add = only_user(output, "Add")
-        place = 0 if add is None or add.inputs[1] is output else 1
-        array = None if add is None else constant(add.inputs[place])
-        if add is None or array is None or array.shape not in ((), shift.shape):
-            bias = add_constant(graph, f"{name}_shift", shift.astype(np.float32))
-            _put_behind(graph, output, ir.node("Add", [output, bias], name=f"{name}_shifted"))
-            return
-        holder = add
-    holder.resize_inputs(max(len(holder.inputs), place + 1))
-    old = constant(holder.inputs[place])
-    new = shift if old is None else old + shift
-    holder.replace_input_with(place, add_constant(graph, f"{name}_bias", new.astype(np.float32)))
-
-
-def _put_behind(graph: Graph, value: ir.Value, node: ir.Node) -> None:
-    """Let a node that reads a value give what the value's other readers read."""
-    uses = [(use.node, use.idx) for use in value.uses() if use.node is not node]
-    insert_behind(graph, value, [node])
-    output = node.outputs[0]
-    output.name = unused_name(graph.model.graph, str(node.name))
-    output.type, output.shape = value.type, value.shape
-    if value.is_graph_output():
-        replace_value(graph, value, output)
-        node.replace_input_with(0, value)
-    for user, place in uses:
-        user.replace_input_with(place, output)
 
 
 def own_constants(graph: Graph) -> None:
@@ -223,9 +143,7 @@ def _keep_axes(graph: Graph, node: ir.Node) -> bool:
     def numbers(what: str, *of: int) -> ir.Value:
         return add_constant(graph, f"{name}_{what}", np.array(of, np.int64))
 
-    new = list(
-        range(1, 1 + _AXES - len(x.shape))
-    )  # behind the batch: OpenVINO fails over one behind quantized channels
+    new = list(range(1, 1 + AXES - len(x.shape)))  # behind the batch: OpenVINO fails over one behind quantized channels
     sizes: list[int | str | None] = [size if isinstance(size, int) else size.value for size in x.shape]
     shape = [*sizes[:1], *[1] * len(new), *sizes[1:]]
     axes = [axis + len(new) if axis else axis for axis in axes]
@@ -260,7 +178,7 @@ def _name_all_axes(graph: Graph, node: ir.Node, wide: dict[tuple[ir.Value, int],
     count = rank(node.outputs[0])
     for place, value in enumerate(node.inputs):
         array = constant(value)
-        if value is None or array is None or count is None or count < _AXES or not 1 < array.ndim < count:
+        if value is None or array is None or count is None or count < AXES or not 1 < array.ndim < count:
             continue
         if (value, count) not in wide:
             named = array.reshape(*[1] * (count - array.ndim), *array.shape)
@@ -273,7 +191,7 @@ def _norm_over_layer(graph: Graph, node: ir.Node) -> None:
     scale, bias = constant(node.inputs[1]), constant(node.inputs[2])
     if attribute(node, "num_groups", 0) != 1 or x is None or scale is None or bias is None:
         return
-    if count is None or count < _AXES:
+    if count is None or count < AXES:
         return
     name = node.name or str(output.name)
     value = x
@@ -351,7 +269,7 @@ def _part(graph: Graph, node: ir.Node) -> bool:
     if x is None or x.dtype not in _FLOATS or all(user.op_type in _RISING for user, _ in places):
         return False
     nothing = add_constant(graph, f"{node.name or output.name}_nothing", _nothing(x.dtype))
-    _put_behind(graph, output, ir.node("Add", [output, nothing], name=f"{node.name or output.name}_parted"))
+    put_behind(graph, output, ir.node("Add", [output, nothing], name=f"{node.name or output.name}_parted"))
     return True
 
 
@@ -368,121 +286,3 @@ def _give_bias(graph: Graph, node: ir.Node) -> bool:
         2, add_constant(graph, f"{node.name or node.outputs[0].name}_bias", np.full(channels, _NOTHING, np.float32))
     )
     return True
-
-
-def misread(value: ir.Value, layer: ir.Node | None = None) -> str:
-    """Why OpenVINO would misread a value that is quantized, or what a layer of integers makes of it; or nothing.
-
-    It carries factors, and what is added behind them, over other operators to what quantizes behind those. Tried operator by operator
-    with a convolution or matrix product behind; a norm of the last of three axes and what comes after it are read right.
-    """
-    return ("" if layer is None else _misread_layer(value, layer)) or _misread_value(value)
-
-
-def _misread_layer(x: ir.Value, node: ir.Node) -> str:
-    weight = node.inputs[1]
-    if node.op_type not in ("Conv", "ConvTranspose") or weight is None or weight.shape is None:
-        return ""
-    channels, others, *_ = weight.shape.numpy()  # of a Conv: out, in of a group; of a ConvTranspose: in, out
-    if node.op_type == "ConvTranspose":
-        return "ConvTranspose of input channels that are no multiple of 4" if channels % 4 else ""
-    groups = attribute(node, "group", 1)
-    small = max(channels // groups, others) <= _SMALL_GROUP or others >= _LARGE_GROUP
-    if groups > 1 and not small and _is_padded(node) and not _is_positive(x):
-        return "Conv of padded groups that reads negative numbers"
-    return ""
-
-
-def _is_padded(node: ir.Node) -> bool:
-    return any(attribute(node, "pads", [])) or attribute(node, "auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER")
-
-
-def _is_positive(value: ir.Value | None) -> bool:
-    """Whether nothing in a value is below zero, so that zero is its smallest code."""
-    node = None if value is None else value.producer()
-    if node is None:
-        return False
-    if node.op_type == "Clip":
-        low = constant(node.inputs[1]) if len(node.inputs) > 1 else None
-        return low is not None and bool((low >= 0).all())
-    if node.op_type == "Concat":
-        return all(map(_is_positive, node.inputs))
-    return node.op_type in _POSITIVE or (node.op_type in _CARRYING - {"Pad", "Resize"} and _is_positive(node.inputs[0]))
-
-
-def _misread_value(value: ir.Value) -> str:
-    waiting: list[tuple[ir.Value, frozenset[str]]] = [(value, frozenset())]  # …, and what is between it and the layer
-    seen = set()
-    while waiting:
-        value, between = waiting.pop()
-        node = value.producer()
-        if node is None or node.domain != "" or (value, between) in seen:
-            continue
-        seen.add((value, between))
-        factor, adds = _factor(node), _adds(node)
-        if node.op_type in _EXTREMES:
-            return node.op_type  # also where functions of it are rounded, for which OpenVINO rounds too early
-        if _FUNCTION in between or (factor is None and not adds and node.op_type in ELEMENTWISE - _CARRYING):
-            if node.op_type in ELEMENTWISE | _CARRYING and (argument := _argument(node)) is not None:
-                waiting.append((argument, between | {_FUNCTION}))
-            continue
-        if node.op_type == "AveragePool" and attribute(node, "count_include_pad", 0) and _is_padded(node):
-            return "AveragePool that counts its padding"
-        if node.op_type == "Concat" and rank(node.outputs[0]) == 3:
-            return "Concat of three axes"  # it fails to compile
-        exposed = not (adds or _SUM in between) or between & _REARRANGING
-        if factor is not None and exposed and (factor < 0).any() and not _is_of_last_axis(node, factor):
-            return f"{node.op_type} by negative numbers"
-        if (factor is not None or adds) and (carried := between & _CARRIED_WRONGLY):
-            return f"{node.op_type} before {min(carried)}"
-        if factor is None and not adds and node.op_type not in _CARRYING:
-            continue
-        between |= {_SUM if adds else node.op_type}
-        if node.op_type in _SUMS and (rank(node.inputs[0]) or 0) < _AXES:
-            between |= {_NARROW_MEAN}
-        sources = node.inputs if node.op_type in ("Concat", "Mul", "Add", "Sub") else node.inputs[:1]
-        waiting += [(source, between) for source in sources if source is not None]
-    return ""
-
-
-def _argument(node: ir.Node) -> ir.Value | None:
-    """Of what a node is a function, if of one value alone, however it is spelled: Mul(x, Sigmoid(x)) is one of x."""
-
-    def read(of: ir.Node) -> set[ir.Value]:
-        return {value for value in of.inputs if value is not None and constant(value) is None}
-
-    values, seen = read(node), set[ir.Value]()
-    while len(values) > 1:
-        value = next((value for value in values if produced_by(value, *ELEMENTWISE)), None)
-        producer = None if value is None else value.producer()
-        if value is None or producer is None:
-            return None
-        seen.add(value)
-        values = (values | read(producer)) - seen
-    return next(iter(values), None)
-
-
-def _factor(node: ir.Node) -> npt.NDArray[Any] | None:
-    """What a node multiplies its input by, where that is fixed."""
-    if node.op_type == "Neg" or (node.op_type == "Sub" and constant(node.inputs[0]) is not None):
-        return np.array(-1.0)
-    if node.op_type == "BatchNormalization":
-        found = normalization(node)
-        return None if found is None else found[0]
-    places = {"Mul": node.inputs, "Div": node.inputs[1:]}.get(node.op_type, ())
-    return next((array for value in places if (array := constant(value)) is not None), None)
-
-
-def _adds(node: ir.Node) -> bool:
-    if node.op_type == "BatchNormalization":
-        return normalization(node) is not None
-    return node.op_type in ("Add", "Sub") and any(constant(value) is not None for value in node.inputs)
-
-
-def _is_of_last_axis(node: ir.Node, factor: npt.NDArray[Any]) -> bool:
-    """Of three axes, as transformers have them."""
-    return (
-        node.op_type != "BatchNormalization"
-        and rank(node.outputs[0]) == 3
-        and factor.size == (factor.shape or (1,))[-1]
-    )

@@ -36,7 +36,8 @@ from onnxpress.optimizers.linear import (
     unused_name,
 )
 from onnxpress.optimizers.matching import constant, insert, only_user
-from onnxpress.optimizers.openvino_forms import fold_zero_points, misread, own_constants, respell_for_integers
+from onnxpress.optimizers.openvino_forms import own_constants, respell_for_integers
+from onnxpress.optimizers.openvino_misread import misread
 from onnxpress.optimizers.opset import raise_opset
 from onnxpress.optimizers.qdq_forms import spell_for_integers
 from onnxpress.optimizers.qdq_plan import Layer, Plan, layers, name_of, plan_chained, plan_inputs
@@ -44,6 +45,7 @@ from onnxpress.optimizers.rounding import Float, activation_uint8
 from onnxpress.optimizers.smooth import check_smooth, smooth_norms
 from onnxpress.optimizers.targets import QdqForm
 from onnxpress.optimizers.weights import quantize_embeddings
+from onnxpress.optimizers.zero_points import fold_zero_points
 
 _FP8: Literal["float8e4m3fn"] = "float8e4m3fn"
 _DTYPES = {"uint8": np.dtype(np.uint8), "int8": np.dtype(np.int8), _FP8: np.dtype(ml_dtypes.float8_e4m3fn)}

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from onnxpress.graph import Graph
 from onnxpress.optimizers.linear import attribute, linears
 from onnxpress.optimizers.matching import constant, only_user
-from onnxpress.optimizers.openvino_forms import misread
+from onnxpress.optimizers.openvino_misread import misread
 
 # Operators with an integer kernel of their own, whose output has a range of its own. HardSwish becomes a Mul (qdq.py). HardSigmoid has none and
 # stays between two pairs: it is the gate of a product over an image (squeeze and excitation), whose kernel wants both factors as integers.

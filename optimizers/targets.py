@@ -21,7 +21,7 @@ class QdqForm:
     point. integer_bias: biases of convolutions and Gemm are int32. chained: a kernel is an integer one only where its output is
     quantized as well, so that what lies between layers is quantized too; else only what layers and residual sums read. tables: embedding
     tables are blocks of 8 bits (GatherBlockQuantized). wary: as OpenVINO
-    reads it right and runs it fast; layers that it would misread stay in float (openvino_forms.py).
+    reads it right and runs it fast; layers that it would misread stay in float (openvino_forms.py, openvino_misread.py).
     """
 
     activations: Literal["uint8", "int8", "float8e4m3fn"]

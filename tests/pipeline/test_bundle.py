@@ -25,8 +25,9 @@ import numpy as np
 import onnxruntime
 import pytest
 from tiny_artifacts import HERE, save_artifact
+from tiny_decoders import save_decoder
 
-from onnxpress import on_device
+from onnxpress import build, load, on_device
 from onnxpress.bundle import bundle
 from onnxpress.cli import main
 from onnxpress.devices import check_fit
@@ -54,12 +55,14 @@ _NOT_INSTALLED = (
 )
 
 
-def run(folder: Path, *arguments: str, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, *arguments: str, without: tuple[str, ...] = (), given: str = ""
+) -> subprocess.CompletedProcess[str]:
     """run.py in a process of its own, where some packages cannot be imported, and onnxpress' own is not installed."""
     blocked = ", ".join(f"{name}=None" for name in without)
     code = f"import runpy, sys; sys.modules.update({blocked}); sys.argv = {['run.py', *arguments]!r}; {_NOT_INSTALLED}"
     code += f"runpy.run_path({str(folder / 'run.py')!r}, run_name='__main__')"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder.parent)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder.parent, input=given)
 
 
 def test_it_answers_and_checks_itself_with_three_packages_alone(unpacked: Path) -> None:
@@ -71,14 +74,40 @@ def test_it_answers_and_checks_itself_with_three_packages_alone(unpacked: Path) 
     assert "verdict: good" in done.stdout
     done = run(unpacked, "the cat", "a mat", without=without)
     assert done.returncode == 0, done.stderr
-    from onnxpress import load
-
     expected: Any = load(unpacked / "model" / HERE)
     for line, vector in zip(done.stdout.splitlines(), expected.embed(["the cat", "a mat"]), strict=True):
         np.testing.assert_allclose(json.loads(line), vector, atol=1e-6)
     assert {path: path.stat().st_mtime_ns for path in unpacked.rglob("*")} == before, (
         "a self-test leaves nothing behind"
     )
+
+
+@pytest.mark.newest
+def test_a_language_model_goes_on_with_texts_and_chats(tmp_path: Path) -> None:
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    folder = save_decoder(tmp_path / "model", template=template)
+    built = build(folder, precision="fp32", measure=False, out=tmp_path / "tiny")
+    with tarfile.open(bundle(built.path, target=HERE)) as file:
+        file.extractall(tmp_path / "there", filter="data")
+    unpacked = next((tmp_path / "there").iterdir())
+    assert "python run.py --chat" in (unpacked / "README.md").read_text()
+    without = ("torch", "transformers", "onnx", "onnx_ir", "safetensors", "rich", "pydantic")
+    generator: Any = load(built.path)
+    done = run(unpacked, "the", without=without)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == generator.generate(["the"])[0].text
+    done = run(unpacked, "--chat", without=without, given="the\n/undo\nin a\n")
+    assert done.returncode == 0, done.stderr
+    for text in ("the", "in a"):
+        answer = generator.generate(messages=[{"role": "user", "content": text}])[0]
+        assert f"{answer.text}\n" in done.stdout
+        assert f"prompt {answer.prompt_tokens} tokens" in done.stderr
+
+
+def test_a_model_that_generates_no_text_does_not_chat(unpacked: Path) -> None:
+    done = run(unpacked, "--chat")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "This model generates no text, so it cannot chat.\n"
 
 
 def test_nothing_of_the_bundles_folder_is_imported_before_it_is_compared(unpacked: Path) -> None:
