@@ -35,9 +35,13 @@ _TEXTS = re.compile(r"(LICEN[CS]E|NOTICE|COPYING)", re.IGNORECASE)
 def bill_of_materials(
     artifact: Artifact, target: str, requires: Sequence[str], packages: Sequence[Package], digests: Mapping[str, str]
 ) -> dict[str, Any]:
-    """CycloneDX of a bundle. requires: for pip; packages: of npm, which it holds; digests: SHA-256 of its files, by path."""
+    """CycloneDX of a bundle. requires: for pip; packages: of npm, which it holds; digests: SHA-256 of its files, by path.
+
+    Without the two files that say what is in it, this one and LICENSES.md.
+    """
     manifest = artifact.manifest
     root = f"{manifest.name}-{target}"
+    held = {path for package in packages for path in package.members.values()}
     model = {
         "type": "machine-learning-model",
         "bom-ref": "model",
@@ -60,10 +64,14 @@ def bill_of_materials(
         "name": "onnxpress",
         "version": __version__,
         "licenses": [{"expression": _OURS}],
-        "components": [_file(path, digest) for path, digest in sorted(digests.items()) if path.startswith("lib/")],
+        "components": [
+            _file(path, digest)
+            for path, digest in sorted(digests.items())
+            if not path.startswith("model/") and path not in held
+        ],
     }
     others = [*(_required(requirement) for requirement in requires), *(_held(package) for package in packages)]
-    components = [model, *([runtime] if runtime["components"] else []), *others]
+    components = [model, runtime, *others]
     references = [component["bom-ref"] for component in components]
     content = {
         "bomFormat": "CycloneDX",

@@ -33,7 +33,8 @@ def test_the_bill_of_materials_is_valid_and_whole(tmp_path: Path) -> None:
     listed = {
         one["name"]: one["hashes"][0]["content"] for component in (model, runtime) for one in component["components"]
     }
-    assert listed == {path: digest for path, digest in files.items() if path.startswith(("model/", "lib/"))}
+    assert {"run.py", "README.md"} < set(listed)
+    assert listed == {path: digest for path, digest in files.items() if path not in ("LICENSES.md", "sbom.cdx.json")}
     assert [package["name"] for package in packages] == ["onnxruntime", "numpy", "tokenizers", "tqdm", "cryptography"]
     assert content["dependencies"][0]["dependsOn"] == [
         "model",
@@ -106,7 +107,9 @@ def test_a_bundle_for_browsers_names_the_libraries_that_it_holds(tmp_path: Path)
         assert "- onnxruntime-web 1.30.0: MIT" in (folder / "LICENSES.md").read_text()
     assert description["requires"] == []
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
-    held = json.loads(text)["components"][1:]
+    _, runtime, *held = json.loads(text)["components"]
+    assert {"index.html", "README.md"} < {one["name"] for one in runtime["components"]}
+    assert not any(one["name"].startswith("vendor/") for one in runtime["components"])
     assert [one["purl"] for one in held] == [
         "pkg:npm/onnxruntime-web@1.30.0",
         "pkg:npm/%40huggingface/tokenizers@0.2.0",
