@@ -17,7 +17,6 @@ from onnxpress.exporters.adapter import check_adapter
 from onnxpress.exporters.exported import Exported
 from onnxpress.exporters.license import license_files, stated_license
 from onnxpress.exporters.module import export_module
-from onnxpress.exporters.reference import TorchReference
 from onnxpress.exporters.resized import original, resized
 from onnxpress.exporters.shared_weights import share_weights
 from onnxpress.exporters.source import FolderSource, ModuleSource, resolve
@@ -36,7 +35,6 @@ __all__ = [
     "Found",
     "ParityCheck",
     "ParityRow",
-    "TorchReference",
     "export",
     "find",
     "in_half",

@@ -65,6 +65,7 @@ from onnxpress.web import PACKAGES, web_files
 
 # What the runtime imports of onnxpress.
 _CORE = ("__init__.py", "errors.py", "manifest.py", "artifact.py", "encryption.py", "whole.py")
+_CHAT = ("conversation.py", "figures.py")
 _OPERATORS = "required_operators_and_types.config"
 _LARGEST = 2**31  # bytes of a model in ONNX Runtime's own format, from which the list of operators is taken
 _HERE = Path(__file__).parent
@@ -235,7 +236,7 @@ def _contents(artifact: Artifact, target: str, facts: Device) -> dict[str, Sourc
         files["run.py"] = _HERE / "on_device.py"
         if facts.archive == "tar":
             files["update.py"] = _HERE / "on_device_update.py"  # for POSIX systems
-        core = (*_CORE, "conversation.py") if manifest.task == "text-generation" else _CORE
+        core = _CORE + _CHAT * (manifest.task == "text-generation")
         files |= {f"lib/onnxpress/{name}": _HERE / name for name in core}
         files |= {f"lib/onnxpress/runtime/{path.name}": path for path in sorted((_HERE / "runtime").glob("*.py"))}
     return files | web_files(artifact) if target == "browser" else files
@@ -248,7 +249,7 @@ def _requirements(artifact: Artifact, *, secured: bool) -> list[str]:
     packages = [f"{wheel}>={artifact.manifest.minimum_onnxruntime}", "numpy>=2.0", "tokenizers>=0.21", "tqdm>=4.66"]
     packages += ["onnxruntime-ep-openvino>=1.8"] * (first == "openvino")
     packages += ["jinja2>=3.1.6"] * (artifact.manifest.task == "text-generation")
-    return [*packages, "cryptography>=45"] if secured else packages
+    return [*packages, "cryptography>=45.0.2"] if secured else packages
 
 
 def _optimized(artifact: Artifact, *, elsewhere: bool) -> tuple[bytes, bytes]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from onnxpress.errors import InputError, UsageError
+from onnxpress.figures import print_json
 from onnxpress.manifest import Json
 from onnxpress.runtime import Generation, Generator, load
 from onnxpress.runtime.generator import Piece
@@ -34,8 +35,6 @@ def generate(runner: Generator, prompts: list[str], *, as_json: bool, **options:
         generations = runner.generate(prompts, **options)
         seconds = time.perf_counter() - started
         if as_json:
-            from onnxpress.commands.options import print_json  # which bundles lack
-
             print_json([_described(item) for item in generations])
         else:
             for index, item in enumerate(generations):

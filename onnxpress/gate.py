@@ -27,16 +27,20 @@ class Judgement:
 
     metrics: all figures; metric and value: the one that the budget is about; batch_cosine: how far an answer moves
     with its batch-mates (1 is not at all, None where that is not asked); margin: what is left of the tightest of the limits on value, divergence and
-    batch_cosine, as a share of what it allows; holds: none of them is broken; broken: those that are, in words.
+    batch_cosine, as a share of what it allows; broken: limits that are, in words.
     """
 
     metrics: dict[str, float]
     metric: str
     value: float
     batch_cosine: float | None
-    holds: bool
     margin: float
     broken: tuple[str, ...] = ()
+
+    @property
+    def holds(self) -> bool:
+        """Whether no limit is broken."""
+        return self.margin >= 0
 
     def sentence(self) -> str:
         """The verdict in a few words."""
@@ -142,7 +146,6 @@ class Gate:
             metric=self.budget.metric,
             value=value,
             batch_cosine=batch_cosine,
-            holds=all(margin >= 0 for margin in margins),
             # What is not a number is as bad as can be; min() would pass over it.
             margin=-math.inf if any(map(math.isnan, margins)) else min(margins),
             broken=tuple(text for text, margin in limits.items() if not margin >= 0),

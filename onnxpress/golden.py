@@ -3,11 +3,12 @@
 File format: safetensors, keys "input.CASE.NAME" and "output.CASE.NAME". The tolerance allows for other processors'
 kernels: 1e-3 of an output's largest value for float graphs, 5e-2 for quantized ones, where one activation that rounds
 the other way moves an answer by a quantization step, and all behind it; of integers and booleans, the same share may
-differ. A quantized graph may elsewhere be as far from its answers here as these are from those of the graph in float:
-of that size are the roundings that another kernel makes another way; but no farther than half of the largest value, which would prove nothing
-(a token that goes to another expert is another token). The size of masked numbers (masked.py) would allow the
-others anything: each may differ by as large a share of itself as the largest other number may. Half precision may not hold them: beyond
-what it holds they are written as the infinity of their sign, which a number of any size passes for.
+differ. Another machine's kernels may round differently, and the most that rounding can do is about what quantization
+did: the tolerance of a quantized graph is its distance from the float graph, where that is larger, and at most half of
+the largest value: more would prove nothing (a token that goes to another expert is another token). Beside masked numbers
+(masked.py), whose size would allow the others anything, each masked one may be off by the tolerance's share of itself.
+Half precision may not hold them: beyond what it holds they are written as the infinity of their sign, which a number of
+any size passes for.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from onnxpress.artifact import Artifact
-from onnxpress.commands.options import print_json
 from onnxpress.errors import UsageError
+from onnxpress.figures import print_json
 from onnxpress.manifest import Json, Manifest, Runnable, Signature, TensorSpec
 from onnxpress.runtime.loading import open_session
 from onnxpress.runtime.session import Session

@@ -22,8 +22,8 @@ _NARROW = 2.0**-8  # a level's width as a share of it: bfloat16 rounds so
 def mask_size(arrays: Sequence[npt.NDArray[Any]], *, repeated: int = 3) -> float:
     """The size from which finite numbers are masks; infinity where none are.
 
-    Masks are few numbers, perhaps with scores added to them that are no larger than the unmasked are; between both at least a factor of
-    two is empty. repeated: how often each of the few is there at least, in the mean; distances between few points are there twice.
+    A mask is one of a few large numbers, perhaps plus a score; no number lies within a factor of two between scores and masks.
+    repeated: the least mean number of times that each of the few occurs; distances between few points occur twice.
     """
     counts = np.zeros(2 * _OFFSET, np.int64)
     for array in arrays:

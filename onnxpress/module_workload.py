@@ -55,7 +55,7 @@ class ModuleWorkload:
                 "evaluated on random inputs of the examples' shapes and spread: no quality on real data is claimed",
             )
         else:
-            asked = len(evaluation) if self.labelled else min(samples, evaluation.calls()) * evaluation.rows
+            asked = len(evaluation) if self.labelled_samples else min(samples, evaluation.calls()) * evaluation.rows
             of = "" if asked == len(evaluation) else f"{asked} of "
             self.notes = (f"evaluated on {of}{len(evaluation)} samples of {evaluation.path.name}",)
             if calibration is None:
@@ -80,12 +80,7 @@ class ModuleWorkload:
     @property
     def labelled_samples(self) -> int:
         """How many samples the user gave with labels."""
-        return len(self._given) if self._given is not None and self.labelled else 0
-
-    @property
-    def labelled(self) -> bool:
-        """Whether the user gave samples with labels."""
-        return self._given is not None and self._given.labels is not None
+        return len(self._given) if self._given is not None and self._given.labels is not None else 0
 
     def calibration(self) -> Iterator[Arrays]:
         """The calibration file's samples, mixed, or random inputs of seeds that evaluation does not use."""

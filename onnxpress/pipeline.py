@@ -166,7 +166,7 @@ def _build(
         budget = budget_for(
             workload.task,
             recipe.quality.budget,
-            labelled=_is_labelled(workload),
+            labelled=workload.labelled_samples > 0,
             problem_type=exported.options.get("problem_type"),
         )
 
@@ -520,10 +520,6 @@ def _minimum(exported: Exported, facts: Target) -> str:
 
 def _generates(exported: Exported) -> bool:
     return exported.graph.signature.task == DecoderWorkload.task
-
-
-def _is_labelled(workload: Workload) -> bool:
-    return isinstance(workload, TextWorkload | ModuleWorkload) and workload.labelled
 
 
 def _times(workload: Workload, exported: Exported, bench: Workbench, press: Press) -> dict[str, Json]:

@@ -135,11 +135,6 @@ class TextWorkload:
         return len(self._labelled)
 
     @property
-    def labelled(self) -> bool:
-        """Whether the user gave samples with labels."""
-        return bool(self._labelled)
-
-    @property
     def _mask_id(self) -> int | None:
         found: int | None = self._tokenizer.inner.token_to_id(self._options["mask_token"])
         return found
@@ -172,7 +167,7 @@ class TextWorkload:
     def score(self, runnable: Runnable) -> dict[str, float]:
         """The task's metric on the labelled samples."""
         with _cuts_are_noted():
-            return evaluation.score(self.task, self._runner(runnable), self._labelled) if self.labelled else {}
+            return evaluation.score(self.task, self._runner(runnable), self._labelled) if self._labelled else {}
 
     def batch_dependence(self, runnable: Runnable, answers: Answers) -> float:
         """How far answers alone and answers in batches of mixed lengths agree: mean cosine, or variance kept."""

@@ -18,8 +18,8 @@ import onnx_ir as ir
 
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import Stream
-from onnxpress.optimizers.linear import add_constant, put_behind
-from onnxpress.optimizers.matching import constant, only_user
+from onnxpress.optimizers.edits import add_constant, put_behind, set_input
+from onnxpress.optimizers.matching import constant, name_of, only_user, optional
 from onnxpress.optimizers.qdq_plan import Layer
 
 
@@ -49,16 +49,15 @@ def correct_biases(
 
 def add_to_bias(graph: Graph, layer: ir.Node, shift: npt.NDArray[Any]) -> None:
     """Add numbers, (channels,), to the bias of a Conv, ConvTranspose, Gemm or MatMul; one that has none is given one."""
-    name, output, place = layer.name or str(layer.outputs[0].name), layer.outputs[0], _bias_place(layer)
+    name, output, place = name_of(layer), layer.outputs[0], _bias_place(layer)
     if place is None:
         bias = add_constant(graph, f"{name}_bias", shift.astype(np.float32))
         put_behind(graph, output, ir.node("Add", [output, bias], name=f"{name}_shifted"))
         return
     node, index = place
-    node.resize_inputs(max(len(node.inputs), index + 1))
-    old = constant(node.inputs[index])
+    old = constant(optional(node, index))
     new = shift if old is None else old + shift
-    node.replace_input_with(index, add_constant(graph, f"{name}_bias", new.astype(np.float32)))
+    set_input(node, index, add_constant(graph, f"{name}_bias", new.astype(np.float32)))
 
 
 def _bias_place(layer: ir.Node) -> tuple[ir.Node, int] | None:

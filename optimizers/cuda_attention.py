@@ -23,8 +23,8 @@ from onnxpress.graph import Graph
 from onnxpress.manifest import TensorSpec
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.coverage import Miss, coverage
-from onnxpress.optimizers.linear import add_constant, attribute, replace_node
-from onnxpress.optimizers.matching import body_nodes, insert
+from onnxpress.optimizers.edits import add_constant, insert, replace_node
+from onnxpress.optimizers.matching import attribute, body_nodes, carries_cache, optional
 
 _MASK = "attention_mask"
 _LONGEST = 8192  # tokens; masks for longer texts take gigabytes
@@ -51,7 +51,7 @@ class CudaAttention:
         count, misses = 0, []
         for attention in body_nodes(graph, "Attention"):
             reason = _obstacle(attention)
-            mask = attention.inputs[3] if len(attention.inputs) > 3 else None
+            mask = optional(attention, 3)
             if not reason and mask is not None:
                 name = str(mask.name)
                 if name not in masks:
@@ -80,9 +80,7 @@ def _obstacle(attention: ir.Node) -> str:
         return "its queries have their heads apart already"
     if attribute(attention, "q_num_heads", 0) != attribute(attention, "kv_num_heads", 0):
         return "several heads of queries share keys and values"
-    if any(value is not None for value in attention.inputs[4:]) or any(
-        output.uses() for output in attention.outputs[1:]
-    ):
+    if carries_cache(attention):
         return "it carries past keys and values"
     if any(attribute(attention, name, 0) for name in (*_NOT_THERE, "is_causal")):
         return "it has a setting that MultiHeadAttention has not"

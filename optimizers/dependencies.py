@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.optimizers.linear import attribute
-from onnxpress.optimizers.matching import constant, dimension, produced_by, rank
+from onnxpress.optimizers.matching import attribute, constant, dimension, optional, produced_by, rank
 from onnxpress.pruned import Heads
 
 Cut = tuple[ir.Value, int, frozenset[int]]  # positions along one axis (from the front) of a value
@@ -214,7 +213,7 @@ def with_heads(node: ir.Node, heads: Heads) -> list[tuple[ir.Value, int, int]]:
 
 def sink_of(node: ir.Node) -> ir.Value | None:
     """Constant scores, one a query head, that an attention operator counts beside those of the keys."""
-    sink = node.inputs[SINK] if node.op_type == "GroupQueryAttention" and len(node.inputs) > SINK else None
+    sink = optional(node, SINK) if node.op_type == "GroupQueryAttention" else None
     return sink if constant(sink) is not None and dimension(sink, 0) == attribute(node, "num_heads", 0) else None
 
 

@@ -50,7 +50,7 @@ def blocks_with_feedback(
 def error_spread(moments: Float) -> Float:
     """U, where Uᵀ U is the inverse of the moments (in, in): its rows say how an error at one input is spread over the later ones."""
     damped = moments.astype(np.float64)
-    damped.flat[:: len(moments) + 1] += _DAMPING * moments.diagonal().mean() or 1.0
+    damped.flat[:: len(moments) + 1] += (_DAMPING * moments.diagonal().mean()) or 1.0
     spread: Float = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
     return spread
 

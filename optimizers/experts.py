@@ -18,7 +18,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.graph import Graph
-from onnxpress.optimizers.linear import add_constant, attribute, linears, replace_node
+from onnxpress.optimizers.edits import add_constant, replace_node
+from onnxpress.optimizers.linear import linears
+from onnxpress.optimizers.matching import attribute, name_of
 from onnxpress.optimizers.rounding import Blocks, Float, block_size_for
 from onnxpress.optimizers.targets import Target
 
@@ -80,7 +82,7 @@ def quantize_experts(
         untried = (f"{count} mixtures of experts stay in float: QMoE has been tried on CPUs alone",) if count else ()
         return RoundedExperts(touched=(), notes=untried)
     for node in mixtures(graph):
-        name = node.name or str(node.outputs[0].name)
+        name = name_of(node)
         wanted = kept_bits if name in keep else bits
         if wanted is None:
             continue

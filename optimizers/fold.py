@@ -40,7 +40,7 @@ from onnxscript.rewriter.rules.common import (
 from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
-from onnxpress.optimizers.linear import add_constant
+from onnxpress.optimizers.edits import add_constant
 from onnxpress.optimizers.shapes import elements
 
 _ROUNDS = 3  # folding makes shapes known, which makes more foldable; two rounds were enough for every graph so far

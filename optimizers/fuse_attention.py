@@ -22,24 +22,25 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from onnxpress.errors import ConversionError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.coverage import Miss, coverage
+from onnxpress.optimizers.edits import insert, replace_value
 from onnxpress.optimizers.heads import Heads, merged_heads, merges, split_heads, split_keys, swapped_last_axes
-from onnxpress.optimizers.linear import attribute, replace_value
 from onnxpress.optimizers.masks import Mask, MaskBuilder
 from onnxpress.optimizers.matching import (
+    attribute,
     body_nodes,
+    carries_cache,
     dimension,
-    insert,
     is_last_axis,
     only_user,
     operands,
+    optional,
     produced_by,
     scalar,
 )
-from onnxpress.optimizers.opset import raise_opset
+from onnxpress.optimizers.opset import refused_opset
 
 _OPSET = 23
 _DEEPEST = 4  # nodes between a Softmax and the product of queries and keys
@@ -58,10 +59,8 @@ class FuseAttention:
         """Fuse. `changes` counts the Attention operators made."""
         matches, misses = _find(graph)
         if matches:
-            try:
-                raise_opset(graph, _OPSET)
-            except ConversionError as error:
-                return PassResult(graph=graph, changes=0, notes=(str(error),))
+            if refused := refused_opset(graph, _OPSET):
+                return PassResult(graph=graph, changes=0, notes=refused)
             matches, misses = _find(graph)
         masks = MaskBuilder(graph)
         for match in matches:
@@ -165,12 +164,9 @@ def _match_softmax(graph: Graph, softmax: ir.Node, weighted: ir.Node) -> _Match 
 
 
 def _match_attention(attention: ir.Node) -> _Match | Miss:
-    others = attention.outputs[1:]
-    if any(value is not None for value in attention.inputs[4:]) or any(
-        value.uses() or value.is_graph_output() for value in others
-    ):
+    if carries_cache(attention):
         return Miss(node=attention, reason="it carries past keys and values", steps=0)
-    mask = attention.inputs[3] if len(attention.inputs) > 3 else None
+    mask = optional(attention, 3)
     hidden = -math.inf if mask is not None and mask.dtype == ir.DataType.BOOL else None
     kept = ("scale", "is_causal", "softcap", "softmax_precision")
     return _assemble(

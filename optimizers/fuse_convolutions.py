@@ -26,16 +26,25 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
-from onnxpress.optimizers.linear import (
+from onnxpress.optimizers.edits import (
     add_constant,
-    attribute,
     drop_unused_constants,
-    linears,
     replace_constant,
     replace_node,
     replace_value,
+    set_input,
 )
-from onnxpress.optimizers.matching import body_nodes, constant, dimension, only_user, produced_by, rank
+from onnxpress.optimizers.linear import linears
+from onnxpress.optimizers.matching import (
+    attribute,
+    body_nodes,
+    constant,
+    dimension,
+    only_user,
+    optional,
+    produced_by,
+    rank,
+)
 
 _Array = npt.NDArray[np.float64]
 _SMALL, _LARGE = 2.0**-10, 2.0**15  # float16's fractions are whole from 2^-14 on, its numbers end at 2^16
@@ -64,7 +73,7 @@ def _take_padding(node: ir.Node) -> int:
     pad, axes = produced_by(node.inputs[0], "Pad"), rank(node.inputs[1])
     if pad is None or axes is None or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
         return 0
-    around, value = pad_amounts(pad, axes), pad.inputs[2] if len(pad.inputs) > 2 else None
+    around, value = pad_amounts(pad, axes), optional(pad, 2)
     number = None if value is None else constant(value)
     is_zero = value is None or (number is not None and not number.any())
     if around is None or not is_zero or attribute(pad, "mode", "constant") != "constant":
@@ -79,8 +88,8 @@ def _take_padding(node: ir.Node) -> int:
 
 def pad_amounts(node: ir.Node, axes: int) -> npt.NDArray[np.int64] | None:
     """What a Pad puts before and behind each of the axes, (2, axes); None where that is computed, or an attribute (before opset 11)."""
-    named = node.inputs[3] if len(node.inputs) > 3 else None
-    amounts = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    named = optional(node, 3)
+    amounts = constant(optional(node, 1))
     places = np.arange(axes) if named is None else constant(named)
     if amounts is None or places is None:
         return None
@@ -303,7 +312,7 @@ def _added(wide: _Branch, narrow: _Branch) -> _Array | None:
 
 def _weights(node: ir.Node) -> tuple[_Array | None, _Array | None]:
     """float64 weights and biases of a convolution, where they are float32 constants; the weights others must not read."""
-    value, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+    value, bias = node.inputs[1], optional(node, 2)
     weight = None if value is None or len(value.uses()) != 1 else _own(value)
     return weight, _own(bias) if bias is not None or weight is None else np.zeros(len(weight))
 
@@ -331,12 +340,10 @@ def _a_channel(value: ir.Value | None, channels: int, *, axes: int, behind: int)
 
 def _write(graph: Graph, node: ir.Node, weight: _Array, bias: _Array) -> None:
     replace_constant(graph, node, 1, weight.astype(np.float32))
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
+    if optional(node, 2) is not None:
         replace_constant(graph, node, 2, bias.astype(np.float32))
     elif bias.any():
-        value = add_constant(graph, f"{node.outputs[0].name}_bias", bias.astype(np.float32))
-        node.resize_inputs(3)
-        node.replace_input_with(2, value)
+        set_input(node, 2, add_constant(graph, f"{node.outputs[0].name}_bias", bias.astype(np.float32)))
 
 
 def _stand_for(graph: Graph, node: ir.Node, user: ir.Node) -> None:

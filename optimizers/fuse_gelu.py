@@ -18,13 +18,12 @@ from typing import ClassVar
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from onnxpress.errors import ConversionError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.coverage import Miss, coverage
-from onnxpress.optimizers.linear import replace_value
-from onnxpress.optimizers.matching import body_nodes, close, insert, only_user, operands, produced_by, scalar
-from onnxpress.optimizers.opset import raise_opset
+from onnxpress.optimizers.edits import insert, replace_value
+from onnxpress.optimizers.matching import body_nodes, close, only_user, operands, produced_by, scalar
+from onnxpress.optimizers.opset import refused_opset
 
 Polynomial = dict[int, float]  # power of x → coefficient
 
@@ -47,10 +46,8 @@ class FuseGelu:
         """Fuse. `changes` counts the Gelu operators made."""
         matches, misses = _find(graph)
         if matches:
-            try:
-                raise_opset(graph, _OPSET)
-            except ConversionError as error:
-                return PassResult(graph=graph, changes=0, notes=(str(error),))
+            if refused := refused_opset(graph, _OPSET):
+                return PassResult(graph=graph, changes=0, notes=refused)
             matches, misses = _find(graph)
         for match in matches:
             gelu = insert(

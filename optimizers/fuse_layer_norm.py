@@ -16,23 +16,21 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from onnxpress.errors import ConversionError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.coverage import Miss, coverage
-from onnxpress.optimizers.linear import replace_value
+from onnxpress.optimizers.edits import insert, replace_value
 from onnxpress.optimizers.matching import (
     body_nodes,
     constant,
     dimension,
-    insert,
     only_user,
     operands,
     produced_by,
     reduces_last_axis,
     scalar,
 )
-from onnxpress.optimizers.opset import raise_opset
+from onnxpress.optimizers.opset import refused_opset
 
 _OPSET = {"LayerNormalization": 17, "RMSNormalization": 23}
 
@@ -48,10 +46,8 @@ class FuseLayerNorm:
         """Fuse. `changes` counts the normalization operators made."""
         matches, misses = _find(graph)
         if matches:
-            try:
-                raise_opset(graph, max(_OPSET[match.op_type] for match in matches))
-            except ConversionError as error:
-                return PassResult(graph=graph, changes=0, notes=(str(error),))
+            if refused := refused_opset(graph, max(_OPSET[match.op_type] for match in matches)):
+                return PassResult(graph=graph, changes=0, notes=refused)
             matches, misses = _find(graph)
         for match in matches:
             output = match.last.outputs[0]

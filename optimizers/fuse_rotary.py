@@ -18,7 +18,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.coverage import Miss, coverage
-from onnxpress.optimizers.linear import attribute
+from onnxpress.optimizers.edits import set_input
+from onnxpress.optimizers.matching import attribute, optional
 
 _TABLE_STEP = 8
 _COSINES, _SINES, _POSITIONS, _NEW_TOKENS = 7, 8, 9, 16  # inputs of GroupQueryAttention
@@ -43,10 +44,9 @@ class FuseRotary:
                 misses.append(Miss(node=attention, reason=reason))
                 continue
             _, positions, cosines, sines = query.inputs
-            attention.resize_inputs(max(len(attention.inputs), _POSITIONS + 1))
-            told = len(attention.inputs) > _NEW_TOKENS and attention.inputs[_NEW_TOKENS] is not None
+            told = optional(attention, _NEW_TOKENS) is not None
             for index, value in ((_COSINES, cosines), (_SINES, sines), (_POSITIONS, positions if told else None)):
-                attention.replace_input_with(index, value)
+                set_input(attention, index, value)
             for index, rotary in enumerate((query, key)):
                 attention.replace_input_with(index, rotary.inputs[0])
             attention.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 1)

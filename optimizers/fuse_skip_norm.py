@@ -18,7 +18,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.coverage import Miss, coverage
-from onnxpress.optimizers.linear import attribute, replace_value
+from onnxpress.optimizers.edits import replace_value
+from onnxpress.optimizers.matching import attribute
 
 
 @dataclass(frozen=True, kw_only=True)

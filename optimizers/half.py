@@ -23,7 +23,8 @@ from onnxpress.errors import ConversionError
 from onnxpress.graph import Graph
 from onnxpress.manifest import Signature, TensorSpec
 from onnxpress.optimizers.base import PassContext, PassResult
-from onnxpress.optimizers.linear import add_constant, drop_unused_constants, insert_behind, unused_name
+from onnxpress.optimizers.edits import add_constant, drop_unused_constants, insert_behind, unused_name
+from onnxpress.optimizers.matching import name_of
 
 KEEP: Mapping[str, str] = {
     "ReduceL2": "a sum of squares passes 65504 in fp16 from a root mean square of 13 on at 384 channels",
@@ -154,7 +155,7 @@ class _Half:
             if id(output) in was_float:
                 output.type = ir.TensorType(self.dtype)
                 touched = True
-        return node.name or str(node.outputs[0].name) if touched else None
+        return name_of(node) if touched else None
 
     def _cast(
         self,

@@ -14,8 +14,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxpress.graph import Graph
-from onnxpress.optimizers.linear import attribute, replace_value
-from onnxpress.optimizers.matching import body_nodes, dimension, insert, only_user, produced_by, rank
+from onnxpress.optimizers.edits import insert, replace_value
+from onnxpress.optimizers.matching import attribute, body_nodes, dimension, only_user, produced_by, rank
 from onnxpress.optimizers.shapes import Size, reshaped, size
 
 HEADS_FIRST = (0, 2, 1, 3)  # (batch, length, heads, head_dim) → (batch, heads, length, head_dim), and back

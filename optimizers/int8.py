@@ -22,17 +22,9 @@ from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.calibrated_range import PERCENTILE, check_method, chosen_range
+from onnxpress.optimizers.edits import add_constant, drop_unused_constants, insert_behind, unused_name
 from onnxpress.optimizers.experts import quantize_experts, routers
-from onnxpress.optimizers.linear import (
-    Linear,
-    add_constant,
-    convolutions_left,
-    drop_unused_constants,
-    insert_behind,
-    linears,
-    replace,
-    unused_name,
-)
+from onnxpress.optimizers.linear import Linear, convolutions_left, linears, replace
 from onnxpress.optimizers.opset import raise_opset
 from onnxpress.optimizers.rounding import activation_uint8, blocks, rounded_uint8
 from onnxpress.optimizers.smooth import check_smooth, smooth_norms

@@ -17,8 +17,8 @@ import onnx_ir as ir
 from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
+from onnxpress.optimizers.edits import add_constant, set_input
 from onnxpress.optimizers.half import with_dtype
-from onnxpress.optimizers.linear import add_constant
 
 _PAST = {"key": 3, "value": 4}  # inputs of GroupQueryAttention
 _PRESENT = {"key": 1, "value": 2}  # its outputs
@@ -74,8 +74,7 @@ class Int8Cache:
                 found = ranges[f"{_PROBE}{name}_{kind}"]
                 largest = np.maximum(np.abs(found.low), np.abs(found.high)).reshape(heads, 1, size)
                 scales = (np.where(largest > 0, _MARGIN * largest, 1) / 127).astype(np.float32)
-                node.resize_inputs(max(len(node.inputs), _SCALE[kind] + 1))
-                node.replace_input_with(_SCALE[kind], add_constant(graph, f"{past.name}_scale", scales))
+                set_input(node, _SCALE[kind], add_constant(graph, f"{past.name}_scale", scales))
                 for value in (past, present):
                     value.type = ir.TensorType(_INT8)
                     changed.add(str(value.name))

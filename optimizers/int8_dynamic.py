@@ -18,15 +18,9 @@ import onnx_ir as ir
 
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
+from onnxpress.optimizers.edits import add_constant, drop_unused_constants, put_behind, unused_name
 from onnxpress.optimizers.experts import quantize_experts, routers
-from onnxpress.optimizers.linear import (
-    add_constant,
-    convolutions_left,
-    drop_unused_constants,
-    linears,
-    replace,
-    unused_name,
-)
+from onnxpress.optimizers.linear import convolutions_left, linears, replace
 from onnxpress.optimizers.rounding import blocks
 from onnxpress.optimizers.weights import Weights8Bit, quantize_embeddings
 
@@ -96,10 +90,5 @@ def _zero_padding(graph: Graph) -> None:
     body.insert_before(attentions[0], steps)
     for attention in attentions:
         found = attention.outputs[0]
-        uses = list(found.uses())
         where = ir.node("Where", [each.outputs[0], found, zero], name=f"{attention.name}_without_padding")
-        where.outputs[0].name = unused_name(body, f"{found.name}_without_padding")
-        where.outputs[0].shape, where.outputs[0].type = found.shape, found.type
-        for user, place in uses:
-            user.replace_input_with(place, where.outputs[0])
-        body.insert_after(attention, where)
+        put_behind(graph, found, where)

@@ -26,7 +26,8 @@ from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.deduplicate import merge_constants
-from onnxpress.optimizers.linear import add_constant, attribute, replace_value, unused_name
+from onnxpress.optimizers.edits import add_constant, replace_value, unused_name
+from onnxpress.optimizers.matching import attribute, optional
 from onnxpress.optimizers.rounding import Blocks, Float, per_channel_8bit, unpack
 
 # Of weights: two products with 8 unsigned bits fit into 16. Session's switch for CPUs without VNNI does not reach into an If.
@@ -139,7 +140,7 @@ def _int8(graph: Graph, node: ir.Node) -> list[ir.Value | None]:
         add_constant(graph, f"{node.name}_weight_8bit", integers),
         add_constant(graph, f"{node.name}_weight_scale", scales),
         add_constant(graph, f"{node.name}_weight_zero_point", zero_points),
-        node.inputs[5] if len(node.inputs) > 5 else None,
+        optional(node, 5),
     ]
 
 

@@ -18,7 +18,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxpress.graph import Graph
 from onnxpress.optimizers.dependencies import attention_heads
-from onnxpress.optimizers.linear import drop_unused_constants, replace_value
+from onnxpress.optimizers.edits import drop_unused_constants, replace_value
 from onnxpress.optimizers.matching import dimension, rank
 
 

@@ -1,19 +1,17 @@
-"""Finds the linear layers of a graph: MatMul or Gemm with a constant two-dimensional weight, and the bias after it.
-
-With the small edits that passes share: another node, value or constant in one's place.
-"""
+"""Finds the linear layers of a graph: MatMul or Gemm with a constant two-dimensional weight, and the bias after it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxpress.graph import Graph
+from onnxpress.optimizers.edits import replace_value
+from onnxpress.optimizers.matching import attribute, name_of, optional
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +29,11 @@ class Linear:
     bias: ir.Value | None
     output: ir.Value
     nodes: tuple[ir.Node, ...]
+
+    @property
+    def product(self) -> ir.Node:
+        """The MatMul or Gemm."""
+        return next(node for node in self.nodes if node.op_type in ("MatMul", "Gemm"))
 
     def weight_array(self) -> npt.NDArray[np.float32]:
         """The weight as float32 (in, out)."""
@@ -75,12 +78,6 @@ def convolutions_left(graph: Graph) -> tuple[str, ...]:
     return (f"{len(left)} convolutions, which are most of the weights, stay in float: int8-qdq is for them",)
 
 
-def attribute(node: ir.Node, name: str, default: Any) -> Any:
-    """Value of a node's attribute, or the default where it is absent."""
-    found = node.attributes.get(name)
-    return default if found is None else found.value
-
-
 def replace(graph: Graph, linear: Linear, new_nodes: list[ir.Node]) -> None:
     """Put new nodes in a linear layer's place; the last one's first output takes over the layer's output."""
     body = graph.model.graph
@@ -90,103 +87,6 @@ def replace(graph: Graph, linear: Linear, new_nodes: list[ir.Node]) -> None:
     body.insert_before(linear.nodes[-1], new_nodes)
     replace_value(graph, linear.output, last)
     body.remove(list(reversed(linear.nodes)), safe=True)
-
-
-def replace_value(graph: Graph, old: ir.Value, new: ir.Value) -> None:
-    """Let `new` stand wherever `old` is used, as a graph output too (whose name it then takes)."""
-    body = graph.model.graph
-    for index, output in enumerate(body.outputs):
-        if output is old:
-            name = old.name
-            old.name = f"{name}_replaced"
-            new.name = name
-            body.outputs[index] = new
-    ir.convenience.replace_all_uses_with(old, new)
-
-
-def replace_node(graph: Graph, old: ir.Node, new: ir.Node) -> None:
-    """Put a node with one output in another's place. The output keeps name, type and shape."""
-    before, after = old.outputs[0], new.outputs[0]
-    name, after.shape, after.type = before.name, before.shape, before.type
-    graph.model.graph.insert_before(old, new)
-    replace_value(graph, before, after)
-    graph.model.graph.remove(old, safe=True)
-    after.name = name
-
-
-def add_constant(graph: Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
-    """Register an initializer; where the name is taken, a number is added to it."""
-    name = unused_name(graph.model.graph, name)
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.model.graph.initializers[name] = value
-    return value
-
-
-def insert_behind(graph: Graph, value: ir.Value, nodes: Sequence[ir.Node]) -> None:
-    """Put nodes right behind the one that gives a value; before all others where it is an input or a weight."""
-    body, producer = graph.model.graph, value.producer()
-    if producer is not None:
-        body.insert_after(producer, nodes)
-    else:
-        body.insert_before(body[0], nodes)
-
-
-def put_behind(graph: Graph, value: ir.Value, node: ir.Node) -> None:
-    """Let a node that reads a value give what the value's other readers read."""
-    uses = [(use.node, use.idx) for use in value.uses() if use.node is not node]
-    insert_behind(graph, value, [node])
-    output = node.outputs[0]
-    output.name = unused_name(graph.model.graph, str(node.name))
-    output.type, output.shape = value.type, value.shape
-    if value.is_graph_output():
-        replace_value(graph, value, output)
-        node.replace_input_with(0, value)
-    for user, place in uses:
-        user.replace_input_with(place, output)
-
-
-def replace_constant(graph: Graph, node: ir.Node, place: int, array: npt.NDArray[np.generic]) -> ir.Value:
-    """Let one input of a node be another constant, under the old name where nothing else reads the old one."""
-    value = node.inputs[place]
-    assert value is not None
-    name = str(value.name)
-    if value.is_initializer() and len(value.uses()) == 1 and not value.is_graph_output():
-        del graph.model.graph.initializers[name]
-        value.name = None
-    new = add_constant(graph, name, np.ascontiguousarray(array))
-    node.replace_input_with(place, new)
-    return new
-
-
-def replace_everywhere(graph: Graph, value: ir.Value, array: npt.NDArray[np.generic]) -> None:
-    """Let a constant be another one wherever it is read, under the same name."""
-    if value.is_initializer():
-        value.const_value = ir.tensor(np.ascontiguousarray(array), name=value.name)
-        value.shape = ir.Shape(array.shape)
-    else:
-        new = add_constant(graph, str(value.name), np.ascontiguousarray(array))
-        ir.convenience.replace_all_uses_with(value, new)
-
-
-def unused_name(body: ir.Graph, wanted: str) -> str:
-    """A name that no value of a graph has: the wanted one, or that with a number."""
-    taken = {value.name for node in body.all_nodes() for value in node.outputs}
-    taken.update(value.name for value in body.inputs)
-    taken.update(body.initializers)
-    name, count = wanted, 0
-    while name in taken:
-        count += 1
-        name = f"{wanted}_{count}"
-    return name
-
-
-def drop_unused_constants(graph: Graph) -> None:
-    """Remove initializers that nothing uses any more."""
-    body = graph.model.graph
-    for name, value in list(body.initializers.items()):
-        if not value.uses() and not value.is_graph_output():
-            del body.initializers[name]
 
 
 def _from_matmul(node: ir.Node) -> Linear | None:
@@ -215,13 +115,13 @@ def _from_matmul(node: ir.Node) -> Linear | None:
             if other is not None and _is_float_constant(other) and _dimensions(other) == (width,):
                 nodes.append(consumer)
                 output, bias = consumer.outputs[0], other
-    name = node.name or str(node.outputs[0].name)
+    name = name_of(node)
     return Linear(name=name, x=x, weight=weight, transposed=transposed, bias=bias, output=output, nodes=tuple(nodes))
 
 
 def _from_gemm(node: ir.Node) -> Linear | None:
     x, weight = node.inputs[0], node.inputs[1]
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    bias = optional(node, 2)
     plain = attribute(node, "alpha", 1.0) == 1.0 and attribute(node, "beta", 1.0) == 1.0
     if x is None or weight is None or not plain or attribute(node, "transA", 0) or not _is_float_matrix(weight):
         return None
@@ -229,7 +129,7 @@ def _from_gemm(node: ir.Node) -> Linear | None:
     width = _dimensions(weight)[0 if transposed else 1]
     if bias is not None and not (_is_float_constant(bias) and _dimensions(bias) == (width,)):
         return None
-    name = node.name or str(node.outputs[0].name)
+    name = name_of(node)
     return Linear(
         name=name, x=x, weight=weight, transposed=transposed, bias=bias, output=node.outputs[0], nodes=(node,)
     )

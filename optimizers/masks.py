@@ -19,8 +19,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxpress.graph import Graph
-from onnxpress.optimizers.linear import add_constant
-from onnxpress.optimizers.matching import constant, dimension, insert, produced_by, rank, scalar
+from onnxpress.optimizers.edits import add_constant, insert
+from onnxpress.optimizers.matching import constant, dimension, produced_by, rank, scalar
 from onnxpress.optimizers.shapes import Size, size
 
 _LOWEST = float(np.finfo(np.float32).min)

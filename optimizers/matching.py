@@ -1,15 +1,29 @@
-"""Small questions that the fusions ask of a graph, and the one way they put nodes in. Changes nothing by itself."""
+"""Small questions that passes ask of a graph. Changes nothing; edits.py does."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxpress.graph import Graph
-from onnxpress.optimizers.linear import attribute, unused_name
+
+
+def name_of(node: ir.Node) -> str:
+    """A node's name, or its output's."""
+    return node.name or str(node.outputs[0].name)
+
+
+def attribute(node: ir.Node, name: str, default: Any) -> Any:
+    """Value of a node's attribute, or the default where it is absent."""
+    found = node.attributes.get(name)
+    return default if found is None else found.value
+
+
+def optional(node: ir.Node, place: int) -> ir.Value | None:
+    """An input that a node may have or not."""
+    return node.inputs[place] if place < len(node.inputs) else None
 
 
 def produced_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
@@ -77,37 +91,28 @@ def is_last_axis(axis: int | None, value: ir.Value | None) -> bool:
     return axis == -1 or (axis is not None and count is not None and axis == count - 1)
 
 
+def reduced_axes(node: ir.Node) -> list[int] | None:
+    """Over which axes a reduction goes, as the graph says them: an attribute before opset 18 (of ReduceSum 13), an input since. None: not known, or all."""
+    axes = attribute(node, "axes", None)
+    if axes is None:
+        array = constant(optional(node, 1))
+        axes = None if array is None else array.reshape(-1).tolist()
+    return None if axes is None else [int(axis) for axis in axes]
+
+
 def reduces_last_axis(node: ir.Node) -> bool:
     """Whether a ReduceMean takes the mean over the last axis alone and keeps it as an axis of size 1."""
-    if not attribute(node, "keepdims", 1):
-        return False
-    axes = attribute(node, "axes", None)  # an attribute before opset 18, an input since
-    if axes is None and len(node.inputs) > 1:
-        array = constant(node.inputs[1])
-        axes = None if array is None else array.reshape(-1).tolist()
-    return axes is not None and len(axes) == 1 and is_last_axis(int(axes[0]), node.inputs[0])
+    axes = reduced_axes(node)
+    keeps = bool(attribute(node, "keepdims", 1))
+    return keeps and axes is not None and len(axes) == 1 and is_last_axis(axes[0], node.inputs[0])
 
 
-def insert(
-    before: ir.Node,
-    op_type: str,
-    inputs: Sequence[ir.Value | None],
-    attributes: Mapping[str, Any] | None = None,
-    *,
-    name: str,
-    dtype: ir.DataType | None,
-    shape: ir.Shape | Sequence[int | str | None] | None = None,
-) -> ir.Value:
-    """Put a standard operator with one output in front of a node. `name` is for both; a taken one gets a number."""
-    assert isinstance(before.graph, ir.Graph)
-    name = unused_name(before.graph, name)
-    node = ir.node(op_type, inputs, attributes or {}, name=name)
-    output = node.outputs[0]
-    output.name = name
-    output.type = None if dtype is None else ir.TensorType(dtype)
-    output.shape = None if shape is None else ir.Shape(shape)
-    before.graph.insert_before(before, node)
-    return output
+def carries_cache(attention: ir.Node) -> bool:
+    """Whether an Attention reads, or gives, keys and values of the tokens before."""
+    given = attention.outputs[1:]
+    return any(value is not None for value in attention.inputs[4:]) or any(
+        value.uses() or value.is_graph_output() for value in given
+    )
 
 
 def body_nodes(graph: Graph, *op_types: str) -> list[ir.Node]:

@@ -36,8 +36,8 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferenc
 
 from onnxpress.errors import ConversionError
 from onnxpress.graph import Graph
-from onnxpress.optimizers.linear import add_constant, attribute, put_behind, replace_value
-from onnxpress.optimizers.matching import body_nodes, constant, insert, rank
+from onnxpress.optimizers.edits import add_constant, insert, put_behind, replace_value, set_input
+from onnxpress.optimizers.matching import attribute, body_nodes, constant, name_of, optional, rank, reduced_axes
 from onnxpress.optimizers.openvino_misread import AXES, REDUCTIONS
 from onnxpress.optimizers.opset import raise_opset
 
@@ -123,13 +123,10 @@ def _axes(node: ir.Node) -> list[int]:
     """Over which axes, counted from the first, a reduction of floats goes that has to be spelled anew; else none."""
     x = node.inputs[0]
     count = rank(x)
-    axes = attribute(node, "axes", None)  # an attribute before opset 18, of ReduceSum before 13
-    if axes is None and len(node.inputs) > 1:
-        array = constant(node.inputs[1])
-        axes = None if array is None else array.reshape(-1).tolist()
+    axes = reduced_axes(node)
     if axes is None or count is None or x is None or x.dtype not in _FLOATS or attribute(node, "keepdims", 1):
         return []
-    return sorted(int(axis) % count for axis in axes)
+    return sorted(axis % count for axis in axes)
 
 
 def _keep_axes(graph: Graph, node: ir.Node) -> bool:
@@ -138,7 +135,7 @@ def _keep_axes(graph: Graph, node: ir.Node) -> bool:
         return False
     assert x is not None
     assert x.shape is not None
-    name = node.name or str(output.name)
+    name = name_of(node)
 
     def numbers(what: str, *of: int) -> ir.Value:
         return add_constant(graph, f"{name}_{what}", np.array(of, np.int64))
@@ -193,7 +190,7 @@ def _norm_over_layer(graph: Graph, node: ir.Node) -> None:
         return
     if count is None or count < AXES:
         return
-    name = node.name or str(output.name)
+    name = name_of(node)
     value = x
     for op_type, what, array in (
         ("LayerNormalization", "one", np.ones((1,) * (count - 1), scale.dtype)),
@@ -218,7 +215,7 @@ def _slice(graph: Graph, node: ir.Node) -> bool:
     x, output, index = node.inputs[0], node.outputs[0], constant(node.inputs[1])
     if x is None or x.dtype not in _FLOATS or constant(x) is not None or index is None or index.shape not in ((), (1,)):
         return False
-    name, place, axis = node.name or str(output.name), int(index.reshape(())), attribute(node, "axis", 0)
+    name, place, axis = name_of(node), int(index.reshape(())), attribute(node, "axis", 0)
     end = place + 1 or np.iinfo(np.int64).max  # -1 is the last
     bounds = [
         add_constant(graph, f"{name}_{what}", np.array([number], np.int64))
@@ -242,7 +239,7 @@ def _pad_before(graph: Graph, node: ir.Node) -> bool:
     if attribute(node, "ceil_mode", 0):  # which windows then hang over the end is said of the padding
         return False
     half = len(around) // 2
-    name = node.name or str(node.outputs[0].name)
+    name = name_of(node)
     amounts = np.array([0, 0, *around[:half], 0, 0, *around[half:]], np.int64)
     inputs = [
         x,
@@ -275,14 +272,12 @@ def _part(graph: Graph, node: ir.Node) -> bool:
 
 def _give_bias(graph: Graph, node: ir.Node) -> bool:
     weight = constant(node.inputs[1])
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    bias = optional(node, 2)
     if weight is None or weight.dtype != np.float32 or node.outputs[0].dtype != ir.DataType.FLOAT:
         return False
     if bias is not None and ((array := constant(bias)) is None or array.any()):
         return False
     channels = weight.shape[0] if node.op_type == "Conv" else weight.shape[1] * attribute(node, "group", 1)
-    node.resize_inputs(3)
-    node.replace_input_with(
-        2, add_constant(graph, f"{node.name or node.outputs[0].name}_bias", np.full(channels, _NOTHING, np.float32))
-    )
+    nothing = np.full(channels, _NOTHING, np.float32)
+    set_input(node, 2, add_constant(graph, f"{name_of(node)}_bias", nothing))
     return True

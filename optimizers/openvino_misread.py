@@ -18,8 +18,7 @@ import onnx_ir as ir
 
 from onnxpress.optimizers.dependencies import ELEMENTWISE
 from onnxpress.optimizers.fuse_convolutions import normalization
-from onnxpress.optimizers.linear import attribute
-from onnxpress.optimizers.matching import constant, produced_by, rank
+from onnxpress.optimizers.matching import attribute, constant, optional, produced_by, rank
 
 REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum",
               "ReduceLogSumExp", "ReduceSumSquare")  # fmt: skip
@@ -41,8 +40,9 @@ _CARRIED_WRONGLY = frozenset({"Gather", _NARROW_MEAN})
 def misread(value: ir.Value, layer: ir.Node | None = None) -> str:
     """Why OpenVINO would misread a value that is quantized, or what a layer of integers makes of it; or nothing.
 
-    It carries factors, and what is added behind them, over other operators to what quantizes behind those. Tried operator by operator
-    with a convolution or matrix product behind; a norm of the last of three axes and what comes after it are read right.
+    OpenVINO moves multiplications and additions past the operators behind them, up to the next quantization, and there it goes wrong.
+    Tried operator by operator with a convolution or matrix product behind; a norm of the last of three axes and what comes after it
+    are read right.
     """
     return ("" if layer is None else _misread_layer(value, layer)) or _misread_value(value)
 
@@ -72,7 +72,7 @@ def _is_positive(value: ir.Value | None) -> bool:
     if node is None:
         return False
     if node.op_type == "Clip":
-        low = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        low = constant(optional(node, 1))
         return low is not None and bool((low >= 0).all())
     if node.op_type == "Concat":
         return all(map(_is_positive, node.inputs))

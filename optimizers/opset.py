@@ -33,6 +33,15 @@ def raise_opset(graph: Graph, version: int) -> None:
     )
 
 
+def refused_opset(graph: Graph, version: int) -> tuple[str, ...]:
+    """As `raise_opset`; says why it cannot be, where it cannot."""
+    try:
+        raise_opset(graph, version)
+    except ConversionError as error:
+        return (str(error),)
+    return ()
+
+
 def _converted(model: ir.Model, current: int, version: int) -> ir.Model:
     unclear = [node.name for node in model.graph.all_nodes() if _is_unclear(node)]
     if current < 21 <= version and unclear:

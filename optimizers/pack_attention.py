@@ -18,7 +18,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.coverage import Miss, coverage
-from onnxpress.optimizers.linear import Linear, attribute, drop_unused_constants, linears, replace_node
+from onnxpress.optimizers.edits import drop_unused_constants, replace_node
+from onnxpress.optimizers.linear import Linear, linears
+from onnxpress.optimizers.matching import attribute, optional
 from onnxpress.optimizers.pack_projections import packed, why_not_packed
 
 _KEPT = ("num_heads", "scale")  # attributes that both operators have
@@ -68,7 +70,7 @@ def _obstacle(attention: ir.Node, parts: list[Linear]) -> str:
 
 def _pack(graph: Graph, attention: ir.Node, parts: list[Linear]) -> None:
     _, weight, bias = packed(graph, parts)
-    lengths = attention.inputs[_LENGTHS] if len(attention.inputs) > _LENGTHS else None
+    lengths = optional(attention, _LENGTHS)
     attributes = {key: attribute(attention, key, None) for key in _KEPT if key in attention.attributes}
     new = ir.node(
         "Attention",

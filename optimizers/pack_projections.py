@@ -18,7 +18,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.coverage import Miss, coverage
-from onnxpress.optimizers.linear import Linear, add_constant, drop_unused_constants, linears
+from onnxpress.optimizers.edits import add_constant, drop_unused_constants
+from onnxpress.optimizers.linear import Linear, linears
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ import onnx_ir as ir
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.coverage import Miss, coverage
-from onnxpress.optimizers.linear import add_constant, attribute, replace_value
-from onnxpress.optimizers.matching import body_nodes, dimension, insert, rank
+from onnxpress.optimizers.edits import add_constant, insert, replace_value
+from onnxpress.optimizers.matching import attribute, body_nodes, carries_cache, dimension, name_of, optional, rank
 
 _HIDDEN = -3e4  # beside any other score its weight is 0; half precision holds it
 
@@ -47,9 +47,7 @@ class PlainAttention:
 
 def _obstacle(attention: ir.Node) -> str:
     """Why an attention stays as it is, or nothing."""
-    if any(value is not None for value in attention.inputs[4:]) or any(
-        output.uses() or output.is_graph_output() for output in attention.outputs[1:]
-    ):
+    if carries_cache(attention):
         return "it carries past keys and values"
     if any(attribute(attention, name, 0) for name in ("softcap", "softmax_precision")):
         return "it bounds its scores, or has a softmax of another precision"
@@ -72,7 +70,7 @@ def _heads(attention: ir.Node, place: int) -> tuple[int, int] | None:
 
 
 def _rewrite(graph: Graph, attention: ir.Node, masks: dict[ir.Value, ir.Value]) -> None:
-    name, output = attention.name or str(attention.outputs[0].name), attention.outputs[0]
+    name, output = name_of(attention), attention.outputs[0]
     dtype = output.dtype
     assert dtype is not None
 
@@ -108,7 +106,7 @@ def _rewrite(graph: Graph, attention: ir.Node, masks: dict[ir.Value, ir.Value]) 
     scale = attribute(attention, "scale", 1 / math.sqrt(query[1]))
     scaled = put("Mul", [apart(0, *query, last=[2, 3]), scalar("scale", scale)])
     scores = put("MatMul", [scaled, apart(1, *key, last=[3, 2])])
-    mask = attention.inputs[3] if len(attention.inputs) > 3 else None
+    mask = optional(attention, 3)
     if mask is not None:
         if mask not in masks:
             hidden = scalar("hidden", _HIDDEN)

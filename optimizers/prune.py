@@ -6,7 +6,8 @@ What is lost is chosen by what calibration inputs bring: for each layer in turn,
 moments of what the last projection reads say how much each channel or head matters beside all others, and how the weights of those
 that stay make up for those that go (Optimal Brain Surgeon for groups of weights; arXiv 2203.07259, 2302.04089). All layers lose
 the same share: kernels and devices like equal shapes. Layers to lose are those that change their input least (arXiv 2403.03853);
-where training follows, those ahead of the last: the layers before them keep what they read (arXiv 2403.17887).
+where training follows, the layers just before the last go instead, so that all earlier ones still read what they were
+trained on (arXiv 2403.17887).
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Signature, TensorSpec
 from onnxpress.optimizers.base import Stream
 from onnxpress.optimizers.dependencies import Group, NotFollowedError, attention_heads, follow, follow_heads
+from onnxpress.optimizers.edits import drop_unused_constants, replace_constant, replace_everywhere
 from onnxpress.optimizers.experts import mixtures
 from onnxpress.optimizers.heads import swap_last_axes
 from onnxpress.optimizers.layers import drop_layers, find_layers
-from onnxpress.optimizers.linear import Linear, drop_unused_constants, linears, replace_constant, replace_everywhere
+from onnxpress.optimizers.linear import Linear, linears
 from onnxpress.optimizers.matching import constant, dimension, rank
 from onnxpress.optimizers.rounding import Float
 from onnxpress.optimizers.slicing import cut
@@ -254,7 +256,7 @@ class _Fit:
 
     def __init__(self, weight: Wide, moments: Float) -> None:
         damped = moments.astype(np.float64)
-        damped.flat[:: len(weight) + 1] += _DAMPING * float(np.trace(moments)) / len(weight) or 1.0
+        damped.flat[:: len(weight) + 1] += (_DAMPING * float(np.trace(moments)) / len(weight)) or 1.0
         self._weight, self._moments = weight, moments
         self._inverse = np.linalg.inv(damped)
         self._energy = float(np.einsum("io,io->", weight, moments @ weight))

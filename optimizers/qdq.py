@@ -26,21 +26,22 @@ from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.bias_correction import correct_biases
 from onnxpress.optimizers.calibrated_range import PERCENTILE, Numbers, check_method, chosen_range
 from onnxpress.optimizers.deduplicate import merge_constants
-from onnxpress.optimizers.experts import mixtures, routers
-from onnxpress.optimizers.linear import (
+from onnxpress.optimizers.edits import (
     add_constant,
     drop_unused_constants,
+    insert,
     insert_behind,
     replace_node,
     replace_value,
     unused_name,
 )
-from onnxpress.optimizers.matching import constant, insert, only_user
+from onnxpress.optimizers.experts import mixtures, routers
+from onnxpress.optimizers.matching import constant, name_of, only_user, optional
 from onnxpress.optimizers.openvino_forms import own_constants, respell_for_integers
 from onnxpress.optimizers.openvino_misread import misread
 from onnxpress.optimizers.opset import raise_opset
 from onnxpress.optimizers.qdq_forms import spell_for_integers
-from onnxpress.optimizers.qdq_plan import Layer, Plan, layers, name_of, plan_chained, plan_inputs
+from onnxpress.optimizers.qdq_plan import Layer, Plan, layers, plan_chained, plan_inputs
 from onnxpress.optimizers.rounding import Float, activation_uint8
 from onnxpress.optimizers.smooth import check_smooth, smooth_norms
 from onnxpress.optimizers.targets import QdqForm
@@ -200,7 +201,7 @@ class _Writer:
     def write_integer_bias(self, layer: Layer) -> None:
         """int32 with the product of the scales of activation and weight, which is what the sums of products have."""
         node = layer.node
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        bias = optional(node, 2)
         if bias is None:
             return
         array = constant(bias)

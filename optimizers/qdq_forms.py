@@ -21,10 +21,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxpress.graph import Graph
+from onnxpress.optimizers.edits import add_constant, insert, replace_constant, replace_node, replace_value
 from onnxpress.optimizers.fuse_convolutions import normalization, pad_amounts
-from onnxpress.optimizers.linear import add_constant, attribute, replace_constant, replace_node, replace_value
-from onnxpress.optimizers.matching import body_nodes, constant, dimension, insert, rank
-from onnxpress.optimizers.qdq_plan import name_of
+from onnxpress.optimizers.matching import attribute, body_nodes, constant, dimension, name_of, rank, reduced_axes
 
 _CHANNELS = 32  # of a group
 _STEPS = 3  # of 8 bits that a channel's deviation has at least; their error is then a tenth of it
@@ -50,16 +49,13 @@ def _pool_instead_of_means(graph: Graph) -> None:
     """And Squeeze, with keepdims=0."""
     for node in body_nodes(graph, "ReduceMean"):
         source, output = node.inputs[0], node.outputs[0]
-        axes = attribute(node, "axes", None)
-        if axes is None and len(node.inputs) > 1:
-            array = constant(node.inputs[1])
-            axes = None if array is None else array.reshape(-1).tolist()
+        axes = reduced_axes(node)
         if (
             source is None
             or rank(source) != 4
             or source.dtype != ir.DataType.FLOAT
             or axes is None
-            or sorted(int(axis) % 4 for axis in axes) != [2, 3]
+            or sorted(axis % 4 for axis in axes) != [2, 3]
         ):
             continue
         name, keeps = name_of(node), attribute(node, "keepdims", 1)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxpress.graph import Graph
-from onnxpress.optimizers.linear import attribute, linears
-from onnxpress.optimizers.matching import constant, only_user
+from onnxpress.optimizers.linear import linears
+from onnxpress.optimizers.matching import attribute, constant, name_of, only_user, optional
 from onnxpress.optimizers.openvino_misread import misread
 
 # Operators with an integer kernel of their own, whose output has a range of its own. HardSwish becomes a Mul (qdq.py). HardSigmoid has none and
@@ -77,11 +77,6 @@ class Plan:
     def touched(self) -> tuple[str, ...]:
         """Names by which places can be kept in float."""
         return tuple(dict.fromkeys([layer.name for layer in self.layers] + [name_of(node) for node in self.between]))
-
-
-def name_of(node: ir.Node) -> str:
-    """A node's name, or its output's."""
-    return node.name or str(node.outputs[0].name)
 
 
 def layers(graph: Graph, keep: Collection[str], *, transposed_convolutions: bool) -> tuple[Layer, ...]:
@@ -202,12 +197,11 @@ def _pool_integers(graph: Graph, owners: dict[ir.Value, ir.Value], readers: set[
 
 def _linear_layers(graph: Graph) -> Iterator[Layer]:
     for linear in linears(graph):
-        node = next(node for node in linear.nodes if node.op_type in ("MatMul", "Gemm"))
         if linear.weight.is_graph_input() or (linear.bias is not None and linear.bias.is_graph_input()):
             continue
         yield Layer(
             name=linear.name,
-            node=node,
+            node=linear.product,
             x=linear.x,
             weight=linear.weight,
             bias=linear.bias,
@@ -219,7 +213,7 @@ def _linear_layers(graph: Graph) -> Iterator[Layer]:
 
 def _convolution(node: ir.Node) -> Layer | None:
     x, weight = node.inputs[0], node.inputs[1]
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    bias = optional(node, 2)
     if x is None or weight is None or not _is_float_constant(weight) or not (bias is None or _is_float_constant(bias)):
         return None
     transposed = node.op_type == "ConvTranspose"
@@ -254,7 +248,7 @@ def _has_kernel(node: ir.Node) -> bool:
     if node.op_type == "Resize":
         return bool(attribute(node, "mode", "nearest") == "nearest")
     if node.op_type == "Pad":  # an attribute before opset 11
-        value = node.inputs[2] if len(node.inputs) > 2 else None
+        value = optional(node, 2)
         zero = value is None or ((array := constant(value)) is not None and not array.any())
         return zero and len(node.inputs) > 1 and bool(attribute(node, "mode", "constant") == "constant")
     if node.op_type == "MaxPool":

@@ -18,8 +18,9 @@ import onnx_ir as ir
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.coverage import Miss, coverage
-from onnxpress.optimizers.linear import Linear, add_constant, attribute, drop_unused_constants, linears
-from onnxpress.optimizers.matching import constant, insert
+from onnxpress.optimizers.edits import add_constant, drop_unused_constants, insert
+from onnxpress.optimizers.linear import Linear, linears
+from onnxpress.optimizers.matching import attribute, constant
 
 _NORMS = ("SimplifiedLayerNormalization", "LayerNormalization")
 _COMMUTING = ("Reshape", "Transpose", "RotaryEmbedding")  # with a factor of their first input

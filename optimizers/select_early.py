@@ -6,7 +6,7 @@ Many classifiers, and embeddings of the first token, read one token of the last 
 feed-forward block are then computed for that token, keys and values for all as before: the same numbers, fewer of them.
 
 Not for tokens whose place is computed, nor past attention that is not one operator: there the token is taken behind it. Queries are
-computed for all tokens too, so that a norm is still read by its linear layers alone, as what scales norms wants it (smooth, AWQ).
+computed for all tokens too: what scales norms (smooth, AWQ) scales those that linear layers alone read.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import onnx_ir as ir
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.dependencies import ELEMENTWISE, MASK, NORMS, mask_of
-from onnxpress.optimizers.linear import add_constant, attribute, drop_unused_constants
-from onnxpress.optimizers.matching import body_nodes, constant, dimension, insert, is_last_axis, rank
+from onnxpress.optimizers.edits import add_constant, drop_unused_constants, insert
+from onnxpress.optimizers.matching import attribute, body_nodes, constant, dimension, is_last_axis, optional, rank
 
 _TOKENS = 1  # the axis of (batch, tokens, width)
 Reader = tuple[ir.Node, int]  # a node and which of its inputs
@@ -137,18 +137,14 @@ def _attends_row_by_row(node: ir.Node) -> bool:
     """Whether a token's answer needs no more of the queries than its own, and no more of the mask than a row of it."""
     causal = attribute(node, "is_causal", 0) or attribute(node, "unidirectional", 0)
     past = {"Attention": (4, 5), "MultiHeadAttention": (6, 7)}[node.op_type]
-    apart = all(rank(_input(node, place)) == 3 for place in range(3))
-    if causal or not apart or any(_input(node, place) is not None for place in past):
+    apart = all(rank(optional(node, place)) == 3 for place in range(3))
+    if causal or not apart or any(optional(node, place) is not None for place in past):
         return False
-    padding = _input(node, 4) if node.op_type == "MultiHeadAttention" else None
+    padding = optional(node, 4) if node.op_type == "MultiHeadAttention" else None
     if padding is not None and rank(padding) not in (1, 2):
         return False  # another one for each query
     mask = mask_of(node)
     return mask is None or (rank(mask) or 0) >= 2
-
-
-def _input(node: ir.Node, place: int) -> ir.Value | None:
-    return node.inputs[place] if place < len(node.inputs) else None
 
 
 def _take(value: ir.Value, readers: set[Reader], position: ir.Value, axis: int, order: dict[ir.Node, int]) -> None:

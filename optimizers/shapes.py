@@ -9,8 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.optimizers.linear import attribute
-from onnxpress.optimizers.matching import constant, dimension, produced_by, rank
+from onnxpress.optimizers.matching import attribute, constant, dimension, produced_by, rank
 
 Size = int | str | tuple[int, int]  # number, symbolic name, or (identity of a value, axis)
 

@@ -27,8 +27,8 @@ from onnxpress.optimizers.dependencies import (
     whole_blocks,
     with_heads,
 )
-from onnxpress.optimizers.linear import add_constant, attribute, replace_constant, replace_everywhere
-from onnxpress.optimizers.matching import constant, dimension, insert, produced_by, rank
+from onnxpress.optimizers.edits import add_constant, insert, replace_constant, replace_everywhere
+from onnxpress.optimizers.matching import attribute, constant, dimension, optional, produced_by, rank
 from onnxpress.pruned import Heads
 
 _END = np.iinfo(np.int64).max
@@ -99,7 +99,7 @@ def _edit(graph: Graph, node: ir.Node, cuts: Mapping[ir.Value, tuple[int, frozen
     source, output = node.inputs[0], node.outputs[0]
     assert source is not None
     if node.op_type == "Gemm" and output in cuts:  # its weight is cut for all that read it
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        bias = optional(node, 2)
         if bias is not None and dimension(bias, -1) != 1:
             _shrink(graph, node, 2, len(bias.shape or ()) - 1, cuts[output][1])
     elif (node.op_type in ELEMENTWISE or node.op_type == "MatMul") and output in cuts:

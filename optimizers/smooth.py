@@ -18,7 +18,8 @@ from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import Observe
 from onnxpress.optimizers.dependencies import NORMS
-from onnxpress.optimizers.linear import Linear, add_constant, drop_unused_constants, linears, unused_name
+from onnxpress.optimizers.edits import add_constant, drop_unused_constants, unused_name
+from onnxpress.optimizers.linear import Linear, linears
 from onnxpress.optimizers.matching import constant
 from onnxpress.optimizers.rounding import Float
 
@@ -69,7 +70,7 @@ def _divide_norm(graph: Graph, value: ir.Value, factors: Float) -> None:
 
 
 def _multiply_weight(graph: Graph, linear: Linear, factors: Float) -> None:
-    node = next(node for node in linear.nodes if node.op_type in ("MatMul", "Gemm"))
+    node = linear.product
     weight: npt.NDArray[np.float32] = linear.weight_array() * factors[:, None]  # (in, out)
     transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
     array = weight.T if node.op_type == "Gemm" and linear.transposed else weight

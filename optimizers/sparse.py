@@ -17,8 +17,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
+from onnxpress.optimizers.edits import replace_constant
 from onnxpress.optimizers.error_feedback import error_spread
-from onnxpress.optimizers.linear import linears, replace_constant
+from onnxpress.optimizers.linear import linears
 from onnxpress.optimizers.rounding import Float
 from onnxpress.optimizers.targets import Target
 
@@ -48,7 +49,7 @@ class Sparse24:
         moments: tuple[str, Float] | None = None
         for layer in list(linears(graph)):
             weight = layer.weight_array().T  # (out, in)
-            node = next(node for node in layer.nodes if node.op_type in ("MatMul", "Gemm"))
+            node = layer.product
             read = node.inputs[1]
             assert read is not None
             shared = len(layer.weight.uses()) > 1 or len(read.uses()) > 1

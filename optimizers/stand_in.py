@@ -83,7 +83,7 @@ def _round(body: ir.Graph, node: ir.Node, value: ir.Value) -> None:
     rounded = value
     value.name = f"{name}_computed"
     last = node
-    if node.op_type != "Cast":  # such a one rounds by itself
+    if node.op_type != "Cast":  # a Cast to half precision rounds already
         value.type = ir.TensorType(_FLOAT)
         last = ir.node("Cast", [value], {"to": half.value}, name=f"{name}_rounded")
         rounded = last.outputs[0]

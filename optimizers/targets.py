@@ -45,10 +45,11 @@ class Target:
     providers: ONNX Runtime execution providers in order. lossless: passes that run by default, in order.
     precisions: what `--precision` may be, the default first, each with the passes it stands for. generation: those for language
     models, the default first; none where they do not run.
-    disabled_optimizers: ONNX Runtime graph optimizers that lose time here, or answers. qdq: how int8-qdq writes integers. uniform_steps: language models are exported
-    for a kernel that is not told how many new tokens each row of a step has. exact_products: the session keeps from kernels whose
-    16-bit sums overflow, on CPUs that have no others for signed weights of 8 bits (Session). flash_attention: prompts of language models may take GroupQueryAttention's tiled
-    kernel. half_floats: what is float in graphs of integers, and graphs of half precision, may be computed in half precision.
+    disabled_optimizers: ONNX Runtime graph optimizers that lose time here, or answers. qdq: how int8-qdq writes integers.
+    uniform_steps: language models are exported for a kernel that is not told how many new tokens each row of a step has.
+    exact_products: on CPUs whose only kernels for signed 8-bit weights add in 16 bits, which overflows, the session avoids them.
+    flash_attention: prompts of language models may take GroupQueryAttention's tiled kernel. half_floats: what is float in graphs
+    of integers, and graphs of half precision, may be computed in half precision.
     """
 
     name: str

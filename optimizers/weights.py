@@ -25,17 +25,11 @@ import onnx_ir as ir
 from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult, Stream
+from onnxpress.optimizers.edits import add_constant, drop_unused_constants, replace_node
 from onnxpress.optimizers.error_feedback import blocks_with_feedback, channel_scales
 from onnxpress.optimizers.experts import quantize_experts, routers
-from onnxpress.optimizers.linear import (
-    Linear,
-    add_constant,
-    drop_unused_constants,
-    embeddings,
-    linears,
-    replace,
-    replace_node,
-)
+from onnxpress.optimizers.linear import Linear, embeddings, linears, replace
+from onnxpress.optimizers.matching import name_of
 from onnxpress.optimizers.rounding import Blocks, Float, block_size_for, blocks, per_channel_8bit
 
 METHODS = ("rtn", "gptq", "awq", "awq-gptq")
@@ -288,7 +282,7 @@ def quantize_embeddings(
         if layer.transposed and layer.weight.name in readers:
             readers[str(layer.weight.name)].add(layer.name)
     for node in embeddings(graph, minimum_elements=_SMALLEST_TABLE):
-        name = node.name or str(node.outputs[0].name)
+        name = name_of(node)
         table = node.inputs[0]
         if (name in keep and kept_bits is None) or table is None or table.const_value is None:
             continue

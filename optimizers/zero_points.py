@@ -15,8 +15,7 @@ import onnx_ir as ir
 
 from onnxpress.graph import Graph
 from onnxpress.optimizers.bias_correction import add_to_bias
-from onnxpress.optimizers.linear import attribute
-from onnxpress.optimizers.matching import constant, produced_by
+from onnxpress.optimizers.matching import attribute, constant, produced_by
 from onnxpress.optimizers.openvino_misread import is_padded
 
 

@@ -60,7 +60,8 @@ class Opening:
     def open(self, *, one_thread: bool = False, record_placement: bool = False) -> tuple[Any, bool]:
         """ONNX Runtime's session, and whether its runs can be captured as CUDA graphs.
 
-        one_thread: whether a run has the thread that asks, or one beside it, and no other. record_placement: for `placement`, below. Raises ArtifactError, ProviderError.
+        one_thread: runs use one thread, the caller's or one that ONNX Runtime starts. record_placement: for `placement`, below.
+        Raises ArtifactError, ProviderError.
         """
         import onnxruntime
 

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxpress.commands.options import add_key, add_providers, command, others, print_json
+from onnxpress.commands.options import add_key, add_providers, command, others
 from onnxpress.errors import InputError, UsageError
+from onnxpress.figures import print_json
 
 if TYPE_CHECKING:
     from onnxpress.manifest import Json

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxpress.commands.options import command, others, print_json
+from onnxpress.commands.options import command, others
 from onnxpress.errors import UsageError
+from onnxpress.figures import print_json
 
 if TYPE_CHECKING:
     from onnxpress.artifact import Artifact

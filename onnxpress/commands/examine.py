@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from onnxpress.commands.options import add_key, add_providers, command, print_json
+from onnxpress.commands.options import add_key, add_providers, command
 from onnxpress.errors import UsageError
+from onnxpress.figures import print_json
 
 
 def add_bench(commands: Any) -> None:

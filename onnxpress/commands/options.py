@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onnxpress.manifest import Json
+    pass
 
 
 def command(commands: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
@@ -37,9 +35,3 @@ def add_key(parser: argparse.ArgumentParser) -> None:
 def others(options: argparse.Namespace, *names: str) -> dict[str, Any]:
     """All of a command's own options but these."""
     return {name: value for name, value in vars(options).items() if name not in ("command", "debug", *names)}
-
-
-def print_json(content: Json) -> None:
-    """One document on standard output, whatever that can write."""
-    unicode = "utf" in (sys.stdout.encoding or "").lower()
-    print(json.dumps(content, ensure_ascii=not unicode, indent=1))

@@ -117,6 +117,19 @@ def test_a_module_with_an_input_of_that_name_keeps_its_mask() -> None:
     assert pressed(graph, "cuda-attention").changes == 0
 
 
+@pytest.mark.parametrize("name", ["cuda-attention", "plain-attention"])
+def test_attention_whose_keys_and_values_are_outputs_stays(name: str) -> None:
+    heads = "float[batch,4,length,8]"
+    graph = small_graph(
+        "y, key, value = Attention<q_num_heads=4, kv_num_heads=4>(x, x, x)",
+        outputs=f"float[batch,length,32] y, {heads} key, {heads} value",
+        opset=23,
+    )
+    result = pressed(graph, name)
+    assert result.changes == 0
+    assert any("it carries past keys and values" in note for note in result.notes)
+
+
 def masked(mask: str) -> Graph:
     """An encoder's signature, and attention over what `mask` hides of (batch, 1, length, length)."""
     graph = small_graph(

@@ -22,9 +22,8 @@ from onnxpress.manifest import Arrays, Signature, TensorSpec
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext
 from onnxpress.optimizers.dependencies import NotFollowedError, attention_heads, follow, follow_heads
+from onnxpress.optimizers.edits import add_constant, insert
 from onnxpress.optimizers.layers import drop_layers, find_layers
-from onnxpress.optimizers.linear import add_constant
-from onnxpress.optimizers.matching import insert
 from onnxpress.optimizers.prune import PruneOptions, prune, without
 from onnxpress.optimizers.slicing import cut
 from onnxpress.optimizers.targets import target

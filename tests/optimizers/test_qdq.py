@@ -19,7 +19,7 @@ from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext, PassResult
-from onnxpress.optimizers.linear import attribute
+from onnxpress.optimizers.matching import attribute
 from onnxpress.optimizers.qdq import activation_scale
 from onnxpress.optimizers.targets import TARGETS, target
 

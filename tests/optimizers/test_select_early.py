@@ -13,7 +13,7 @@ from small_graphs import CONTEXT, assert_same_answers, change, random_x, small_g
 from onnxpress.graph import Graph
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.layers import find_layers
-from onnxpress.optimizers.linear import attribute
+from onnxpress.optimizers.matching import attribute
 
 RANDOM = np.random.default_rng(0)
 WEIGHTS: dict[str, Any] = {

@@ -37,7 +37,7 @@ from onnxpress.errors import (
 from onnxpress.exporters import export
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
-from onnxpress.optimizers.linear import add_constant
+from onnxpress.optimizers.edits import add_constant
 from onnxpress.optimizers.select_early import SelectEarly
 from onnxpress.recipe import recipe_of
 from onnxpress.runtime import Embedder, FillMask, ModuleRunner, QuestionAnswerer, TextClassifier, TokenClassifier

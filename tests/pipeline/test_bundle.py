@@ -15,20 +15,23 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnxruntime
 import pytest
-from tiny_artifacts import HERE, save_artifact
+from tiny_artifacts import HERE, SIGNATURE, save_artifact
+from tiny_artifacts import manifest as tiny_manifest
 from tiny_decoders import save_decoder
 
 from onnxpress import build, load, on_device
-from onnxpress.bundle import bundle
+from onnxpress.bundle import _CHAT, _CORE, _requirements, bundle
 from onnxpress.cli import main
 from onnxpress.devices import check_fit
 from onnxpress.errors import ArtifactError, ConversionError, OutputError, RecipeError
@@ -108,6 +111,34 @@ def test_a_model_that_generates_no_text_does_not_chat(unpacked: Path) -> None:
     done = run(unpacked, "--chat")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "This model generates no text, so it cannot chat.\n"
+
+
+def test_what_bundles_hold_imports_nothing_that_they_lack() -> None:
+    """But for what the package's own names stand for: __init__.py imports it when it is asked for."""
+    source = Path(on_device.__file__).parent
+    held = {name.removesuffix(".py") for name in (*_CORE, *_CHAT)} | {"runtime"}
+    for path in [
+        *(source / name for name in (*_CORE, *_CHAT) if name != "__init__.py"),
+        *(source / "runtime").glob("*.py"),
+    ]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("onnxpress."):
+                assert str(node.module).split(".")[1] in held, f"{path} imports {node.module}"
+
+
+def test_it_asks_for_the_versions_that_the_project_does() -> None:
+    project = tomllib.loads((Path(on_device.__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    bounds = set(project["dependencies"]).union(*project["optional-dependencies"].values())
+    asked = {
+        requirement
+        for changes in (
+            {"signature": replace(SIGNATURE, task="text-generation")},
+            {"session": {"providers": ["openvino"]}},
+        )
+        for requirement in _requirements(cast(Any, SimpleNamespace(manifest=tiny_manifest(**changes))), secured=True)
+    }
+    assert len(asked) > 5
+    assert {one for one in asked if not one.startswith(("onnxruntime>", "onnxruntime-gpu>"))} <= bounds
 
 
 def test_nothing_of_the_bundles_folder_is_imported_before_it_is_compared(unpacked: Path) -> None:
@@ -475,9 +506,9 @@ def test_mistakes(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "give a text, --self-test or --check"),
-        (["a text", "--check"], "give a text, --self-test or --check"),
-        (["--self-test", "--check", "."], "give a text, --self-test or --check"),
+        ([], "give a text, --chat, --self-test or --check"),
+        (["a text", "--check"], "give a text, --chat, --self-test or --check"),
+        (["--self-test", "--check", "."], "give a text, --chat, --self-test or --check"),
         (["--self-test", "--pair", "b"], "--pair goes with texts"),
         (["a text", "--json"], "--json goes with --self-test"),
     ],

@@ -317,7 +317,7 @@ def test_a_default_precision_that_breaks_the_default_budget_is_undone_and_named(
 
 
 def plan(name: str, share: float, size: int, quality: float = 1.0) -> Plan:
-    judgement = Judgement(metrics={}, metric="m", value=quality, batch_cosine=1, holds=True, margin=0)
+    judgement = Judgement(metrics={}, metric="m", value=quality, batch_cosine=1, margin=0)
     return Plan(
         name=name, judgement=judgement, bytes=size, times={"1x32": (10.0, 10 * share), "8x128": (50.0, 50 * share)}
     )

@@ -250,7 +250,10 @@ def test_systems_that_miss_shapes() -> None:
 
 
 def test_an_export_alone() -> None:
-    Reader(render_report(make_manifest(operators={}), {}))
+    page = render_report(make_manifest(operators={}), {})
+    Reader(page)
+    assert make_manifest().name in page
+    assert "Latency" not in page
 
 
 def test_the_same_page_every_time() -> None:

@@ -13,9 +13,7 @@ COSTS = dict.fromkeys(PLACES, 0.001) | {"layer3": 0.05, "layer7": 0.03}
 
 def judge(kept: frozenset[str], *, limit: float) -> Judgement:
     value = 1 - sum(cost for name, cost in COSTS.items() if name not in kept)
-    return Judgement(
-        metrics={}, metric="cosine", value=value, batch_cosine=1, holds=value >= limit, margin=value - limit
-    )
+    return Judgement(metrics={}, metric="cosine", value=value, batch_cosine=1, margin=value - limit)
 
 
 def fewest(found: list[tuple[frozenset[str], Judgement]]) -> frozenset[str]:
@@ -64,7 +62,7 @@ def test_many_places_are_tried_in_groups() -> None:
     def count(kept: frozenset[str]) -> Judgement:
         tried.append(kept)
         good = "layer42" in kept
-        return Judgement(metrics={}, metric="m", value=0, batch_cosine=1, holds=good, margin=0 if good else -1)
+        return Judgement(metrics={}, metric="m", value=0, batch_cosine=1, margin=0 if good else -1)
 
     kept = fewest(search(many, count, share=0.5))
     assert "layer42" in kept
