@@ -56,8 +56,8 @@ from onnxpress.exporters.transformers_model import TextExport, input_limit, load
 from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Json, Signature
 
-# Of generation_config.json, what changes which tokens are chosen: what is taken of it, where its value means something, and what is
-# not; and the values that change nothing.
+# Of generation_config.json, what is taken, where its value means something; what says nothing of the answers; and values that change
+# nothing. What else is there is named as not applied.
 _TAKEN: Mapping[str, Callable[[float], bool]] = {
     "temperature": lambda value: 0 < value < 1e6,
     "top_k": lambda value: isinstance(value, int) and 0 < value < 2**31,
@@ -65,18 +65,20 @@ _TAKEN: Mapping[str, Callable[[float], bool]] = {
     "min_p": lambda value: 0 < value < 1,
     "repetition_penalty": lambda value: 1e-6 <= value <= 1e6,
 }
-_LEFT = (
-    *("typical_p", "num_beams", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
-    *("forced_bos_token_id", "forced_eos_token_id"),
-)
-_IDLE = {
-    "top_k": 0,
-    "top_p": 1,
-    "min_p": 0,
-    "repetition_penalty": 1,
-    "typical_p": 1,
-    "num_beams": 1,
-    "no_repeat_ngram_size": 0,
+_SILENT = frozenset({
+    "transformers_version", "trust_remote_code", "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "do_sample",
+    "use_cache", "cache_implementation", "cache_config", "output_attentions", "output_hidden_states", "output_logits", "output_scores",
+    "return_dict", "return_dict_in_generate", "return_legacy_cache", "compile_config", "disable_compile", "low_memory",
+    "prefill_chunk_size", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+    "assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "prompt_lookup_num_tokens", "max_matching_ngram_size",
+    "early_stopping", "length_penalty", "chat_format", "max_window_size",
+})  # fmt: skip
+_IDLE: Mapping[str, Json] = {
+    **dict.fromkeys(("top_k", "min_p", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length"), 0),
+    **dict.fromkeys(("min_new_tokens", "epsilon_cutoff", "eta_cutoff", "diversity_penalty"), 0),
+    **dict.fromkeys(("top_p", "typical_p", "num_beams", "num_beam_groups", "num_return_sequences"), 1),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "guidance_scale"), 1),
+    "max_length": 20,  # transformers' own default
 }
 _DRAWING = {"temperature": 1.0, "top_k": 50}  # of transformers 5, where a file says that it draws, and no more
 _OF_DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # where do_sample is true
@@ -101,6 +103,7 @@ def export_decoder(
     hidden_states: whether they are an output. uniform_steps: the form for CUDA. dtype: of its large weights while it is built. instead: the model to export in the place of the folder's.
     """
     tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
+    _declared(folder)  # else the weights would be blamed for what is wrong with it
     model: Any = instead
     notes: tuple[str, ...] = ()
     if instead is None:
@@ -419,30 +422,46 @@ def _special_tokens(model: PreTrainedModel) -> dict[str, Json]:
         getattr(config, name, None) if getattr(generation, name) is None else getattr(generation, name)
         for name in ("bos_token_id", "eos_token_id")
     )
-    return {
-        "bos_token_id": begin,
-        "eos_token_ids": sorted({ends} if isinstance(ends, int) else set(ends or ())),
-    }
+    begins = _token_ids("bos_token_id", begin)
+    return {"bos_token_id": begins[0] if begins else None, "eos_token_ids": _token_ids("eos_token_id", ends)}
+
+
+def _token_ids(name: str, given: Any) -> list[int]:
+    ids = given if isinstance(given, list | tuple) else [] if given is None else [given]
+    for item in ids:
+        if isinstance(item, bool) or not isinstance(item, int | float) or item != item // 1:
+            raise SourceError(
+                f"{name} of the model's generation_config.json, or config.json, is {given!r}; tokens are whole numbers: mend the file."
+            )
+    return sorted({int(item) for item in ids})
+
+
+def _declared(folder: Path) -> dict[str, Any]:
+    """generation_config.json, where there is one. Raises SourceError."""
+    path = folder / "generation_config.json"
+    return read_object(path) if path.is_file() else {}
 
 
 def _own_sampling(folder: Path) -> tuple[dict[str, Json], tuple[str, ...]]:
     """How generation_config.json wants tokens to be chosen, as far as it is taken, and remarks on it."""
-    path = folder / "generation_config.json"
-    declared = read_object(path) if path.is_file() else {}
+    declared = _declared(folder)
     draws = declared.get("do_sample") is True
     asked = (
         {**_DRAWING, **{name: value for name, value in declared.items() if value is not None}} if draws else declared
     )
     sampling: dict[str, Json] = {}
     left = []
-    for name in (*_TAKEN, *_LEFT):
+    if type(declared.get("do_sample")) not in (bool, type(None)):
+        left.append(f"do_sample {declared['do_sample']!r}")
+    others = [name for name in declared if name not in _TAKEN and name not in _SILENT and not name.startswith("_")]
+    for name in (*_TAKEN, *others):
         value = asked.get(name)
-        if value in (None, [], _IDLE.get(name)) or (name in _OF_DRAWING and not draws):
+        if value is False or value in (None, [], {}, _IDLE.get(name)) or (name in _OF_DRAWING and not draws):
             continue
         if name in _TAKEN and type(value) in (int, float) and _TAKEN[name](value):
             sampling[name] = value
         else:
-            left.append(name if isinstance(value, list) else f"{name} {value}")
+            left.append(name if isinstance(value, list | dict) else f"{name} {value}")
     chosen = ", ".join(f"{name} {value}" for name, value in sampling.items())
     taken = f"tokens are chosen by generation_config.json: {chosen}; with a temperature of 0 nothing is drawn"
     return sampling, (

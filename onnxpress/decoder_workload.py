@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from onnxpress import evaluation, metrics
 from onnxpress.errors import RecipeError
@@ -27,6 +29,7 @@ from onnxpress.workload import Answers
 _KEPT_BYTES = 256 * 2**20  # of the original's logits
 _LEAST_POSITIONS = 16  # of one text: each is read as a whole, however few of its tokens are asked
 _CALIBRATED_ANSWERS = 16  # positions of a calibration text whose logits are asked for
+_TOO_SHORT = "{}: no text has two tokens, so there is nothing to calibrate on."
 _WINDOW = 256  # tokens of one piece of a long text
 _PROMPT = 128  # tokens of the prompt that is timed
 _BATCH_TRIAL = 16
@@ -213,24 +216,14 @@ class DecoderWorkload:
         if path.suffix != ".npy":
             windows = self._windows(tokenizer, [sample.text for sample in read_samples(path, self.task, columns)])
         else:
-            try:
-                with path.open("rb") as file:
-                    ids = np.load(file, allow_pickle=False)
-            except Exception:  # numpy raises half a dozen kinds for files that are something else
-                ids = None
-            if not isinstance(ids, np.ndarray):
-                raise RecipeError(f"{path} is no .npy file of an array of integers, as token ids are.")
-            if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer):
-                raise RecipeError(
-                    f"{path} holds {ids.dtype} {list(ids.shape)}; token ids are integers, one or two axes."
-                )
-            if ids.size and not 0 <= ids.min() <= ids.max() < self._vocabulary:
+            ids = read_token_ids(path)
+            if not 0 <= ids.min() <= ids.max() < self._vocabulary:
                 raise RecipeError(
                     f"{path} has token ids from {ids.min()} to {ids.max()}; the model has 0 to {self._vocabulary - 1}."
                 )
             windows = self._pieces(np.atleast_2d(ids).tolist())
         if not windows:
-            raise RecipeError(f"{path}: no text has two tokens, so there is nothing to calibrate on.")
+            raise RecipeError(_TOO_SHORT.format(path))
         return windows
 
     def _windows(self, tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
@@ -244,6 +237,22 @@ class DecoderWorkload:
         size = min(_WINDOW, self._context)
         windows = [ids[start : start + size] for ids in texts for start in range(0, len(ids), size)]
         return [window for window in windows if len(window) > 1]
+
+
+def read_token_ids(path: Path) -> npt.NDArray[np.integer[Any]]:
+    """Of a .npy file: one row, or one text a row. Raises RecipeError."""
+    try:
+        with path.open("rb") as file:
+            ids = np.load(file, allow_pickle=False)
+    except Exception:  # numpy raises half a dozen kinds for files that are something else
+        ids = None
+    if not isinstance(ids, np.ndarray):
+        raise RecipeError(f"{path} is no .npy file of an array of integers, as token ids are.")
+    if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer):
+        raise RecipeError(f"{path} holds {ids.dtype} {list(ids.shape)}; token ids are integers, one or two axes.")
+    if not ids.size or ids.shape[-1] < 2:
+        raise RecipeError(_TOO_SHORT.format(path))
+    return ids
 
 
 def _shared(windows: list[list[int]], texts: list[str], tokenizer: Tokenizer) -> dict[int, str]:

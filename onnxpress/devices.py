@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _ANY_CPU = ("fp32", "int8-weights", "int4-weights")  # precisions that no CPU has kernels of its own for
 _X86, _ARM, _NVIDIA = ("cpu", "cpu-avx2", "openvino"), ("cpu-arm64",), ("tensorrt", "cuda")
+_WITHOUT_FP8 = ("jetson-orin",)  # Ampere
+_TAKEN = ("kept", "repaired")
 _COMPILED = (*_NVIDIA, "openvino")  # for a provider beside the CPU's
 
 
@@ -74,6 +76,11 @@ def check_fit(name: str, manifest: Manifest) -> None:
     any_cpu = manifest.precision in _ANY_CPU and manifest.target not in _COMPILED and not set(builds) & set(_NVIDIA)
     # `only`: several passes, of which precision is the last.
     any_cpu = any_cpu and not manifest.recipe.get("build", {}).get("only")
+    if name in _WITHOUT_FP8 and any(row["pass"] == "fp8-qdq" and row["status"] in _TAKEN for row in manifest.ledger):
+        raise RecipeError(
+            f"{manifest.name} is in FP8, which {name} has no kernels for (Ada, Hopper and newer have): build it again with "
+            "--precision int8-qdq or fp16."
+        )
     if manifest.target not in builds and not any_cpu:
         raise RecipeError(
             f"{manifest.name} was built for {manifest.target} at {manifest.precision}, which does not suit {name}: build it again "

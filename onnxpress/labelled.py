@@ -18,6 +18,7 @@ import numpy as np
 
 from onnxpress.errors import InputError
 from onnxpress.manifest import Json
+from onnxpress.runtime.tokenization import ONE_COLUMN
 from onnxpress.sample_files import CONLL, TABLES, TAG, read_conll, read_label_and_text, read_samples, read_text, suffix
 from onnxpress.samples import LONG, Sample
 
@@ -108,6 +109,10 @@ def labelled_samples(texts: Collection[Any], labels: Collection[Json]) -> list[S
     for given, what in ((texts, "texts"), (labels, "labels")):  # arrays and columns of tables will do too
         if isinstance(given, str | bytes | Mapping | set) or not isinstance(given, Collection):
             raise InputError(f"A list of {what} is expected, not a {type(given).__name__}.")
+        if (axes := getattr(given, "ndim", 1)) != 1:  # a table's items are the names of its columns
+            raise InputError(
+                f"A list of {what} is expected, not a {type(given).__name__} of {axes} axes: {ONE_COLUMN}."
+            )
     if len(texts) != len(labels):
         raise InputError(f"{len(texts)} texts and {len(labels)} labels were given; each text needs one label.")
     if not len(texts):
@@ -115,7 +120,7 @@ def labelled_samples(texts: Collection[Any], labels: Collection[Json]) -> list[S
     samples = []
     for index, (text, label) in enumerate(zip(texts, labels, strict=True)):
         label = label.item() if isinstance(label, np.generic) else label
-        if label is None:
+        if label is None or label != label:  # tables say NaN where nothing stands
             raise InputError(f"Text {index} has no label.")
         if not isinstance(label, str | int | float | list):
             raise InputError(
@@ -184,6 +189,14 @@ def split(samples: Sequence[Sample], labels: Labels, seed: int) -> tuple[list[Sa
     held = max(round(_SHARE * len(samples)), 2)
     if labels.kind != "text-classification":
         train, evaluation = train_test_split(samples, test_size=held, random_state=seed)
+        if labels.kind == "multi-label-classification":  # a label that is only held out could not be learned
+            known = {name for sample in train for name in _names(sample, labels.kind)}
+            alone = [sample for sample in evaluation if not set(_names(sample, labels.kind)) <= known]
+            train, evaluation = [*train, *alone], [sample for sample in evaluation if sample not in alone]
+            if not evaluation:
+                raise InputError(
+                    "There are too few samples of most labels to split some off for evaluation; give --eval FILE."
+                )
         return train, evaluation
     counts = Counter(sample.label for sample in samples)
     alone = [sample for sample in samples if counts[sample.label] == 1]  # they can only be learned from
@@ -195,6 +208,10 @@ def split(samples: Sequence[Sample], labels: Labels, seed: int) -> tuple[list[Sa
     train, evaluation = train_test_split(
         others, test_size=held, random_state=seed, stratify=[sample.label for sample in others]
     )
+    for label in sorted(
+        counts.keys() - {sample.label for sample in (*evaluation, *alone)}
+    ):  # so rare that none was drawn
+        evaluation.append(train.pop(next(index for index, sample in enumerate(train) if sample.label == label)))
     return [*train, *alone], evaluation
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Self
 
 from onnxpress.manifest import Json
-from onnxpress.runtime.providers import usable_cores
 from onnxpress.runtime.saturation import products_saturate
+from onnxpress.runtime.threads import usable_cores
 
 _CROWDED = 0.3  # of a core: what a machine does beside anything
 _LOOK_EVERY = 0.1  # seconds

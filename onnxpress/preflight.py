@@ -10,6 +10,7 @@ from pathlib import Path
 
 from onnxpress import evaluation
 from onnxpress.budgets import budget_for
+from onnxpress.decoder_workload import read_token_ids
 from onnxpress.errors import OutputError, RecipeError
 from onnxpress.manifest import Json
 from onnxpress.optimizers import calibrates, make_pass
@@ -102,7 +103,9 @@ def _check_files(recipe: Recipe, task: str, options: Mapping[str, Json]) -> bool
     if labelled:
         evaluation.check_labels(task, options, judged)
         evaluation.check_spread(task, options, judged)
-    if calibration is not None and not (task == GENERATION and calibration.suffix == ".npy"):
+    if calibration is not None and task == GENERATION and calibration.suffix == ".npy":
+        read_token_ids(calibration)
+    elif calibration is not None:
         calibrating = read_samples(calibration, task, quality.columns, labels=False)
         seen = {text for sample in judged for text in (sample.text, sample.text_pair)} - {None}
         both = _shared(calibrating, judged)

@@ -193,7 +193,7 @@ class Press:
             plan = mixed_plan(plan, trials, self._report.detail, share=_MOST_KEPT)
             if not plan.holds:
                 row["quality"] = rounded(plan.judgement.value)
-                closest = f"; what came closest: {plan.sentence()}" if plan.kept else ""
+                closest = f"; what came closest, of at most half of the places: {plan.sentence()}" if plan.kept else ""
                 self._record(row, status="undone", reason=over + closest)
                 self._refuse(step, row)
                 return

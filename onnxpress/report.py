@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from onnxpress.figures import megabytes
 from onnxpress.manifest import Json, Manifest
 from onnxpress.plots import curve_plot, latency_plot, operator_plot, quality_plot, size_plot
+from onnxpress.recipe import DistilSection
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b2330; --soft: #586374; --line: #dde2e9; --paper: #ffffff; --panel: #f5f7fa;
@@ -102,7 +103,7 @@ def render_report(manifest: Manifest, measured: Mapping[str, Json]) -> str:
 
 
 def build_command(recipe: Mapping[str, Json]) -> str:
-    """What to type to build the same again; a module that was given in Python, or options of passes and sections, need more."""
+    """What to type to build the same again; a module that was given in Python needs more, and numbers of samples a recipe."""
     model, build, quality = (recipe.get(section, {}) for section in ("model", "build", "quality"))
     source = str(model.get("source", ""))
     if source.startswith("python:"):
@@ -130,12 +131,23 @@ def build_command(recipe: Mapping[str, Json]) -> str:
         words += ["--only", str(name)]
     parts = [f"{name}={value}" for name, value in (recipe.get("prune") or {}).items() if value and name != "multiple"]
     words += ["--prune", ",".join(parts)] if parts else []
+    defaults = DistilSection().model_dump(mode="json")
+    further = {
+        "prune": {"multiple": (recipe.get("prune") or {}).get("multiple")},
+        "distil": {k: v for k, v in (recipe.get("distil") or {}).items() if k != "file" and v != defaults[k]},
+        **recipe.get("passes", {}),
+    }
+    for step, options in further.items():
+        for name, value in options.items():
+            said = value if isinstance(value, str) else json.dumps(value)
+            words += ["--pass-option", f"{step}.{name}={said}"] if value is not None else []
     words += ["--cache", "int8"] if build.get("cache") == "int8" else []
     words += ["--hidden-states"] if model.get("hidden_states") else []
     words += ["--keep-all"] if build.get("keep_all") else []
     words += ["--trust-remote-code"] if model.get("trust_remote_code") else []
     words += ["--no-measure"] if build.get("measure") is False else []
-    return shlex.join(words)
+    counts = [f"{key} = {quality[key]}" for key in ("samples", "calibration_samples") if quality.get(key) is not None]
+    return shlex.join(words) + (f"  # with [quality] {', '.join(counts)} in a recipe" if counts else "")
 
 
 def _verdict(manifest: Manifest, measured: Mapping[str, Json]) -> str:
@@ -178,7 +190,9 @@ def _tiles(manifest: Manifest, measured: Mapping[str, Json]) -> str:
     )
     batched = [row["batch_cosine"] for row in manifest.ledger if "batch_cosine" in row and row["status"] in _TAKEN]
     if batched:
-        tiles.append(("Alone against batched", f"{batched[-1]:.5f}", "cosine of the same answer"))
+        numbers = manifest.signature.task == "module" or manifest.options.get("problem_type") == "regression"
+        what = "variance kept, of the same answers" if numbers else "cosine of the same answer"
+        tiles.append(("Alone against batched", f"{batched[-1]:.5f}", what))
     cells = (
         f'<div class="tile"><dt>{_text(name)}</dt><dd class="value">{_text(value)}</dd><dd class="soft">{_text(more)}</dd></div>'
         for name, value, more in tiles

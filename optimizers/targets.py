@@ -94,11 +94,11 @@ _NVIDIA = QdqForm(
     chained=False,
     tables=False,
 )
-# Of the CPU provider, on which graphs for NVIDIA's are tried where there is no GPU: one drops a Relu before FP8, one takes kernels whose
+# Of the CPU provider, on which graphs for NVIDIA's are tried where there is no GPU: one drops a Relu before FP8, its sibling fails over a Clip there, one takes kernels whose
 # 16-bit sums overflow on CPUs without VNNI for signed weights of 8 bits, one rounds biases, and loses those that 32 bits do not hold.
 # onnxruntime 1.32: Relu, QuantizeLinear to float8e4m3fn, DequantizeLinear answers -5 for -5, and two convolutions on AVX2 are off by 17 %
 # where the same graph in float is off by 1.8 % (tests/optimizers/test_qdq.py).
-_WRONG_FOR_NVIDIA = ("ReluQuantRewrite", "QDQSelectorActionTransformer", "WeightBiasQuantization")
+_WRONG_FOR_NVIDIA = ("ReluQuantRewrite", "ClipQuantRewrite", "QDQSelectorActionTransformer", "WeightBiasQuantization")
 _NVIDIA_QDQ = {"int8-qdq": ("int8-qdq",), "fp8-qdq": ("fp8-qdq",)}
 
 _CPU = Target(
@@ -195,7 +195,9 @@ TARGETS: Mapping[str, Target] = {
     "tensorrt": Target(
         name="tensorrt",
         providers=("tensorrt", "cuda"),
-        lossless=_CLEAN,  # NVIDIA's parser refuses com.microsoft operators (TensorRT-RTX 1.7 builder)
+        # NVIDIA's parser refuses com.microsoft operators, and its builder takes Attention where it has a kernel alone: of float32, or heads
+        # of 8, it has none (TensorRT-RTX 1.7, tests/optimizers/test_tensorrt_rtx.py). It fuses products and softmax by itself.
+        lossless=(*_CLEAN, "plain-attention"),
         precisions={
             "fp16": ("fp16",),
             "fp32": (),

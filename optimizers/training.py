@@ -112,7 +112,7 @@ class TrainingOptions:
 class TrainingSummary:
     """What became of a training.
 
-    loss: mean of the last steps' (50 at most). evaluations: one dict an evaluation, the step among its figures. best_step: the step
+    loss: mean of the last steps' (50 at most; of a resumed training those since). evaluations: one dict an evaluation, the step among its figures. best_step: the step
     whose weights the model has now; the last one where nothing was evaluated. stopped_early: by patience.
     """
 
@@ -429,13 +429,12 @@ def has_begun(checkpoints: Path) -> bool:
 
 def _checkpoint_to_resume(folder: Path, options: TrainingOptions, belongs: dict[str, Any]) -> Path | None:
     """The last whole checkpoint, None to begin at the start. Raises InputError where folder and options do not fit."""
-    written = folder / _IDENTITY
+    written, temporary = folder / _IDENTITY, folder / (_IDENTITY + ".part")
     if not options.resume:
-        if any(folder.iterdir()):
+        if any(path.name != temporary.name for path in folder.iterdir()):
             raise OutputError(
                 f"{folder} is not empty. Resume the training whose checkpoints it holds (resume), or give another folder."
             )
-        temporary = folder / (_IDENTITY + ".part")
         with _on_disk(folder, options):
             temporary.write_text(json.dumps(belongs, indent=1))
             temporary.replace(written)
@@ -579,8 +578,8 @@ def _check_number(
 
 def _not_a_number(step: int, what: str) -> str:
     return (
-        f"Training stopped: at step {step} the {what} held numbers that are not finite. Try a smaller learning rate, a longer "
-        f"warmup, precision fp32, and look for examples that are not numbers."
+        f"Training stopped: at step {step} the {what} held numbers that are not finite. Try a smaller learning rate, "
+        f"precision fp32, and look for examples that are not numbers."
     )
 
 

@@ -20,8 +20,9 @@ from onnxpress.manifest import Signature
 from onnxpress.runtime.cuda import CAPTURES, CUDA
 from onnxpress.runtime.device import ON_CARD
 from onnxpress.runtime.openvino import OpenVINO
-from onnxpress.runtime.providers import CPU, PLUGINS, Provider, one_line, refusal, usable_cores
+from onnxpress.runtime.providers import CPU, PLUGINS, Provider, one_line, refusal
 from onnxpress.runtime.saturation import products_saturate
+from onnxpress.runtime.threads import usable_cores
 
 _NO_CAPTURE = "graph capture"  # in what ONNX Runtime says of a session that cannot capture
 # What may run on the CPU for a session on a card: arithmetic with shapes and positions, which ONNX Runtime puts there itself.

@@ -15,6 +15,7 @@ import numpy as np
 from onnxpress.errors import InputError, ProviderError
 from onnxpress.manifest import Arrays, Signature
 from onnxpress.runtime.plugin import plugin_devices
+from onnxpress.runtime.threads import check_threads
 from onnxpress.runtime.wheel import version_of
 
 _PACKAGE = "onnxruntime-ep-openvino"
@@ -40,10 +41,7 @@ class OpenVINO:
     def __post_init__(self) -> None:
         if not isinstance(self.device, str) or not self.device:
             raise ProviderError(f"OpenVINO(device={self.device!r}): a name is needed: CPU, GPU or NPU.")
-        if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
-            raise ProviderError(
-                f"OpenVINO(threads={self.threads!r}): a whole number from 1 on is needed; None takes all cores."
-            )
+        check_threads(self)
 
     def options(self, signature: Signature | None, cache_key: str) -> dict[str, str]:
         """None: a plugin is told of them with its device."""

@@ -6,7 +6,6 @@ without an exception. So a provider's library is loaded here first: its error na
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from onnxpress.manifest import Signature
 from onnxpress.runtime.cuda import CUDA
 from onnxpress.runtime.openvino import OpenVINO
 from onnxpress.runtime.tensorrt import NvTensorRtRtx, TensorRT
+from onnxpress.runtime.threads import check_threads
 from onnxpress.runtime.wheel import check_wheel
 
 
@@ -30,10 +30,7 @@ class CPU:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
-            raise ProviderError(
-                f"CPU(threads={self.threads!r}): a whole number from 1 on is needed; None takes all cores."
-            )
+        check_threads(self)
 
     def options(self, signature: Signature | None, cache_key: str) -> dict[str, str]:
         """Options as ONNX Runtime takes them."""
@@ -52,6 +49,10 @@ def make_providers(given: str | Provider | Sequence[str | Provider]) -> tuple[Pr
     """Providers from names or options, in the given order. Raises ProviderError for an unknown or repeated one."""
     if isinstance(given, str | Provider):
         given = (given,)
+    if not isinstance(given, Sequence):
+        raise ProviderError(
+            f"{given!r} was given as providers; give a name ({', '.join(PROVIDERS)}), options (CUDA()), or a list of them."
+        )
     made: list[Provider] = []
     for item in given:
         if isinstance(item, str):
@@ -116,13 +117,6 @@ def refusal(error: Exception, providers: Sequence[Provider]) -> ProviderError | 
             f"Build it anew here: open the model itself, with TensorRT(ep_context=…). ONNX Runtime: {text[:300]}"
         )
     return None
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def one_line(error: Exception) -> str:

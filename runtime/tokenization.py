@@ -151,12 +151,19 @@ class Tokenizer:
             return self._cutters[stride]
 
 
+ONE_COLUMN = "give one column of a table, or a list (pairs as tuples)"
+
+
 def check_samples(samples: Sequence[Any]) -> None:
     """Raise InputError for what is neither a text nor a pair of texts, or empty."""
     if isinstance(samples, str):
         raise InputError("One text was given where a list of texts is expected: put it in brackets, [text].")
     if isinstance(samples, Mapping | AbstractSet) or not hasattr(samples, "__len__"):  # neither has an order of items
         raise InputError(f"A {type(samples).__name__} was given where a list of texts is expected.")
+    if (axes := getattr(samples, "ndim", 1)) != 1:  # a table's items are the names of its columns
+        raise InputError(
+            f"A {type(samples).__name__} of {axes} axes was given where a list of texts is expected: {ONE_COLUMN}."
+        )
     for index, sample in enumerate(samples):
         for text in sample if isinstance(sample, tuple | list) and len(sample) == 2 else (sample,):
             if not isinstance(text, str):

@@ -278,6 +278,55 @@ def test_integers_are_read_right(name: str, tmp_path: Path) -> None:
     assert_read_right(tmp_path / "model.onnx", case, least=0.995)
 
 
+KERNELS = {  # (channels a group, kernel): rows of AMX that are filled by integers, by bfloat16, by both; strides, dilations, images
+    "integers": ("", 16, (8,)),
+    "bfloat16": ("", 4, (16,)),
+    "both": ("pads=[8, 8], ", 8, (16,)),
+    "strides": ("pads=[9, 3], strides=[2], dilations=[2], ", 8, (16,)),
+    "image": ("pads=[1, 4, 2, 3], dilations=[1, 2], ", 8, (3, 8)),
+}
+
+
+@pytest.mark.parametrize("precision", ["none", "fp32", "bf16", "int8-qdq"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_long_kernels_of_groups(name: str, precision: str, tmp_path: Path) -> None:
+    """On CPUs with AMX, OpenVINO answered with a likeness below 0 (bf16, int8-qdq)."""
+    settings, channels, kernel = KERNELS[name]
+    if precision != "none" and not loads("openvino"):
+        pytest.skip("the package onnxruntime-ep-openvino is not here")
+    if precision == "int8-qdq" and products_saturate():
+        pytest.skip("sums of products overflow on this CPU")
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((4 * channels, channels, *kernel)) / np.sqrt(channels * np.prod(kernel))
+    sizes = f"{4 * channels},{'40' if len(kernel) == 1 else '9,40'}"
+    case = Case("", f"float[batch,{sizes}] x", "")
+    graph = small_graph(
+        f"y = Conv<{settings}group=4>(x, w)",
+        inputs=case.inputs,
+        outputs=f"float[batch,{4 * channels},{','.join('nm'[: len(kernel)])}] y",
+        weights={"w": weight.astype(np.float32)},
+        opset=21,
+        ir_version=10,
+    )
+    ir.save(graph.model, tmp_path / "before.onnx")
+    assert respell(graph) == ("spelled as OpenVINO reads them right: 1 kernels of groups",)
+    assert respell(graph) == ()
+    if precision == "int8-qdq":
+        samples = [feeds_of(case, 1, seed=100 + index) for index in range(16)]
+        graph = make_pass("int8-qdq").apply(graph, calibrated(samples, tmp_path, kind="openvino")).graph
+        assert graph.operators()["QuantizeLinear"] == 1
+    ir.save(graph.model, tmp_path / "after.onnx")
+    feeds = [feeds_of(case, batch, seed=batch) for batch in (1, 3)]
+    if precision == "none":
+        onnx.checker.check_model(tmp_path / "after.onnx", full_check=True)
+        assert_same_answers(tmp_path, feeds)
+        return
+    session = Session(tmp_path / "after.onnx", providers=["openvino"], half_floats=precision != "fp32")
+    plain = onnxruntime.InferenceSession(tmp_path / "before.onnx", providers=["CPUExecutionProvider"])
+    for one in feeds:
+        assert likeness(session.run(one)["y"], plain.run(None, one)[0]) > (0.999 if precision == "int8-qdq" else 0.9999)
+
+
 def test_what_needs_no_other_spelling_is_left_alone() -> None:
     graph = small_graph(
         "s = ReduceSum<keepdims=0>(n, one) m = ReduceMean(x, one) g = Gather<axis=1>(x, some) t = Gather(table, n) "

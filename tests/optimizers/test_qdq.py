@@ -558,6 +558,23 @@ def test_fp8_keeps_a_relu_where_the_fusion_is_off(tmp_path: Path) -> None:
     assert relative_error(open_for(result, tmp_path, "tensorrt").run(test)["y"], expected) < 0.12
 
 
+@pytest.mark.parametrize("kind", ["cuda", "tensorrt"])
+def test_fp8_behind_a_clip(kind: str, tmp_path: Path) -> None:
+    """ReLU6, over which a fusion of ONNX Runtime fails: the targets switch it off."""
+    random = np.random.default_rng(0)
+    weights = {name: 0.2 * random.standard_normal((8, 8, 3, 3)).astype(np.float32) for name in ("w", "v")}
+    graph = small_graph(
+        "c = Conv<pads=[1, 1, 1, 1]> (x, w) r = Clip (c, low, high) y = Conv<pads=[1, 1, 1, 1]> (r, v)",
+        inputs="float[batch,8,6,6] x",
+        outputs="float[batch,8,6,6] y",
+        weights={**weights, "low": np.float32(0), "high": np.float32(6)},
+    )
+    samples = [{"x": random.standard_normal((1, 8, 6, 6)).astype(np.float32)} for _ in range(16)]
+    expected = PlainSession(graph, tmp_path).run(together(samples))["y"]
+    result = quantize(graph, tmp_path, samples, name="fp8-qdq", kind=kind)
+    assert relative_error(open_for(result, tmp_path, kind).run(together(samples))["y"], expected) < 0.12
+
+
 def test_targets_offer_it() -> None:
     assert [name for name, facts in TARGETS.items() if "int8-qdq" in facts.precisions] == list(TARGETS)
     assert [name for name, facts in TARGETS.items() if "fp8-qdq" in facts.precisions] == ["cuda", "tensorrt"]

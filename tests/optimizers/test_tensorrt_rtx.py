@@ -15,8 +15,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+import transformers as tf
 from calibrating import calibrated
 from quantizable import images, normed, residual, vectors
+from tiny_models import save_model
 
 import onnxpress
 from onnxpress.graph import Graph
@@ -93,6 +95,16 @@ def test_linear_layers_build(name: str, tmp_path: Path) -> None:
     assert engine_bytes(result.graph, vectors(1, seed=0)[0]) > 10_000
 
 
+def profile(options: Mapping[str, str]) -> dict[str, list[tuple[int, ...]]]:
+    """(smallest, typical, largest) shapes of each input, as ONNX Runtime is told them."""
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for kind in ("min", "opt", "max"):
+        for part in options[f"trt_profile_{kind}_shapes"].split(","):
+            name, sizes = part.split(":")
+            shapes.setdefault(name, []).append(tuple(map(int, sizes.split("x"))))
+    return shapes
+
+
 def network() -> torch.nn.Module:
     torch.manual_seed(0)
     layers = (torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.LayerNorm(64), torch.nn.Linear(64, 32))
@@ -107,18 +119,24 @@ def test_an_artifact_builds_with_the_profile_of_its_signature(target: str, preci
     artifact = onnxpress.build(
         network(), example_inputs=example, target=target, precision=precision, out=tmp_path / "artifact"
     )
-    options = TensorRT(axes=AXES).options(artifact.manifest.signature, "")
-    shapes: dict[str, list[tuple[int, ...]]] = {}
-    for kind in ("min", "opt", "max"):
-        for part in options[f"trt_profile_{kind}_shapes"].split(","):
-            name, sizes = part.split(":")
-            shapes.setdefault(name, []).append(tuple(map(int, sizes.split("x"))))
+    shapes = profile(TensorRT(axes=AXES).options(artifact.manifest.signature, ""))
     assert [shape[0] for [*one] in shapes.values() for shape in one] == [1, 8, 16]
     model = onnx.load(artifact.path / "model.onnx")
     types = onnx.TensorProto
     wanted = {"fp16": None, "bf16": types.BFLOAT16, "int8-qdq": types.INT8, "fp8-qdq": types.FLOAT8E4M3FN}[precision]
     assert wanted is None or wanted in {one.data_type for one in model.graph.initializer}
     assert built(model.SerializeToString(), shapes) > 10_000
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32", "int8-qdq", "fp8-qdq"])
+def test_a_text_encoder_builds(precision: str, tmp_path: Path) -> None:
+    """As one operator its attention, of float32 and of small heads, would be refused."""
+    folder = save_model(tmp_path / "bert", "bert", tf.AutoModelForSequenceClassification, num_labels=3)
+    artifact = onnxpress.build(
+        folder, target="tensorrt", precision=precision, keep_all=True, samples=8, out=tmp_path / "artifact"
+    )
+    model = (artifact.path / "model.onnx").read_bytes()
+    assert built(model, profile(TensorRT().options(artifact.manifest.signature, ""))) > 10_000
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cpu-avx2", "cpu-arm64"])

@@ -410,6 +410,14 @@ def test_another_answer_than_the_golden_one_is_not_good(tmp_path: Path) -> None:
     assert "does not answer here as it did" in failed(tmp_path / "there" / f"tiny-{HERE}")
 
 
+def test_what_a_device_has_no_kernels_for_is_refused(tmp_path: Path) -> None:
+    ledger = ({"pass": "export", "status": "kept"}, {"pass": "fp8-qdq", "status": "repaired"})
+    artifact = save_artifact(tmp_path / "tiny", target="tensorrt", precision="fp8-qdq", ledger=ledger)
+    with pytest.raises(RecipeError, match="in FP8, which jetson-orin has no kernels for"):
+        bundle(artifact.path, target="jetson-orin")
+    assert bundle(artifact.path, target="jetson-thor").is_file()
+
+
 @pytest.mark.parametrize(
     ("target", "precision", "built_for", "said"),
     [

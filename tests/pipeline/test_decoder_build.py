@@ -345,7 +345,10 @@ def test_tokens_are_chosen_by_generation_config(
     built = onnxpress.build(tmp_path / "model", out=tmp_path / "out", precision="fp32", measure=False)
     own = {"temperature": 1.0, "top_k": 7, "repetition_penalty": 1.2}
     assert built.manifest.options["sampling"] == own
-    assert "generation_config.json asks for suppress_tokens, which is not applied" in built.manifest.ledger[0]["notes"]
+    assert (
+        "generation_config.json asks for suppress_tokens, max_length 99, which is not applied"
+        in built.manifest.ledger[0]["notes"]
+    )
     generator: Any = onnxpress.load(built.path)
     options = {"max_new_tokens": 12, "ignore_eos": True}
 
@@ -421,6 +424,9 @@ def test_templates_for_tools_in_files_of_their_own_are_kept(tmp_path: Path) -> N
         ),
         ({"do_sample": False, "repetition_penalty": 1.1, "num_beams": 4}, {"repetition_penalty": 1.1}, "num_beams 4"),
         ({"do_sample": True, "temperature": True, "top_p": None, "typical_p": 1.0}, {"top_k": 50}, "temperature True"),
+        ({"do_sample": "true", "temperature": "0.7"}, {}, "do_sample 'true'"),
+        ({"min_new_tokens": 5, "stop_strings": ["x"], "max_length": 20}, {}, "min_new_tokens 5, stop_strings"),
+        ({"use_cache": True, "_from_model_config": True, "output_scores": True, "min_length": 0}, {}, ""),
     ],
 )
 def test_what_is_taken_of_generation_config(
@@ -430,6 +436,33 @@ def test_what_is_taken_of_generation_config(
     sampling, remarks = _own_sampling(tmp_path)
     assert sampling == taken
     assert (f"asks for {left}, which is not applied" in " ".join(remarks)) == bool(left)
+
+
+@pytest.mark.parametrize("ends", [2.0, [1, 2.0]])
+def test_end_tokens_that_are_whole_numbers_are_taken(ends: Any, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    exported = export(tmp_path / "model", task="text-generation")
+    assert exported.options["eos_token_ids"] == ([2] if ends == 2 else [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"eos_token_id": "128"}', "eos_token_id of the model's generation_config.json"),
+        ('{"eos_token_id": [0, "128"]}', "tokens are whole numbers"),
+        ('{"eos_token_id": {"a": 1}}', "tokens are whole numbers"),
+        ('{"eos_token_id": true}', "tokens are whole numbers"),
+        ('{"bos_token_id": 1.5}', "bos_token_id of the model's"),
+        ("[1, 2]", "generation_config.json holds no object"),
+        ("{", "generation_config.json cannot be read as JSON"),
+    ],
+)
+def test_a_wrong_generation_config_is_said_to_be(content: str, said: str, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(content)
+    with pytest.raises(SourceError, match=said):
+        export(tmp_path / "model", task="text-generation")
 
 
 def test_a_context_beyond_the_models_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -444,12 +444,18 @@ def test_the_command_line_and_a_resume(
         (["a", "b"], ["x", None], None, "Text 1 has no label"),
         (["a", "b"], [["x"], {"y"}], None, "The label of text 1 is {'y'}; .* a list of texts"),
         (["a", "b"], [("x",), ("y",)], None, "The label of text 0 is .* a list of texts"),
-        (["a", "b"], np.eye(2), None, "The label of text 0 is .* a list of texts"),
+        (
+            ["a", "b"],
+            np.eye(2),
+            None,
+            "A list of labels is expected, not a ndarray of 2 axes: give one column of a table",
+        ),
+        (np.array([["a", "b"]] * 9), ["x"] * 9, None, "A list of texts is expected, not a ndarray of 2 axes"),
         (["a"] * 9, ["x"] * 9, None, "All training samples have the label 'x'"),
         (["a"] * 9, [1.5] * 9, None, "All training numbers are the same"),
         (["a"] * 9, ["x", ["x", "y"]] * 4 + ["y"], "text-classification", "one label a text"),
         (["a"] * 9, [1.5, "nine"] * 4 + [2], "regression", "'nine' is no finite number"),
-        (["a"] * 9, [1.5, float("nan")] * 4 + [2], "text-classification", "no finite number"),
+        (["a"] * 9, [1.5, float("nan")] * 4 + [2], None, "Text 1 has no label"),
         (["a"] * 9, ["1.5", "nan", "2"] * 3, None, "'nan' is no finite number"),
         ([["a"], ["b"]], [["O"], ["ANI"]], None, "The tag 'ANI' is not understood: O, B-TYPE and I-TYPE"),
         (["a"] * 30, [str(index) for index in range(30)], None, "30 different labels"),
@@ -572,6 +578,23 @@ def test_the_split_is_stratified_and_seeded() -> None:
     assert not {sample.text for sample in train} & {sample.text for sample in held}
 
 
+def test_the_split_holds_some_of_each_label_that_can_be_judged() -> None:
+    """Also of one so rare that a tenth has none of it in proportion; and what is there once is learned from."""
+    samples = labelled_samples([f"text {index}" for index in range(87)], ["a"] * 80 + ["b"] * 4 + ["c"] * 2 + ["d"])
+    train, held = split(samples, find_labels(samples, None), 0)
+    assert {sample.label for sample in train} == {"a", "b", "c", "d"}
+    assert {sample.label for sample in held} == {"a", "b", "c"}
+    assert len(train) + len(held) == len(samples)
+    assert not {sample.text for sample in train} & {sample.text for sample in held}
+    for seed in range(9):  # one is held out by some of them
+        several = labelled_samples(
+            [f"text {index}" for index in range(20)], [["a"], ["a", "b"]] * 9 + [["a", "c"], ["a"]]
+        )
+        train, held = split(several, find_labels(several, None), seed)
+        assert {name for sample in train for name in sample.label} == {"a", "b", "c"}
+        assert len(held) in (1, 2)
+
+
 @pytest.mark.parametrize(("step", "found"), [(1, "training"), (2, "trained")])
 def test_an_interrupt_while_the_trained_model_takes_its_place_leaves_one_or_the_other(
     step: int, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -586,10 +609,22 @@ def test_an_interrupt_while_the_trained_model_takes_its_place_leaves_one_or_the_
 
 
 def test_a_training_that_a_kill_put_aside_can_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / ".checkpoint.part-999999999-old" / "training").mkdir(parents=True)
+    put_aside = tmp_path / ".checkpoint.part-999999999-old" / "training"
+    put_aside.mkdir(parents=True)
+    (put_aside / "training.json").write_text("{}")
     (tmp_path / ".checkpoint.part-999999999").mkdir()
     monkeypatch.chdir(tmp_path)
     assert _check_checkpoint_folder(Path("checkpoint"), resume=True) is None
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    with pytest.raises(OutputError, match="go on with --resume"):
+        _check_checkpoint_folder(Path("checkpoint"), resume=False)
     _write_whole(Path("checkpoint"), lambda part: (part / "trained").touch())
     assert [path.name for path in tmp_path.rglob("*")] == ["checkpoint", "trained"]
+
+
+def test_a_training_that_was_killed_before_it_began_has_to_be_begun(tmp_path: Path) -> None:
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "training.json.part").touch()
+    assert _check_checkpoint_folder(tmp_path, resume=False) is None
+    with pytest.raises(InputError, match="begin without --resume"):
+        _check_checkpoint_folder(tmp_path, resume=True)

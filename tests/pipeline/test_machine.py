@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from onnxpress.machine import OtherProcesses, PeakMemory
-from onnxpress.runtime.providers import usable_cores
+from onnxpress.runtime.threads import usable_cores
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell")

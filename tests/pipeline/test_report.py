@@ -275,6 +275,13 @@ def test_the_same_page_every_time() -> None:
             "prune": {"ffn": 0.5, "layers": 1},
             "distil": {"file": "c.txt"},
         },
+        {
+            "model": {"source": "bert"},
+            "build": {"target": "cpu", "precision": "int8-qdq"},
+            "prune": {"ffn": 0.5, "heads": 0.33, "multiple": 8},
+            "distil": {"epochs": 4, "batch_size": 8, "columns": {"text": "a b"}},
+            "passes": {"int8-qdq": {"calibration": "entropy", "bias_correction": True, "smooth": 0.5}},
+        },
     ],
 )
 def test_the_command_builds_the_same_recipe_again(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,6 +303,8 @@ def test_the_command_builds_the_same_recipe_again(content: dict[str, Any], monke
     assert words[0] == "onnxpress"
     assert cli.main(words[1:]) == 130
     assert seen == [recipe]
+    counted = make_recipe({**content, "quality": {"samples": 16}}).model_dump(mode="json")
+    assert build_command(counted).endswith("  # with [quality] samples = 16 in a recipe")
     python = build_command({"model": {"source": "python:shop.Net"}})
     assert python == "onnxpress.build(model, example_inputs=…)  # shop.Net"
 

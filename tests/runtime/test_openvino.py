@@ -54,6 +54,7 @@ def test_the_package_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatc
         ({"device": 0}, "a name is needed"),
         ({"threads": 0}, "from 1 on"),
         ({"threads": True}, "whole number"),
+        ({"threads": 10**9}, "1024 at most"),
         ({"threads": "2"}, "whole number"),
     ],
 )

@@ -41,6 +41,12 @@ def test_refuses_unknown_and_repeated(given: list[str], message: str) -> None:
         make_providers(given)
 
 
+@pytest.mark.parametrize("given", [5, CPU, {"cpu"}, 1.5])
+def test_what_is_no_list_of_providers(given: object) -> None:
+    with pytest.raises(ProviderError, match="was given as providers; give a name"):
+        make_providers(given)  # type: ignore[arg-type]
+
+
 def test_refuses_no_threads() -> None:
     with pytest.raises(ProviderError, match="a whole number from 1 on"):
         CPU(threads=0)
