@@ -279,7 +279,7 @@ def test_the_same_page_every_time() -> None:
             "model": {"source": "bert"},
             "build": {"target": "cpu", "precision": "int8-qdq"},
             "prune": {"ffn": 0.5, "heads": 0.33, "multiple": 8},
-            "distil": {"epochs": 4, "batch_size": 8, "columns": {"text": "a b"}},
+            "distil": {"file": "c d.csv", "epochs": 4, "batch_size": 8, "columns": {"text": "a b"}},
             "passes": {"int8-qdq": {"calibration": "entropy", "bias_correction": True, "smooth": 0.5}},
         },
     ],
