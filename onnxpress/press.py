@@ -168,7 +168,8 @@ class Press:
             self._record(row, status="undone", reason=f"changed the answers: {error}")
             return
         slower = self._slower(step.name, session)
-        if slower and not self._recipe.build.keep_all and not self._recipe.build.only:
+        asked = self._recipe.build.keep_all or self._recipe.build.only or step.name in self._target.needed
+        if slower and not asked:
             self._record(row, status="undone", reason=slower)
             return
         reason = "answers as before" + (f"; {slower}" if slower else "")

@@ -49,7 +49,8 @@ class Target:
     uniform_steps: language models are exported for a kernel that is not told how many new tokens each row of a step has.
     exact_products: on CPUs whose only kernels for signed 8-bit weights add in 16 bits, which overflows, the session avoids them.
     flash_attention: prompts of language models may take GroupQueryAttention's tiled kernel. half_floats: what is float in graphs
-    of integers, and graphs of half precision, may be computed in half precision.
+    of integers, and graphs of half precision, may be computed in half precision. needed: of the lossless passes those without
+    which graphs may not run here, so that no clock undoes them.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Target:
     exact_products: bool = False
     flash_attention: bool = True
     half_floats: bool = False
+    needed: tuple[str, ...] = ()
 
     def allowed_precisions(self, task: str) -> tuple[str, ...]:
         """What `--precision` may be for a task, the default first. Raises RecipeError where the task does not run here."""
@@ -209,6 +211,7 @@ TARGETS: Mapping[str, Target] = {
         # TensorRT-RTX 1.7 builds that, at int8 and at FP8 E4M3, and refuses zero points, uint8 and int32 biases
         # (tests/optimizers/test_tensorrt_rtx.py); its speed is not measured here.
         qdq=_NVIDIA,
+        needed=("plain-attention",),
         disabled_optimizers=_WRONG_FOR_NVIDIA,
     ),
     "openvino": Target(
@@ -232,6 +235,7 @@ TARGETS: Mapping[str, Target] = {
         # OpenVINO 2026.4 on a Haswell, emulated (qemu-x86_64 -cpu Haswell): a product of 224 by 1,000 with weights of all 8 bits is off by
         # 10 % of its size, on VNNI by nothing.
         exact_products=True,
+        needed=("plain-attention",),
         disabled_optimizers=(),
     ),
 }

@@ -21,6 +21,7 @@ import onnxpress
 from onnxpress.cli import main
 from onnxpress.devices import check_fit
 from onnxpress.errors import ProviderError, RecipeError
+from onnxpress.press import Press
 from onnxpress.runtime import openvino
 from onnxpress.runtime.saturation import products_saturate
 
@@ -63,6 +64,17 @@ def test_a_classifier_answers_like_pytorch(precision: str, half: bool, classifie
     found = np.array([[row["scores"][label] for label in labels] for row in runner.predict(TEXTS)])  # type: ignore[union-attr]
     tolerance = {"fp32": 1e-5, "bf16": 0.02, "int8-qdq": 0.1}[precision]  # 8 bits of a model of width 32
     np.testing.assert_allclose(found, expected, atol=tolerance)
+
+
+@needs_openvino
+def test_the_clock_undoes_nothing_without_which_a_graph_does_not_run(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Press, "_slower", lambda *_: "slower")
+    built = onnxpress.build(classifier, target="openvino", precision="fp32", out=tmp_path / "out")
+    rows = {row["pass"]: row for row in built.manifest.ledger}
+    assert (rows["plain-attention"]["status"], rows["select-early"]["status"]) == ("kept", "undone")
+    assert "slower" in rows["plain-attention"]["reason"]
 
 
 @needs_openvino
