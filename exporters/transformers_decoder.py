@@ -422,18 +422,18 @@ def _special_tokens(model: PreTrainedModel) -> dict[str, Json]:
         getattr(config, name, None) if getattr(generation, name) is None else getattr(generation, name)
         for name in ("bos_token_id", "eos_token_id")
     )
-    begins = _token_ids("bos_token_id", begin)
-    return {"bos_token_id": begins[0] if begins else None, "eos_token_ids": _token_ids("eos_token_id", ends)}
+    begins, ends = _token_ids("bos_token_id", begin), _token_ids("eos_token_id", ends)
+    return {"bos_token_id": next(iter(begins), None), "eos_token_ids": sorted(set(ends))}
 
 
 def _token_ids(name: str, given: Any) -> list[int]:
     ids = given if isinstance(given, list | tuple) else [] if given is None else [given]
     for item in ids:
-        if isinstance(item, bool) or not isinstance(item, int | float) or item != item // 1:
+        if isinstance(item, bool) or not isinstance(item, int | float) or item != item // 1 or abs(item) >= 2**31:
             raise SourceError(
                 f"{name} of the model's generation_config.json, or config.json, is {given!r}; tokens are whole numbers: mend the file."
             )
-    return sorted({int(item) for item in ids})
+    return [int(item) for item in ids]
 
 
 def _declared(folder: Path) -> dict[str, Any]:
@@ -455,8 +455,9 @@ def _own_sampling(folder: Path) -> tuple[dict[str, Json], tuple[str, ...]]:
         left.append(f"do_sample {declared['do_sample']!r}")
     others = [name for name in declared if name not in _TAKEN and name not in _SILENT and not name.startswith("_")]
     for name in (*_TAKEN, *others):
-        value = asked.get(name)
-        if value is False or value in (None, [], {}, _IDLE.get(name)) or (name in _OF_DRAWING and not draws):
+        value: Any = asked.get(name)
+        idle = value is False if isinstance(value, bool) else value in (None, [], {}, _IDLE.get(name))
+        if idle or (name in _OF_DRAWING and not draws):
             continue
         if name in _TAKEN and type(value) in (int, float) and _TAKEN[name](value):
             sampling[name] = value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import re
 import sys
 import time
@@ -53,6 +54,10 @@ def chat(runner: Generator, *, system: str | None, **options: Any) -> int:
     first = [] if system is None else [{"role": "system", "content": system}]
     messages: list[dict[str, Json]] = list(first)
     runner.stream([[0]], **options)  # which says now what is wrong with the options
+    if sys.stdin is None:  # it was closed
+        return 0
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # lines can be edited where there is such a library
             import readline  # noqa: F401

@@ -47,7 +47,7 @@ from onnxpress.labelled import (
 from onnxpress.manifest import Json
 from onnxpress.optimizers.linear_head import fit_linear_head
 from onnxpress.optimizers.processes import check_alone
-from onnxpress.optimizers.training import Batch, ComputeLoss, Item, TrainingOptions, has_begun, train
+from onnxpress.optimizers.training import Batch, ComputeLoss, Item, TrainingOptions, is_barely_begun, train
 from onnxpress.pipeline import build
 from onnxpress.recipe import make_recipe, with_options
 from onnxpress.runtime.embedder import Embedder
@@ -478,8 +478,8 @@ def _check_checkpoint_folder(folder: Path, *, resume: bool) -> dict[str, Json] |
     """What fit.json says where a resume finds a training that is done; None where it is to be done. Raises InputError and OutputError."""
     remove_leftovers(Path(os.path.abspath(folder)))  # noqa: PTH100  resolve() would follow a link
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if not has_begun(folder / _PROGRESS):  # nothing was learned by what was killed so early
-        held -= {_PROGRESS}
+    if held == {_PROGRESS} and is_barely_begun(folder / _PROGRESS):  # nothing was learned by what was killed so early
+        held = set()
     if _FACTS in held:
         facts = read_object(folder / _FACTS)
         if resume:

@@ -120,7 +120,7 @@ def labelled_samples(texts: Collection[Any], labels: Collection[Json]) -> list[S
     samples = []
     for index, (text, label) in enumerate(zip(texts, labels, strict=True)):
         label = label.item() if isinstance(label, np.generic) else label
-        if label is None or label != label:  # tables say NaN where nothing stands
+        if label is None or (isinstance(label, float) and label != label):  # tables say NaN where nothing stands
             raise InputError(f"Text {index} has no label.")
         if not isinstance(label, str | int | float | list):
             raise InputError(

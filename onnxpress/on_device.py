@@ -477,8 +477,13 @@ def _chat(runner: Any) -> int:
         raise BundleError("This model generates no text, so it cannot chat.")
     from onnxpress.conversation import chat
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which stops an answer, and not the program
-    return chat(runner, system=None)
+    if signal.getsignal(signal.SIGINT) is _interrupt:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which stops an answer, and not the program
+    try:
+        return chat(runner, system=None)
+    except BrokenPipeError:  # nobody reads the answers any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -131,16 +131,17 @@ def build_command(recipe: Mapping[str, Json]) -> str:
         words += ["--only", str(name)]
     parts = [f"{name}={value}" for name, value in (recipe.get("prune") or {}).items() if value and name != "multiple"]
     words += ["--prune", ",".join(parts)] if parts else []
-    defaults = DistilSection().model_dump(mode="json")
+    distil, defaults = recipe.get("distil"), DistilSection().model_dump(mode="json")
+    if distil is not None and distil == defaults:
+        words += ["--pass-option", f"distil.epochs={defaults['epochs']}"]  # one of them says that it is wanted
     further = {
         "prune": {"multiple": (recipe.get("prune") or {}).get("multiple")},
-        "distil": {k: v for k, v in (recipe.get("distil") or {}).items() if k != "file" and v != defaults[k]},
+        "distil": {k: v for k, v in (distil or {}).items() if k != "file" and v != defaults[k]},
         **recipe.get("passes", {}),
     }
     for step, options in further.items():
         for name, value in options.items():
-            said = value if isinstance(value, str) else json.dumps(value)
-            words += ["--pass-option", f"{step}.{name}={said}"] if value is not None else []
+            words += ["--pass-option", f"{step}.{name}={_said(value)}"] if value is not None else []
     words += ["--cache", "int8"] if build.get("cache") == "int8" else []
     words += ["--hidden-states"] if model.get("hidden_states") else []
     words += ["--keep-all"] if build.get("keep_all") else []
@@ -148,6 +149,17 @@ def build_command(recipe: Mapping[str, Json]) -> str:
     words += ["--no-measure"] if build.get("measure") is False else []
     counts = [f"{key} = {quality[key]}" for key in ("samples", "calibration_samples") if quality.get(key) is not None]
     return shlex.join(words) + (f"  # with [quality] {', '.join(counts)} in a recipe" if counts else "")
+
+
+def _said(value: Json) -> str:
+    """As the command line reads it back: what is no JSON is a text."""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    try:
+        json.loads(value)
+    except ValueError:
+        return value
+    return json.dumps(value)
 
 
 def _verdict(manifest: Manifest, measured: Mapping[str, Json]) -> str:

@@ -38,8 +38,17 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferenc
 
 from onnxpress.errors import ConversionError
 from onnxpress.graph import Graph
-from onnxpress.optimizers.edits import add_constant, insert, put_behind, replace_value, set_input
-from onnxpress.optimizers.matching import attribute, body_nodes, constant, name_of, optional, rank, reduced_axes
+from onnxpress.optimizers.edits import add_constant, drop_unused_constants, insert, put_behind, replace_value, set_input
+from onnxpress.optimizers.matching import (
+    attribute,
+    body_nodes,
+    constant,
+    name_of,
+    optional,
+    produced_by,
+    rank,
+    reduced_axes,
+)
 from onnxpress.optimizers.openvino_misread import AXES, REDUCTIONS
 from onnxpress.optimizers.opset import raise_opset
 
@@ -67,6 +76,7 @@ def respell(graph: Graph) -> tuple[str, ...]:
         except ConversionError as error:
             notes = (f"reductions stay as they are, and OpenVINO may misread them: {error}",)
     kernels = sum(_widen(graph, node) for node in body_nodes(graph, "Conv"))
+    drop_unused_constants(graph)
     maxima = sum(_part(graph, node) for node in body_nodes(graph, "MaxPool"))
     for node in body_nodes(graph, "GroupNormalization"):
         _norm_over_layer(graph, node)
@@ -264,16 +274,29 @@ def _pad_before(graph: Graph, node: ir.Node) -> bool:
 
 
 def _widen(graph: Graph, node: ir.Node) -> bool:
-    """By a tap of zeros, so that rows are not filled. Wrong were integers of 4 to 28 channels a group, and bfloat16 of 2 to 12; other widths were right."""
-    weight = constant(node.inputs[1])
-    if weight is None or attribute(node, "group", 1) == 1 or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
+    """By a tap of zeros, so that rows are not filled. Wrong were integers of 4 to 28 channels a group, and bfloat16 of 2 to 12; other widths
+    were right. Not where the padding hangs on sizes: SAME with strides.
+    """
+    source = node.inputs[1]
+    while (identity := produced_by(source, "Identity")) is not None:
+        source = identity.inputs[0]
+    weight = constant(source)
+    if weight is None or attribute(node, "group", 1) == 1:
         return False
-    spatial, row = weight.ndim - 2, weight.shape[1] * weight.shape[-1]
-    if weight.shape[1] >= _ROW or row < 2 * _ROW or row % _ROW:
+    channels, spatial, row = weight.shape[1], weight.ndim - 2, weight.shape[1] * weight.shape[-1]
+    if channels >= _ROW or row < 2 * _ROW or row % (_ROW if channels < _ROW // 2 else 2 * _ROW):
         return False
-    wider = np.pad(weight, [(0, 0)] * (weight.ndim - 1) + [(0, 1)])
+    auto, dilations = attribute(node, "auto_pad", "NOTSET"), attribute(node, "dilations", [1] * spatial)
     around = list(attribute(node, "pads", [0] * 2 * spatial))
-    around[-1] += attribute(node, "dilations", [1] * spatial)[-1]
+    if auto in ("SAME_UPPER", "SAME_LOWER"):
+        if set(attribute(node, "strides", [1])) != {1}:
+            return False
+        both = [(size - 1) * step for size, step in zip(weight.shape[2:], dilations, strict=True)]
+        less, more = [size // 2 for size in both], [size - size // 2 for size in both]
+        around = less + more if auto == "SAME_UPPER" else more + less
+    around[-1] += dilations[-1]
+    wider = np.pad(weight, [(0, 0)] * (weight.ndim - 1) + [(0, 1)])
+    node.attributes.pop("auto_pad", None)
     node.attributes["pads"] = ir.AttrInt64s("pads", around)
     node.attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", wider.shape[2:])
     node.replace_input_with(1, add_constant(graph, f"{name_of(node)}_weight", wider))

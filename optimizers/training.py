@@ -427,6 +427,11 @@ def has_begun(checkpoints: Path) -> bool:
     return (checkpoints / _IDENTITY).is_file()
 
 
+def is_barely_begun(checkpoints: Path) -> bool:
+    """Whether a folder holds no more than a training leaves that was killed before it began."""
+    return checkpoints.is_dir() and {path.name for path in checkpoints.iterdir()} <= {_IDENTITY + ".part"}
+
+
 def _checkpoint_to_resume(folder: Path, options: TrainingOptions, belongs: dict[str, Any]) -> Path | None:
     """The last whole checkpoint, None to begin at the start. Raises InputError where folder and options do not fit."""
     written, temporary = folder / _IDENTITY, folder / (_IDENTITY + ".part")

@@ -132,8 +132,8 @@ class Generator:
     Tokens are chosen as `sampling` says, the model's own way where its generation_config.json had one, else greedily; what a call
     is given goes before it. A sequence's random numbers are its own, so that the same seed gives the same text in
     other company too; but quantized kernels round a little differently for one row than for several, which can tip a choice
-    between tokens that are nearly as likely. Of `dual`, batches of 8 and more take other weights than smaller ones, and most drawn
-    answers are others.
+    between tokens that are nearly as likely. Of `dual`, batches of 8 and more take other weights than smaller ones, and
+    `int8-dynamic` has one scale for a batch: most drawn answers are others there.
     """
 
     task: ClassVar[str] = "text-generation"

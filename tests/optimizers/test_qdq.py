@@ -671,6 +671,29 @@ def test_corrected_biases_take_the_mean_error_back(kind: str, tmp_path: Path) ->
     assert errors[1] < 0.9 * errors[0]
 
 
+@pytest.mark.parametrize("kind", ["cpu-avx2", "tensorrt"])
+def test_a_number_behind_a_product_is_no_bias_to_correct(kind: str, tmp_path: Path) -> None:
+    """What is behind it is corrected as well as without."""
+    random = np.random.default_rng(0)
+    weights = {"w": random.standard_normal((32, 32)) / 5, "v": random.standard_normal((32, 32)) / 5}
+    constants = {**weights, "number": np.array(0.7), "c": random.standard_normal(32)}
+    graph = small_graph(
+        "m = MatMul(x, w) a = Add(m, number) n = MatMul(a, v) y = Add(n, c)",
+        inputs="float[batch,32] x",
+        outputs="float[batch,32] y",
+        weights={name: array.astype(np.float32) for name, array in constants.items()},
+    )
+    samples = [{"x": (8 + random.standard_normal((8, 32))).astype(np.float32)} for _ in range(16)]
+    test = together(samples)
+    expected = PlainSession(graph, tmp_path).run(test)["y"]
+    shifts = []
+    for corrected in (False, True):
+        result = quantize(graph, tmp_path, samples, kind=kind, bias_correction=corrected)
+        answers = open_for(result, tmp_path, kind).run(test)["y"]
+        shifts.append(np.abs((answers - expected).mean(axis=0)).max())
+    assert shifts[1] < 0.1 * shifts[0]
+
+
 def test_batch_normalization_goes_into_the_convolution_before(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     statistics = {f"{name}{part}": random.uniform(0.5, 2, 6) for name in "ab" for part in ("s", "b", "m", "v")}

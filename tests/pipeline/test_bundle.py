@@ -11,6 +11,7 @@ import os
 import platform
 import py_compile
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -105,6 +106,10 @@ def test_a_language_model_goes_on_with_texts_and_chats(tmp_path: Path) -> None:
         answer = generator.generate(messages=[{"role": "user", "content": text}])[0]
         assert f"{answer.text}\n" in done.stdout
         assert f"prompt {answer.prompt_tokens} tokens" in done.stderr
+    line = [sys.executable, unpacked / "run.py", "--chat"]
+    for closed in ("<&-", "< /dev/null | true"):
+        done = subprocess.run(f"{shlex.join(map(str, line))} {closed}", shell=True, capture_output=True, text=True)
+        assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
 
 
 def test_a_model_that_generates_no_text_does_not_chat(unpacked: Path) -> None:

@@ -426,6 +426,7 @@ def test_templates_for_tools_in_files_of_their_own_are_kept(tmp_path: Path) -> N
         ({"do_sample": True, "temperature": True, "top_p": None, "typical_p": 1.0}, {"top_k": 50}, "temperature True"),
         ({"do_sample": "true", "temperature": "0.7"}, {}, "do_sample 'true'"),
         ({"min_new_tokens": 5, "stop_strings": ["x"], "max_length": 20}, {}, "min_new_tokens 5, stop_strings"),
+        ({"num_beams": True, "repetition_penalty": True}, {}, "repetition_penalty True, num_beams True"),
         ({"use_cache": True, "_from_model_config": True, "output_scores": True, "min_length": 0}, {}, ""),
     ],
 )
@@ -452,6 +453,7 @@ def test_end_tokens_that_are_whole_numbers_are_taken(ends: Any, folder: Path, tm
         ('{"eos_token_id": "128"}', "eos_token_id of the model's generation_config.json"),
         ('{"eos_token_id": [0, "128"]}', "tokens are whole numbers"),
         ('{"eos_token_id": {"a": 1}}', "tokens are whole numbers"),
+        ('{"eos_token_id": 1e300}', "tokens are whole numbers"),
         ('{"eos_token_id": true}', "tokens are whole numbers"),
         ('{"bos_token_id": 1.5}', "bos_token_id of the model's"),
         ("[1, 2]", "generation_config.json holds no object"),

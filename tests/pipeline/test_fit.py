@@ -628,3 +628,6 @@ def test_a_training_that_was_killed_before_it_began_has_to_be_begun(tmp_path: Pa
     assert _check_checkpoint_folder(tmp_path, resume=False) is None
     with pytest.raises(InputError, match="begin without --resume"):
         _check_checkpoint_folder(tmp_path, resume=True)
+    (tmp_path / "training" / "train.csv").write_text("what somebody keeps in a folder of this name")
+    with pytest.raises(OutputError, match="is there already"):
+        _check_checkpoint_folder(tmp_path, resume=False)

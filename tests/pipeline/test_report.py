@@ -277,6 +277,18 @@ def test_the_same_page_every_time() -> None:
         },
         {
             "model": {"source": "bert"},
+            "build": {"target": "cpu"},
+            "prune": {"layers": 1},
+            "distil": {},
+        },
+        {
+            "model": {"source": "bert"},
+            "build": {"target": "cpu"},
+            "prune": {"layers": 1},
+            "distil": {"checkpoints": "2024"},
+        },
+        {
+            "model": {"source": "bert"},
             "build": {"target": "cpu", "precision": "int8-qdq"},
             "prune": {"ffn": 0.5, "heads": 0.33, "multiple": 8},
             "distil": {"file": "c d.csv", "epochs": 4, "batch_size": 8, "columns": {"text": "a b"}},
