@@ -41,7 +41,6 @@ def bill_of_materials(
     """
     manifest = artifact.manifest
     root = f"{manifest.name}-{target}"
-    held = {path for package in packages for path in package.members.values()}
     model = {
         "type": "machine-learning-model",
         "bom-ref": "model",
@@ -67,7 +66,7 @@ def bill_of_materials(
         "components": [
             _file(path, digest)
             for path, digest in sorted(digests.items())
-            if not path.startswith("model/") and path not in held
+            if not path.startswith(("model/", "vendor/"))
         ],
     }
     others = [*(_required(requirement) for requirement in requires), *(_held(package) for package in packages)]
