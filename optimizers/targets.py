@@ -198,7 +198,7 @@ TARGETS: Mapping[str, Target] = {
         name="tensorrt",
         providers=("tensorrt", "cuda"),
         # NVIDIA's parser refuses com.microsoft operators, and its builder takes Attention where it has a kernel alone: of float32, or heads
-        # of 8, it has none (TensorRT-RTX 1.7, tests/optimizers/test_tensorrt_rtx.py). It fuses products and softmax by itself.
+        # of 8, it has none (TensorRT-RTX 1.7, tests/optimizers/test_tensorrt_rtx.py). What products and a softmax cost there is not measured.
         lossless=(*_CLEAN, "plain-attention"),
         precisions={
             "fp16": ("fp16",),
