@@ -21,6 +21,7 @@ from onnxpress.runtime.wheel import version_of
 _PACKAGE = "onnxruntime-ep-openvino"
 _HALF = {"CPU": "bf16", "GPU": "f16"}
 _INTEGERS = np.iinfo(np.int32)  # what OpenVINO's kernels compute with, whatever the graph says
+_INTEL = 0x8086  # its number as a maker of devices
 _loaded_in: list[int] = []  # the process whose threads the library has
 
 
@@ -86,6 +87,11 @@ class OpenVINO:
         found = plugin_devices(self.name, self.registered_as, _PACKAGE)
         _loaded_in[:] = [os.getpid()]
         names = [str(one.ep_metadata.get("ov_device", "")) for one in found]
+        if not names and (maker := _other_maker()):
+            raise ProviderError(
+                f"The provider openvino was asked for; the package {_PACKAGE} offers itself on Intel's processors alone, this one is by "
+                f"{maker}. Ask for the provider cpu, with a build for it."
+            )
         if self.device not in names:
             raise ProviderError(
                 f"The provider openvino was asked for with the device {self.device}; it finds {', '.join(names) or 'none'} here. "
@@ -101,6 +107,15 @@ def _check_process() -> None:
             "This process was forked from one that had OpenVINO open, whose threads do not survive that: start processes with "
             "multiprocessing's spawn, or fork before anything is opened on openvino."
         )
+
+
+def _other_maker() -> str:
+    """Who made the processor, as ONNX Runtime says; empty where it is Intel."""
+    import onnxruntime
+
+    kinds = onnxruntime.OrtHardwareDeviceType
+    found = (one.device for one in onnxruntime.get_ep_devices() if one.device.type == kinds.CPU)
+    return next((str(one.vendor) or "another maker" for one in found if one.vendor_id != _INTEL), "")
 
 
 @cache

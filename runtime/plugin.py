@@ -7,6 +7,8 @@ from typing import Any
 
 from onnxpress.errors import ProviderError
 
+_registered: set[str] = set()  # a library without devices here shows none, and cannot be registered again
+
 
 def plugin_devices(name: str, registered_as: str, package: str) -> list[Any]:
     """The devices of a plugin provider, as ONNX Runtime's sessions take them; its library is registered once.
@@ -18,7 +20,7 @@ def plugin_devices(name: str, registered_as: str, package: str) -> list[Any]:
     def found() -> list[Any]:
         return [device for device in onnxruntime.get_ep_devices() if device.ep_name == registered_as]
 
-    if not found():
+    if registered_as not in _registered and not found():
         try:
             library = importlib.import_module(package.replace("-", "_")).get_library_path()
             onnxruntime.register_execution_provider_library(registered_as, library)
@@ -27,4 +29,5 @@ def plugin_devices(name: str, registered_as: str, package: str) -> list[Any]:
                 f"The provider {name} was asked for and does not load: {' '.join(str(error).split())[:300]}. "
                 f"pip install --force-reinstall {package}, or ask for another provider (cpu)."
             ) from error
+        _registered.add(registered_as)
     return found()

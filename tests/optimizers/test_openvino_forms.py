@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from calibrating import calibrated
-from loadable import loads
+from loadable import needs_openvino, why_not
 from small_graphs import CONTEXT, assert_same_answers, small_graph
 
 from onnxpress.graph import Graph
@@ -21,7 +21,6 @@ from onnxpress.runtime import Session
 from onnxpress.runtime.saturation import products_saturate
 
 TOKENS, IMAGE = "float[batch,6,20] x", "float[batch,20,6,6] x"
-needs_openvino = pytest.mark.skipif(not loads("openvino"), reason="the package onnxruntime-ep-openvino is not here")
 integers = pytest.mark.skipif(products_saturate(), reason="sums of products overflow on this CPU")
 
 
@@ -295,8 +294,8 @@ KERNELS = {  # (channels a group, kernel): rows of AMX that are filled by intege
 def test_long_kernels_of_groups(name: str, precision: str, tmp_path: Path) -> None:
     """On CPUs with AMX, OpenVINO answered with a likeness below 0 (bf16, int8-qdq)."""
     settings, channels, kernel = KERNELS[name]
-    if precision != "none" and not loads("openvino"):
-        pytest.skip("the package onnxruntime-ep-openvino is not here")
+    if precision != "none" and (missing := why_not("openvino")):
+        pytest.skip(missing)
     if precision == "int8-qdq" and products_saturate():
         pytest.skip("sums of products overflow on this CPU")
     random = np.random.default_rng(0)

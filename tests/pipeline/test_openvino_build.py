@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from loadable import loads
+from loadable import needs_openvino
 from tiny_artifacts import HERE
 from tiny_decoders import save_decoder
 from tiny_models import load_text_model, save_model
@@ -29,7 +29,6 @@ QUICK = {"measure": False, "samples": 24, "calibration_samples": 16}
 TEXTS = ["the cat sat on a mat", "a red dog ran to the blue house", "the"]
 
 
-needs_openvino = pytest.mark.skipif(not loads("openvino"), reason="the package onnxruntime-ep-openvino is not here")
 exact = pytest.mark.skipif(
     products_saturate(), reason="int8 for OpenVINO was not tried on CPUs whose products overflow"
 )

@@ -13,18 +13,16 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from loadable import loads
+from loadable import needs_openvino, why_not
 from small_graphs import small_graph
 from tiny_artifacts import save_artifact, save_embedder
 
 from onnxpress.errors import InputError, ProviderError
-from onnxpress.runtime import CPU, OpenVINO, Session, load, opening, openvino
+from onnxpress.runtime import CPU, OpenVINO, Session, load, opening, openvino, plugin
 from onnxpress.runtime.providers import make_providers
+from onnxpress.runtime.wheel import version_of
 
 ATTENTION = "y = Attention<q_num_heads=4, kv_num_heads=4>(x, x, x)"
-
-
-needs_openvino = pytest.mark.skipif(not loads("openvino"), reason="the package onnxruntime-ep-openvino is not here")
 
 
 def numbers(*shape: int) -> np.ndarray:
@@ -34,7 +32,41 @@ def numbers(*shape: int) -> np.ndarray:
 @pytest.mark.skipif(sys.platform != "linux", reason="the extra dev has no package for this system")
 def test_the_development_packages_have_it() -> None:
     """So that the tests below are skipped nowhere else without a word."""
-    assert loads("openvino") or platform.machine() != "x86_64"
+    missing = why_not("openvino")
+    assert not missing or platform.machine() != "x86_64" or "on Intel's processors alone" in missing
+
+
+@pytest.mark.skipif(
+    version_of("onnxruntime-ep-openvino") is None, reason="the extra dev has no package for this system"
+)
+def test_what_is_missing_is_said_alike_twice() -> None:
+    """A library without devices here is registered with ONNX Runtime all the same, which takes it once."""
+    assert why_not("openvino") == why_not("openvino")
+
+
+class Device:
+    """As ONNX Runtime lists one."""
+
+    def __init__(self, vendor: str, vendor_id: int) -> None:
+        self.ep_name, self.device, self.ep_metadata = "CPUExecutionProvider", self, {}  # type: ignore[var-annotated]
+        self.type, self.vendor, self.vendor_id = onnxruntime.OrtHardwareDeviceType.CPU, vendor, vendor_id
+
+
+@pytest.mark.parametrize(
+    ("vendor", "vendor_id", "message"),
+    [
+        ("AMD", 0x1022, "on Intel's processors alone, this one is by AMD"),
+        ("Intel", 0x8086, "the device CPU; it finds none"),
+    ],
+)
+def test_processors_that_it_leaves_out(
+    monkeypatch: pytest.MonkeyPatch, vendor: str, vendor_id: int, message: str
+) -> None:
+    """Its plugin leaves out AMD's (seen with 1.8.1)."""
+    monkeypatch.setattr(openvino, "plugin_devices", lambda *named: [])
+    monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: [Device(vendor, vendor_id)])
+    with pytest.raises(ProviderError, match=message):
+        OpenVINO().devices()
 
 
 def test_the_package_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -214,6 +246,7 @@ def test_an_artifact_for_the_cpu_opens_on_it_where_it_is_asked_for(tmp_path: Pat
 @needs_openvino
 def test_a_broken_package_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "get_ep_devices", list)
+    monkeypatch.setattr(plugin, "_registered", set())
 
     def broken(name: str, library: str) -> None:
         raise RuntimeError("cannot open\nthe library")
