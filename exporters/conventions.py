@@ -10,13 +10,11 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ from onnxpress.exporters.experts import ExpertsForm, recorded_experts
 from onnxpress.exporters.indexers import CHOICES, IndexerCalls, silent_indexers
 from onnxpress.exporters.own_attention import OwnAttention, replaced_attention, scale_and_window
 from onnxpress.exporters.recurrences import State, deaf_recurrences, recorded_recurrences
-from onnxpress.exporters.replaced import bound, replaced_forwards
+from onnxpress.exporters.replaced import bound, replaced_forwards, replaced_functions
 
 _NAME = "onnxpress_recorder"
 _LENGTH = 9  # tokens of the recorded forward pass
@@ -284,17 +282,13 @@ def rotary_functions(model: PreTrainedModel, replacement: Callable[..., Any]) ->
 
     The arguments that follow are `count` tensors to turn, one or a query and a key, then cos and sin, or one table of complex numbers.
     """
-    replaced: list[tuple[ModuleType, str, Any]] = []
-    try:
-        for module in {sys.modules[type(part).__module__] for part in model.modules()}:
-            for name, function in list(vars(module).items()):
-                if name.startswith("apply_rotary") and callable(function) and (count := _turned_tensors(function)):
-                    replaced.append((module, name, function))
-                    setattr(module, name, bound(replacement, function, count))
+
+    def chosen(name: str, function: Any) -> Callable[..., Any] | None:
+        fits = name.startswith("apply_rotary") and callable(function)
+        return bound(replacement, function, count) if fits and (count := _turned_tensors(function)) else None
+
+    with replaced_functions(model, chosen):
         yield
-    finally:
-        for module, name, function in replaced:
-            setattr(module, name, function)
 
 
 @contextmanager

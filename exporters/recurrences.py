@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from onnxpress.errors import ConversionError
+from onnxpress.exporters.replaced import replaced_functions
 
 PAST_STATES, PRESENT_STATES = "past_states", "present_states"  # how the names of inputs and outputs begin
 _TOLERANCE = 1e-4  # of the largest number: transformers computes chunks of texts at once
@@ -309,25 +308,19 @@ def _compare(model: PreTrainedModel, original: Any, expected: torch.Tensor, answ
 @contextmanager
 def _replaced(model: PreTrainedModel, convolution: Any, delta_rule: Any, state_space: Any) -> Iterator[None]:
     """Let these, each called with the original first, stand for the model's functions while this lasts."""
-    replaced: list[tuple[ModuleType, str, Any]] = []
-    try:
-        for module in {sys.modules[type(part).__module__] for part in model.modules()}:
-            for name, function in list(vars(module).items()):
-                names = _parameters(function)
-                if names[:5] == ["query", "key", "value", "g", "beta"]:
-                    replacement = delta_rule
-                elif names[:5] == ["hidden_states", "dt", "A", "B", "C"]:
-                    replacement = state_space
-                elif names[:2] == ["hidden_states", "weight"] and "activation" in names:
-                    replacement = convolution
-                else:
-                    continue
-                replaced.append((module, name, function))
-                setattr(module, name, partial(replacement, function))
+
+    def chosen(_name: str, function: Any) -> Callable[..., Any] | None:
+        names = _parameters(function)
+        if names[:5] == ["query", "key", "value", "g", "beta"]:
+            return partial(delta_rule, function)
+        if names[:5] == ["hidden_states", "dt", "A", "B", "C"]:
+            return partial(state_space, function)
+        if names[:2] == ["hidden_states", "weight"] and "activation" in names:
+            return partial(convolution, function)
+        return None
+
+    with replaced_functions(model, chosen):
         yield
-    finally:
-        for module, name, function in replaced:
-            setattr(module, name, function)
 
 
 def _parameters(function: Any) -> list[str]:

@@ -1,9 +1,11 @@
-"""Lets functions stand for modules' own forward for a while."""
+"""Lets functions stand for modules' own forward, and for the functions that they call, for a while."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,3 +34,24 @@ def bound(replacement: Callable[..., Any], *first: Any) -> Callable[..., Any]:
         return replacement(*first, *args, **kwargs)
 
     return call
+
+
+@contextmanager
+def replaced_functions(
+    model: torch.nn.Module, choose: Callable[[str, Any], Callable[..., Any] | None]
+) -> Iterator[None]:
+    """Let what `choose(name, function)` gives stand for functions of the source files of a model's modules while this lasts.
+
+    choose: None leaves what is there.
+    """
+    replaced: list[tuple[ModuleType, str, Any]] = []
+    try:
+        for source in {sys.modules[type(part).__module__] for part in model.modules()}:
+            for name, function in list(vars(source).items()):
+                if (replacement := choose(name, function)) is not None:
+                    replaced.append((source, name, function))
+                    setattr(source, name, replacement)
+        yield
+    finally:
+        for source, name, function in replaced:
+            setattr(source, name, function)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from onnxpress.optimizers.rounding import Blocks, Float, pack, ranges, unpack
 
@@ -49,10 +50,15 @@ def blocks_with_feedback(
 
 def error_spread(moments: Float) -> Float:
     """U, where Uᵀ U is the inverse of the moments (in, in): its rows say how an error at one input is spread over the later ones."""
+    spread: Float = np.linalg.cholesky(inverse(moments)).T.astype(np.float32)
+    return spread
+
+
+def inverse(moments: Float) -> npt.NDArray[np.float64]:
+    """Of moments (in, in), with a little energy added to every input's, so that it is finite: float64 (in, in)."""
     damped = moments.astype(np.float64)
     damped.flat[:: len(moments) + 1] += (_DAMPING * moments.diagonal().mean()) or 1.0
-    spread: Float = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
-    return spread
+    return np.asarray(np.linalg.inv(damped), np.float64)
 
 
 def channel_scales(

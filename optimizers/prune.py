@@ -29,6 +29,7 @@ from onnxpress.manifest import Arrays, Signature, TensorSpec
 from onnxpress.optimizers.base import Stream
 from onnxpress.optimizers.dependencies import Group, NotFollowedError, attention_heads, follow, follow_heads
 from onnxpress.optimizers.edits import drop_unused_constants, replace_constant, replace_everywhere
+from onnxpress.optimizers.error_feedback import inverse
 from onnxpress.optimizers.experts import mixtures
 from onnxpress.optimizers.heads import swap_last_axes
 from onnxpress.optimizers.layers import drop_layers, find_layers
@@ -40,7 +41,6 @@ from onnxpress.pruned import Change, Heads, LostHeads, Pruned
 
 Wide = npt.NDArray[np.float64]
 
-_DAMPING = 0.01  # of the mean energy, added to every channel's: keeps inverses finite
 _ROUNDS = 8  # channels go in so many portions, between which the others' importance is found anew
 
 
@@ -255,32 +255,30 @@ class _Fit:
     """One linear layer's weight while inputs are left out of it (Optimal Brain Surgeon). weight: (in, out); moments: (in, in)."""
 
     def __init__(self, weight: Wide, moments: Float) -> None:
-        damped = moments.astype(np.float64)
-        damped.flat[:: len(weight) + 1] += (_DAMPING * float(np.trace(moments)) / len(weight)) or 1.0
         self._weight, self._moments = weight, moments
-        self._inverse = np.linalg.inv(damped)
+        self._inverse: Wide = inverse(moments)
         self._energy = float(np.einsum("io,io->", weight, moments @ weight))
         self.fitted = weight.copy()
 
     def scores(self, inside: Sequence[npt.NDArray[np.int64]]) -> Wide:
         """What leaving out each set of inputs costs when all others make up for it, of the layer's energy."""
-        fitted, inverse = self.fitted, self._inverse
+        fitted, inverted = self.fitted, self._inverse
         if len(inside[0]) == 1:
             stay = np.concatenate(inside)
-            costs = (fitted[stay] ** 2).sum(axis=1) / inverse[stay, stay]
+            costs = (fitted[stay] ** 2).sum(axis=1) / inverted[stay, stay]
         else:
             costs = np.array([
-                np.einsum("io,io->", fitted[rows], np.linalg.solve(inverse[np.ix_(rows, rows)], fitted[rows]))
+                np.einsum("io,io->", fitted[rows], np.linalg.solve(inverted[np.ix_(rows, rows)], fitted[rows]))
                 for rows in inside
             ])  # fmt: skip
         return np.asarray(costs / (self._energy or 1.0))
 
     def leave_out(self, rows: npt.NDArray[np.int64]) -> None:
         """Let the other inputs make up for these."""
-        inverse = self._inverse
-        within = np.linalg.inv(inverse[np.ix_(rows, rows)])
-        self.fitted -= inverse[:, rows] @ (within @ self.fitted[rows])
-        self._inverse = inverse - inverse[:, rows] @ (within @ inverse[rows])
+        inverted = self._inverse
+        within = np.linalg.inv(inverted[np.ix_(rows, rows)])
+        self.fitted -= inverted[:, rows] @ (within @ self.fitted[rows])
+        self._inverse = inverted - inverted[:, rows] @ (within @ inverted[rows])
 
     def error(self) -> float:
         """The share of the answers' energy that is lost."""
