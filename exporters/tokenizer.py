@@ -116,6 +116,10 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Tokenizer:
             notes.append(f"tokenizer: {otherwise or 'converted to tokenizer.json'}")
         if tokenizer.truncation_side == "left":
             notes.append("tokenizer: of texts that are too long the end is read, as tokenizer_config.json says")
+    if tokenizer.split_special_tokens:
+        notes.append(
+            "tokenizer: special tokens that a text spells are read as such; split_special_tokens is not applied"
+        )
     limit = int(tokenizer.model_max_length)
     pad = tokenizer.pad_token_id
     return Tokenizer(

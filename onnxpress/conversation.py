@@ -56,8 +56,8 @@ def chat(runner: Generator, *, system: str | None, **options: Any) -> int:
     runner.stream([[0]], **options)  # which says now what is wrong with the options
     if sys.stdin is None:  # it was closed
         return 0
-    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a terminal knows its own encoding
+        sys.stdin.reconfigure(encoding=None if sys.stdin.isatty() else "utf-8", errors="replace")
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # lines can be edited where there is such a library
             import readline  # noqa: F401

@@ -20,7 +20,7 @@ from onnxpress.errors import ArtifactError, InputError
 from onnxpress.manifest import Json
 
 FILES = _FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
-_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+_OWN_TOKENS = ("extra_special_tokens", "model_specific_special_tokens")  # a model's own, by name
 _PROBE = "zq7vxk"  # what is said to see how a template reads it, and nobody says
 _PRINTED = re.compile(rf"""['"]type['"]: ?['"]text['"],\s*['"]text['"]: ?['"]{_PROBE}['"]""", re.IGNORECASE)
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
@@ -75,8 +75,10 @@ class ChatTemplate:
             source, for_tools = named.get("default"), named.get("tool_use")
         if not isinstance(source, str):
             return None
-        given = ((name, config.get(name)) for name in _TOKENS)
-        tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in given}
+        given = {name: token for name, token in config.items() if name.endswith("_token")}
+        for own in (config.get(name) for name in _OWN_TOKENS):
+            given |= own if isinstance(own, dict) else {}
+        tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in given.items()}
         named_tokens = {name: token for name, token in tokens.items() if isinstance(token, str)}
         return cls(source, named_tokens, for_tools=for_tools if isinstance(for_tools, str) else None)
 

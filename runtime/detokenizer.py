@@ -40,9 +40,7 @@ class Detokenizer:
         whole = self._decode(self._ids[self._start :])
         if whole.endswith(_INCOMPLETE):
             return ""
-        if self._read < self._prompt and whole.startswith(self._decode(self._ids[self._start : self._prompt])):
-            self._read = self._prompt  # what seemed half a character is the prompt's own
-        known = self._decode(self._ids[self._start : self._read])
+        known = self._known(whole)
         if len(whole) <= len(known):
             return ""
         self._start, self._read = self._read, len(self._ids)
@@ -51,9 +49,15 @@ class Detokenizer:
     def flush(self) -> str:
         """What is left at the end, without half a character."""
         whole = self._decode(self._ids[self._start :])
-        known = self._decode(self._ids[self._start : self._read])
+        known = self._known(whole)
         self._start = self._read = len(self._ids)
         return whole[len(known) :].rstrip(_INCOMPLETE)
+
+    def _known(self, whole: str) -> str:
+        """What of a text was there before, or is the prompt's."""
+        if self._read < self._prompt and whole.startswith(self._decode(self._ids[self._start : self._prompt])):
+            self._read = self._prompt  # what seemed half a character is the prompt's own
+        return self._decode(self._ids[self._start : self._read])
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._inner.decode(ids, skip_special_tokens=True)

@@ -284,6 +284,12 @@ def test_texts_are_cut_on_the_tokenizers_side(folder):
     assert pickle.loads(pickle.dumps(runtime)).encode(["the cat sat on a mat"])[0].ids == expected
 
 
+def test_special_tokens_that_texts_spell_are_read_as_such(folder):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "split_special_tokens": True}))
+    assert "split_special_tokens is not applied" in read_tokenizer(folder, trust_remote_code=False).notes[-1]
+
+
 def test_special_tokens_that_templates_name_are_in_the_tokenizers_config(folder):
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())

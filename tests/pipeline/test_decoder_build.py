@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import pty
 import re
 import shlex
 import shutil
@@ -289,6 +290,20 @@ def test_chat_keeps_the_conversation_and_survives_what_is_refused(artifact: Path
     knew = [int(part.split(" of them known")[0].split()[-1]) for part in done.stderr.splitlines() if "known" in part]
     assert knew[0] == 0
     assert knew[1] > 5
+
+
+def test_a_chat_goes_on_after_bytes_that_are_no_text(artifact: Path) -> None:
+    """Typed at a terminal whose encoding is strict, as it is with most locales."""
+    ours, terminal = pty.openpty()
+    os.write(ours, b"\xff\xfehi\n/forget\n/exit\n")
+    line = [sys.executable, "-W", "error", "-m", "onnxpress", "chat", str(artifact), "--max-new-tokens", "4"]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "TERM": "dumb"}
+    done = subprocess.run(line, stdin=terminal, capture_output=True, text=True, env=environment)
+    os.close(ours)
+    os.close(terminal)
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s]" in done.stderr
+    assert "There is no /forget" in done.stderr
 
 
 @pytest.mark.parametrize(

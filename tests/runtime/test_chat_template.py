@@ -35,6 +35,25 @@ def test_the_prompt_is_the_one_that_transformers_makes(tmp_path: Path, variables
     assert template.render(MESSAGES, variables=variables) == expected
 
 
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"eot_token": "<|eot|>"},
+        {"extra_special_tokens": {"eot_token": "<|eot|>"}},
+        {"model_specific_special_tokens": {"eot_token": "<|eot|>"}},
+    ],
+)
+def test_a_models_own_special_tokens_may_be_named(tmp_path: Path, named: dict[str, Any]) -> None:
+    save_byte_tokenizer(tmp_path, "{{ messages[0].content }}{{ eot_token }}{{ mask_token }}")
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | named | {"mask_token": "<mask>"}))
+    template = ChatTemplate.from_folder(tmp_path)
+    assert template is not None
+    assert template.render([{"role": "user", "content": "hi"}]) == "hi<|eot|><mask>"
+    read = AutoTokenizer.from_pretrained(tmp_path)
+    assert read.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi<|eot|><mask>"
+
+
 def test_a_template_in_the_tokenizers_config_is_found(tmp_path: Path) -> None:
     config = {"chat_template": "{{ bos_token }}{{ messages[0].content }}", "bos_token": {"content": "<s>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))

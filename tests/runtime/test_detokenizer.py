@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from tiny_decoders import save_byte_tokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from onnxpress.runtime.detokenizer import Detokenizer, StopStrings
 
@@ -81,6 +81,19 @@ def test_what_a_prompt_ends_with_is_no_part_of_the_answer(falling_back: Any, inn
     for tokenizer in (falling_back, inner):
         detokenizer = Detokenizer(tokenizer, tokenizer.encode("the bad \ufffd").ids)
         assert "".join(map(detokenizer.push, tokenizer.encode(" cat").ids)) == " cat"
+
+
+@pytest.mark.parametrize("prompt", ["caf\ufffd?", "a\ufffd.", "the bad \ufffd"])
+@pytest.mark.parametrize("answer", ["", "ð"])
+def test_an_answer_of_nothing_is_nothing(prompt: str, answer: str) -> None:
+    """Behind a vocabulary that has the replacement character as one token, as large ones have. "ð" is the first byte of an emoji."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    known = {piece: number for number, piece in enumerate([*letters, "ï¿", "ï¿½"])}
+    inner = Tokenizer(models.BPE(known, [("ï", "¿"), ("ï¿", "½")]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    detokenizer = Detokenizer(inner, inner.encode(prompt).ids)
+    assert "".join(detokenizer.push(inner.token_to_id(piece)) for piece in answer) + detokenizer.flush() == ""
 
 
 def test_half_a_character_may_be_all_of_a_prompt_or_come_after_broken_bytes(inner: Any) -> None:
