@@ -39,8 +39,8 @@ def resized(module: torch.nn.Module, pruned: Pruned) -> torch.nn.Module:
     smaller = copy.deepcopy(module)
     for name, change in pruned.changes.items():
         _set(smaller, name, change)
-    for name in pruned.changes:
-        _fit_bias(module, smaller, name)
+    for name, change in pruned.changes.items():
+        _fit_bias(module, smaller, name, change)
     for lost in pruned.heads:
         _tell_heads(smaller, lost)
     if pruned.heads and len({(lost.before, lost.groups) for lost in pruned.heads}) == 1:
@@ -59,7 +59,9 @@ def _refuse_twins(module: torch.nn.Module, pruned: Pruned) -> None:
     """
     parameters = dict(module.named_parameters())
     for name, weight in parameters.items():
-        if name not in pruned.changes or weight.dim() < 2:
+        if name not in pruned.changes or not name.endswith(
+            "weight"
+        ):  # of biases, what is cut follows from the weight's
             continue
         for other, candidate in parameters.items():
             if other not in pruned.changes and candidate.shape == weight.shape and torch.equal(candidate, weight):
@@ -101,27 +103,20 @@ def _set(module: torch.nn.Module, name: str, change: Change) -> None:
                     part.nf = new.shape[1]
 
 
-def _fit_bias(module: torch.nn.Module, smaller: torch.nn.Module, name: str) -> None:
-    """Cut a bias as its weight tells: the graph may hold it under another name, or another one under its own, where layers begin alike."""
-    owner: Any = smaller.get_submodule(name.rpartition(".")[0])
+def _fit_bias(module: torch.nn.Module, smaller: torch.nn.Module, name: str, change: Change) -> None:
+    """Cut a bias as its weight was: the graph may hold it under another name, or another one under its own, where layers begin alike."""
+    path = name.removesuffix(".weight")
+    owner: Any = smaller.get_submodule(path) if path != name else None
     bias = getattr(owner, "bias", None)
-    if not name.endswith(".weight") or bias is None or owner.weight.dim() != 2:
+    if bias is None or change.before.ndim != 2:
         return
-    before, after = module.get_parameter(name).detach(), owner.weight.detach()  # (out, in)
-    if not isinstance(owner, torch.nn.Linear):
-        before, after = before.T, after.T
-    if len(before) == len(after) == len(bias):
-        return
-    kept: list[int] = []
-    if before.shape[1] == after.shape[1]:
-        for index, row in enumerate(before):
-            if len(kept) < len(after) and torch.equal(row, after[len(kept)]):
-                kept.append(index)
-    if len(kept) == len(after):
-        right = module.get_parameter(f"{name.removesuffix('.weight')}.bias").detach()[kept]
+    as_in_graph = np.array_equal(module.get_parameter(name).detach().numpy(), change.before)
+    rows = 0 if as_in_graph == isinstance(owner, torch.nn.Linear) else 1  # the graph's axis of what the layer gives
+    if rows in change.kept:
+        right = module.get_parameter(f"{path}.bias").detach()[torch.from_numpy(change.kept[rows])]
         if not torch.equal(bias, right):
-            owner.bias = torch.nn.Parameter(right.clone())
-    elif len(bias) != len(after):
+            owner.bias = torch.nn.Parameter(right)
+    elif len(bias) != change.after.shape[rows]:
         raise ConversionError(f"The bias beside {name} is not as long as the pruned graph's weight is wide.")
 
 

@@ -50,7 +50,8 @@ from onnxpress.optimizers.processes import check_alone
 from onnxpress.optimizers.stand_in import computes_in_half, holds_half
 from onnxpress.optimizers.targets import Target
 from onnxpress.optimizers.targets import target as find_target
-from onnxpress.press import Parity, Press, Resume, rounded
+from onnxpress.parity import Parity
+from onnxpress.press import Press, Resume, rounded
 from onnxpress.pruning import make_smaller
 from onnxpress.recipe import Recipe, make_recipe, recipe_of, with_options
 from onnxpress.report import render_report
@@ -220,7 +221,7 @@ def _build(
                 export_again=partial(_export, recipe, found),
                 progress=report.detail,
             )
-            press.begin_with(smaller, Parity(smaller.exported))
+            press.begin_with(smaller)
         _run_passes(press, recipe, workload.task)
         if bench.on_target and "openvino" in facts.providers and press.session.fallback_note:
             missing = "put plain-attention into `only`, or " if "Attention" in press.graph.operators() else ""

@@ -11,20 +11,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from onnxpress import terminal
-from onnxpress.decoder_workload import DecoderWorkload
 from onnxpress.errors import ArtifactError, BudgetError, InputError, ParityError
-from onnxpress.exporters import DecoderParityCheck, Exported, ParityCheck, ParityRow
 from onnxpress.gate import Gate
 from onnxpress.graph import Graph
 from onnxpress.manifest import Json, Runnable
 from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import Pass, PassContext
 from onnxpress.optimizers.targets import target as find_target
+from onnxpress.parity import Parity
 from onnxpress.plan import NOTHING, Plan, choose_automatically, curve, mixed_plan, proven, whole_plan
 from onnxpress.pruning import Smaller
 from onnxpress.recipe import Recipe
-from onnxpress.runtime.cache import KeyValueCache
-from onnxpress.runtime.model_step import ModelStep
 from onnxpress.runtime.session import Session
 from onnxpress.trials import Notebook, Times, Trials, describe_steps, not_run
 from onnxpress.workbench import RowByRow, Workbench
@@ -35,7 +32,6 @@ _SLOWER = 1.05  # a pass must not take more than this share of the time before i
 _MOST_KEPT = 0.5  # of the groups of places, where one precision was chosen: with more it would not be that precision
 _NOISE_MS = 0.05  # differences below this are the clock's
 _TOGETHER_FROM = 2**30  # bytes of weights: to open and compare such a graph takes ten seconds and more
-_PARITY_CACHE = 2**32  # bytes of keys and values while a graph is compared
 
 
 class Resume(NamedTuple):
@@ -74,10 +70,10 @@ class Press:
         self._recipe, self._bench, self._gate, self._parity, self._report = recipe, bench, gate, parity, report
         self._target, self._resume = find_target(recipe.build.target), resume
 
-    def begin_with(self, smaller: Smaller, parity: Parity) -> None:
+    def begin_with(self, smaller: Smaller) -> None:
         """Go on with a pruned model, whose own answers passes that lose nothing keep. Raises BudgetError."""
         session = self._bench.open(smaller.exported.graph)
-        parity.check(session)
+        smaller.parity.check(session)
         judgement = self._gate.verdict(*self._gate.measure(session))
         row = self._row("prune", smaller.changes, smaller.notes)
         row["quality"] = rounded(judgement.value)
@@ -93,9 +89,7 @@ class Press:
                 f"{self._gate.budget.metric} {self._gate.reference_value:.5g}. Prune less, {learn}allow more with --budget, or keep it all "
                 "the same with --keep-all."
             )
-        if smaller.planned is not None:  # the graph that was pruned, against the module made as small
-            parity.check(self._bench.open(smaller.planned))
-        self._parity, self._as_it_is, self.unrounded = parity, judgement, session
+        self._parity, self._as_it_is, self.unrounded = smaller.parity, judgement, session
         self._slower("prune", session)
         self._take(row, smaller.exported.graph, session, status="kept", reason=judgement.sentence())
 
@@ -356,34 +350,6 @@ class Press:
         row["bytes"] = graph.weight_bytes()
         self.graph, self.session, self._quality = graph, session, row["quality"]
         self._record(row, status=status, reason=reason)
-
-
-class Parity:
-    """The comparison with the original that suits the task: of single answers, or step by step."""
-
-    def __init__(self, exported: Exported) -> None:
-        self._context = exported.options.get("max_length", 0)
-        self._inner = (
-            DecoderParityCheck(exported)
-            if exported.graph.signature.task == DecoderWorkload.task
-            else ParityCheck(exported)
-        )
-        self.notes = self._inner.notes
-
-    def check(self, session: Session) -> list[ParityRow]:
-        """One row a comparison. Raises ParityError."""
-        if isinstance(self._inner, ParityCheck):
-            return self._inner.check(session)
-
-        def with_an_empty_cache() -> ModelStep:
-            return ModelStep(
-                session,
-                KeyValueCache(
-                    session.signature.inputs, context=self._context, budget=_PARITY_CACHE, memory=session.memory
-                ),
-            )
-
-        return self._inner.check(with_an_empty_cache)
 
 
 def rounded(value: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +23,11 @@ class Heads:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A constant before and after, as the graph holds it."""
+    """A constant before and after, as the graph holds it. kept: of a weight, which positions stay, by the axes that lost some."""
 
     before: npt.NDArray[np.generic]
     after: npt.NDArray[np.generic]
+    kept: Mapping[int, npt.NDArray[np.int64]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from onnxpress.calibration import ActivationStream, activations
+from onnxpress.errors import ConversionError, ParityError
 from onnxpress.exporters import Exported, original, resized
 from onnxpress.graph import Graph
 from onnxpress.manifest import Json
@@ -21,6 +22,7 @@ from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext
 from onnxpress.optimizers.prune import prune
 from onnxpress.optimizers.targets import Target
+from onnxpress.parity import Parity
 from onnxpress.pruned import Pruned
 from onnxpress.recipe import DistilSection, Recipe
 from onnxpress.runtime.tokenization import Tokenizer
@@ -42,8 +44,8 @@ class Smaller(NamedTuple):
     exported: Exported
     changes: int
     notes: tuple[str, ...]
-    planned: Graph | None = None  # the graph that was pruned, where the module was not trained after that
-    can_learn: bool = True  # whether [distil] could train it
+    parity: Parity
+    can_learn: bool  # whether [distil] could train it
 
 
 def make_smaller(
@@ -79,14 +81,26 @@ def make_smaller(
     if module is None:
         assert recipe.distil is None
         smaller = dataclasses.replace(exported, graph=pruned.graph, reference=bench.open(pruned.graph))
-        return Smaller(smaller, changes, (_sizes(exported.graph, pruned.graph), *notes), can_learn=False)
+        notes = (_sizes(exported.graph, pruned.graph), *notes)
+        return Smaller(smaller, changes, notes, Parity(smaller), can_learn=False)
     student = resized(module, pruned)
+    again = export_again(student)
+    parity = Parity(again)
+    try:
+        parity.check(bench.open(pruned.graph))
+    except ParityError as error:
+        raise ConversionError(
+            f"{exported.name}: made as small as its pruned graph, the PyTorch module answers otherwise; it may hold sizes that are not known "
+            "as such. Prune something else (ffn, heads, layers), or the model as an .onnx file, whose graph alone is pruned."
+        ) from error
     if recipe.distil is not None:
         notes += _distil(exported, module, student, pruned, recipe.distil, tokenizer_folder, progress)
-    again = export_again(student)
-    planned = pruned.graph if recipe.distil is None else None
-    learns = workload.task != "module"  # there are no texts for a plain one
-    return Smaller(again, changes, (_sizes(exported.graph, again.graph), *notes), planned, can_learn=learns)
+        again = export_again(student)
+        parity = Parity(again)
+    notes = (_sizes(exported.graph, again.graph), *notes)
+    return Smaller(
+        again, changes, notes, parity, can_learn=workload.task != "module"
+    )  # there are no texts for a plain one
 
 
 def _sizes(before: Graph, after: Graph) -> str:

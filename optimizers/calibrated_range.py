@@ -56,7 +56,7 @@ def chosen_range(
     measure = _squared_error
     if method == "entropy":  # what a Relu cut to 0 is exact in any range, and would outweigh the rest
         measure = _divergence
-        counts[centres == centres[np.abs(centres).argmin()]] = 0
+        counts[seen == len(distribution.counts) // 2] = 0
         seen = np.flatnonzero(counts)
         centres, counts = centres[seen], counts[seen]
 
@@ -100,7 +100,7 @@ def _divergence(centres: Numbers, counts: Numbers, rounded: npt.NDArray[Any], tr
     cutting them off costs.
     """
     inside = (centres >= min(tried[0], 0.0)) & (centres <= max(tried[1], 0.0))
-    if not inside.any():
+    if inside.sum() < min(128, len(inside)):
         return np.inf
     original = counts[inside]
     original[0] += counts[: int(inside.argmax())].sum()

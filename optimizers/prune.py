@@ -121,10 +121,15 @@ def prune(
         there = ", ".join(dict.fromkeys(f"{place.units} {place.kind}" for place in places))
         raise RecipeError(f"prune: so small a share of {there} is none at all; give a larger one, or a number.")
     notes.extend(_fit_norms(graph, [place.group(units) for place, units in decided], activations))
-    heads = []
+    heads, kept = [], dict[str, dict[int, npt.NDArray[np.int64]]]()
     for place, units in decided:
         group = place.group(units)
-        cut(graph, group)
+        for name, axes in cut(graph, group).items():
+            smaller = constant(graph.model.graph.initializers[name])
+            assert smaller is not None
+            for axis, lost in axes.items():  # a packed weight may lose channels of several places
+                whole = np.arange(smaller.shape[axis] + len(lost))
+                kept.setdefault(name, {})[axis] = np.delete(kept.get(name, {}).get(axis, whole), sorted(lost))
         if place.heads is not None:
             names = frozenset(_constants(group))
             heads.append(LostHeads(constants=names, before=place.heads, groups=place.units - len(units)))
@@ -138,7 +143,7 @@ def prune(
     )
     return Pruned(
         graph=graph,
-        changes=_changes(graph, before),
+        changes=_changes(graph, before, kept),
         heads=tuple(heads),
         layers=gone.constants,
         kept_layers=gone.kept,
@@ -262,7 +267,8 @@ class _Fit:
 
     def scores(self, inside: Sequence[npt.NDArray[np.int64]]) -> Wide:
         """What leaving out each set of inputs costs when all others make up for it, of the layer's energy."""
-        fitted, inverted = self.fitted, self._inverse
+        seen = self._moments.diagonal() > 0  # what is always 0 is not missed
+        fitted, inverted = self.fitted * seen[:, None], self._inverse
         if len(inside[0]) == 1:
             stay = np.concatenate(inside)
             costs = (fitted[stay] ** 2).sum(axis=1) / inverted[stay, stay]
@@ -476,10 +482,14 @@ def _signature(graph: Graph) -> Signature:
     return dataclasses.replace(graph.signature, inputs=tuple(inputs), outputs=tuple(outputs))
 
 
-def _changes(graph: Graph, before: Mapping[str, ir.TensorProtocol | None]) -> dict[str, Change]:
+def _changes(
+    graph: Graph,
+    before: Mapping[str, ir.TensorProtocol | None],
+    kept: Mapping[str, Mapping[int, npt.NDArray[np.int64]]],
+) -> dict[str, Change]:
     changes = {}
     for name, value in graph.model.graph.initializers.items():
         old, new = before.get(name), value.const_value
         if old is not None and new is not None and new is not old:
-            changes[name] = Change(before=old.numpy(), after=new.numpy())
+            changes[name] = Change(before=old.numpy(), after=new.numpy(), kept=kept.get(name, {}))
     return changes

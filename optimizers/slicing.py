@@ -34,8 +34,11 @@ from onnxpress.pruned import Heads
 _END = np.iinfo(np.int64).max
 
 
-def cut(graph: Graph, group: Group) -> None:
-    """Make every value of a group smaller: weights, biases, sizes in Reshape, Split and Slice, numbers of heads."""
+def cut(graph: Graph, group: Group) -> dict[str, dict[int, frozenset[int]]]:
+    """Make every value of a group smaller: weights, biases, sizes in Reshape, Split and Slice, numbers of heads.
+
+    What weights lost is given, by name and axis.
+    """
     nodes = dict.fromkeys(
         node
         for value in group.cuts
@@ -59,6 +62,7 @@ def cut(graph: Graph, group: Group) -> None:
             sizes = list(value.shape)
             sizes[axis] = size - len(lost)
             value.shape = ir.Shape(sizes)
+    return {str(weight.name): axes for weight, axes in weights.items()}
 
 
 def _weights(nodes: Iterable[ir.Node], group: Group) -> dict[ir.Value, dict[int, frozenset[int]]]:
@@ -140,6 +144,9 @@ def _edit(graph: Graph, node: ir.Node, cuts: Mapping[ir.Value, tuple[int, frozen
             node.replace_input_with(1, add_constant(graph, f"{node.outputs[0].name}_sizes", np.array(sizes, np.int64)))
     elif node.op_type == "Slice" and source in cuts:
         axis, lost = cuts[source]
+        axes = constant(optional(node, 3))
+        if axes is not None and axis not in [int(item) % (rank(source) or 1) for item in axes.reshape(-1)]:
+            return  # along another axis, whose bounds need not be known
         along, [(start, end)] = part_ranges(node)
         if along == axis:
             for place, bound in ((1, start), (2, end)):

@@ -15,6 +15,7 @@ scales go. Tables and experts are always rounded to the nearest.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -168,6 +169,8 @@ class _Calibrated:
         self._stream: Stream = context.stream(graph)
         self._x: ir.Value | None = None
         self._moments: Float = np.empty((0, 0), np.float32)
+        read = Counter(layer.weight for layer in linears(graph))
+        self._shared = {weight for weight, count in read.items() if count > 1}  # before any is rounded
 
     def scale(self, layer: Linear, *, bits: int, block_size: int) -> bool:
         """Scale the inputs of a layer, and of all others that read the same, where that pays and a norm can carry it."""
@@ -178,13 +181,12 @@ class _Calibrated:
         carriers = [norm.inputs[place] for place in _NORMS.get(norm.op_type, ()) if place < len(norm.inputs)]
         fixed = [carrier for carrier in carriers if carrier is not None and carrier.const_value is not None]
         of_readers = {reader.weight for reader in readers}
-        with_these = [other for other in linears(self._graph) if other.weight in of_readers]
         if (
             x.is_graph_output()
             or len(x.uses()) != len(readers)
             or not fixed
             or len(fixed) != len(carriers)
-            or len(with_these) != len(of_readers)
+            or of_readers & self._shared
             or any(len(weight.uses()) > 1 or weight.is_graph_output() for weight in of_readers)
         ):
             return False

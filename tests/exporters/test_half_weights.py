@@ -20,7 +20,7 @@ from onnxpress.exporters.tasks import find_task
 from onnxpress.exporters.transformers_model import fitting_dtype
 from onnxpress.graph import Widened
 from onnxpress.optimizers.targets import target
-from onnxpress.press import Parity
+from onnxpress.parity import Parity
 from onnxpress.workbench import Workbench
 
 pytestmark = pytest.mark.newest
@@ -66,7 +66,9 @@ def test_weights_in_half_precision_answer_as_in_float32(
     module: torch.nn.Module = half.reference.module  # type: ignore[attr-defined]
     share_weights(module, half.graph, bench.write_weights)
     assert {weight.dtype for weight in module.parameters()} == {torch.float32, HALVES[dtype]}
-    np.testing.assert_allclose(half.reference.logits(ids, [5, 36]), answers[0], rtol=1e-5, atol=1e-6)  # type: ignore[attr-defined]
+    again: Any = half.reference.logits(ids, [5, 36])  # type: ignore[attr-defined]
+    # Weights that lie otherwise in memory are summed in another order: differences of 2e-6 were seen, of logits up to 3.
+    np.testing.assert_allclose(again, answers[0], rtol=1e-5, atol=1e-5)
     constants = [
         {key: value.const_value for key, value in one.graph.model.graph.initializers.items()} for one in (whole, half)
     ]

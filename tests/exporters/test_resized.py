@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from onnxpress.optimizers import make_pass
 from onnxpress.optimizers.base import PassContext
 from onnxpress.optimizers.prune import PruneOptions, prune
 from onnxpress.optimizers.targets import target
-from onnxpress.press import Parity
+from onnxpress.parity import Parity
 from onnxpress.pruned import Change, Pruned
 from onnxpress.workbench import Workbench
 
@@ -81,7 +82,15 @@ def check(folder: Path, bench: Workbench, *kinds: str, **options: float) -> Prun
 
 
 ENCODERS = ("bert", "distilbert", "nomic-bert", "modernbert")
-DECODERS = ("llama", "qwen3", "phi3", "phi", "gpt2", "gpt-neox")  # each splits and turns its heads in another way
+DECODERS = (
+    "llama",
+    "qwen3",
+    "phi3",
+    "phi",
+    "gpt2",
+    "gpt-neox",
+    "gptj",
+)  # each splits and turns its heads in another way
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -198,16 +207,11 @@ def test_a_weight_that_layers_share_is_cut_for_both(tmp_path: Path) -> None:
     module = TwoBlocks(tied=True).eval()
     exported = export(module, example_inputs=(torch.randn(4, 32),))
     bench = Workbench(tmp_path, target("cpu"))
-    given = partial(rows_of, 32)
-    result = prune(
-        exported.graph, PruneOptions(ffn=0.5, multiple=1),
-        stream=partial(ActivationStream, open_session=bench.open, inputs=given),
-        activations=partial(activations, open_session=bench.open, inputs=given),
-    )  # fmt: skip
+    result = pruned_rows(exported, bench, ffn=0.5)
     smaller: Any = resized(module, result)
     assert smaller.up[0].weight is smaller.up[1].weight
     assert smaller.up[1].out_features == 32
-    feeds = next(given())
+    feeds = next(rows_of(32))
     (answer,) = bench.open(result.graph).run(feeds).values()
     with torch.no_grad():
         np.testing.assert_allclose(answer, smaller(torch.from_numpy(feeds["x"])).numpy(), rtol=0, atol=1e-5)
@@ -221,6 +225,45 @@ def test_copies_are_refused(tmp_path: Path) -> None:
     result = Pruned(graph=graph, changes={"up.0.weight": change}, heads=(), layers=(), kept_layers=(), notes=())
     with pytest.raises(ConversionError, match=r"up\.0\.weight and up\.1\.weight of TwoBlocks hold the same numbers"):
         resized(module, result)
+
+
+@pytest.mark.newest
+def test_copies_of_norms_are_refused(tmp_path: Path) -> None:
+    exported = export(save_decoder(tmp_path / "model", "olmo2"))  # whose norms are all ones
+    module = original(exported.reference)
+    assert module is not None
+    with pytest.raises(ConversionError, match=r"k_norm\.weight of Olmo2ForCausalLM hold the same numbers"):
+        resized(module, pruned(exported, Workbench(tmp_path, target("cpu")), heads=1))
+
+
+def test_channels_that_begin_alike_keep_their_own_biases(tmp_path: Path) -> None:
+    module = TwoBlocks(tied=True).eval()
+    with torch.no_grad():
+        module.up[0].weight[:24] = 0
+        module.up[0].bias[:24] = torch.randn(24)
+    exported = export(module, example_inputs=(torch.randn(4, 32),))
+    result = pruned_rows(exported, Workbench(tmp_path, target("cpu")), ffn=12)
+    smaller: Any = resized(module, result)
+    (stay,) = next(
+        change.kept for name, change in result.changes.items() if re.fullmatch(r"up\..\.weight", name)
+    ).values()
+    assert np.count_nonzero(stay < 24) < 24
+    np.testing.assert_array_equal(smaller.up[0].bias.detach(), module.up[0].bias.detach()[torch.from_numpy(stay)])
+    feeds = next(rows_of(32))
+    (answer,) = Workbench(tmp_path, target("cpu")).open(result.graph).run(feeds).values()
+    with torch.no_grad():
+        np.testing.assert_allclose(answer, smaller(torch.from_numpy(feeds["x"])).numpy(), rtol=0, atol=1e-5)
+
+
+def pruned_rows(exported: Exported, bench: Workbench, **options: float) -> Pruned:
+    """Of a module that takes rows of 32 numbers."""
+    given = partial(rows_of, 32)
+    return prune(
+        exported.graph,
+        PruneOptions(**options, multiple=1),
+        stream=partial(ActivationStream, open_session=bench.open, inputs=given),
+        activations=partial(activations, open_session=bench.open, inputs=given),
+    )
 
 
 def rows_of(width: int) -> Iterator[Arrays]:

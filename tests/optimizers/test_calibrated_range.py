@@ -83,6 +83,20 @@ def test_mse_is_near_the_least_error_of_all_ranges(scale: float) -> None:
     assert squared_error(numbers, choose(numbers, "mse")) < 1.03 * best
 
 
+@pytest.mark.parametrize("kind", ["away from 0", "hardly ever negative"])
+def test_entropy_keeps_most_of_what_is_seen(kind: str) -> None:
+    """A range with one bin in it has no divergence at all; and the bin at 0 is left out also where it is not the first."""
+    normal = np.random.default_rng(0).standard_normal(200_000)
+    numbers = {
+        "away from 0": 1 / (1 + np.exp(-normal)),
+        "hardly ever negative": np.append(np.maximum(normal, 0), -1e-5),
+    }[kind]
+    low, high = choose(numbers, "entropy")
+    assert np.mean((numbers >= low) & (numbers <= high)) > 0.99
+    least = squared_error(numbers, choose(numbers, "mse"))
+    assert squared_error(numbers, (low, high)) < 4 * least
+
+
 def test_percentile_keeps_its_share() -> None:
     numbers = np.linspace(-1, 1, 100_001)
     low, high = choose(numbers, "percentile", percentile=95)

@@ -206,8 +206,18 @@ def test_a_pass_that_calibrates_loses_less(method: str, tmp_path: Path) -> None:
             "n = LayerNormalization(x, g) a = MatMul(n, w) b = MatMul(x, w) y = Add(a, b)",
             "float[batch,length,32] y",
         ),
+        (
+            "n = LayerNormalization(x, g) a = MatMul(n, w) m = LayerNormalization(a, g) y = MatMul(m, w)",
+            "float[batch,length,32] y",
+        ),
     ],
-    ids=["read by a sum", "an output", "weight shared through a transpose", "weight shared with another input"],
+    ids=[
+        "read by a sum",
+        "an output",
+        "weight shared through a transpose",
+        "weight shared with another input",
+        "weight of two layers",
+    ],
 )
 def test_a_norm_that_others_read_carries_no_scales(body: str, outputs: str, tmp_path: Path) -> None:
     random = np.random.default_rng(0)

@@ -395,6 +395,19 @@ def test_the_weights_that_stay_make_up_for_those_that_go() -> None:
     assert float(((x @ plain - apart) ** 2).sum() / (apart**2).sum()) > 5 * error, "than leaving them out as they are"
 
 
+@pytest.mark.parametrize("larger", [1, 10, 30])
+def test_what_is_always_zero_goes_first(larger: float) -> None:
+    """However large the weights are that read it."""
+    random = np.random.default_rng(3)
+    x = np.maximum(random.standard_normal((2000, 64)), 0)
+    x[:, ::2] = 0
+    matrix = random.standard_normal((64, 16))
+    matrix[::2] *= larger
+    gone, _, error = without([(matrix, (x.T @ x / len(x)).astype(np.float32))], size=1, number=32)
+    assert gone == list(range(0, 64, 2))
+    assert error < 1e-9
+
+
 def test_units_of_several_channels_go_together() -> None:
     random = np.random.default_rng(2)
     x = random.standard_normal((1000, 12)) * np.repeat([1.0, 0.01, 1.0], 4)

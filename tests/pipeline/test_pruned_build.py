@@ -15,7 +15,7 @@ from tiny_models import WORDS, save_model
 
 import onnxpress
 from onnxpress.cli import main
-from onnxpress.errors import BudgetError, InputError, OutputError, RecipeError
+from onnxpress.errors import BudgetError, ConversionError, InputError, OutputError, RecipeError
 from onnxpress.exporters.quiet import quiet
 from onnxpress.recipe import make_recipe, read_recipe, with_options
 
@@ -137,6 +137,18 @@ def test_layers_of_a_file_that_share_weights_go_on_sharing_them(tmp_path: Path) 
     row = {row["pass"]: row for row in built.manifest.ledger}["prune"]
     assert any(note.startswith("ffn: 1 places") for note in row["notes"])
     assert row["bytes"] < 4 * (2 * 16 * 64 + 3 * 64 + 16) + 200, "one copy of each weight, half as wide"
+
+
+@pytest.mark.newest
+def test_a_module_that_cannot_be_made_as_small_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    """CodeGen's heads stand in four groups, which its code has as a number."""
+    folder, texts = save_decoder(tmp_path / "model", "codegen"), tmp_path / "texts.txt"
+    texts.write_text("a text to learn from\n" * 30, encoding="utf-8")
+    with pytest.raises(
+        ConversionError, match="made as small as its pruned graph, the PyTorch module answers otherwise"
+    ):
+        onnxpress.build(folder, out=tmp_path / "out", prune={"heads": 1}, distil={"file": str(texts)}, **QUICK)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_budget_that_the_pruned_model_does_not_meet(tmp_path: Path) -> None:
