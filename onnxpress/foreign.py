@@ -20,6 +20,7 @@ from onnxpress.graph import Graph
 from onnxpress.manifest import Arrays, Signature, TensorSpec
 from onnxpress.masked import largest_unmasked
 from onnxpress.optimizers.deduplicate import RANDOM
+from onnxpress.optimizers.shapes import infer_shapes
 from onnxpress.runtime.bfloat16 import host_dtype
 from onnxpress.runtime.feeds import is_name
 from onnxpress.runtime.session import Session
@@ -57,6 +58,7 @@ def open_onnx(path: Path, *, task: str | None = None, samples: Path | None = Non
         # Before weights are read: it refuses those outside of the file's folder, which onnx_ir reads where a path is a bare name.
         reference = Session(path, disabled_optimizers=fatal_optimizers(model))
         _check_numeric(reference.signature, path)
+        model.graph.sort()  # ONNX Runtime takes nodes in any order
         ir.external_data.set_base_dir(model.graph, path.parent)
         ir.external_data.load_to_model(model)  # weights beside the file: the graphs of a build are elsewhere
         _load_constants(model)
@@ -95,8 +97,10 @@ def open_onnx(path: Path, *, task: str | None = None, samples: Path | None = Non
         sizes = zip(value.shape, answer.shape, strict=True)
         value.shape = ir.Shape([None if isinstance(axis, int) and axis != size else axis for axis, size in sizes])
     _name_rows(model, _signature(model), reference, example)
+    signature = _signature(model)
+    infer_shapes(model)
     return Exported(
-        graph=Graph(model=model, signature=_signature(model)),
+        graph=Graph(model=model, signature=signature),
         reference=reference,
         options={},
         example=example,

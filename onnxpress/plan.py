@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from onnxpress.errors import ArtifactError, BudgetError, ConversionError, RecipeError
+from onnxpress.errors import ArtifactError, BudgetError, ConversionError, InputError, RecipeError
 from onnxpress.gate import Gate, Judgement
 from onnxpress.manifest import Json
 from onnxpress.search import search
@@ -210,7 +210,7 @@ def _left_out(name: str, why_not: dict[str, str]) -> Iterator[None]:
         yield
     except (RecipeError, ConversionError) as error:
         why_not[name] = f"cannot be tried: {error}"
-    except ArtifactError as error:
+    except (ArtifactError, InputError) as error:
         why_not[name] = not_run(error)
 
 

@@ -173,7 +173,13 @@ class Press:
 
     def _run_lossy(self, step: Pass) -> None:
         trials = self._trials(step.name, (step,))
-        whole = trials.measure(frozenset())
+        try:
+            whole = trials.measure(frozenset())
+        except (ArtifactError, InputError) as error:
+            row = self._row(step.name, 0, ())
+            self._record(row, status="undone", reason=not_run(error))
+            self._refuse(step, row)
+            return
         row = self._row(step.name, whole.changes, whole.notes)
         if whole.changes == 0:
             self._record(row, status="unchanged", reason=NOTHING)

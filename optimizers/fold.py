@@ -24,7 +24,6 @@ from onnx_ir.passes.common import (
     RemoveUnusedFunctionsPass,
     RemoveUnusedNodesPass,
     RemoveUnusedOpsetsPass,
-    ShapeInferencePass,
 )
 from onnxscript import optimizer
 from onnxscript.rewriter import RewritePass
@@ -41,7 +40,7 @@ from onnxpress.errors import RecipeError
 from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.edits import add_constant
-from onnxpress.optimizers.shapes import elements
+from onnxpress.optimizers.shapes import elements, infer_shapes
 
 _ROUNDS = 3  # folding makes shapes known, which makes more foldable; two rounds were enough for every graph so far
 _SHAPE_OPERATORS = ("Shape", "Slice", "Gather", "Concat", "Squeeze", "Unsqueeze")
@@ -86,7 +85,7 @@ class Fold:
 
     def _fold(self, graph: Graph) -> None:
         model = graph.model
-        ShapeInferencePass(check_type=False, strict_mode=False)(model)
+        infer_shapes(model)
         _fold_known_shapes(graph)
         optimizer.fold_constants(
             model, input_size_limit=self.limit, output_size_limit=self.limit, should_fold=self._unless_large

@@ -17,7 +17,6 @@ from typing import ClassVar
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 from onnxpress.errors import ConversionError
 from onnxpress.graph import Graph
@@ -25,6 +24,7 @@ from onnxpress.manifest import Signature, TensorSpec
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.edits import add_constant, drop_unused_constants, insert_behind, unused_name
 from onnxpress.optimizers.matching import name_of
+from onnxpress.optimizers.shapes import infer_shapes
 
 KEEP: Mapping[str, str] = {
     "ReduceL2": "a sum of squares passes 65504 in fp16 from a root mean square of 13 on at 384 channels",
@@ -38,6 +38,7 @@ KEEP: Mapping[str, str] = {
     "Exp": "overflows fp16 past 11",
     "Log": "loses its tail near zero",
     "Resize": "coordinates past 2048 are not exact in fp16",
+    "NonMaxSuppression": "has no other form",
     "DynamicQuantizeLinear": "has no other form (an integer graph of another tool)",
     "DynamicQuantizeLSTM": "as DynamicQuantizeLinear",
 }
@@ -48,6 +49,7 @@ _NO_BFLOAT16 = frozenset({
     "QuantizeLinear", "RNN", "Reciprocal", "ReduceL1", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMin", "ReduceProd", "Round",
     "Selu", "Shrink", "ThresholdedRelu",
 })  # fmt: skip
+_CLASSIC = "ai.onnx.ml"  # the domain of trees, scalers and the like, which know float32 alone
 _SCALES_IN_HALF = 19  # the opset since which QuantizeLinear and DequantizeLinear know it
 FOLLOWS = frozenset(
     ("Add", "Clip", "Div", "Expand", "Max", "Min", "Mul", "Reshape", "Sqrt", "Squeeze", "Sub", "Unsqueeze")
@@ -69,15 +71,14 @@ class _Half:
             )
         if any(value.dtype is None for node in body for value in node.outputs if value.name):
             # Files of other exporters leave types out.
-            ShapeInferencePass(check_type=False, strict_mode=False)(graph.model)
+            infer_shapes(graph.model)
         casts: dict[tuple[int, ir.DataType], ir.Value] = {}
         nodes = list(body)
         for node in nodes:
-            if node.op_type in self.in_float and any(
-                value is not None and value.dtype is None for value in node.inputs
-            ):
+            known = node.outputs if node.domain == _CLASSIC else node.inputs if node.op_type in self.in_float else ()
+            if any(value is not None and value.dtype is None for value in known):
                 raise ConversionError(
-                    f"{node.name or node.op_type} has to stay in float32, and the type of what it reads is not known: build with "
+                    f"{node.name or node.op_type} has to stay in float32, and a type of what it reads or gives is not known: build with "
                     "--precision fp32, or export the model with types."
                 )
         keep = context.keep
@@ -128,7 +129,11 @@ class _Half:
         kept: set[int],
     ) -> str | None:
         stays = (
-            node.op_type in self.in_float or node.name in keep or _follows(node, kept) or _scales_in_float(graph, node)
+            node.op_type in self.in_float
+            or node.domain == _CLASSIC
+            or node.name in keep
+            or _follows(node, kept)
+            or _scales_in_float(graph, node)
         )
         wanted = ir.DataType.FLOAT if stays else self.dtype
         for index, value in enumerate(node.inputs):

@@ -70,6 +70,7 @@ class Int8:
             layer
             for layer in linears(graph)
             if layer.name not in kept
+            and layer.x.const_value is None  # else there is nothing to observe
             and layer.weight.const_value is not None
             and layer.weight.const_value.size >= self.minimum_elements
         ]

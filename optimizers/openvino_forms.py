@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from onnxpress.errors import ConversionError
 from onnxpress.graph import Graph
@@ -51,6 +51,7 @@ from onnxpress.optimizers.matching import (
 )
 from onnxpress.optimizers.openvino_misread import AXES, REDUCTIONS
 from onnxpress.optimizers.opset import raise_opset
+from onnxpress.optimizers.shapes import infer_shapes
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 _NOTHING = 1e-12  # OpenVINO drops a bias of zeros
@@ -104,7 +105,7 @@ def _infer_shapes(graph: Graph) -> None:
     norms = body_nodes(graph, "GroupNormalization")
     while any(value.dtype is None for node in graph.model.graph for value in node.outputs):
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph.model)
-        ShapeInferencePass(check_type=False, strict_mode=False)(graph.model)
+        infer_shapes(graph.model)
         stuck = [(node.inputs[0], node.outputs[0]) for node in norms if node.outputs[0].dtype is None]
         known = [(x, output) for x, output in stuck if x is not None and x.dtype is not None]
         for x, output in known:

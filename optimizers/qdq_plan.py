@@ -246,11 +246,14 @@ def _is_computed(value: ir.Value) -> bool:
 
 def _has_kernel(node: ir.Node) -> bool:
     if node.op_type == "Resize":
-        return bool(attribute(node, "mode", "nearest") == "nearest")
+        cropping = (
+            attribute(node, "coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
+        )  # numbers of its own
+        return bool(attribute(node, "mode", "nearest") == "nearest") and not cropping
     if node.op_type == "Pad":  # an attribute before opset 11
         value = optional(node, 2)
         zero = value is None or ((array := constant(value)) is not None and not array.any())
-        return zero and len(node.inputs) > 1 and bool(attribute(node, "mode", "constant") == "constant")
+        return zero and 1 < len(node.inputs) < 4 and bool(attribute(node, "mode", "constant") == "constant")
     if node.op_type == "MaxPool":
         return len(node.outputs) == 1  # with indices there is none
     return node.op_type in (*_MEASURED, *_GATES, *_MOVING)

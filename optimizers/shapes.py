@@ -8,12 +8,25 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from onnxpress.optimizers.matching import attribute, constant, dimension, produced_by, rank
 
 Size = int | str | tuple[int, int]  # number, symbolic name, or (identity of a value, axis)
 
 _SAME_SIZES = ("Cast", "Identity", "Erf", "Gelu", "Relu", "Tanh", "Sigmoid", "LayerNormalization")
+
+
+_SEQUENCES = ("SplitToSequence", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceMap")
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Write shapes and types into a model's values, symbolic ones too, as far as ONNX infers them. Sequences stay as declared."""
+    sequences = [node.outputs[0] for node in model.graph.all_nodes() if node.op_type in _SEQUENCES]
+    before = [(value, value.type, value.shape) for value in sequences]
+    ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    for value, declared, shape in before:  # onnx_ir (1.1.0) takes them for tensors
+        value.type, value.shape = declared, shape
 
 
 def size(value: ir.Value, axis: int) -> Size:
@@ -62,13 +75,15 @@ def elements(shape: ir.Value | None) -> list[Size | None] | None:
     if node.op_type == "Concat":
         parts = [elements(part) for part in node.inputs]
         return None if any(part is None for part in parts) else [entry for part in parts for entry in part or ()]
+    if node.op_type == "Cast" and attribute(node, "to", 0) not in (ir.DataType.INT32.value, ir.DataType.INT64.value):
+        return None
     found = elements(node.inputs[0])
     if found is None:
         return None
     if node.op_type == "Slice":
         bounds = [constant(value) for value in node.inputs[1:3]]
         steps = constant(node.inputs[4]) if len(node.inputs) > 4 else np.ones(1)
-        if any(bound is None for bound in bounds) or steps is None or steps.tolist() != [1]:
+        if len(bounds) < 2 or any(bound is None for bound in bounds) or steps is None or steps.tolist() != [1]:
             return None
         start, end = (int(bound.reshape(())) for bound in bounds if bound is not None)
         return found[start:end]

@@ -115,7 +115,7 @@ class _WeightOnly:
                 notes.append(f"{layer.name}: no block size divides its input width {width}; kept in float")
                 continue
             moments: Float | None = None
-            if calibrated is not None:
+            if calibrated is not None and layer.x.const_value is None:
                 context.progress(f"{self.method}, {layer.name}")
                 scaled += calibrated.scale(layer, bits=bits, block_size=size)
                 moments = calibrated.moments(layer.x) if "gptq" in self.method else None
