@@ -15,7 +15,7 @@ from typing import Any
 Sizes = Mapping[str, int]
 
 _MOST = 12  # sizes that are tried
-_LARGER = 4  # times as many numbers as the example has, at most
+_LARGER, _LARGE = 4, 2**16  # times as many numbers as the example has, or so many, at most
 _STEPS = (1, 2, 3, 4, 7, 8, 9, 15, 16, 17)
 
 
@@ -35,7 +35,8 @@ def sizes_that_break(
     def distance(sizes: Sizes) -> tuple[int, int]:
         return sum(sizes[axis] != size for axis, size in example.items()), abs(_numbers(shapes, sizes) - own)
 
-    candidates = sorted((one for one in _near(example, axes) if _numbers(shapes, one) <= _LARGER * own), key=distance)
+    most = max(_LARGER * own, _LARGE)
+    candidates = sorted((one for one in _near(example, axes) if _numbers(shapes, one) <= most), key=distance)
     for guard in guards:
         if any(_holds(guard, shapes, sizes) is False for sizes in found):
             continue
@@ -46,7 +47,7 @@ def sizes_that_break(
 
 
 def _near(example: Sizes, axes: Mapping[str, tuple[int, int]]) -> Iterator[Sizes]:
-    """Sizes of which one or two are others than the example's."""
+    """Sizes of which one or two are others than the example's; of one, multiples and thresholds as code asks for them, too."""
     values = {}
     for axis, size in example.items():
         low, high = axes[axis]
@@ -62,7 +63,12 @@ def _near(example: Sizes, axes: Mapping[str, tuple[int, int]]) -> Iterator[Sizes
         wanted |= {other + step for other in example.values() for step in (-1, 0, 1)}
         values[axis] = sorted(value for value in wanted if low <= value <= high and value != size)
     for axis, some in values.items():
-        yield from ({**example, axis: value} for value in some)
+        low, high = axes[axis]
+        farther = {
+            *range(low, min(high, 64) + 1),
+            *(2**power + step for power in range(7, 17) for step in (0, 1) if 2**power < high),
+        }
+        yield from ({**example, axis: value} for value in sorted(farther - {example[axis]} | set(some)))
     for one, other in itertools.combinations(values, 2):
         yield from ({**example, one: a, other: b} for a in values[one] for b in values[other])
 

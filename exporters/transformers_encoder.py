@@ -244,9 +244,17 @@ def label_options(folder: Path, task: Task, config: Any) -> dict[str, Json]:
     """
     if task.name not in ("text-classification", "token-classification"):
         return {}
+    if set(config.id2label) != set(range(config.num_labels)):
+        raise SourceError(
+            f"id2label in config.json of {folder} counts {', '.join(map(str, config.id2label))}; the model's labels are 0 to {config.num_labels - 1}."
+        )
     labels = [config.id2label[index] for index in range(config.num_labels)]
     if task.name == "token-classification":
         return {"labels": labels}
+    if twice := next((label for label in labels if labels.count(label) > 1), None):
+        raise SourceError(
+            f"id2label in config.json of {folder} names {twice!r} twice; scores are given by name: each label needs its own."
+        )
     kind = config.problem_type or ("regression" if len(labels) == 1 else "single_label_classification")
     options: dict[str, Json] = {"labels": labels, "problem_type": kind}
     if kind == "regression":

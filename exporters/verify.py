@@ -76,6 +76,10 @@ class ParityCheck:
                 ) from error
             if signature.axes["length"][1] > LONGEST_CASE:
                 self.notes = (f"lengths over {LONGEST_CASE} were not compared with the original",)
+            if any(_hangs_on_padding(reference, case, answer, signature.outputs) for case, answer in self._answered):
+                self.notes += (
+                    "the original's answers to a text hang on the padding beside it: in a batch they are others than alone",
+                )
             return
         first, *others = module_cases(signature, exported.example)
         self._answered.append((first, reference.run(first.feeds)))
@@ -112,6 +116,22 @@ class ParityCheck:
                 masks = self._masks.get(output.name, math.inf)
                 rows.append(_compare(case, output, expected[output.name], found[output.name], masks))
         return rows
+
+
+def _hangs_on_padding(reference: Runnable, case: Case, answer: Arrays, outputs: Sequence[TensorSpec]) -> bool:
+    """Whether a padded text's answers are others when it is run alone, without its padding."""
+    lengths = case.feeds["attention_mask"].sum(axis=1)
+    row = int(lengths.argmin())
+    if lengths[row] == lengths.max():
+        return False
+    alone = reference.run({name: array[row : row + 1, : lengths[row]] for name, array in case.feeds.items()})
+    for output in outputs:
+        real = answer[output.name][row : row + 1]
+        if "length" in output.shape:
+            real = real[:, : lengths[row]]
+        if np.abs(real - alone[output.name]).max() > 10 * allowed_difference(float(np.abs(real).max())):
+            return True
+    return False
 
 
 def allowed_difference(largest: float, *, half: bool = False) -> float:

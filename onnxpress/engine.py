@@ -1,7 +1,7 @@
 """Engine: fit, predict, evaluate and save in Python, for people with a checkpoint and a few labels.
 
-It keeps no logic of its own: training is fit's, answers are the task runner's, an artifact is pipeline.build's. With an
-artifact it needs the runtime alone.
+It keeps no logic of its own: training is fit's, answers are the task runner's, an artifact is pipeline.build's. To answer by
+an artifact it needs the runtime alone, to evaluate one scikit-learn or scipy too.
 """
 
 from __future__ import annotations
@@ -124,7 +124,13 @@ class Engine:
         from onnxpress.labelled import labelled_samples, normalized
 
         runner = self._ready()
-        return score(runner.task, runner, normalized(labelled_samples(texts, labels), _kind(runner)))
+        samples = normalized(labelled_samples(texts, labels), _kind(runner))
+        try:
+            return score(runner.task, runner, samples)
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"To evaluate, the package {error.name} is needed: pip install 'onnxpress[build]'."
+            ) from error
 
     def save(self, path: str | os.PathLike[str], *, quiet: bool = True, **options: Any) -> Artifact:
         """Build the artifact, judged by the evaluation samples, and answer with it from now on. options: those of `build`.

@@ -293,6 +293,14 @@ def _normal(label: Json, kind: str) -> Json:
         raise InputError(f"Samples of tokens and tags go with the task token-classification, not with {kind}.")
     if kind == "multi-label-classification":
         items = label if isinstance(label, list) else str(label).split(_SEPARATOR)
+        if (
+            isinstance(label, list)
+            and len(set(map(str, label))) < len(label)
+            and not any(isinstance(item, str) for item in label)
+        ):
+            raise InputError(
+                f"The labels {label!r} name one twice; the names of a text's labels are needed, not a 0 or 1 for each label."
+            )
         return [_name(item) for item in items if not isinstance(item, str) or item.strip()]  # a lone | is none
     if isinstance(label, list):
         raise InputError(
@@ -312,6 +320,8 @@ def _name(label: Json) -> str:
     if isinstance(label, dict | list) or label is None:
         raise InputError(f"A label is a text or a number, not {label!r}.")
     text = str(label).strip()
+    if not text:
+        raise InputError("A label is empty.")
     whole = re.fullmatch(r"(0|-?[1-9]\d*)(\.0+)?", text)
     return whole.group(1) if whole else text
 

@@ -87,6 +87,7 @@ class Tokenizer:
     def encode(self, samples: Sequence[Sample]) -> list[Encoding]:
         """Encode texts or pairs, each cut to max_length tokens. Raises InputError for what is no text, or empty."""
         check_samples(samples)
+        samples = list(samples)  # a table's column goes by names
         encodings = self._encode(samples)
         for index, encoding in enumerate(encodings):
             if not encoding.ids:  # a row of padding alone has no answer, or a made-up one

@@ -775,9 +775,24 @@ class Parity(torch.nn.Module):
         return x[:, : blocks * 8].mean(1) if blocks % 2 == 0 else x[:, : blocks * 8].amax(1)
 
 
+class Eights(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.shape[0] % 8 == 0 else x * 3
+
+
+class Large(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.numel() > 1000 else x * 3
+
+
 @pytest.mark.parametrize(
     ("module", "shape", "axes"),
-    [(Orient(), (2, 3, 16, 24), {2: "h", 3: "w"}), (Parity(), (2, 17, 4), {1: "length"})],
+    [
+        (Eights(), (2, 16), {}),
+        (Large(), (2, 16), {}),
+        (Orient(), (2, 3, 16, 24), {2: "h", 3: "w"}),
+        (Parity(), (2, 17, 4), {1: "length"}),
+    ],
 )
 def test_sizes_at_which_forward_goes_another_way_are_compared(module, shape, axes, tmp_path):
     exported = export(module.eval(), example_inputs={"x": torch.randn(shape)}, dynamic_axes={"x": {0: "batch", **axes}})

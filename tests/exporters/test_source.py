@@ -284,6 +284,21 @@ def test_texts_are_cut_on_the_tokenizers_side(folder):
     assert pickle.loads(pickle.dumps(runtime)).encode(["the cat sat on a mat"])[0].ids == expected
 
 
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ({"0": "a", "1": "a", "2": "b"}, "names 'a' twice"),
+        ({"1": "a", "2": "b", "3": "c"}, "counts 1, 2, 3; the model's labels are 0 to 2"),
+    ],
+)
+def test_labels_that_cannot_be_told_apart(labels, said, tmp_path):
+    folder = save_model(tmp_path / "model", "bert", tf.AutoModelForSequenceClassification, num_labels=3)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "id2label": labels, "label2id": {}}))
+    with pytest.raises(SourceError, match=said):
+        export(folder)
+
+
 def test_special_tokens_that_texts_spell_are_read_as_such(folder):
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "split_special_tokens": True}))

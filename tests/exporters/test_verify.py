@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_models import OnnxRunner, save_model
+import transformers as tf
+from tiny_models import VOCAB, OnnxRunner, save_model
 
 from onnxpress.errors import ParityError
 from onnxpress.exporters import ParityCheck, export
@@ -175,3 +176,19 @@ def test_padding_is_not_compared_and_attention_to_padding_is_noticed(exported, t
 
     with pytest.raises(ParityError, match="padded"):
         ParityCheck(exported).check(Unmasked())
+
+
+@pytest.mark.parametrize("name", ["bert", "fnet"])
+def test_answers_that_hang_on_padding_are_said_to(name, tmp_path):
+    """FNet mixes tokens with the padding beside them, in PyTorch too."""
+    folder = save_model(tmp_path / "model", "bert")
+    if name == "fnet":
+        torch.manual_seed(0)
+        config = tf.FNetConfig(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=40
+        )
+        tf.FNetModel(config).save_pretrained(folder)
+    exported = export(folder)
+    check = ParityCheck(exported)
+    check.check(OnnxRunner(exported.graph.model, tmp_path))
+    assert any("hang on the padding beside it" in note for note in check.notes) == (name == "fnet")

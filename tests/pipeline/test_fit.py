@@ -188,6 +188,26 @@ def test_several_labels_a_text(model: Path, tmp_path: Path) -> None:
     assert min(scores["cat"], scores["mat"]) > 0.5 > scores["ran"]
 
 
+def test_a_zero_or_one_for_each_label_is_not_taken_for_names() -> None:
+    kind = "multi-label-classification"
+    with pytest.raises(InputError, match=r"\[1, 1, 0, 1\] name one twice; the names of a text's labels are needed"):
+        normalized(labelled_samples(["a", "b"], [[0, 1], [1, 1, 0, 1]]), kind)
+    assert normalized(labelled_samples(["a"], [[3, 7]]), kind)[0].label == ["3", "7"]
+    with pytest.raises(InputError, match=r"A label is empty\."):
+        normalized(labelled_samples(["a", "b"], ["x", ""]), "text-classification")
+
+
+def test_to_evaluate_an_artifact_needs_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "bert", tf.AutoModelForSequenceClassification, num_labels=2)
+    built = onnxpress.build(folder, out=tmp_path / "out", precision="fp32", measure=False, samples=24)
+    engine = onnxpress.Engine.load(built.path)
+    names = built.manifest.options["labels"]
+    assert set(engine.evaluate(["a cat", "a dog"], names)) == {"accuracy", "f1_macro"}
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    with pytest.raises(InputError, match=r"the package sklearn.* is needed: pip install 'onnxpress\[build\]'"):
+        engine.evaluate(["a cat", "a dog"], names)
+
+
 def test_several_labels_in_a_column(tmp_path: Path) -> None:
     path = tmp_path / "train.csv"
     path.write_text("text,label\na cat on a mat,cat|mat\nnothing,|\na mat,mat\n")

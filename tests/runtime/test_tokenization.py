@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,6 +96,21 @@ def test_a_hundred_thousand_characters(tokenizer: Tokenizer) -> None:
 def test_refuses_what_is_no_text(tokenizer: Tokenizer, samples: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         tokenizer.encode(samples)  # type: ignore[arg-type]
+
+
+class Column:
+    """One row of a table's column, which goes by its name and not by its place."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["the cat"])
+
+
+@pytest.mark.parametrize("samples", [Column(), {7: "the cat"}.values()])
+def test_one_text_that_has_no_place(tokenizer: Tokenizer, samples: Any) -> None:
+    assert tokenizer.encode(samples)[0].ids == tokenizer.encode(["the cat"])[0].ids
 
 
 def test_windows_cover_the_second_text_and_overlap(tokenizer: Tokenizer) -> None:
