@@ -197,6 +197,17 @@ def split(samples: Sequence[Sample], labels: Labels, seed: int) -> tuple[list[Sa
                 raise InputError(
                     "There are too few samples of most labels to split some off for evaluation; give --eval FILE."
                 )
+            if all(sample.label == evaluation[0].label for sample in evaluation):  # they would judge nothing
+                counts = Counter(name for sample in train for name in _names(sample, labels.kind))
+                spare = (
+                    sample
+                    for sample in train
+                    if sample.label != evaluation[0].label
+                    and all(counts[name] > 1 for name in _names(sample, labels.kind))
+                )
+                if (one := next(spare, None)) is not None:
+                    train.remove(one)
+                    evaluation.append(one)
         return train, evaluation
     counts = Counter(sample.label for sample in samples)
     alone = [sample for sample in samples if counts[sample.label] == 1]  # they can only be learned from

@@ -598,6 +598,16 @@ def test_the_split_is_stratified_and_seeded() -> None:
     assert not {sample.text for sample in train} & {sample.text for sample in held}
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_held_out_sets_of_labels_are_not_all_alike(seed: int) -> None:
+    texts = [f"text {number}" for number in range(60)]
+    samples = labelled_samples(texts, [["a", "b"] if number % 5 == 0 else ["b"] for number in range(60)])
+    train, held = split(samples, find_labels(samples, "multi-label-classification"), seed)
+    assert len(train) + len(held) == 60
+    assert {len(sample.label) for sample in held} == {1, 2}
+    assert any(len(sample.label) == 2 for sample in train)
+
+
 def test_the_split_holds_some_of_each_label_that_can_be_judged() -> None:
     """Also of one so rare that a tenth has none of it in proportion; and what is there once is learned from."""
     samples = labelled_samples([f"text {index}" for index in range(87)], ["a"] * 80 + ["b"] * 4 + ["c"] * 2 + ["d"])
