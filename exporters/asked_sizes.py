@@ -7,6 +7,7 @@ compared with the original's. Source: torch.export, ExportedProgram's guards.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,11 +65,9 @@ def _near(example: Sizes, axes: Mapping[str, tuple[int, int]]) -> Iterator[Sizes
         values[axis] = sorted(value for value in wanted if low <= value <= high and value != size)
     for axis, some in values.items():
         low, high = axes[axis]
-        farther = {
-            *range(low, min(high, 64) + 1),
-            *(2**power + step for power in range(7, 17) for step in (0, 1) if 2**power < high),
-        }
-        yield from ({**example, axis: value} for value in sorted(farther - {example[axis]} | set(some)))
+        farther = {*range(64 + 1), *(2**power + step for power in range(7, 11) for step in (0, 1))}
+        allowed = {value for value in farther if low <= value <= high and value != example[axis]}
+        yield from ({**example, axis: value} for value in sorted(allowed | set(some)))
     for one, other in itertools.combinations(values, 2):
         yield from ({**example, one: a, other: b} for a in values[one] for b in values[other])
 
@@ -81,9 +80,14 @@ def _holds(guard: str, shapes: Sequence[Sequence[int | str]], sizes: Sizes) -> b
     """Whether a guard holds for sizes; None where it asks for something else than sizes."""
     inputs = [_Shape([sizes[axis] if isinstance(axis, str) else axis for axis in shape]) for shape in shapes]
     try:
-        return bool(eval(guard, {"__builtins__": {"max": max, "min": min}}, {"L": {"inputs": inputs}}))
+        return bool(eval(_compiled(guard), {"__builtins__": {"max": max, "min": min}}, {"L": {"inputs": inputs}}))
     except Exception:  # strides, functions of torch's own
         return None
+
+
+@functools.cache
+def _compiled(guard: str) -> Any:
+    return compile(guard, "a guard", "eval")
 
 
 class _Shape:

@@ -59,9 +59,7 @@ def _refuse_twins(module: torch.nn.Module, pruned: Pruned) -> None:
     """
     parameters = dict(module.named_parameters())
     for name, weight in parameters.items():
-        if name not in pruned.changes or not name.endswith(
-            "weight"
-        ):  # of biases, what is cut follows from the weight's
+        if name not in pruned.changes or not name.endswith("weight"):  # a bias is cut as its weight is
             continue
         for other, candidate in parameters.items():
             if other not in pruned.changes and candidate.shape == weight.shape and torch.equal(candidate, weight):

@@ -304,13 +304,11 @@ def _normal(label: Json, kind: str) -> Json:
         raise InputError(f"Samples of tokens and tags go with the task token-classification, not with {kind}.")
     if kind == "multi-label-classification":
         items = label if isinstance(label, list) else str(label).split(_SEPARATOR)
-        if (
-            isinstance(label, list)
-            and len(set(map(str, label))) < len(label)
-            and not any(isinstance(item, str) for item in label)
-        ):
+        numbers = isinstance(label, list) and not any(isinstance(item, str) for item in label)
+        if numbers and (len(set(map(str, label))) < len(label) or any(isinstance(item, bool) for item in label)):
             raise InputError(
-                f"The labels {label!r} name one twice; the names of a text's labels are needed, not a 0 or 1 for each label."
+                f"The labels {label!r} are no names, or one is there twice: the names of a text's labels are needed, not a 0 or 1 for each "
+                "label."
             )
         return [_name(item) for item in items if not isinstance(item, str) or item.strip()]  # a lone | is none
     if isinstance(label, list):

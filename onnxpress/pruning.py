@@ -94,13 +94,13 @@ def make_smaller(
             "as such. Prune something else (ffn, heads, layers), or the model as an .onnx file, whose graph alone is pruned."
         ) from error
     if recipe.distil is not None:
+        del again, parity  # which hold the weights, and answers, once more
         notes += _distil(exported, module, student, pruned, recipe.distil, tokenizer_folder, progress)
         again = export_again(student)
         parity = Parity(again)
     notes = (_sizes(exported.graph, again.graph), *notes)
-    return Smaller(
-        again, changes, notes, parity, can_learn=workload.task != "module"
-    )  # there are no texts for a plain one
+    learns = workload.task != "module"  # there are no texts for a plain one
+    return Smaller(again, changes, notes, parity, can_learn=learns)
 
 
 def _sizes(before: Graph, after: Graph) -> str:

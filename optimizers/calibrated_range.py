@@ -20,6 +20,7 @@ from onnxpress.optimizers.base import Distribution
 
 METHODS = ("min-max", "percentile", "entropy", "mse")
 PERCENTILE = 99.99  # that percentile keeps where nothing is said
+_FEWEST = 128  # bins that a range has at least, as TensorRT's calibration has it
 _SHARES = np.geomspace(1.0, 0.02, 80)  # of the whole range that a search tries
 
 Numbers = npt.NDArray[np.float64]
@@ -54,9 +55,11 @@ def chosen_range(
     if method == "percentile":
         return _percentile(centres, counts, percentile, low, high)
     measure = _squared_error
-    if method == "entropy":  # what a Relu cut to 0 is exact in any range, and would outweigh the rest
+    if (
+        method == "entropy"
+    ):  # what a Relu cut to 0, or a GELU to next to it, is exact in any range, and would outweigh the rest
         measure = _divergence
-        counts[seen == len(distribution.counts) // 2] = 0
+        counts[np.isin(seen - len(distribution.counts) // 2, (-1, 0))] = 0
         seen = np.flatnonzero(counts)
         centres, counts = centres[seen], counts[seen]
 
@@ -100,7 +103,7 @@ def _divergence(centres: Numbers, counts: Numbers, rounded: npt.NDArray[Any], tr
     cutting them off costs.
     """
     inside = (centres >= min(tried[0], 0.0)) & (centres <= max(tried[1], 0.0))
-    if inside.sum() < min(128, len(inside)):
+    if inside.sum() < max(1, min(_FEWEST, len(inside) // 2)):  # what is rounded one bin by one is not divergent at all
         return np.inf
     original = counts[inside]
     original[0] += counts[: int(inside.argmax())].sum()

@@ -17,16 +17,23 @@ Size = int | str | tuple[int, int]  # number, symbolic name, or (identity of a v
 _SAME_SIZES = ("Cast", "Identity", "Erf", "Gelu", "Relu", "Tanh", "Sigmoid", "LayerNormalization")
 
 
-_SEQUENCES = ("SplitToSequence", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceMap")
+_SEQUENCES = (
+    "SplitToSequence",
+    "SequenceConstruct",
+    "SequenceEmpty",
+    "SequenceErase",
+    "SequenceInsert",
+    "SequenceMap",
+    "Optional",
+)
 
 
 def infer_shapes(model: ir.Model) -> None:
-    """Write shapes and types into a model's values, symbolic ones too, as far as ONNX infers them. Sequences stay as declared."""
-    sequences = [node.outputs[0] for node in model.graph.all_nodes() if node.op_type in _SEQUENCES]
-    before = [(value, value.type, value.shape) for value in sequences]
-    ShapeInferencePass(check_type=False, strict_mode=False)(model)
-    for value, declared, shape in before:  # onnx_ir (1.1.0) takes them for tensors
-        value.type, value.shape = declared, shape
+    """Write shapes and types into a model's values, symbolic ones too, as far as ONNX infers them; not where there are sequences,
+    which onnx_ir (1.1.0) would take for tensors.
+    """
+    if not any(node.op_type in _SEQUENCES for node in model.graph.all_nodes()):
+        ShapeInferencePass(check_type=False, strict_mode=False)(model)
 
 
 def size(value: ir.Value, axis: int) -> Size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -83,18 +84,23 @@ def test_mse_is_near_the_least_error_of_all_ranges(scale: float) -> None:
     assert squared_error(numbers, choose(numbers, "mse")) < 1.03 * best
 
 
-@pytest.mark.parametrize("kind", ["away from 0", "hardly ever negative"])
+@pytest.mark.parametrize("kind", ["away from 0", "hardly ever negative", "next to 0"])
 def test_entropy_keeps_most_of_what_is_seen(kind: str) -> None:
-    """A range with one bin in it has no divergence at all; and the bin at 0 is left out also where it is not the first."""
-    normal = np.random.default_rng(0).standard_normal(200_000)
+    """A range with one bin in it has no divergence at all; and the bins at 0 are left out, on both sides."""
+    normal = np.random.default_rng(0).standard_normal(20_000 if kind == "away from 0" else 200_000)
     numbers = {
         "away from 0": 1 / (1 + np.exp(-normal)),
         "hardly ever negative": np.append(np.maximum(normal, 0), -1e-5),
+        "next to 0": normal * (1 + np.vectorize(math.erf)(2 * normal / math.sqrt(2))),  # a GELU
     }[kind]
-    low, high = choose(numbers, "entropy")
-    assert np.mean((numbers >= low) & (numbers <= high)) > 0.99
-    least = squared_error(numbers, choose(numbers, "mse"))
-    assert squared_error(numbers, (low, high)) < 4 * least
+    found = chosen_range(counted(numbers, 1), "entropy", percentile=99.99, rounding=rounded_uint8)
+    assert np.mean((numbers >= found[0]) & (numbers <= found[1])) > 0.99
+    assert squared_error(numbers, found) < 2 * squared_error(numbers, choose(numbers, "min-max"))
+
+
+def test_entropy_cuts_off_what_is_far_away() -> None:
+    numbers = np.append(np.random.default_rng(0).standard_normal(20_000), 3000)
+    assert choose(numbers, "entropy")[1] < 1000
 
 
 def test_percentile_keeps_its_share() -> None:

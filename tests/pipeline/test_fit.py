@@ -190,7 +190,7 @@ def test_several_labels_a_text(model: Path, tmp_path: Path) -> None:
 
 def test_a_zero_or_one_for_each_label_is_not_taken_for_names() -> None:
     kind = "multi-label-classification"
-    with pytest.raises(InputError, match=r"\[1, 1, 0, 1\] name one twice; the names of a text's labels are needed"):
+    with pytest.raises(InputError, match=r"\[1, 1, 0, 1\] are no names, or one is there twice"):
         normalized(labelled_samples(["a", "b"], [[0, 1], [1, 1, 0, 1]]), kind)
     assert normalized(labelled_samples(["a"], [[3, 7]]), kind)[0].label == ["3", "7"]
     with pytest.raises(InputError, match=r"A label is empty\."):

@@ -132,3 +132,9 @@ def test_operators_that_know_float32_alone(tmp_path: Path) -> None:
     path = saved(tmp_path / "model.onnx", body, {"w": random_numbers(16, 16)}, more=', "ai.onnx.ml" : 3')
     with pytest.raises(ConversionError, match="Scaler has to stay in float32"):
         onnxpress.build(path, out=tmp_path / "out", target="cuda", precision="fp16", **QUICK)
+
+
+def test_a_sequence_that_goes_through_others(tmp_path: Path) -> None:
+    body = "s = SequenceConstruct(x, x) t = Identity(s) f = SequenceAt(t, z) y = MatMul(f, w)"
+    path = saved(tmp_path / "model.onnx", body, {"z": np.array(0), "w": random_numbers(16, 16)}, opset=17)
+    onnxpress.build(path, out=tmp_path / "out", precision="fp32", **QUICK)
