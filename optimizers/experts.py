@@ -11,7 +11,7 @@ The layer that routes stays as it is: it is small, and its rounding would send t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,14 +19,21 @@ import onnx_ir as ir
 
 from onnxpress.graph import Graph
 from onnxpress.optimizers.edits import add_constant, replace_node
-from onnxpress.optimizers.linear import linears
-from onnxpress.optimizers.matching import attribute, name_of
+from onnxpress.optimizers.linear import Linear, linears
+from onnxpress.optimizers.matching import attribute, dimension, name_of
 from onnxpress.optimizers.rounding import Blocks, Float, block_size_for
 from onnxpress.optimizers.targets import Target
 
 Rounder = Callable[..., Blocks]  # (weight (out, in), *, bits, block_size)
 
 _ROUTING = 1  # among the inputs of MoE
+_MOST_EXPERTS = 1024
+# What is computed with the answers of a layer that routes.
+_ROUTES = frozenset({
+    "Add", "Cast", "Clip", "Concat", "Div", "Expand", "Gather", "GatherElements", "Identity", "Mul", "Neg", "Pow", "ReduceMax", "ReduceSum",
+    "Reshape", "ScatterElements", "Sigmoid", "Slice", "Softmax", "Softplus", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "TopK", "Transpose",
+    "Unsqueeze", "Where",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +54,22 @@ def mixtures(graph: Graph) -> Iterator[ir.Node]:
 
 
 def routers(graph: Graph) -> frozenset[str]:
-    """Names of the linear layers that choose experts."""
+    """Names of the linear layers that choose experts: what goes into their operator or, where it is none, into a TopK."""
     layers = {layer.output: layer for layer in linears(graph)}
-    ahead = [node.inputs[_ROUTING] for node in mixtures(graph)]
+    of_operators = _nearest(layers, [node.inputs[_ROUTING] for node in mixtures(graph)])
+    of_choices = _nearest(
+        layers, [node.inputs[0] for node in graph.model.graph if node.op_type == "TopK"], through=_ROUTES
+    )
+    few = {
+        layer for layer in of_choices if dimension(layer.output, -1) in range(_MOST_EXPERTS + 1)
+    }  # words are chosen from, too
+    return frozenset(layer.name for layer in of_operators | few)
+
+
+def _nearest(
+    layers: Mapping[ir.Value, Linear], ahead: list[ir.Value | None], through: Container[str] | None = None
+) -> set[Linear]:
+    """The linear layers that are met first on the way back from values. through: operators that the way may lead through; None: any."""
     seen: set[ir.Value] = set()
     found = set()
     while ahead:
@@ -57,11 +77,12 @@ def routers(graph: Graph) -> frozenset[str]:
         if value is None or value in seen:
             continue
         seen.add(value)
+        producer = value.producer()
         if value in layers:
-            found.add(layers[value].name)
-        elif (producer := value.producer()) is not None:
+            found.add(layers[value])
+        elif producer is not None and (through is None or producer.op_type in through):
             ahead.extend(producer.inputs)
-    return frozenset(found)
+    return found
 
 
 def quantize_experts(

@@ -24,7 +24,7 @@ from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.calibrated_range import PERCENTILE, check_method, chosen_range
 from onnxpress.optimizers.edits import add_constant, drop_unused_constants, insert_behind, unused_name
 from onnxpress.optimizers.experts import quantize_experts, routers
-from onnxpress.optimizers.linear import Linear, convolutions_left, linears, replace
+from onnxpress.optimizers.linear import Linear, convolutions_left, linears, replace, stacked_left
 from onnxpress.optimizers.opset import raise_opset
 from onnxpress.optimizers.rounding import activation_uint8, blocks, rounded_uint8
 from onnxpress.optimizers.smooth import check_smooth, smooth_norms
@@ -63,7 +63,7 @@ class Int8:
             )
         raise_opset(graph, 10)  # QuantizeLinear
         smoothed = smooth_norms(graph, context.observe, self.smooth) if self.smooth else ()
-        convolutions = convolutions_left(graph)
+        left = convolutions_left(graph) + stacked_left(graph)
         tied, touched = quantize_embeddings(graph, bits=8, preferred_block=128, keep=context.keep)
         kept = context.keep | routers(graph)
         layers = [
@@ -92,7 +92,7 @@ class Int8:
         return PassResult(
             graph=graph,
             changes=len(touched),
-            notes=notes + tied.notes + experts.notes + convolutions + smoothed,
+            notes=notes + tied.notes + experts.notes + left + smoothed,
             touched=touched,
         )
 

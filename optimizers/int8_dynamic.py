@@ -20,7 +20,7 @@ from onnxpress.graph import Graph
 from onnxpress.optimizers.base import PassContext, PassResult
 from onnxpress.optimizers.edits import add_constant, drop_unused_constants, put_behind, unused_name
 from onnxpress.optimizers.experts import quantize_experts, routers
-from onnxpress.optimizers.linear import convolutions_left, linears, replace
+from onnxpress.optimizers.linear import convolutions_left, linears, replace, stacked_left
 from onnxpress.optimizers.rounding import blocks
 from onnxpress.optimizers.weights import Weights8Bit, quantize_embeddings
 
@@ -36,7 +36,7 @@ class Int8Dynamic:
 
     def apply(self, graph: Graph, context: PassContext) -> PassResult:
         """Quantize every linear layer, embedding table and mixture of experts but those in `context.keep`."""
-        convolutions = convolutions_left(graph)
+        left = convolutions_left(graph) + stacked_left(graph)
         tied, touched = quantize_embeddings(graph, bits=8, preferred_block=128, keep=context.keep)
         count = 0
         weights = Weights8Bit(graph, limit=context.target.qdq.weight_limit)
@@ -60,7 +60,7 @@ class Int8Dynamic:
         return PassResult(
             graph=graph,
             changes=len(touched),
-            notes=notes + tied.notes + experts.notes + convolutions,
+            notes=notes + tied.notes + experts.notes + left,
             touched=touched,
         )
 

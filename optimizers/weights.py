@@ -29,7 +29,7 @@ from onnxpress.optimizers.base import PassContext, PassResult, Stream
 from onnxpress.optimizers.edits import add_constant, drop_unused_constants, replace_node
 from onnxpress.optimizers.error_feedback import blocks_with_feedback, channel_scales
 from onnxpress.optimizers.experts import quantize_experts, routers
-from onnxpress.optimizers.linear import Linear, embeddings, linears, replace
+from onnxpress.optimizers.linear import Linear, embeddings, linears, replace, stacked_left
 from onnxpress.optimizers.matching import name_of
 from onnxpress.optimizers.rounding import Blocks, Float, block_size_for, blocks, per_channel_8bit
 
@@ -87,6 +87,7 @@ class _WeightOnly:
             kept_bits=self.kept_bits,
             search=self.search,
         )
+        left = stacked_left(graph)
         routing = routers(graph)
         experts = quantize_experts(
             graph,
@@ -98,7 +99,7 @@ class _WeightOnly:
             target=context.target,
         )
         touched += experts.touched
-        notes = [*tied.notes, *experts.notes]
+        notes = [*tied.notes, *experts.notes, *left]
         if experts.touched and self.method != "rtn":
             notes.append(f"experts are rounded to the nearest: {self.method} does not follow which tokens reach which")
         calibrated = None if self.method == "rtn" else _Calibrated(self, graph, context)

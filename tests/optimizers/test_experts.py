@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,21 @@ def test_experts_for_cuda_stay_in_float() -> None:
     result = make_pass("int4-weights").apply(exported("qwen3-moe").clone(), PassContext(target=target("cuda")))
     assert (result.graph.operators()[MOE], result.graph.operators().get(QMOE, 0)) == (2, 0)
     assert any("2 mixtures of experts stay in float" in note for note in result.notes)
+
+
+def test_where_experts_are_no_operator_the_layers_that_choose_them_stay_in_float_too() -> None:
+    """Llama 4's, which compute for themselves; and it is said that their weights stay in float."""
+    found = routers(exported("llama4"))
+    assert found
+    assert all("router" in one for one in found), found
+    for precision in ("int4-weights", "int8-dynamic"):
+        result = quantized("llama4", precision, minimum_elements=16)
+        assert not found & set(result.touched)
+        assert any(re.search(r"stacks of weights .*, \d\d % of all, stay in float", note) for note in result.notes), (
+            result.notes
+        )
+    for name in ("llama", "qwen3-moe", "deepseek-v3.2"):
+        assert not any("stacks" in note for note in quantized(name, "int4-weights").notes)
 
 
 @pytest.mark.parametrize("name", ["qwen3-moe", "glm4-moe", "granite-moe"])
