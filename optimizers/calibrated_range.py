@@ -55,9 +55,8 @@ def chosen_range(
     if method == "percentile":
         return _percentile(centres, counts, percentile, low, high)
     measure = _squared_error
-    if (
-        method == "entropy"
-    ):  # what a Relu cut to 0, or a GELU to next to it, is exact in any range, and would outweigh the rest
+    if method == "entropy":
+        # What a Relu cut to 0, or a GELU to next to it, is exact in any range, and would outweigh the rest.
         measure = _divergence
         counts[np.isin(seen - len(distribution.counts) // 2, (-1, 0))] = 0
         seen = np.flatnonzero(counts)

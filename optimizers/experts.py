@@ -27,7 +27,7 @@ from onnxpress.optimizers.targets import Target
 Rounder = Callable[..., Blocks]  # (weight (out, in), *, bits, block_size)
 
 _ROUTING = 1  # among the inputs of MoE
-_MOST_EXPERTS = 1024
+_MOST_EXPERTS = 1024  # of more, words for instance, a TopK may choose for another end
 # What is computed with the answers of a layer that routes.
 _ROUTES = frozenset({
     "Add", "Cast", "Clip", "Concat", "Div", "Expand", "Gather", "GatherElements", "Identity", "Mul", "Neg", "Pow", "ReduceMax", "ReduceSum",
@@ -60,9 +60,7 @@ def routers(graph: Graph) -> frozenset[str]:
     of_choices = _nearest(
         layers, [node.inputs[0] for node in graph.model.graph if node.op_type == "TopK"], through=_ROUTES
     )
-    few = {
-        layer for layer in of_choices if dimension(layer.output, -1) in range(_MOST_EXPERTS + 1)
-    }  # words are chosen from, too
+    few = {layer for layer in of_choices if dimension(layer.output, -1) in range(_MOST_EXPERTS + 1)}
     return frozenset(layer.name for layer in of_operators | few)
 
 
